@@ -1,0 +1,83 @@
+"""raynixl: the transfer layer that Ray lacks.
+
+Layer map (imports go downwards only; tests/test_layers.py holds us to it):
+
+    L0  errors
+    L1  blocks, config, telemetry, memory, messages, authentication, host, native, reactor
+    L2  record, region, backends, directory
+    L3  agent
+    L4  collectives
+    L5  weights, moe, kv
+    L6  actors                              Ray starts here
+    L7  integrations, bench, cli, testing
+    L8  raynixl                             these lazy names
+
+Importing this package loads none of torch, ray, ucxx or cupy; a name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raynixl.actors import WeightSync, agent, attach, publish, subscribe, worker
+    from raynixl.agent import Agent, Notification, Peer, Prepared, Transfer
+    from raynixl.collectives import Group
+    from raynixl.config import AgentConfig
+    from raynixl.directory import InMemoryDirectory
+    from raynixl.errors import (
+        AgentClosed,
+        BackendUnavailable,
+        ConfigError,
+        IntegrityError,
+        PeerLost,
+        PeerRestarted,
+        PeerUnknown,
+        RangeError,
+        RaynixlError,
+        RegionReadOnly,
+        RegionStale,
+        RegionUnknown,
+        TransferCancelled,
+        TransferTimeout,
+    )
+    from raynixl.memory import MemoryKind, MemorySpan
+    from raynixl.region import Region, RemoteRegion
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "raynixl.actors": ("WeightSync", "agent", "attach", "publish", "subscribe", "worker"),
+    "raynixl.agent": ("Agent", "Notification", "Peer", "Prepared", "Transfer"),
+    "raynixl.collectives": ("Group",),
+    "raynixl.config": ("AgentConfig",),
+    "raynixl.directory": ("InMemoryDirectory",),
+    "raynixl.errors": (
+        "AgentClosed", "BackendUnavailable", "ConfigError", "IntegrityError", "PeerLost", "PeerRestarted",
+        "PeerUnknown", "RangeError", "RaynixlError", "RegionReadOnly", "RegionStale", "RegionUnknown",
+        "TransferCancelled", "TransferTimeout",
+    ),
+    "raynixl.memory": ("MemoryKind", "MemorySpan"),
+    "raynixl.region": ("Region", "RemoteRegion"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Agent", "AgentClosed", "AgentConfig", "BackendUnavailable", "ConfigError", "Group", "InMemoryDirectory",
+    "IntegrityError", "MemoryKind", "MemorySpan", "Notification", "Peer", "PeerLost", "PeerRestarted", "PeerUnknown",
+    "Prepared", "RangeError", "RaynixlError", "Region", "RegionReadOnly", "RegionStale", "RegionUnknown",
+    "RemoteRegion", "Transfer", "TransferCancelled", "TransferTimeout", "WeightSync", "agent", "attach", "publish",
+    "subscribe", "worker",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'raynixl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

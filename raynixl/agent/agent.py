@@ -1,0 +1,418 @@
+"""The agent: registers memory, finds peers, and moves bytes between them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from raynixl.agent.connection import Connection, Connector
+from raynixl.agent.control import Control, Handler, Reply
+from raynixl.agent.explanation import Explanation, explain
+from raynixl.agent.inbox import Inbox, Notification
+from raynixl.agent.peer import Peer
+from raynixl.agent.prepared import Prepared, Selections
+from raynixl.agent.publisher import Publisher
+from raynixl.agent.regions import Regions
+from raynixl.agent.transfer import Transfer
+from raynixl.agent.watcher import Watcher
+from raynixl.backends import table
+from raynixl.backends.base import Backend, Link, Local, Op
+from raynixl.config import AgentConfig, from_env
+from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
+from raynixl.host import host_identity
+from raynixl.memory import Memory, allocate, resolve
+from raynixl.messages import Message, MessageKind, notification_bytes
+from raynixl.native import Engine, Gate, load
+from raynixl.reactor import Reactor
+from raynixl.record import AgentRecord, check_name
+from raynixl.region import Region, RemoteRegion
+from raynixl.telemetry import AgentStatistics, RouteCounter
+
+if TYPE_CHECKING:
+    from raynixl.directory import Directory
+
+logger = logging.getLogger(__name__)
+_MAX_LABELS = 16
+
+
+class Agent:
+    """The endpoint of a process. Close it, or use it as a context manager; every method may be called by any thread.
+
+    Without a directory, peers are made known by the bytes of their records: `agent.peer(record_bytes)`.
+
+    Raises:
+        ConfigError: the name is not usable or taken, or the configuration names an unknown backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        config: AgentConfig | None = None,
+        directory: Directory | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> None:
+        self.name = check_name(name, "agent name")
+        self.config = from_env() if config is None else config
+        self.incarnation = secrets.token_hex(16)
+        self.host = host_identity()
+        self.transfer_timeout = self.config.transfer_timeout
+        self.settled = threading.Condition()  # protects the stages of transfers that did not end at once
+        self._labels = dict(labels or {})
+        self._started = time.time()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # protects _counters, _introduced, _is_closed
+        self._counters: dict[tuple[str, str], RouteCounter] = {}
+        self._introduced: dict[str, AgentRecord] = {}
+        self._is_closed = False
+        native = load(self.config.native)
+        self._native = native
+        self.reactor = Reactor(name)
+        self.engine: Engine = native.Engine(self.config.copy_threads, self.config.inline_nbytes)
+        self.control = Control(self)
+        self.connector = Connector(self)
+        self.watcher = Watcher(self.reactor)
+        self._local = Local(
+            self.name, self.incarnation, self.host, self.config, native, self.engine, self.reactor, self.control
+        )
+        self.backends: list[Backend] = []
+        self._regions = Regions(self)
+        self._publisher = Publisher(self, directory)
+        try:
+            self.backends.extend(table.make(self._local))
+            self._publisher.start()
+        except BaseException:
+            self.close()
+            raise
+        self._finalizer = weakref.finalize(self, _warn_unclosed, name, self._pid)
+        self._finalizer.atexit = False
+
+    def __repr__(self) -> str:
+        return f"Agent({self.name!r}, {'closed' if self._is_closed else self.incarnation[:8]})"
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Agent:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Memory
+
+    def register(self, memory: Any, *, name: str = "") -> Region:
+        """Make memory reachable by peers: a tensor, array, buffer or `MemorySpan`. No bytes are copied.
+
+        The region holds on to the memory until `deregister`. A named region is found by `peer[name]`.
+
+        Raises:
+            ConfigError: not memory, not contiguous, or the name is taken or unusable.
+            RangeError: empty or unmapped memory.
+        """
+        self.check_open()
+        return self._regions.add(resolve(memory), name)
+
+    def empty(self, nbytes: int, *, kind: str = "dram", name: str = "") -> Region:
+        """Return a region of fresh zeroed memory that peers on this host map: the fastest kind.
+
+        Raises:
+            RangeError: the size is not positive or not to be had.
+            BackendUnavailable: no backend here makes memory of that kind.
+        """
+        self.check_open()
+        if kind != "dram":
+            raise ConfigError(f"memory of kind {kind!r} cannot be made here", hint="use kind='dram'")
+        memory: Memory = allocate(nbytes)
+        try:
+            return self._regions.add(memory, name)
+        except BaseException:
+            os.close(memory.fd)
+            raise
+
+    def deregister(self, region: Region) -> None:
+        """Withdraw a region: refuse new transfers, wait for those in flight, then let go of the memory.
+
+        Waits at most config.deregister_timeout; peers that have not let go by then lose their connection.
+        """
+        self._regions.remove(region)
+
+    # Peers
+
+    def peer(self, peer: str | bytes, *, timeout: float = 0.0) -> Peer:
+        """Return a peer by name, or by the bytes of its record; `timeout` waits for it to be published.
+
+        Connects at first use.
+
+        Raises:
+            PeerUnknown: nobody of that name is published.
+            IntegrityError: the bytes are not a record.
+        """
+        self.check_open()
+        if isinstance(peer, bytes | bytearray | memoryview):
+            record = AgentRecord.from_bytes(bytes(peer))
+            with self._lock:
+                self._introduced[record.name] = record
+            return Peer(self, record.name)
+        name = check_name(peer, "peer name")
+        current = self.connector.current(name)
+        if (current is None or current.lost is not None) and not self._publisher.wait_for(name, timeout):
+            raise PeerUnknown(
+                f"no agent named {name!r} is published", hint="see `raynixl agents`, or wait with timeout=", peer=name
+            )
+        return Peer(self, name)
+
+    def record(self) -> bytes:
+        """Return this agent's record, for peers that share no directory."""
+        return self.make_record(0.0).to_bytes()
+
+    # Transfers
+
+    def read(
+        self, src: Selections, dst: Selections, *, notify: bytes | None = None, timeout: float | None = None
+    ) -> Transfer:
+        """Copy a peer's memory into ours without its help; returns at once. See `write`."""
+        return Prepared(self, Op.READ, src, dst).post(notify=notify, timeout=timeout)
+
+    def write(
+        self, src: Selections, dst: Selections, *, notify: bytes | None = None, timeout: float | None = None
+    ) -> Transfer:
+        """Copy our memory into a peer's without its help; returns at once.
+
+        The source must not change, nor the destination be read, until the transfer is done. Transfers to one
+        peer may finish in any order; `notify` is delivered after this one's data is visible there.
+
+        Raises:
+            RangeError, RegionUnknown, RegionStale, RegionReadOnly, ConfigError, AgentClosed: the request is
+            wrong on this side. What the peer does is carried by the handle.
+        """
+        return Prepared(self, Op.WRITE, src, dst).post(notify=notify, timeout=timeout)
+
+    def prepare(self, op: str, src: Selections, dst: Selections) -> Prepared:
+        """Check and resolve a 'read' or 'write' once, to post it many times.
+
+        Connects and binds now if that takes no waiting, else at the first post.
+        """
+        if op not in ("read", "write"):
+            raise ConfigError(f"{op!r} is not an operation", hint="prepare 'read' or 'write'")
+        return Prepared(self, Op(op), src, dst)
+
+    def explain(self, src: Selections, dst: Selections) -> Explanation:
+        """Say which backend carries src to dst, by which path, and why the others do not. Connects if need be."""
+        return explain(self, src, dst)
+
+    # Messages
+
+    def notifications(self) -> list[Notification]:
+        """Take all notifications that have come, without waiting."""
+        return self.control.notifications.drain()
+
+    def wait_notification(self, timeout: float) -> Notification:
+        """Take the next notification, waiting for it.
+
+        Raises:
+            TransferTimeout: none came in time.
+        """
+        return self.control.notifications.wait(timeout)
+
+    async def next_notification(self, timeout: float) -> Notification:
+        """Take the next notification, from an event loop. See `wait_notification`."""
+        return await self.control.notifications.take(timeout)
+
+    def notify(self, peer: str, payload: bytes, *, timeout: float | None = None) -> None:
+        """Send a notification alone; connects first if need be.
+
+        Raises:
+            PeerUnknown, PeerLost, TransferTimeout: it could not be sent.
+        """
+        self.send_notification(self._connection(peer, timeout).link, payload)
+
+    def send(self, peer: str, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
+        """Put a message into a peer's inbox of that topic; connects first if need be."""
+        self._connection(peer, timeout).link.send(Message(MessageKind.SEND, 0, topic, payload).to_bytes())
+
+    def ask(self, peer: str, topic: str, payload: bytes = b"", *, timeout: float | None = None) -> Reply:
+        """Send a request to a peer's handler of that topic; the reply is waited for or awaited."""
+        seconds = self.config.request_timeout if timeout is None else timeout
+        return self.control.ask(self._connection(peer, timeout), topic, payload, seconds)
+
+    def serve(self, topic: str, handler: Handler, *, threaded: bool = False) -> None:
+        """Answer peers' requests of a topic. Only a threaded handler may block.
+
+        Handlers run on threads of the agent, so they answer while the process's own code is busy.
+        """
+        self.control.serve(topic, handler, threaded=threaded)
+
+    def inbox(self, topic: str) -> Inbox:
+        """Return the inbox of a topic."""
+        return self.control.inbox(topic)
+
+    def lost(self, peer: str) -> RaynixlError | None:
+        """Return why the connection with a peer was lost, or None while it stands or was never made."""
+        connection = self.connector.current(peer)
+        return None if connection is None else connection.lost
+
+    # Life
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether close was called."""
+        return self._is_closed
+
+    @property
+    def native_name(self) -> str:
+        """Which core copies: 'native' or 'ctypes'."""
+        return str(self._native.NAME)
+
+    def statistics(self) -> AgentStatistics:
+        """Return what this agent has counted so far."""
+        with self._lock:
+            routes = tuple(counter.snapshot() for counter in self._counters.values())
+        open_ones = [one for one in self.connector.all() if one.lost is None]
+        return AgentStatistics(
+            name=self.name,
+            uptime=time.time() - self._started,
+            regions=len(self._regions),
+            peers=len(open_ones),
+            transfers=sum(route.transfers for route in routes),
+            nbytes=sum(route.nbytes for route in routes),
+            failures=sum(route.failures for route in routes),
+            notifications_sent=self.control.sent,
+            notifications_received=self.control.received,
+            routes=routes,
+            dropped=MappingProxyType(dict(self.control.dropped)),
+        )
+
+    def close(self) -> None:
+        """Withdraw the record, end what is in flight with typed errors, let go of everything. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        if os.getpid() != self._pid:
+            return  # a forked child holds copies of the descriptors but none of the threads
+        self._publisher.close()
+        self.control.say_bye()
+        self.connector.close(self.config.connect_timeout)
+        for backend in self.backends:
+            backend.close()
+        self.engine.close(self.config.deregister_timeout)
+        self.watcher.close()
+        self._regions.close()
+        self.reactor.close()
+        finalizer = getattr(self, "_finalizer", None)
+        if finalizer is not None:
+            finalizer.detach()
+
+    # What the agent's own parts use
+
+    def check_open(self) -> None:
+        """Refuse work after close, and in a forked child."""
+        if self._is_closed:
+            raise AgentClosed(f"agent {self.name!r} is closed", hint="make a new one")
+        if os.getpid() != self._pid:
+            raise AgentClosed(f"agent {self.name!r} belongs to the parent process", hint="make one after fork")
+
+    def new_gate(self) -> Gate:
+        """Return an open gate of the core in use."""
+        gate: Gate = self._native.Gate()
+        return gate
+
+    def is_mapped(self, memory: Memory) -> bool:
+        """Whether every page of host memory exists."""
+        return bool(self._native.mapped(memory.address, memory.nbytes))
+
+    def make_record(self, expires: float) -> AgentRecord:
+        """Return the record as it stands."""
+        return AgentRecord(
+            name=self.name, incarnation=self.incarnation, host=self.host, pid=self._pid, started=self._started,
+            expires=expires, labels=self._labels,
+            backends={backend.name: backend.local_metadata() for backend in self.backends},
+            regions=self._regions.named_records(),
+        )  # fmt: skip
+
+    def find(self, name: str) -> AgentRecord | None:
+        """Return a peer's record: from the directory, or as introduced."""
+        record = self._publisher.find(name)
+        if record is None:
+            with self._lock:
+                record = self._introduced.get(name)
+        return record
+
+    def forget(self, record: AgentRecord) -> None:
+        """Remove the record of an agent that was found dead."""
+        self._publisher.bury(record)
+        with self._lock:
+            held = self._introduced.get(record.name)
+            if held is not None and held.incarnation == record.incarnation:
+                del self._introduced[record.name]
+
+    def connection_lost(self, peer: str) -> None:
+        """Wake whoever waits for anything of a lost peer."""
+        with self.settled:
+            self.settled.notify_all()
+        self.watcher.look()
+
+    def backend(self, name: str) -> Backend:
+        """Return a backend by its name."""
+        return next(backend for backend in self.backends if backend.name == name)
+
+    def counter(self, backend: str, peer: str) -> RouteCounter:
+        """Return the counter of a route."""
+        with self._lock:
+            return self._counters.setdefault((backend, peer), RouteCounter(backend, peer))
+
+    def watch(self, transfer: Transfer) -> None:
+        """See to the end of a transfer that nobody may wait for."""
+        self.watcher.add(transfer)
+
+    def send_notification(self, link: Link, payload: bytes) -> None:
+        """Send a notification over a link."""
+        link.send(notification_bytes(payload))
+        self.control.sent += 1
+
+    def region(self, name: str) -> Region:
+        """Return one of our regions by its name."""
+        return self._regions.by_name(name)
+
+    def region_by_id(self, number: int) -> Region:
+        """Return one of our regions by its number."""
+        return self._regions.by_id(number)
+
+    def add_importer(self, region_id: int, link: Link) -> None:
+        """Remember that a peer uses a region."""
+        self._regions.add_importer(region_id, link)
+
+    def forget_importer(self, link: Link) -> None:
+        """Forget a peer that is gone."""
+        self._regions.forget_importer(link)
+
+    def publish_again(self) -> None:
+        """Publish the changed record soon."""
+        self._publisher.touch()
+
+    def _connection(self, peer: str, timeout: float | None) -> Connection:
+        self.check_open()
+        seconds = self.config.connect_timeout if timeout is None else timeout
+        return self.connector.connect(peer, time.monotonic() + seconds)
+
+
+def _warn_unclosed(name: str, pid: int) -> None:
+    if os.getpid() == pid:
+        logger.warning("agent %r was dropped without close()", name)
+
+
+__all__ = ["Agent", "RemoteRegion"]

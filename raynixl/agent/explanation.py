@@ -1,0 +1,65 @@
+"""Explanations: which backend carries a transfer, by which path, and why the others do not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raynixl.agent.connection import kind_names, refusal
+from raynixl.agent.prepared import Prepared, Selections, as_list
+from raynixl.backends.base import Op
+from raynixl.region import Region
+
+if TYPE_CHECKING:
+    from raynixl.agent.agent import Agent
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What carries a transfer and why; `str` of it is for people."""
+
+    op: str
+    peer: str
+    nbytes: int
+    blocks: int
+    kinds: str
+    backend: str
+    paths: tuple[str, ...]
+    core: str
+    rejected: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.op} of {self.nbytes} bytes in {self.blocks} blocks with {self.peer!r} ({self.kinds})",
+            f"  taken: {self.backend}, path {' + '.join(self.paths)}, {self.core} core",
+        ]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+def explain(agent: Agent, src: Selections, dst: Selections) -> Explanation:
+    """Resolve and bind the transfer without posting it, and say how it would go.
+
+    Raises:
+        RaynixlError: whatever would stand in its way.
+    """
+    first = as_list(src)[0]
+    op = Op.WRITE if isinstance(getattr(first, "region", first), Region) else Op.READ
+    plan = Prepared(agent, op, src, dst)
+    bindings = agent.connector.bind(plan, time.monotonic() + agent.config.connect_timeout)
+    kinds = frozenset((ours.kind, theirs.kind) for ours in plan.local for theirs in plan.remote)
+    rejected = []
+    for backend in agent.backends:
+        if backend.name == plan.backend:
+            rejected += [(later.name, "comes later in preference") for later in agent.backends if later is not backend]
+            break
+        reasons = [refusal(backend, remote, kinds) for remote in plan.remote]
+        record = agent.find(plan.peer)
+        reason = next((text for text in reasons if text), "") or (backend.reaches(record) if record else "")
+        rejected.append((backend.name, reason or "refused to bind the region"))
+    return Explanation(
+        op=op.value, peer=plan.peer, nbytes=plan.nbytes, blocks=plan.count, kinds=kind_names(kinds),
+        backend=plan.backend, paths=tuple(dict.fromkeys(binding.path for binding in bindings)),
+        core=agent.native_name, rejected=tuple(dict.fromkeys(rejected)),
+    )  # fmt: skip

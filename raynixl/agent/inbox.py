@@ -1,0 +1,118 @@
+"""Inboxes: messages that came in under one topic, waiting to be taken."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raynixl.errors import AgentClosed, RaynixlError, TransferTimeout
+from raynixl.reactor import Reactor
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """Bytes from a peer; for a notification that followed a transfer, its data is visible here."""
+
+    peer: str
+    payload: bytes
+
+
+class Inbox:
+    """A queue of messages under one topic. Any thread or event loop may take from it; each message is taken once."""
+
+    def __init__(self, topic: str, reactor: Reactor) -> None:
+        self.topic = topic
+        self._reactor = reactor
+        self._queue: deque[Notification] = deque()
+        self._futures: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, note: Notification) -> None:
+        """Add a message and wake those who wait; called on the reactor's thread."""
+        self._queue.append(note)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make asynchronous waiters look again."""
+        while self._futures:
+            loop, future = self._futures.popleft()
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_resolve, future)
+
+    def drain(self) -> list[Notification]:
+        """Take all messages that are here, without waiting."""
+        notes = []
+        while self._queue:
+            try:
+                notes.append(self._queue.popleft())
+            except IndexError:  # another thread was faster
+                break
+        return notes
+
+    def wait(self, timeout: float, *, check: Callable[[], RaynixlError | None] | None = None) -> Notification:
+        """Take the next message, waiting for it; `check` may end the wait with an error, such as a lost peer.
+
+        Raises:
+            TransferTimeout: none came in time.
+        """
+        deadline = time.monotonic() + timeout
+        found: list[RaynixlError] = []
+
+        def is_ready() -> bool:
+            if self._queue:
+                return True
+            error = check() if check is not None else None
+            if error is not None:
+                found[:] = [error]
+            return error is not None
+
+        while True:
+            try:
+                return self._queue.popleft()
+            except IndexError:
+                ready = self._reactor.run_until(is_ready, deadline)
+            if self._queue:
+                continue
+            if found:
+                raise found[0]
+            self._refuse_closed()
+            if not ready or time.monotonic() > deadline:
+                raise self._timeout(timeout)
+
+    async def take(self, timeout: float, *, check: Callable[[], RaynixlError | None] | None = None) -> Notification:
+        """Take the next message as `wait` does, from an event loop."""
+        deadline = time.monotonic() + timeout
+        loop = asyncio.get_running_loop()
+        while True:
+            future: asyncio.Future[None] = loop.create_future()
+            self._futures.append((loop, future))
+            try:
+                return self._queue.popleft()
+            except IndexError:
+                error = check() if check is not None else None
+                if error is not None:
+                    raise error from None
+                self._refuse_closed()
+            try:
+                await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                if not self._queue:
+                    raise self._timeout(timeout) from None
+
+    def _refuse_closed(self) -> None:
+        if self._reactor.is_closed:
+            raise AgentClosed("the agent was closed while waiting for a message")
+
+    def _timeout(self, timeout: float) -> TransferTimeout:
+        what = f"message under {self.topic!r}" if self.topic else "notification"
+        return TransferTimeout(f"no {what} came within {timeout:g} s", hint="see whether the peer is alive")
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

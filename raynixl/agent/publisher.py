@@ -1,0 +1,101 @@
+"""The publisher: keeps the agent's record in the directory, renewed before its lease ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from raynixl.directory import Directory, InMemoryDirectory
+from raynixl.errors import RaynixlError
+from raynixl.record import AgentRecord
+
+if TYPE_CHECKING:
+    from raynixl.agent.agent import Agent
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Publishes at start, after changes, and at a third of each lease; withdraws at the end.
+
+    A directory with leases gets a thread, so that its outages delay nobody; one without is written at once.
+    """
+
+    def __init__(self, agent: Agent, directory: Directory | None) -> None:
+        self._agent = agent
+        self._directory: Directory = InMemoryDirectory() if directory is None else directory
+        self._wake = threading.Event()
+        self._is_closed = False
+        self._is_published = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Publish for the first time.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        self._directory.publish(self._record())
+        self._is_published = True
+        if self._directory.has_leases:
+            self._thread = threading.Thread(target=self._renew, name="raynixl-lease", daemon=True)
+            self._thread.start()
+
+    def touch(self) -> None:
+        """Publish the changed record soon."""
+        if self._thread is not None:
+            self._wake.set()
+        elif self._is_published and not self._is_closed:
+            self._directory.publish(self._record())
+
+    def find(self, name: str) -> AgentRecord | None:
+        """Return the live record of a name."""
+        return self._directory.find(name)
+
+    def wait_for(self, name: str, timeout: float) -> bool:
+        """Return whether a name is published, waiting for it up to `timeout`."""
+        deadline = time.monotonic() + timeout
+        pause = 0.005
+        while True:
+            if self._agent.find(name) is not None:
+                return True
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or self._is_closed:
+                return False
+            time.sleep(min(pause, remaining))  # no directory can be watched: look again, ever less often
+            pause = min(0.25, pause * 2)
+
+    def bury(self, record: AgentRecord) -> None:
+        """Remove the record of an agent that was found dead."""
+        try:
+            self._directory.withdraw(record.name, record.incarnation)
+        except RaynixlError as exc:
+            logger.warning("could not remove the record of %r: %s", record.name, exc)
+
+    def close(self) -> None:
+        """Withdraw the record and stop."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._agent.config.request_timeout)
+        if self._is_published:
+            self.bury(self._agent.make_record(0.0))
+
+    def _record(self) -> AgentRecord:
+        lease = self._agent.config.lease_seconds if self._directory.has_leases else 0.0
+        return self._agent.make_record(time.time() + lease if lease else 0.0)
+
+    def _renew(self) -> None:
+        while not self._is_closed:
+            self._wake.wait(self._agent.config.lease_seconds / 3)
+            self._wake.clear()
+            if self._is_closed:
+                return
+            try:
+                self._directory.publish(self._record())
+            except RaynixlError as exc:
+                logger.warning("could not renew the record of %r: %s", self._agent.name, exc)

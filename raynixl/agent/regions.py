@@ -1,0 +1,171 @@
+"""The regions of an agent: by number and by name, and which peers use them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from raynixl.backends.base import Link
+from raynixl.errors import BackendUnavailable, ConfigError, RangeError, RegionStale, RegionUnknown
+from raynixl.memory import Memory, MemoryKind
+from raynixl.native import CLOSED, STALE
+from raynixl.record import RegionRecord, check_name
+from raynixl.region import Region
+
+if TYPE_CHECKING:
+    from raynixl.agent.agent import Agent
+
+
+class Regions:
+    """Registers, finds and withdraws regions. Numbers are never reused within an incarnation."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._lock = threading.Lock()  # protects everything below
+        self._by_id: dict[int, Region] = {}
+        self._by_name: dict[str, Region] = {}
+        self._generations: dict[str, int] = {}
+        self._importers: dict[int, set[Link]] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, memory: Memory, name: str) -> Region:
+        """Register memory with every backend that takes its kind."""
+        if name:
+            check_name(name, "region name")
+        self._check_mapped(memory)
+        number = next(self._numbers)
+        keys, refusals = {}, []
+        for backend in self._agent.backends:
+            try:
+                keys[backend.name] = backend.register(number, memory)
+            except BackendUnavailable as exc:
+                refusals.append(str(exc))
+        if not keys:
+            raise BackendUnavailable(
+                f"no backend takes {memory.kind.value} memory ({'; '.join(refusals)})", hint="run `raynixl doctor`"
+            )
+        try:
+            return self._insert(number, name, memory, keys)
+        except BaseException:
+            for backend in self._agent.backends:
+                backend.deregister(number)
+            raise
+
+    def remove(self, region: Region) -> None:
+        """Withdraw a region and wait until nobody uses it."""
+        with self._lock:
+            if self._by_id.get(region.id) is not region:
+                if region.incarnation != self._agent.incarnation:
+                    raise RegionUnknown(f"{region.label} belongs to another agent", hint="deregister it there")
+                raise RegionStale(f"{region.label} was deregistered already", hint="deregister once")
+            del self._by_id[region.id]
+            if self._by_name.get(region.name) is region:
+                del self._by_name[region.name]
+            importers = self._importers.pop(region.id, set())
+        region.gate.close(STALE, abort=False)
+        self._let_go(region, importers)
+        if region.name:
+            self._agent.publish_again()
+
+    def by_name(self, name: str) -> Region:
+        """Return a region by name."""
+        with self._lock:
+            region = self._by_name.get(name)
+            names = sorted(self._by_name)
+        if region is None:
+            shown = ", ".join(names[:10]) or "none"
+            raise RegionUnknown(
+                f"agent {self._agent.name!r} has no region named {name!r:.220}", hint=f"its named regions: {shown}"
+            )
+        return region
+
+    def by_id(self, number: int) -> Region:
+        """Return a region by number; a number once given out and not here is stale."""
+        with self._lock:
+            region = self._by_id.get(number)
+            highest = max(self._by_id, default=0)
+        if region is None:
+            raise RegionStale(
+                f"region {number} of {self._agent.name!r} is no longer registered (highest is {highest})",
+                hint="look it up again by name",
+            )
+        return region
+
+    def named_records(self) -> tuple[RegionRecord, ...]:
+        """Return what travels of the named regions."""
+        with self._lock:
+            regions = list(self._by_name.values())
+        return tuple(region.record() for region in regions[:4096])
+
+    def add_importer(self, number: int, link: Link) -> None:
+        """Remember that a peer uses a region."""
+        with self._lock:
+            if number not in self._by_id:
+                raise RegionStale(f"region {number} was deregistered meanwhile", hint="look it up again by name")
+            self._importers.setdefault(number, set()).add(link)
+
+    def forget_importer(self, link: Link) -> None:
+        """Forget a peer that is gone."""
+        with self._lock:
+            for links in self._importers.values():
+                links.discard(link)
+
+    def close(self) -> None:
+        """Let go of every region; the engine has ended all that was in flight."""
+        with self._lock:
+            regions = list(self._by_id.values())
+            self._by_id.clear()
+            self._by_name.clear()
+            self._importers.clear()
+        for region in regions:
+            region.gate.close(CLOSED)
+            region.gate.drain(self._agent.config.deregister_timeout)
+            _close_fd(region)
+
+    def _insert(self, number: int, name: str, memory: Memory, keys: dict[str, dict[str, str | int]]) -> Region:
+        agent = self._agent
+        with self._lock:
+            if name and name in self._by_name:
+                raise ConfigError(f"region name {name!r} is taken", hint="deregister that region or use another name")
+            generation = self._generations.get(name, 0) + 1 if name else 1
+            region = Region(
+                number, generation, name, memory, keys, agent.name, agent.incarnation, agent.new_gate(),
+                memory.kind, memory.device, memory.nbytes,
+            )  # fmt: skip
+            self._by_id[number] = region
+            if name:
+                self._generations[name] = generation
+                self._by_name[name] = region
+        if name:
+            agent.publish_again()
+        return region
+
+    def _let_go(self, region: Region, importers: set[Link]) -> None:
+        agent = self._agent
+        deadline = time.monotonic() + agent.config.deregister_timeout
+        connections = [one for one in (agent.connector.by_link(link) for link in importers) if one is not None]
+        agent.control.announce_gone(region.id, list(dict.fromkeys(connections)), agent.config.deregister_timeout)
+        if not region.gate.drain(max(0.001, deadline - time.monotonic())):
+            region.gate.close(STALE)  # our own transfers end now, by force
+            region.gate.drain(agent.config.transfer_timeout)
+        for backend in agent.backends:
+            backend.deregister(region.id)
+        _close_fd(region)
+
+    def _check_mapped(self, memory: Memory) -> None:
+        if memory.kind is MemoryKind.DRAM and not self._agent.is_mapped(memory):
+            raise RangeError(
+                f"memory at {memory.address:#x} of {memory.nbytes} bytes is not mapped in this process",
+                hint="register memory that exists",
+            )
+
+
+def _close_fd(region: Region) -> None:
+    if region.memory.fd >= 0:
+        os.close(region.memory.fd)

@@ -1,0 +1,263 @@
+"""Transfers: the handle of one posted operation."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
+from raynixl.native import CANCELLED, DONE, Job
+
+if TYPE_CHECKING:
+    from raynixl.agent.prepared import Prepared
+    from raynixl.backends.base import Link
+
+
+class Stage(enum.Enum):
+    """How far a transfer has come."""
+
+    CONNECTING = "connecting"
+    COPYING = "copying"
+    NOTIFYING = "notifying"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStatistics:
+    """What one transfer did; `seconds` from post to the end, or until now."""
+
+    peer: str
+    backend: str
+    nbytes: int
+    blocks: int
+    seconds: float
+    stage: Stage
+
+
+class Transfer:
+    """One posted operation. It ends as done, or fails with one typed error, by its deadline.
+
+    Until it has ended the memory at both ends belongs to it. After a failure the destination's bytes are
+    undefined. Dropping the handle does not stop the operation. Any thread may use it.
+    """
+
+    __slots__ = ("_deadline", "_ended", "_error", "_futures", "_jobs", "_link", "_notify", "_posted", "_prepared", "_stage")  # fmt: skip
+
+    def __init__(self, prepared: Prepared, stage: Stage, deadline: float = 0.0, notify: bytes | None = None) -> None:
+        self._prepared = prepared
+        self._stage = stage
+        self._deadline = deadline
+        self._notify = notify
+        self._posted = time.monotonic() if stage is not Stage.DONE else 0.0
+        self._ended = 0.0
+        self._error: RaynixlError | None = None
+        self._jobs: Sequence[Job] = ()
+        self._link: Link | None = None
+        self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def __repr__(self) -> str:
+        return f"Transfer({self._prepared.summary}, {self._stage.value})"
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._stage is Stage.DONE or self._advance()
+
+    @property
+    def error(self) -> RaynixlError | None:
+        """Why it failed, or None."""
+        return self._error if self.done else None
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it moves."""
+        return self._prepared.nbytes
+
+    @property
+    def peer(self) -> str:
+        """The other agent's name."""
+        return self._prepared.peer
+
+    @property
+    def stats(self) -> TransferStatistics:
+        """What it did so far."""
+        end = self._ended or (self._posted if self._stage is Stage.DONE else time.monotonic())
+        plan = self._prepared
+        return TransferStatistics(plan.peer, plan.backend, plan.nbytes, plan.count, end - self._posted, self._stage)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end; the waiting thread helps to copy. `timeout` bounds this wait, not the transfer.
+
+        Raises:
+            TransferTimeout: the deadline passed; or `timeout` did, and the transfer goes on.
+            RaynixlError: whatever else ended the transfer.
+        """
+        if self._stage is Stage.DONE:
+            return
+        limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + timeout)
+        while not self._advance():
+            remaining = limit - time.monotonic()
+            if remaining <= 0 and limit < self._deadline:
+                raise TransferTimeout(
+                    f"{self._prepared.summary} is still {self._stage.value} after {timeout:g} s",
+                    hint="wait again, or cancel() it", peer=self.peer,
+                )  # fmt: skip
+            self._wait_stage(max(0.0, remaining))
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> bool:
+        """End it with `TransferCancelled` unless it has ended; return whether this call did.
+
+        When this returns no thread of ours touches the memory any more.
+        """
+        agent = self._prepared.agent
+        with agent.settled:
+            if self._advance_locked():
+                return False
+            jobs = self._jobs
+            error = TransferCancelled(f"{self._prepared.summary} was cancelled", peer=self.peer)
+            self._end_locked(error)
+        for job in jobs:
+            job.cancel(CANCELLED)
+            job.wait_settled(agent.config.transfer_timeout)
+        return True
+
+    def __await__(self) -> Generator[object, None, None]:
+        """Wait for the end in an event loop."""
+        if self._stage is not Stage.DONE and not self._advance():
+            yield from self._ended_future().__await__()
+        if self._error is not None:
+            raise self._error
+
+    async def _ended_future(self) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self._prepared.agent.settled:
+            if self._advance_locked():
+                return
+            self._futures.append((loop, future))
+        self._prepared.agent.watch(self)
+        await future
+
+    def _wait_stage(self, remaining: float) -> None:
+        """Wait until the stage may have changed."""
+        if self._stage is Stage.COPYING:
+            for job in self._jobs:
+                if not job.wait(remaining):
+                    return
+            return
+        stage = self._stage
+        with self._prepared.agent.settled as settled:
+            settled.wait_for(lambda: self._stage is not stage, remaining)
+
+    def _advance(self) -> bool:
+        """Move on as far as possible without waiting; return whether it has ended."""
+        if self._stage in (Stage.DONE, Stage.FAILED):
+            return True
+        with self._prepared.agent.settled:
+            return self._advance_locked()
+
+    def _advance_locked(self) -> bool:
+        if self._stage is Stage.COPYING:
+            self._check_jobs()
+        if self._stage is Stage.NOTIFYING:
+            self._check_link()
+        if self._stage in (Stage.DONE, Stage.FAILED):
+            return True
+        if time.monotonic() > self._deadline:
+            self._end_locked(self._timeout())
+            return True
+        return False
+
+    def _check_jobs(self) -> None:
+        codes = [job.code for job in self._jobs]
+        for code in codes:
+            if code > 1 or code < 0:  # the first error ends it
+                self._end_locked(self._prepared.translate(code))
+                for job in self._jobs:
+                    job.cancel(CANCELLED)
+                return
+        if all(code == DONE for code in codes):
+            self._notify_locked()
+
+    def _notify_locked(self) -> None:
+        """The data has landed; say so if asked to."""
+        if self._notify is None:
+            self._end_locked(None)
+            return
+        assert self._link is not None
+        try:
+            self._prepared.agent.send_notification(self._link, self._notify)
+        except RaynixlError as exc:
+            self._end_locked(exc)
+            return
+        self._stage = Stage.NOTIFYING
+        self._check_link()
+
+    def _check_link(self) -> None:
+        assert self._link is not None
+        if self._link.flushed():
+            self._end_locked(None)
+        elif self._link.lost is not None:
+            self._end_locked(self._link.lost)
+
+    def _timeout(self) -> TransferTimeout:
+        seconds = self._deadline - self._posted
+        return TransferTimeout(
+            f"{self._prepared.summary} was still {self._stage.value} at its deadline of {seconds:g} s",
+            hint="the destination's bytes are undefined; see whether the peer is alive", peer=self.peer,
+        )  # fmt: skip
+
+    def _end_locked(self, error: RaynixlError | None) -> None:
+        """Record the end and wake those who wait; `settled` is held."""
+        self._ended = time.monotonic()
+        self._error = error
+        self._stage = Stage.DONE if error is None else Stage.FAILED
+        self._prepared.count_end(error)
+        if error is not None:
+            for job in self._jobs:
+                job.cancel(CANCELLED)
+        self._prepared.agent.settled.notify_all()
+        for loop, future in self._futures:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_resolve, future)
+        self._futures.clear()
+
+    def started(self, jobs: Sequence[Job], link: Link) -> None:
+        """Take the jobs that carry it; called once, by whoever posted it."""
+        with self._prepared.agent.settled as settled:
+            if self._stage is Stage.CONNECTING:
+                self._jobs, self._link, self._stage = jobs, link, Stage.COPYING
+                self._advance_locked()
+                settled.notify_all()
+            else:  # cancelled or timed out meanwhile
+                for job in jobs:
+                    job.cancel(CANCELLED)
+
+    def failed(self, error: RaynixlError) -> None:
+        """End it with an error unless it has ended."""
+        with self._prepared.agent.settled:
+            if self._stage not in (Stage.DONE, Stage.FAILED):
+                self._end_locked(error)
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """The native jobs that carry it."""
+        return self._jobs
+
+    @property
+    def deadline(self) -> float:
+        """Monotonic second by which it ends."""
+        return self._deadline
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+

@@ -1,0 +1,1 @@
+"""Backends: each carries transfers, and maybe messages, over one kind of path."""

@@ -1,0 +1,164 @@
+"""The backend contract: what the agent asks of a path that carries bytes, and what it does for it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from raynixl.blocks import Segments
+from raynixl.config import AgentConfig
+from raynixl.errors import RaynixlError
+from raynixl.memory import Memory, MemoryKind
+from raynixl.native import Engine, Gate, Native, Program
+from raynixl.reactor import Reactor
+from raynixl.record import AgentRecord
+from raynixl.region import Region, RemoteRegion
+
+
+class Op(enum.Enum):
+    """Direction of a transfer, seen from the agent that posts it."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do: the (local, remote) memory kinds it carries, and whether it carries messages."""
+
+    kinds: frozenset[tuple[MemoryKind, MemoryKind]]
+    messages: bool = False
+
+
+class Link(Protocol):
+    """One connection of one backend with one incarnation of a peer.
+
+    `send` may be called from any thread, keeps the order of each thread's messages, never blocks and raises
+    `PeerLost` once the link is down. File descriptors travel where the backend can carry them.
+    """
+
+    backend: str
+    peer: str
+    incarnation: str
+    lost: RaynixlError | None
+
+    def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Send one message of any size up to config.max_message_nbytes."""
+
+    def flushed(self) -> bool:
+        """Whether all that was sent has left this process."""
+
+    def is_frozen(self) -> bool:
+        """Whether the peer is known to be stopped (not merely busy)."""
+
+    def close(self, error: RaynixlError | None = None) -> None:
+        """Close; reported once to the agent's `link_lost`. Idempotent."""
+
+
+class LinkEvents(Protocol):
+    """What a backend tells its agent; called on the reactor's thread, must not block."""
+
+    def link_opened(self, link: Link) -> None:
+        """Take a link that a peer opened; the peer has proved who it is."""
+
+    def message_received(self, link: Link, message: bytes, fds: Sequence[int]) -> None:
+        """Take one message; the descriptors are the agent's to close."""
+
+    def link_lost(self, link: Link, error: RaynixlError) -> None:
+        """Hear that a link is down, for which reason."""
+
+    def message_dropped(self, reason: str) -> None:
+        """Count something malformed or unwanted that came in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """The agent as its backends see it."""
+
+    name: str
+    incarnation: str
+    host: str
+    config: AgentConfig
+    native: Native
+    engine: Engine
+    reactor: Reactor
+    events: LinkEvents
+
+
+@dataclass(slots=True, eq=False)
+class Binding:
+    """A peer's region made reachable over one link: its gate, and what the backend needs to address it.
+
+    The agent closes the gate when the peer is lost or the region goes, drains it, and then calls `release`.
+    """
+
+    remote: RemoteRegion
+    link: Link
+    gate: Gate
+    path: str
+    """The way inside the backend, for people: 'mapped', 'process_vm', 'cma', ..."""
+    address: int = 0
+    state: Any = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Let go of mappings; nobody is inside the gate any more."""
+        state, self.state = self.state, None
+        if state is not None:
+            state.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One resolved operation. Segment columns index `local` and `remote`, by direction."""
+
+    op: Op
+    segments: Segments
+    local: Sequence[Region]
+    remote: Sequence[Binding]
+
+    @property
+    def gates(self) -> list[Gate]:
+        """Every gate that the operation passes."""
+        return [region.gate for region in self.local] + [binding.gate for binding in self.remote]
+
+
+class Backend(Protocol):
+    """A path that carries bytes. Made by a factory that takes `Local`; one object for each agent.
+
+    Methods raise `BackendUnavailable` for what the backend cannot do, and the agent then asks the next one.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    def local_metadata(self) -> dict[str, str | int]:
+        """Return how peers reach this backend, for the agent's record."""
+
+    def reaches(self, record: AgentRecord) -> str:
+        """Return '' if the peer can be reached over this backend, else why not."""
+
+    def register(self, region_id: int, memory: Memory) -> dict[str, str | int]:
+        """Make memory reachable by peers; return the key that travels inside the region's descriptor."""
+
+    def deregister(self, region_id: int) -> None:
+        """Withdraw memory; the agent has closed and drained it."""
+
+    def connect(self, record: AgentRecord, deadline: float) -> Link:
+        """Connect and authenticate by the monotonic deadline; blocks, on a thread of the agent's own.
+
+        Raises:
+            PeerLost: nobody answers there.
+            PeerRestarted: another incarnation answers.
+            TransferTimeout: the deadline passed.
+        """
+
+    def bind(self, link: Link, remote: RemoteRegion, fds: Sequence[int]) -> Binding:
+        """Make a peer's region reachable; `fds` came with the peer's consent and stay the caller's to close."""
+
+    def prepare(self, request: Request) -> list[Program]:
+        """Resolve a request into programs that can be run any number of times."""
+
+    def close(self) -> None:
+        """Close every link and let go of everything; idempotent."""

@@ -1,0 +1,229 @@
+"""The greeting on a Unix socket: who are you, prove it, and can we read each other's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raynixl.authentication import Identity, is_proof, prove
+from raynixl.backends.base import Local
+from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError, TransferTimeout
+from raynixl.reactor import Timer
+from raynixl.record import AgentRecord, Incarnation, Name, Unsigned, parse
+
+GREETING_VERSION = 1
+MAX_GREETING_NBYTES = 4096
+GREETING_TIMEOUT = 5.0
+MAX_STRANGERS = 256
+"""Connections that have not proved themselves yet; more are refused."""
+
+_CREDENTIALS = struct.Struct("3i")
+_Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
+
+
+class _Greeting(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Hello(_Greeting):
+    version: int
+    target: Incarnation
+    name: Name
+    incarnation: Incarnation
+    nonce: _Hex
+
+
+class _Challenge(_Greeting):
+    name: Name
+    incarnation: Incarnation
+    nonce: _Hex
+    proof: _Hex
+    probe: Unsigned
+
+
+class _Answer(_Greeting):
+    proof: _Hex
+    probe: Unsigned
+
+
+class _Verdict(_Greeting):
+    refusal: Annotated[str, Field(max_length=200)] = ""
+    kind: Annotated[str, Field(max_length=20)] = ""
+
+
+class Newcomer:
+    """Someone who has connected, from the first byte to the proof."""
+
+    def __init__(self, local: Local, sock: socket.socket, probe: int, admit: Callable[[Newcomer], None]) -> None:
+        self.local = local
+        self.sock = sock
+        self.pid = peer_pid(sock)
+        self.peer_probe = 0
+        self.client: Identity | None = None
+        self._server = Identity.fresh(local.name, local.incarnation)
+        self._probe = probe
+        self._admit = admit
+        self._timer: Timer = local.reactor.call_later(GREETING_TIMEOUT, self.refuse)
+        self.is_open = True
+        sock.setblocking(False)
+        local.reactor.add(sock.fileno(), self._on_event)
+
+    def refuse(self, reason: str = "timeout", kind: str = "") -> None:
+        """Send them away and count it."""
+        if self.is_open:
+            with contextlib.suppress(OSError):
+                self.sock.send(_dump(_Verdict(refusal=reason, kind=kind)), socket.MSG_NOSIGNAL)
+            self.leave()
+            self.sock.close()
+            self.local.events.message_dropped(f"greeting: {reason}")
+
+    def leave(self) -> None:
+        """Stop listening to them here; the socket stays open."""
+        self.is_open = False
+        self._timer.cancel()
+        self.local.reactor.remove(self.sock.fileno())
+
+    def _on_event(self, _mask: int) -> None:
+        try:
+            data = self.sock.recv(MAX_GREETING_NBYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.refuse("hung up")
+            return
+        try:
+            if self.client is None:
+                self._challenge(parse(_Hello, data, what="greeting", limit=MAX_GREETING_NBYTES))
+            else:
+                self._judge(parse(_Answer, data, what="answer", limit=MAX_GREETING_NBYTES), self.client)
+        except (IntegrityError, OSError):
+            self.refuse("malformed")
+
+    def _challenge(self, hello: _Hello) -> None:
+        if hello.version != GREETING_VERSION:
+            self.refuse("version", "version")
+            return
+        if hello.target != self.local.incarnation:
+            self.refuse("another incarnation", "restarted")
+            return
+        self.client = Identity(hello.name, hello.incarnation, hello.nonce)
+        proof = prove(_secret(self.local), "server", self.client, self._server)
+        server = self._server
+        self.sock.send(
+            _dump(
+                _Challenge(
+                    name=server.name, incarnation=server.incarnation, nonce=server.nonce,
+                    proof=proof, probe=self._probe,
+                )
+            ),
+            socket.MSG_NOSIGNAL,
+        )  # fmt: skip
+
+    def _judge(self, answer: _Answer, client: Identity) -> None:
+        if not is_proof(_secret(self.local), answer.proof, "client", client, self._server):
+            self.refuse("wrong secret", "secret")
+            return
+        self.peer_probe = answer.probe
+        self.leave()
+        self.sock.send(_dump(_Verdict()), socket.MSG_NOSIGNAL)
+        self._admit(self)
+
+
+def greet(local: Local, sock: socket.socket, record: AgentRecord, *, probe: int, deadline: float) -> int:
+    """Prove ourselves on a connected socket and hear the peer's proof; return the peer's probe address.
+
+    Raises:
+        PeerRestarted, PeerLost, ConfigError, TransferTimeout: as the backend contract says.
+    """
+    client = Identity.fresh(local.name, local.incarnation)
+    hello = _Hello(
+        version=GREETING_VERSION, target=record.incarnation,
+        name=client.name, incarnation=client.incarnation, nonce=client.nonce,
+    )  # fmt: skip
+    try:
+        _send(sock, hello, deadline)
+        challenge = _expect(sock, _Challenge, record, deadline)
+        server = Identity(challenge.name, challenge.incarnation, challenge.nonce)
+        if server.incarnation != record.incarnation or not is_proof(
+            _secret(local), challenge.proof, "server", client, server
+        ):
+            raise _stranger(record)
+        _send(sock, _Answer(proof=prove(_secret(local), "client", client, server), probe=probe), deadline)
+        _expect(sock, _Verdict, record, deadline)
+    except TimeoutError as exc:
+        raise TransferTimeout(
+            f"peer {record.name!r} (pid {record.pid}) did not answer the greeting in time",
+            hint="it is frozen or overloaded", peer=record.name,
+        ) from exc  # fmt: skip
+    except OSError as exc:
+        raise PeerLost(f"peer {record.name!r} hung up during the greeting", peer=record.name) from exc
+    return challenge.probe
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """Return the process at the other end, as the kernel knows it."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(data)[0])
+
+
+def _secret(local: Local) -> bytes:
+    return local.config.secret.get_secret_value()
+
+
+def _stranger(record: AgentRecord) -> ConfigError:
+    return ConfigError(
+        f"peer {record.name!r} does not share our secret",
+        hint="agents of one job share AgentConfig.secret; the Ray layer sets it", peer=record.name,
+    )  # fmt: skip
+
+
+def _dump(greeting: BaseModel) -> bytes:
+    return greeting.model_dump_json().encode()
+
+
+def _remaining(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    return remaining
+
+
+def _send(sock: socket.socket, greeting: _Greeting, deadline: float) -> None:
+    sock.settimeout(_remaining(deadline))
+    sock.send(_dump(greeting), socket.MSG_NOSIGNAL)
+
+
+_G = TypeVar("_G", bound=_Greeting)
+
+
+def _expect(sock: socket.socket, model: type[_G], record: AgentRecord, deadline: float) -> _G:
+    sock.settimeout(_remaining(deadline))
+    data = sock.recv(MAX_GREETING_NBYTES)
+    if not data:
+        raise ConnectionResetError
+    with contextlib.suppress(ValidationError):
+        verdict = _Verdict.model_validate_json(data)
+        if verdict.refusal:
+            raise _refusal(verdict, record)
+    try:
+        return parse(model, data, what="greeting", limit=MAX_GREETING_NBYTES)
+    except IntegrityError as exc:
+        raise PeerLost(f"peer {record.name!r} answered nonsense", peer=record.name) from exc
+
+
+def _refusal(verdict: _Verdict, record: AgentRecord) -> RaynixlError:
+    if verdict.kind == "restarted":
+        return PeerRestarted(f"peer {record.name!r} lives as another incarnation", peer=record.name)
+    if verdict.kind == "secret":
+        return _stranger(record)
+    return PeerLost(f"peer {record.name!r} refused the connection: {verdict.refusal}", peer=record.name)
+
+

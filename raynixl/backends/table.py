@@ -1,0 +1,45 @@
+"""The table of backends: ours by name, others by the entry point group `raynixl.backends`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from raynixl.backends.base import Backend, Local
+from raynixl.errors import ConfigError
+
+Factory = Callable[[Local], Backend]
+ENTRY_POINTS = "raynixl.backends"
+
+_OURS = {
+    "loopback": "raynixl.backends.loopback:LoopbackBackend",
+    "shm": "raynixl.backends.shm:ShmBackend",
+}
+
+
+def names() -> list[str]:
+    """Return every backend that can be named in a configuration."""
+    return [*_OURS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in _OURS)]
+
+
+def factory(name: str) -> Factory:
+    """Return the factory of a backend.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name in _OURS:
+        module, _, attribute = _OURS[name].partition(":")
+        made: Factory = getattr(importlib.import_module(module), attribute)
+        return made
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            loaded: Factory = point.load()
+            return loaded
+    raise ConfigError(f"there is no backend {name!r}", hint=f"known are: {', '.join(names())}")
+
+
+def make(local: Local) -> list[Backend]:
+    """Make the configured backends, in order of preference."""
+    return [factory(name)(local) for name in dict.fromkeys(local.config.backends)]

@@ -1,0 +1,77 @@
+"""Configuration of an agent, checked by pydantic; `from_env` is the only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, SecretBytes, ValidationError
+
+from raynixl.errors import ConfigError
+
+MIB = 1 << 20
+_PREFIX = "RAYNIXL_"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+def default_copy_threads() -> int:
+    """Return how many threads copy large blocks by default: the cores we may use, four at most."""
+    return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+class AgentConfig(BaseModel):
+    """How an agent behaves. Every wait it makes is bounded by one of these deadlines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backends: tuple[str, ...] = Field(default=("loopback", "shm"), min_length=1)
+    """Backends in order of preference; the first that can carry a transfer takes it."""
+    native: bool = True
+    """Use the compiled core where it is installed; False forces its ctypes twin."""
+    copy_threads: int = Field(default_factory=default_copy_threads, ge=1, le=256)
+    """Threads that copy one large transfer together, a waiting caller included."""
+    inline_nbytes: int = Field(default=MIB, ge=0, le=64 * MIB)
+    """Transfers up to this size are copied by the posting thread: cheaper than waking another."""
+    transfer_timeout: Seconds = 30.0
+    """Deadline of a transfer that names none."""
+    connect_timeout: Seconds = 10.0
+    """Deadline for finding, connecting and authenticating one peer."""
+    request_timeout: Seconds = 10.0
+    """Deadline of one control message's answer."""
+    deregister_timeout: Seconds = 5.0
+    """How long deregister waits for peers to finish before their connections are closed by force."""
+    heartbeat_interval: Seconds = 1.0
+    """How often a connected peer that has said nothing is asked whether it is there."""
+    heartbeat_timeout: Seconds = 5.0
+    """Silence after which a peer is examined, and given up as lost if it is frozen or unreachable."""
+    lease_seconds: Seconds = 30.0
+    """How long a published record counts without renewal; renewed at a third of it."""
+    max_message_nbytes: int = Field(default=64 * MIB, ge=4096, le=1024 * MIB)
+    """Largest control message or notification that is accepted from a peer."""
+    secret: SecretBytes = SecretBytes(b"")
+    """Shared secret that peers must prove to know; the Ray layer fills in the job's."""
+
+
+def from_env(base: AgentConfig | None = None) -> AgentConfig:
+    """Return `base` (or the defaults) overridden by RAYNIXL_* variables, e.g. RAYNIXL_COPY_THREADS=2.
+
+    Lists are separated by commas; booleans are 0 or 1.
+
+    Raises:
+        ConfigError: a variable holds an unusable value.
+    """
+    values = {} if base is None else base.model_dump()
+    for name in AgentConfig.model_fields:
+        text = os.environ.get(_PREFIX + name.upper())
+        if text is not None:
+            values[name] = tuple(text.split(",")) if name == "backends" else text
+    try:
+        return AgentConfig.model_validate(values)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "?"
+        raise ConfigError(
+            f"setting {name!r} is not usable: {first['msg']}",
+            hint=f"mend it in AgentConfig or in {_PREFIX}{name.upper()}",
+        ) from exc

@@ -1,0 +1,78 @@
+"""The errors of raynixl: one root, and one class for each different thing that a caller does next."""
+
+from __future__ import annotations
+
+
+class RaynixlError(Exception):
+    """Root of every error raised by raynixl.
+
+    `hint` says what to do next and is part of the message; `peer` names the other agent where there is one.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", peer: str = "") -> None:
+        self.message = message
+        self.hint = hint
+        self.peer = peer
+        super().__init__(message, hint, peer)
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.hint, self.peer))
+
+
+def _rebuild(kind: type[RaynixlError], message: str, hint: str, peer: str) -> RaynixlError:
+    return kind(message, hint=hint, peer=peer)
+
+
+class PeerUnknown(RaynixlError):
+    """No agent of that name is published. Next: start it, wait for it, or mend the name."""
+
+
+class PeerLost(RaynixlError):
+    """The peer died, froze or cannot be reached. Next: go on without it, or retry once it is back."""
+
+
+class PeerRestarted(RaynixlError):
+    """The peer lives again as another incarnation. Next: look its regions up again by name."""
+
+
+class RegionUnknown(RaynixlError):
+    """The named region is not registered, here or at the peer. Next: register it, or mend the name."""
+
+
+class RegionStale(RaynixlError):
+    """The region was deregistered or registered anew. Next: look it up again."""
+
+
+class RegionReadOnly(RaynixlError):
+    """The destination's memory cannot be written. Next: register writable memory."""
+
+
+class RangeError(RaynixlError):
+    """Blocks lie outside their region, overlap, are empty, or differ in length. Next: mend the blocks."""
+
+
+class TransferTimeout(RaynixlError, TimeoutError):
+    """A deadline passed. Next: retry, with a longer deadline or after looking at the peer."""
+
+
+class TransferCancelled(RaynixlError):
+    """The transfer was cancelled by its owner."""
+
+
+class IntegrityError(RaynixlError):
+    """Bytes are not what they should be: a wrong digest, or a malformed or foreign record."""
+
+
+class BackendUnavailable(RaynixlError):
+    """No backend can carry this. Next: install or enable what the message names."""
+
+
+class ConfigError(RaynixlError):
+    """A setting, name or argument is not usable. Next: mend it as the message says."""
+
+
+class AgentClosed(RaynixlError):
+    """The agent was closed. Next: make a new one."""

@@ -1,0 +1,196 @@
+"""Memory: the address, size, kind and owner behind an object that a user wants to register."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from raynixl.errors import ConfigError, RangeError
+
+PAGE_NBYTES = mmap.PAGESIZE
+POPULATE_NBYTES = 1 << 30
+"""Mappings up to this size get their page tables filled at once: half the price of faulting them one by one."""
+
+_SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW: a peer's mapping can never SIGBUS
+
+
+class MemoryKind(enum.Enum):
+    """Where bytes live."""
+
+    DRAM = "dram"
+    VRAM = "vram"
+    FILE = "file"
+    OBJECT = "object"
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySpan:
+    """Bare memory by address, for C libraries. The caller keeps it mapped while it is registered."""
+
+    address: int
+    nbytes: int
+    writable: bool = True
+
+
+class _Torch(Protocol):
+    def data_ptr(self) -> int: ...
+    def is_contiguous(self) -> bool: ...
+    def numel(self) -> int: ...
+    def element_size(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A span of memory; holds on to `owner` so that it stays valid. `fd` is its memfd, or -1."""
+
+    kind: MemoryKind
+    device: int
+    address: int
+    nbytes: int
+    writable: bool
+    owner: Any
+    fd: int = -1
+
+
+def resolve(source: Any) -> Memory:
+    """Return the memory behind a tensor, array, buffer or `MemorySpan`; no bytes are copied.
+
+    Raises:
+        ConfigError: the object has no memory of its own that can be registered, or is not contiguous.
+        RangeError: it is empty.
+    """
+    if isinstance(source, MemorySpan):
+        memory = Memory(MemoryKind.DRAM, 0, source.address, source.nbytes, source.writable, source)
+    elif type(source).__module__.split(".")[0] == "torch" or hasattr(source, "data_ptr"):
+        memory = _from_torch(source)
+    elif hasattr(source, "__cuda_array_interface__"):
+        memory = _from_cuda(source)
+    elif isinstance(source, np.ndarray):
+        memory = _from_numpy(source)
+    else:
+        memory = _from_buffer(source)
+    if memory.nbytes <= 0:
+        raise RangeError("memory of no bytes cannot be registered", hint="leave empty tensors out")
+    return memory
+
+
+def _refuse_strided() -> ConfigError:
+    return ConfigError("memory to register is not contiguous", hint="register tensor.contiguous() or its base")
+
+
+def _from_torch(tensor: Any) -> Memory:
+    if not tensor.is_contiguous():
+        raise _refuse_strided()
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"tensors on {tensor.device} cannot be registered", hint="move it to cpu or cuda")
+    kind = MemoryKind.DRAM if tensor.device.type == "cpu" else MemoryKind.VRAM
+    nbytes = tensor.numel() * tensor.element_size()
+    return Memory(kind, tensor.device.index or 0, tensor.data_ptr(), nbytes, True, tensor)
+
+
+def _from_cuda(array: Any) -> Memory:
+    face = array.__cuda_array_interface__
+    if face.get("strides") is not None:
+        raise _refuse_strided()
+    nbytes = int(np.prod(face["shape"], dtype=np.int64)) * np.dtype(face["typestr"]).itemsize
+    device = int(getattr(getattr(array, "device", None), "id", 0))
+    return Memory(MemoryKind.VRAM, device, int(face["data"][0]), nbytes, not face["data"][1], array)
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Memory:
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise _refuse_strided()
+    if array.dtype.hasobject:
+        raise ConfigError("arrays of Python objects cannot be registered", hint="use a numeric dtype")
+    return Memory(MemoryKind.DRAM, 0, array.ctypes.data, array.nbytes, array.flags.writeable, array)
+
+
+def _from_buffer(source: Any) -> Memory:
+    try:
+        view = memoryview(source)
+    except TypeError:
+        try:
+            return _from_numpy(np.from_dlpack(source))
+        except (TypeError, AttributeError, BufferError) as exc:
+            raise ConfigError(
+                f"{type(source).__name__} has no memory to register",
+                hint="give a torch, numpy or cupy array, a buffer, or rx.MemorySpan",
+            ) from exc
+    if not view.contiguous:
+        raise _refuse_strided()
+    if view.nbytes == 0:
+        raise RangeError("memory of no bytes cannot be registered", hint="leave empty tensors out")
+    flat = np.frombuffer(view, np.uint8)
+    return Memory(MemoryKind.DRAM, 0, flat.ctypes.data, view.nbytes, not view.readonly, flat)
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    """Return where a writable mapping lies; the mapping can still be closed afterwards."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def map_shared(fd: int, nbytes: int) -> mmap.mmap:
+    """Map a memfd for reading and writing, page tables filled for all but the largest."""
+    populate = mmap.MAP_POPULATE if nbytes <= POPULATE_NBYTES else 0
+    mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | populate)
+    if nbytes >= 1 << 21:
+        _advise_huge(mapping)
+    return mapping
+
+
+def _advise_huge(mapping: mmap.mmap) -> None:
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return  # kernels without THP for shared memory say EINVAL; the mapping works all the same
+
+
+def available_nbytes() -> int:
+    """Return how much memory this host can still give without swapping."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def allocate(nbytes: int) -> Memory:
+    """Return fresh zeroed memory in a sealed memfd, mapped and touched. `fd` is the caller's to close.
+
+    Views keep the memory alive after that; nothing appears in any file system.
+
+    Raises:
+        RangeError: the size is not positive or more than the host can give.
+    """
+    if not 0 < nbytes < 1 << 62:
+        raise RangeError(f"cannot allocate {nbytes} bytes", hint="give a positive size that fits this host's memory")
+    if nbytes > available_nbytes():
+        raise RangeError(f"cannot allocate {nbytes} bytes: {available_nbytes()} are free", hint="ask for less")
+    fd = os.memfd_create("raynixl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)  # fail here, not by SIGBUS at some later touch
+        fcntl.fcntl(fd, 1024 + 9, _SEALS)  # F_ADD_SEALS
+        mapping = map_shared(fd, nbytes)
+    except (OSError, ValueError, OverflowError) as exc:
+        os.close(fd)
+        raise RangeError(f"cannot allocate {nbytes} bytes: {exc}", hint="ask for less, or free memory") from exc
+    return Memory(MemoryKind.DRAM, 0, address_of(mapping), nbytes, True, mapping, fd)
+
+
+def check_sealed(fd: int, nbytes: int) -> None:
+    """Refuse a memfd from a peer that could shrink under our mapping or is smaller than promised.
+
+    Raises:
+        RangeError: it is unsealed or too small.
+    """
+    seals = fcntl.fcntl(fd, 1024 + 10)  # F_GET_SEALS
+    size = os.fstat(fd).st_size
+    if seals & 0x0002 == 0 or size < nbytes:
+        raise RangeError(f"a peer's arena of {size} bytes is not sealed, or smaller than its {nbytes}")

@@ -1,0 +1,196 @@
+"""Regions: spans of memory registered by their owner (`Region`), and what travels of them (`RemoteRegion`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from raynixl.blocks import Blocks, make_table, page_table
+from raynixl.errors import ConfigError, RangeError
+from raynixl.memory import Memory, MemoryKind
+from raynixl.native import Gate
+from raynixl.record import RegionRecord, parse
+
+MAX_REGION_NBYTES = 8192
+"""Largest serialised region that is accepted."""
+
+
+class _Selectable:
+    """Ways to select blocks of a region, ours or a peer's."""
+
+    __slots__ = ()
+
+    nbytes: int
+    device: int
+    label: str
+
+    def span(self, offset: int = 0, nbytes: int | None = None) -> Blocks:
+        """Select `nbytes` from `offset` (to the end by default)."""
+        if not isinstance(offset, int) or not 0 <= offset <= self.nbytes:
+            raise RangeError(
+                f"offset {offset} is outside {self.label} of {self.nbytes} bytes", hint="give an offset inside it"
+            )
+        length = self.nbytes - offset if nbytes is None else nbytes
+        return Blocks(self, make_table([offset], [length], device=self.device))
+
+    def blocks(self, offsets: ArrayLike, lengths: ArrayLike) -> Blocks:
+        """Select many blocks by byte offset and length; one length may serve all."""
+        return Blocks(self, make_table(offsets, lengths, device=self.device))
+
+    def pages(self, ids: ArrayLike, page_nbytes: int) -> Blocks:
+        """Select whole pages, by number, of the region cut into pages of `page_nbytes`."""
+        return Blocks(self, page_table(ids, page_nbytes, region_nbytes=self.nbytes, device=self.device))
+
+    def __getitem__(self, key: slice) -> Blocks:
+        """Select bytes as a slice does: region[a:b]."""
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            raise RangeError(f"{self.label} is sliced by [start:stop] in bytes", hint="use blocks() or pages()")
+        start, stop, _ = key.indices(self.nbytes)
+        return self.span(start, max(0, stop - start))
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region(_Selectable):
+    """Memory registered with this process's agent.
+
+    Holds on to the memory until `agent.deregister(region)`. The bytes are the user's to read and write,
+    save while a transfer that reads or writes them is in flight.
+    """
+
+    id: int
+    generation: int
+    name: str
+    memory: Memory
+    keys: dict[str, dict[str, str | int]]
+    owner: str
+    incarnation: str
+    gate: Gate = field(repr=False)
+    kind: MemoryKind = MemoryKind.DRAM
+    device: int = 0
+    nbytes: int = 0
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"region {self.name or self.id!r} of {self.owner!r}"
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether transfers may still use it."""
+        return self.gate.code == 0
+
+    def record(self) -> RegionRecord:
+        """Return what travels of it."""
+        return RegionRecord(
+            id=self.id, generation=self.generation, name=self.name, kind=self.kind, device=self.device,
+            nbytes=self.nbytes, writable=self.memory.writable, keys=self.keys,
+        )  # fmt: skip
+
+    def describe(self) -> RemoteRegion:
+        """Return the descriptor that a peer needs to read and write this region."""
+        return RemoteRegion(self.owner, self.incarnation, self.record())
+
+    def array(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None, *, offset: int = 0) -> Any:
+        """Return a numpy view of the bytes (host memory only). Views keep the memory alive."""
+        if self.kind is not MemoryKind.DRAM:
+            raise ConfigError(f"{self.label} is {self.kind.value}, not host memory", hint="use tensor() instead")
+        kind = np.dtype(dtype)
+        count = (self.nbytes - offset) // kind.itemsize if shape is None else int(np.prod(shape, dtype=np.int64))
+        if offset < 0 or count < 0 or offset + count * kind.itemsize > self.nbytes:
+            raise RangeError(f"a view of {count} x {kind} at {offset} is outside {self.label}", hint="make it smaller")
+        flat = _bytes_of(self.memory)[offset : offset + count * kind.itemsize].view(kind)
+        return flat if shape is None else flat.reshape(shape)
+
+    def tensor(self, dtype: Any, shape: Sequence[int], *, offset: int = 0) -> Any:
+        """Return a torch view of the bytes (host memory only). Views keep the memory alive."""
+        import torch  # noqa: PLC0415 - heavy, and only here
+
+        nbytes = int(np.prod(shape, dtype=np.int64)) * torch.empty((), dtype=dtype).element_size()
+        if nbytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        flat = self.array(np.uint8, (nbytes,), offset=offset)
+        return torch.frombuffer(flat, dtype=dtype).reshape(tuple(shape))
+
+
+def _bytes_of(memory: Memory) -> Any:
+    """Return a flat uint8 view of host memory that keeps its owner alive."""
+    view = _AddressView(memory)
+    return np.asarray(view)
+
+
+class _AddressView:
+    """Lends an address range to numpy by its array interface, and keeps the memory's owner alive."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.__array_interface__ = {
+            "version": 3, "typestr": "|u1", "shape": (memory.nbytes,),
+            "data": (memory.address, not memory.writable),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRegion(_Selectable):
+    """A peer's region as it travels: who owns it, which incarnation and generation, how backends reach it."""
+
+    owner: str
+    incarnation: str
+    record: RegionRecord
+
+    @property
+    def id(self) -> int:  # type: ignore[override]
+        """The owner's number for it."""
+        return self.record.id
+
+    @property
+    def name(self) -> str:
+        """Its name at the owner, or ''."""
+        return self.record.name
+
+    @property
+    def generation(self) -> int:
+        """Which registration of it this is."""
+        return self.record.generation
+
+    @property
+    def kind(self) -> MemoryKind:
+        """Where its bytes live."""
+        return self.record.kind
+
+    @property
+    def device(self) -> int:  # type: ignore[override]
+        """Device number of its memory."""
+        return self.record.device
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Its length."""
+        return self.record.nbytes
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """How messages name it."""
+        return f"region {self.name or self.id!r} of {self.owner!r}"
+
+    def to_bytes(self) -> bytes:
+        """Return the descriptor as bytes for a peer."""
+        text = self.record.model_dump_json(exclude_defaults=True)
+        return b"\n".join((self.owner.encode(), self.incarnation.encode(), text.encode()))
+
+    @staticmethod
+    def from_bytes(data: bytes) -> RemoteRegion:
+        """Parse a descriptor.
+
+        Raises:
+            IntegrityError: it is malformed.
+        """
+        owner, incarnation, text = ([*bytes(data).split(b"\n", 2), b"", b""])[:3]
+        record = parse(RegionRecord, text, what="region descriptor", limit=MAX_REGION_NBYTES)
+        return RemoteRegion(owner.decode(errors="replace"), incarnation.decode(errors="replace"), record)
