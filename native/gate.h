@@ -1,0 +1,50 @@
+// Gate: the door through which every operation enters a region's memory.
+#pragma once
+
+#include <cstdint>
+
+#include <atomic>
+
+#include "clock.h"
+
+namespace raynixl {
+
+class Gate {
+ public:
+  // Count the caller in; returns 0, or the code the gate was closed with (then the caller is not in).
+  int enter() {
+    uint64_t before = state_.fetch_add(1, std::memory_order_acq_rel);
+    if (before & kCodeMask) {
+      leave();
+      return code_of(before);
+    }
+    return 0;
+  }
+
+  void leave() {
+    uint64_t before = state_.fetch_sub(1, std::memory_order_acq_rel);
+    if ((before & kDrainer) && (before & kCountMask) == 1) emptied_.wake();
+  }
+
+  // Refuse every later entry with `code` (2 or more, or the engine would read it as done). The first close wins.
+  void close(int code);
+
+  int code() const { return code_of(state_.load(std::memory_order_acquire)); }
+  uint32_t inflight() const { return uint32_t(state_.load(std::memory_order_acquire) & kCountMask); }
+
+  enum class Drained { yes, timeout, interrupted };
+  // Wait until nobody is inside.
+  Drained drain(int64_t deadline_ns);
+
+ private:
+  // One word, so that closing and entering are ordered: count (bits 0-31), code (32-62), drainer present (63).
+  static constexpr uint64_t kCountMask = 0xffff'ffffULL;
+  static constexpr uint64_t kCodeMask = 0x7fff'ffffULL << 32;
+  static constexpr uint64_t kDrainer = 1ULL << 63;
+  static int code_of(uint64_t state) { return int((state & kCodeMask) >> 32); }
+
+  std::atomic<uint64_t> state_{0};
+  Futex emptied_;
+};
+
+}  // namespace raynixl

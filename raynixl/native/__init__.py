@@ -1,0 +1,173 @@
+"""The copy engine's interface, and the choice between its two implementations: compiled, and ctypes.
+
+Addresses are plain integers: whoever makes a program answers for the memory behind them. Gates say when that
+memory goes away. Every method may be called from any thread; those that block release the GIL.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+from raynixl.native.codes import (
+    CANCELLED,
+    CLOSED,
+    COPY,
+    DONE,
+    LOST,
+    PENDING,
+    RESTARTED,
+    STALE,
+    TIMEOUT,
+    VM_READ,
+    VM_WRITE,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "CANCELLED",
+    "CLOSED",
+    "COPY",
+    "DONE",
+    "INLINE_NBYTES",
+    "LOST",
+    "PENDING",
+    "RESTARTED",
+    "STALE",
+    "TIMEOUT",
+    "VM_READ",
+    "VM_WRITE",
+    "Engine",
+    "Gate",
+    "Job",
+    "Native",
+    "Program",
+    "load",
+]
+
+INLINE_NBYTES: Final = 1 << 20
+
+
+class Gate(Protocol):
+    """The door through which every operation enters a region's memory."""
+
+    def close(self, code: int) -> None:
+        """Refuse every later entry with `code`, 2 or more. The first close wins; jobs inside stop soon."""
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until nobody is inside; False at the timeout."""
+
+    @property
+    def code(self) -> int:
+        """The code it was closed with; 0 while it is open."""
+
+    @property
+    def inflight(self) -> int:
+        """How many operations are inside."""
+
+
+class Job(Protocol):
+    """One run of a program by the engine's threads. Dropping it changes nothing: it goes on to its end."""
+
+    @property
+    def code(self) -> int:
+        """PENDING until it has ended. Looking applies the deadline: past it, the job ends with TIMEOUT."""
+
+    @property
+    def nbytes_done(self) -> int:
+        """Bytes of the pieces that are complete."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has ended and no thread copies for it any more: its gates have been left."""
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the end, copying meanwhile if a participant's place is free. False at the timeout."""
+
+    def cancel(self, code: int) -> bool:
+        """End it with `code`, 2 or more, unless it has ended. Threads inside stop at their next piece."""
+
+    def arm(self, fd: int) -> bool:
+        """Have 1 written to an eventfd when it ends; False if it has. The descriptor is duplicated.
+
+        Raises:
+            OSError: the descriptor is not open, or no more can be.
+        """
+
+
+class Program(Protocol):
+    """A list of segments, resolved once and run many times, also while an earlier run is in flight."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one run moves."""
+
+    @property
+    def count(self) -> int:
+        """Segments."""
+
+    def run(self, timeout: float, out_of_line: bool = False) -> int | Job:
+        """Enter all gates, then copy here if it is small, else hand a job to the engine's threads.
+
+        Returns at once: the code of a gate that refused (nothing was copied), DONE, -errno, or a `Job`.
+        """
+
+
+class Engine(Protocol):
+    """A few threads that copy; started by the first job that needs them, asleep while there is none."""
+
+    @property
+    def threads(self) -> int:
+        """How many threads may work on one job, a waiting caller included."""
+
+    def program(
+        self, mode: int, pid: int, segments: npt.NDArray[np.uint64], gates: Sequence[Gate]
+    ) -> Program:
+        """Compile rows of (source address, destination address, nbytes), which are copied.
+
+        Raises:
+            ValueError: no rows, a row of 0 bytes or past the end of memory, or an unknown mode.
+            TypeError: not a C-contiguous (N, 3) array of uint64, or something else than gates.
+        """
+
+    def close(self, timeout: float) -> bool:
+        """End all jobs with CLOSED and join the threads. Idempotent; False if not all went in time."""
+
+
+class Native(Protocol):
+    """What both implementations offer: `raynixl._native` and `raynixl.native.twin`."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802 - a module's constant
+        """'native' or 'ctypes'."""
+
+    def Gate(self) -> Gate:  # noqa: N802 - a class
+        """Make an open gate."""
+
+    def Engine(self, threads: int, inline_nbytes: int = INLINE_NBYTES) -> Engine:  # noqa: N802 - a class
+        """Make an engine that copies up to `inline_nbytes` in the caller's own thread."""
+
+    def copy(self, dst_addr: int, src_addr: int, nbytes: int) -> None:
+        """Copy between two ranges of this process, GIL released."""
+
+    def mapped(self, address: int, nbytes: int) -> bool:
+        """Whether every page of the range is mapped in this process (readable or not)."""
+
+
+def load(native: bool) -> Native:
+    """Return the compiled core if it is wanted and was built, else its ctypes twin."""
+    if native:
+        try:
+            return cast(Native, _module("raynixl._native"))
+        except ModuleNotFoundError as exc:
+            if exc.name != "raynixl._native":
+                raise
+    return cast(Native, _module("raynixl.native.twin"))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
