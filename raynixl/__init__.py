@@ -5,7 +5,7 @@ Layer map (imports go downwards only; tests/test_layers.py holds us to it):
     L0  errors
     L1  blocks, config, telemetry, memory, messages, authentication, host, native, reactor
     L2  record, region, backends, directory
-    L3  agent
+    L3  agents
     L4  collectives
     L5  weights, moe, kv
     L6  actors                              Ray starts here
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raynixl.actors import WeightSync, agent, attach, publish, subscribe, worker
-    from raynixl.agent import Agent, Notification, Peer, Prepared, Transfer
+    from raynixl.agents import Agent, Notification, Peer, Prepared, Transfer
     from raynixl.collectives import Group
     from raynixl.config import AgentConfig
     from raynixl.directory import InMemoryDirectory
@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "raynixl.actors": ("WeightSync", "agent", "attach", "publish", "subscribe", "worker"),
-    "raynixl.agent": ("Agent", "Notification", "Peer", "Prepared", "Transfer"),
+    "raynixl.agents": ("Agent", "Notification", "Peer", "Prepared", "Transfer"),
     "raynixl.collectives": ("Group",),
     "raynixl.config": ("AgentConfig",),
     "raynixl.directory": ("InMemoryDirectory",),

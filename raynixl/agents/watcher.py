@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from raynixl.reactor import Reactor
 
 if TYPE_CHECKING:
-    from raynixl.agent.transfer import Transfer
+    from raynixl.agents.transfer import Transfer
 
 
 class Watcher:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from raynixl import errors
-from raynixl.agent.connection import Connection
-from raynixl.agent.inbox import Inbox, Notification
+from raynixl.agents.connection import Connection
+from raynixl.agents.inbox import Inbox, Notification
 from raynixl.backends.base import Link
 from raynixl.errors import IntegrityError, PeerLost, RaynixlError, RegionStale, RegionUnknown, TransferTimeout
 from raynixl.native import STALE
@@ -25,7 +25,7 @@ from raynixl.record import MAX_RECORD_NBYTES, AgentRecord, RegionRecord, Unsigne
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
+    from raynixl.agents.agent import Agent
 
 logger = logging.getLogger(__name__)
 

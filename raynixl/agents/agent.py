@@ -11,16 +11,16 @@ import weakref
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from raynixl.agent.connection import Connection, Connector
-from raynixl.agent.control import Control, Handler, Reply
-from raynixl.agent.explanation import Explanation, explain
-from raynixl.agent.inbox import Inbox, Notification
-from raynixl.agent.peer import Peer
-from raynixl.agent.prepared import Prepared, Selections
-from raynixl.agent.publisher import Publisher
-from raynixl.agent.regions import Regions
-from raynixl.agent.transfer import Transfer
-from raynixl.agent.watcher import Watcher
+from raynixl.agents.connection import Connection, Connector
+from raynixl.agents.control import Control, Handler, Reply
+from raynixl.agents.explanation import Explanation, explain
+from raynixl.agents.inbox import Inbox, Notification
+from raynixl.agents.peer import Peer
+from raynixl.agents.prepared import Prepared, Selections
+from raynixl.agents.publisher import Publisher
+from raynixl.agents.regions import Regions
+from raynixl.agents.transfer import Transfer
+from raynixl.agents.watcher import Watcher
 from raynixl.backends import table
 from raynixl.backends.base import Backend, Link, Local, Op
 from raynixl.config import AgentConfig, from_env

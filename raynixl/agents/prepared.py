@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from raynixl.agent.transfer import Stage, Transfer
+from raynixl.agents.transfer import Stage, Transfer
 from raynixl.backends.base import Binding, Link, Op, Request
 from raynixl.blocks import Blocks, Segments, match
 from raynixl.errors import (
@@ -29,7 +29,7 @@ from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import RouteCounter
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
+    from raynixl.agents.agent import Agent
 
 Selection = Region | RemoteRegion | Blocks
 Selections = Selection | Sequence[Selection]

@@ -9,8 +9,8 @@ from raynixl.errors import RegionUnknown
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
-    from raynixl.agent.control import Reply
+    from raynixl.agents.agent import Agent
+    from raynixl.agents.control import Reply
 
 
 class Peer:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raynixl.agent.transfer import Transfer
+from raynixl.agents.transfer import Transfer
 from raynixl.backends.base import Backend, Binding, Link
 from raynixl.errors import (
     BackendUnavailable,
@@ -27,8 +27,8 @@ from raynixl.record import AgentRecord
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
-    from raynixl.agent.prepared import Prepared
+    from raynixl.agents.agent import Agent
+    from raynixl.agents.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from raynixl.errors import RaynixlError
 from raynixl.record import AgentRecord
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
+    from raynixl.agents.agent import Agent
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from raynixl.record import RegionRecord, check_name
 from raynixl.region import Region
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
+    from raynixl.agents.agent import Agent
 
 
 class Regions:

@@ -13,7 +13,7 @@ from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
 from raynixl.native import CANCELLED, DONE, Job
 
 if TYPE_CHECKING:
-    from raynixl.agent.prepared import Prepared
+    from raynixl.agents.prepared import Prepared
     from raynixl.backends.base import Link
 
 

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raynixl.agent.connection import kind_names, refusal
-from raynixl.agent.prepared import Prepared, Selections, as_list
+from raynixl.agents.connection import kind_names, refusal
+from raynixl.agents.prepared import Prepared, Selections, as_list
 from raynixl.backends.base import Op
 from raynixl.region import Region
 
 if TYPE_CHECKING:
-    from raynixl.agent.agent import Agent
+    from raynixl.agents.agent import Agent
 
 
 @dataclass(frozen=True, slots=True)
