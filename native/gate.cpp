@@ -2,11 +2,12 @@
 
 namespace raynixl {
 
-void Gate::close(int code) {
+void Gate::close(int code, bool abort) {
   uint64_t state = state_.load(std::memory_order_relaxed);
-  while (!(state & kCodeMask)) {
-    if (state_.compare_exchange_weak(state, state | uint64_t(code) << 32, std::memory_order_acq_rel)) return;
-  }
+  uint64_t closed;
+  do {
+    closed = state | (state & kCodeMask ? 0 : uint64_t(code) << 32) | (abort ? kAbort : 0);
+  } while (!state_.compare_exchange_weak(state, closed, std::memory_order_acq_rel));
 }
 
 Gate::Drained Gate::drain(int64_t deadline_ns) {

@@ -26,8 +26,15 @@ class Gate {
     if ((before & kDrainer) && (before & kCountMask) == 1) emptied_.wake();
   }
 
-  // Refuse every later entry with `code` (2 or more, or the engine would read it as done). The first close wins.
-  void close(int code);
+  // Refuse every later entry with `code` (2 or more, or the engine would read it as done). The first code stays.
+  // Those inside stop soon if `abort`, else they finish; a later close may still abort them.
+  void close(int code, bool abort);
+
+  // The code if those inside are to stop, else 0.
+  int aborted() const {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    return state & kAbort ? code_of(state) : 0;
+  }
 
   int code() const { return code_of(state_.load(std::memory_order_acquire)); }
   uint32_t inflight() const { return uint32_t(state_.load(std::memory_order_acquire) & kCountMask); }
@@ -37,9 +44,11 @@ class Gate {
   Drained drain(int64_t deadline_ns);
 
  private:
-  // One word, so that closing and entering are ordered: count (bits 0-31), code (32-62), drainer present (63).
+  // One word, so that closing and entering are ordered: count (bits 0-31), code (32-61), abort (62),
+  // drainer present (63).
   static constexpr uint64_t kCountMask = 0xffff'ffffULL;
-  static constexpr uint64_t kCodeMask = 0x7fff'ffffULL << 32;
+  static constexpr uint64_t kCodeMask = 0x3fff'ffffULL << 32;
+  static constexpr uint64_t kAbort = 1ULL << 62;
   static constexpr uint64_t kDrainer = 1ULL << 63;
   static int code_of(uint64_t state) { return int((state & kCodeMask) >> 32); }
 

@@ -64,6 +64,15 @@ Job::Waited Job::wait(int64_t deadline_ns) {
   }
 }
 
+Job::Waited Job::wait_settled(int64_t deadline_ns) {
+  for (;;) {
+    uint32_t seen = emptied_.value();
+    if (settled()) return Waited::ended;
+    if (now_ns() >= deadline_ns) return Waited::timeout;
+    if (!emptied_.wait(seen, deadline_ns)) return Waited::look_up;
+  }
+}
+
 bool Job::end(int code) {
   if (forked()) return false;
   uint32_t state = state_.load(std::memory_order_relaxed);
@@ -147,6 +156,7 @@ void Job::leave() {
 void Job::settle() {
   plan_->leave();
   settled_.store(true, std::memory_order_release);
+  emptied_.wake();
   engine_->settled();
 }
 

@@ -34,6 +34,8 @@ class Job : public std::enable_shared_from_this<Job> {
   int64_t deadline_ns() const { return deadline_ns_; }
 
   enum class Waited { ended, timeout, look_up };
+  // Wait until nobody copies for the job any more.
+  Waited wait_settled(int64_t deadline_ns);
   // Wait for the end, copying meanwhile if a participant's place is free. Returns look_up now and then, so that
   // the caller can see to its signals and come back.
   Waited wait(int64_t deadline_ns);
@@ -75,6 +77,7 @@ class Job : public std::enable_shared_from_this<Job> {
   std::atomic<uint64_t> nbytes_done_{0};
   std::atomic<bool> settled_{false};
   Futex ended_;
+  Futex emptied_;
 
   std::mutex armed_lock_;  // protects armed_, and code_ against ending while a descriptor is added
   std::vector<int> armed_;

@@ -75,9 +75,9 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-void gate_close(PyGate& self, int code) {
-  if (code < 2) throw nb::value_error("the code of a closed gate is 2 or more");
-  self.gate->close(code);
+void gate_close(PyGate& self, int code, bool abort) {
+  if (code < 2 || code >= 1 << 29) throw nb::value_error("the code of a closed gate is 2 or more");
+  self.gate->close(code, abort);
 }
 
 bool gate_drain(PyGate& self, double timeout) {
@@ -151,20 +151,30 @@ nb::object program_run(const PyProgram& self, double timeout, bool out_of_line) 
   return nb::cast(PyJob{self.owner, std::move(job)});
 }
 
-bool job_wait(PyJob& self, double timeout) {
-  std::shared_ptr<Job> job = self.job;
-  if (job->code() != PENDING) return true;
-  if (!(timeout > 0)) return false;
+template <typename Wait>
+bool wait_for(double timeout, Wait wait) {
   int64_t deadline = deadline_after(timeout);
   for (;;) {
     Job::Waited waited;
     {
       nb::gil_scoped_release release;
-      waited = job->wait(deadline);
+      waited = wait(deadline);
     }
     if (waited != Job::Waited::look_up) return waited == Job::Waited::ended;
     check_signals();
   }
+}
+
+bool job_wait(PyJob& self, double timeout) {
+  std::shared_ptr<Job> job = self.job;
+  if (job->code() != PENDING) return true;
+  if (!(timeout > 0)) return false;
+  return wait_for(timeout, [&](int64_t deadline) { return job->wait(deadline); });
+}
+
+bool job_wait_settled(PyJob& self, double timeout) {
+  std::shared_ptr<Job> job = self.job;
+  return wait_for(timeout, [&](int64_t deadline) { return job->wait_settled(deadline); });
 }
 
 bool job_cancel(PyJob& self, int code) {
@@ -194,7 +204,7 @@ void copy_range(uint64_t destination, uint64_t source, uint64_t nbytes) {
 void bind_gate(nb::module_& m) {
   nb::class_<PyGate>(m, "Gate")
       .def(nb::init<>())
-      .def("close", gate_close, "code"_a)
+      .def("close", gate_close, "code"_a, nb::kw_only(), "abort"_a = true)
       .def("drain", gate_drain, "timeout"_a)
       .def_prop_ro("code", [](PyGate& self) { return self.gate->code(); })
       .def_prop_ro("inflight", [](PyGate& self) { return self.gate->inflight(); });
@@ -215,6 +225,7 @@ void bind_engine(nb::module_& m) {
 void bind_job(nb::module_& m) {
   nb::class_<PyJob>(m, "Job")
       .def("wait", job_wait, "timeout"_a)
+      .def("wait_settled", job_wait_settled, "timeout"_a)
       .def("cancel", job_cancel, "code"_a)
       .def("arm", job_arm, "fd"_a)
       .def_prop_ro("code", [](PyJob& self) { return self.job->code(); })

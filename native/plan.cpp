@@ -70,7 +70,7 @@ void Plan::leave() const {
 
 int Plan::closed() const {
   for (const auto& gate : gates_)
-    if (int code = gate->code()) return code;
+    if (int code = gate->aborted()) return code;
   return 0;
 }
 

@@ -153,7 +153,8 @@ class Transfer:
                     return
             return
         stage = self._stage
-        with self._prepared.agent.settled as settled:
+        settled = self._prepared.agent.settled
+        with settled:
             settled.wait_for(lambda: self._stage is not stage, remaining)
 
     def _advance(self) -> bool:
@@ -231,7 +232,8 @@ class Transfer:
 
     def started(self, jobs: Sequence[Job], link: Link) -> None:
         """Take the jobs that carry it; called once, by whoever posted it."""
-        with self._prepared.agent.settled as settled:
+        settled = self._prepared.agent.settled
+        with settled:
             if self._stage is Stage.CONNECTING:
                 self._jobs, self._link, self._stage = jobs, link, Stage.COPYING
                 self._advance_locked()

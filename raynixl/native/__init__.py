@@ -55,8 +55,11 @@ INLINE_NBYTES: Final = 1 << 20
 class Gate(Protocol):
     """The door through which every operation enters a region's memory."""
 
-    def close(self, code: int) -> None:
-        """Refuse every later entry with `code`, 2 or more. The first close wins; jobs inside stop soon."""
+    def close(self, code: int, *, abort: bool = True) -> None:
+        """Refuse every later entry with `code`, 2 or more; the first code stays.
+
+        Those inside stop soon if `abort`, else they finish; a later close may still abort them.
+        """
 
     def drain(self, timeout: float) -> bool:
         """Wait until nobody is inside; False at the timeout."""
@@ -87,6 +90,9 @@ class Job(Protocol):
 
     def wait(self, timeout: float) -> bool:
         """Wait for the end, copying meanwhile if a participant's place is free. False at the timeout."""
+
+    def wait_settled(self, timeout: float) -> bool:
+        """Wait until no thread copies for it any more. False at the timeout."""
 
     def cancel(self, code: int) -> bool:
         """End it with `code`, 2 or more, unless it has ended. Threads inside stop at their next piece."""

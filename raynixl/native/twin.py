@@ -1,0 +1,261 @@
+"""The copy engine in Python threads and ctypes: same interface and meaning as the compiled core, slower."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raynixl.native import syscalls
+from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
+from raynixl.native.syscalls import copy, mapped
+from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
+
+__all__ = ["NAME", "Engine", "Gate", "Job", "Program", "copy", "mapped"]
+
+NAME = "ctypes"
+
+_BYTES_PER_THREAD = 2 << 20  # less than this is copied before another thread has woken
+_KEEP_GIL = 16 << 10
+_COPY_PIECE = 1 << 20
+_VM_PIECE = 4 << 20
+_EXIT_TIMEOUT = 2.0
+
+Segments = npt.NDArray[np.uint64]
+
+
+class Program:
+    """A list of segments cut into pieces once and run many times."""
+
+    def __init__(
+        self, engine: Engine, mode: int, pid: int, segments: Segments, gates: Sequence[Gate]
+    ) -> None:
+        self._engine = engine
+        self._mode = mode
+        self._pid = pid
+        self._gates = tuple(gates)
+        self.count = len(segments)
+        self.nbytes = int(segments[:, 2].sum())
+        self._table, bounds = _cut(segments, _COPY_PIECE if mode == COPY else _VM_PIECE)
+        self._bounds = bounds
+        self.pieces = len(bounds) - 1
+        self._sizes = np.add.reduceat(self._table[:, 2], bounds[:-1]).tolist()
+        self._single = tuple(self._table[0].tolist()) if len(self._table) == 1 and mode == COPY else None
+
+    def run(self, timeout: float, out_of_line: bool = False) -> int | Job:
+        """Enter all gates, then copy here if it is small, else hand a job to the engine's threads."""
+        if not self._engine.usable():
+            return CLOSED
+        if refused := self._enter():
+            return refused
+        if self.nbytes > self._engine.inline_nbytes or out_of_line:
+            return self._engine.post(self, deadline_after(timeout))
+        try:
+            return self._copy_here(timeout)
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Leave all gates."""
+        for gate in self._gates:
+            gate.leave()
+
+    def closed(self) -> int:
+        """Return the code of the first gate that is closed, 0 if all are open."""
+        return next((gate.code for gate in self._gates if gate.code), 0)
+
+    def piece_nbytes(self, piece: int) -> int:
+        """Bytes of one piece."""
+        return int(self._sizes[piece])
+
+    def copy(self, piece: int) -> int:
+        """Copy one piece; return 0 or -errno."""
+        rows = self._table[self._bounds[piece] : self._bounds[piece + 1]]
+        if self._mode == COPY:
+            return syscalls.copy_rows(rows)
+        return syscalls.move_rows(rows, self._pid, write=self._mode == VM_WRITE)
+
+    def _enter(self) -> int:
+        for i, gate in enumerate(self._gates):
+            if refused := gate.enter():
+                for entered in self._gates[:i]:
+                    entered.leave()
+                return refused
+        return 0
+
+    def _copy_here(self, timeout: float) -> int:
+        if self._single is not None and self.nbytes <= _KEEP_GIL:
+            source, destination, nbytes = self._single
+            syscalls.copy_small(destination, source, nbytes)
+            return DONE
+        deadline = deadline_after(timeout)
+        for piece in range(self.pieces):
+            if piece > 0 and time.monotonic() >= deadline:
+                return TIMEOUT
+            if piece > 0 and (closed := self.closed()):
+                return closed
+            if error := self.copy(piece):
+                return error
+        return DONE
+
+
+def _cut(segments: Segments, limit: int) -> tuple[Segments, list[int]]:
+    """Split rows larger than `limit`, and return the new rows with the bounds of the pieces."""
+    lengths = segments[:, 2]
+    parts = ((lengths - np.uint64(1)) // np.uint64(limit) + np.uint64(1)).astype(np.int64)
+    if int(parts.max()) > 1:
+        row = np.repeat(np.arange(len(segments)), parts)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
+        offset = nth.astype(np.uint64) * np.uint64(limit)
+        table = segments[row]
+        table[:, :2] += offset[:, None]
+        table[:, 2] = np.minimum(table[:, 2] - offset, np.uint64(limit))
+    else:
+        table = segments
+    group = (np.cumsum(table[:, 2]) - np.uint64(1)) // np.uint64(limit)
+    starts = np.flatnonzero(np.diff(group)) + 1
+    return np.ascontiguousarray(table), [0, *starts.tolist(), len(table)]
+
+
+def _check(mode: int, segments: Segments, gates: Sequence[Gate]) -> None:
+    if mode not in (COPY, VM_READ, VM_WRITE):
+        raise ValueError("unknown mode")
+    shaped = isinstance(segments, np.ndarray) and segments.ndim == 2 and segments.shape[1] == 3
+    if not (shaped and segments.dtype == np.uint64 and segments.flags.c_contiguous):
+        raise TypeError("segments must be a C-contiguous (N, 3) array of uint64")
+    if not all(isinstance(gate, Gate) for gate in gates):
+        raise TypeError("gates must be gates of this core")
+    if len(segments) == 0:
+        raise ValueError("a program needs at least one segment")
+    lengths = segments[:, 2]
+    if not lengths.all():
+        raise ValueError("a segment of 0 bytes")
+    ends = segments[:, :2] + lengths[:, None]
+    if (ends < segments[:, :2]).any() or lengths.sum(dtype=np.float64) >= 2.0**64:
+        raise ValueError("a segment reaches past the end of memory")
+
+
+class Engine:
+    """A few daemon threads that copy; asleep while there is nothing to do."""
+
+    def __init__(self, threads: int, inline_nbytes: int = 1 << 20) -> None:
+        if threads < 1:
+            raise ValueError("an engine needs at least one thread")
+        if inline_nbytes < 0:
+            raise ValueError("inline_nbytes is negative")
+        self.threads = threads
+        self.inline_nbytes = inline_nbytes
+        self._forks = fork_generation()
+        self._changed = threading.Condition(
+            threading.Lock()
+        )  # protects all below; held for list operations only
+        self._jobs: dict[Job, None] = {}  # pending ones, oldest first
+        self._crew: list[threading.Thread] = []
+        self._idle = 0
+        self._unsettled = 0
+        self._next_deadline = math.inf
+        self._closing = False
+        # The threads must not touch memory that the interpreter frees when it goes.
+        atexit.register(self.close, _EXIT_TIMEOUT)
+
+    def usable(self) -> bool:
+        """Whether it has not been closed, and this is the process that made it."""
+        return not self._closing and self._forks == fork_generation()
+
+    def program(self, mode: int, pid: int, segments: Segments, gates: Sequence[Gate]) -> Program:
+        """Compile rows of (source address, destination address, nbytes), which are copied."""
+        _check(mode, segments, gates)
+        return Program(self, mode, pid, segments.copy(), gates)
+
+    def post(self, program: Program, deadline: float) -> int | Job:
+        """Queue a program whose gates have been entered, and wake the threads it needs."""
+        wanted = min(self.threads, (program.nbytes - 1) // _BYTES_PER_THREAD + 1)
+        job = Job(self, program, deadline, wanted)
+        with self._changed:
+            if not self._closing:
+                self._jobs[job] = None
+                self._unsettled += 1
+                self._next_deadline = min(self._next_deadline, deadline)
+                self._start_threads(min(wanted - self._idle, self.threads - len(self._crew)))
+                self._changed.notify(wanted)
+                return job
+        program.leave()
+        return CLOSED
+
+    def close(self, timeout: float) -> bool:
+        """End all jobs with CLOSED and join the threads."""
+        if self._forks != fork_generation():
+            return True
+        deadline = deadline_after(timeout)
+        with self._changed:
+            self._closing = True
+            jobs = list(self._jobs)
+            self._changed.notify_all()
+        for job in jobs:
+            job.cancel(CLOSED)
+        with self._changed:
+            settled = self._changed.wait_for(
+                lambda: self._unsettled == 0, max(0.0, deadline - time.monotonic())
+            )
+        for thread in self._crew:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        ended = settled and not any(thread.is_alive() for thread in self._crew)
+        if ended:
+            atexit.unregister(self.close)
+        return ended
+
+    def wake(self) -> None:
+        """Hear that a place has become free while pieces remain."""
+        with self._changed:
+            self._changed.notify()
+
+    def retire(self, job: Job) -> None:
+        """Hear that a job has ended."""
+        with self._changed:
+            self._jobs.pop(job, None)
+
+    def count_settled(self) -> None:
+        """Hear that nobody copies for some job any more."""
+        with self._changed:
+            self._unsettled -= 1
+            if self._closing:
+                self._changed.notify_all()
+
+    def expire(self, now: float) -> None:
+        """End the jobs whose deadline has passed."""
+        if now < self._next_deadline:
+            return
+        with self._changed:
+            late = [job for job in self._jobs if job.deadline <= now]
+            self._next_deadline = min(
+                (job.deadline for job in self._jobs if job.deadline > now), default=math.inf
+            )
+        for job in late:
+            job.cancel(TIMEOUT)
+
+    def _start_threads(self, wanted: int) -> None:
+        for _ in range(wanted):
+            thread = threading.Thread(target=self._serve, name="raynixl-copy", daemon=True)
+            self._crew.append(thread)
+            thread.start()
+
+    def _serve(self) -> None:
+        while (job := self._next_job()) is not None:
+            job.participate(math.inf)
+            del job
+
+    def _next_job(self) -> Job | None:
+        with self._changed:
+            while not self._closing:
+                job = next((job for job in self._jobs if job.has_place()), None)
+                if job is not None:
+                    return job
+                self._idle += 1
+                self._changed.wait()
+                self._idle -= 1
+        return None

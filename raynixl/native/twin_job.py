@@ -1,0 +1,285 @@
+"""Gates and jobs of the ctypes twin: who is inside a region's memory, and one run of a program."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Protocol
+
+from raynixl.native.codes import CLOSED, DONE, PENDING, TIMEOUT
+
+__all__ = ["Gate", "Job", "deadline_after", "fork_generation"]
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def fork_generation() -> int:
+    """How often this process was forked off its ancestors: threads and locks of an older count are gone."""
+    return _forks
+
+
+def deadline_after(timeout: float) -> float:
+    """Return `timeout` seconds from now on the monotonic clock; negative and NaN count as now."""
+    return time.monotonic() + (timeout if timeout > 0 else 0.0)
+
+
+class Work(Protocol):
+    """What a job copies: pieces, behind gates."""
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces there are."""
+
+    def piece_nbytes(self, piece: int) -> int:
+        """Bytes of one piece."""
+
+    def copy(self, piece: int) -> int:
+        """Copy one piece; return 0 or -errno."""
+
+    def closed(self) -> int:
+        """Return the code of the first gate that is closed, 0 if all are open."""
+
+    def leave(self) -> None:
+        """Leave all gates."""
+
+
+class Crew(Protocol):
+    """Whose threads carry jobs out."""
+
+    def wake(self) -> None:
+        """Hear that a place has become free while pieces remain."""
+
+    def retire(self, job: Job) -> None:
+        """Hear that a job has ended."""
+
+    def count_settled(self) -> None:
+        """Hear that nobody copies for some job any more."""
+
+    def expire(self, now: float) -> None:
+        """End the jobs whose deadline has passed."""
+
+
+class Gate:
+    """The door through which every operation enters a region's memory."""
+
+    __slots__ = ("_changed", "_code", "_inside")
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())  # protects both counts below
+        self._code = 0
+        self._inside = 0
+
+    def close(self, code: int) -> None:
+        """Refuse every later entry with `code`. The first close wins."""
+        if code < 2:
+            raise ValueError("the code of a closed gate is 2 or more")
+        with self._changed:
+            if self._code == 0:
+                self._code = code
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until nobody is inside; False at the timeout."""
+        with self._changed:
+            limit = min(timeout, threading.TIMEOUT_MAX) if timeout > 0 else 0.0
+            return self._changed.wait_for(lambda: self._inside == 0, limit)
+
+    @property
+    def code(self) -> int:
+        """The code it was closed with; 0 while it is open."""
+        return self._code
+
+    @property
+    def inflight(self) -> int:
+        """How many operations are inside."""
+        return self._inside
+
+    def enter(self) -> int:
+        """Count the caller in; return 0, or the code that refuses it."""
+        with self._changed:
+            if self._code == 0:
+                self._inside += 1
+            return self._code
+
+    def leave(self) -> None:
+        """Count the caller out."""
+        with self._changed:
+            self._inside -= 1
+            if self._inside == 0:
+                self._changed.notify_all()
+
+
+class Job:
+    """One run of a program by several threads; ends exactly once, with one code."""
+
+    def __init__(self, engine: Crew, program: Work, deadline: float, participants: int) -> None:
+        self._engine = engine
+        self._program = program
+        self._deadline = deadline
+        self._limit = participants
+        self._forks = _forks
+        self._ended = threading.Condition(threading.Lock())  # protects all below
+        self._code = PENDING
+        self._inside = 0
+        self._cursor = 0
+        self._pieces_done = 0
+        self._nbytes_done = 0
+        self._settled = False
+        self._armed: list[int] = []
+
+    @property
+    def code(self) -> int:
+        """PENDING until it has ended; looking applies the deadline."""
+        if self._code == PENDING:
+            if self._forks != _forks:
+                self._code = CLOSED  # our threads stayed in the parent
+            elif time.monotonic() >= self._deadline:
+                self._end(TIMEOUT)
+        return self._code
+
+    @property
+    def nbytes_done(self) -> int:
+        """Bytes of the pieces that are complete."""
+        return self._nbytes_done
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has ended and nobody copies for it any more."""
+        return self.code != PENDING and (self._settled or self._forks != _forks)
+
+    @property
+    def deadline(self) -> float:
+        """When it ends with TIMEOUT, on the monotonic clock."""
+        return self._deadline
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the end, copying meanwhile if a participant's place is free."""
+        deadline = deadline_after(timeout)
+        while self.code == PENDING:
+            if time.monotonic() >= deadline:
+                return False
+            if self.participate(deadline):
+                continue
+            left = min(deadline, self._deadline) - time.monotonic()
+            with self._ended:
+                self._ended.wait_for(
+                    lambda: self._code != PENDING, max(0.0, min(left, threading.TIMEOUT_MAX))
+                )
+        return True
+
+    def cancel(self, code: int) -> bool:
+        """End it with `code` unless it has ended."""
+        if code < 2:
+            raise ValueError("the code of a cancelled job is 2 or more")
+        return self._forks == _forks and self._end(code)
+
+    def arm(self, fd: int) -> bool:
+        """Have 1 written to a duplicate of the eventfd when it ends; False if it has."""
+        if self.code != PENDING:
+            return False
+        duplicate = os.dup(fd)
+        with self._ended:
+            if self._code == PENDING:
+                self._armed.append(duplicate)
+                return True
+        os.close(duplicate)
+        return False
+
+    def has_place(self) -> bool:
+        """Whether another thread could help."""
+        return self._code == PENDING and self._inside < self._limit and self._cursor < self._program.pieces
+
+    def participate(self, deadline: float) -> bool:
+        """Copy pieces until none is left or the deadline passes; False if there is no place."""
+        with self._ended:
+            if self._forks != _forks or not self.has_place():
+                return False
+            self._inside += 1
+        self._work(deadline)
+        self._leave()
+        return True
+
+    def _work(self, deadline: float) -> None:
+        while self._code == PENDING:
+            now = time.monotonic()
+            if now >= self._deadline:
+                self._end(TIMEOUT)
+                return
+            if now >= deadline:
+                return
+            self._engine.expire(now)
+            if closed := self._program.closed():
+                self._end(closed)
+                return
+            with self._ended:
+                piece, self._cursor = self._cursor, self._cursor + 1
+            if piece >= self._program.pieces:
+                return
+            if error := self._program.copy(piece):
+                self._end(error)
+                return
+            with self._ended:
+                self._pieces_done += 1
+                self._nbytes_done += self._program.piece_nbytes(piece)
+
+    def _leave(self) -> None:
+        with self._ended:
+            self._inside -= 1
+            last = self._inside == 0
+            pending = self._code == PENDING
+            unfinished = self._cursor < self._program.pieces
+            done = last and pending and self._pieces_done == self._program.pieces
+            armed = self._finish(DONE) if done else []
+            settle = last and not done and not pending and self._claim_settled()
+        if done:
+            self._announce(armed)
+        elif settle:
+            self._settle()
+        elif pending and unfinished:
+            self._engine.wake()
+
+    def _end(self, code: int) -> bool:
+        with self._ended:
+            if self._code != PENDING:
+                return False
+            settle = self._inside == 0 and code != DONE and self._claim_settled()
+            armed = self._finish(code)
+        if settle:
+            self._settle()
+        self._announce(armed)
+        return True
+
+    def _claim_settled(self) -> bool:
+        before, self._settled = self._settled, True
+        return not before
+
+    def _finish(self, code: int) -> list[int]:
+        """Set the code, under the lock. Done means settled too: the gates are left before anyone can see it."""
+        if code == DONE and self._claim_settled():
+            self._settle()
+        self._code = code
+        armed, self._armed = self._armed, []
+        self._ended.notify_all()
+        return armed
+
+    def _settle(self) -> None:
+        self._program.leave()
+        self._engine.count_settled()
+
+    def _announce(self, armed: list[int]) -> None:
+        for fd in armed:
+            try:
+                os.eventfd_write(fd, 1)
+            except BlockingIOError:  # full, hence readable already
+                pass
+            finally:
+                os.close(fd)
+        self._engine.retire(self)
