@@ -202,10 +202,7 @@ class Agent:
         return Prepared(self, Op.WRITE, src, dst).post(notify=notify, timeout=timeout)
 
     def prepare(self, op: str, src: Selections, dst: Selections) -> Prepared:
-        """Check and resolve a 'read' or 'write' once, to post it many times.
-
-        Connects and binds now if that takes no waiting, else at the first post.
-        """
+        """Check and resolve a 'read' or 'write' once, to post it many times; connects at the first post."""
         if op not in ("read", "write"):
             raise ConfigError(f"{op!r} is not an operation", hint="prepare 'read' or 'write'")
         return Prepared(self, Op(op), src, dst)

@@ -212,6 +212,19 @@ class Connector:
         prepared.bind(bindings)
         return bindings
 
+    def bind_now(self, prepared: Prepared) -> bool:
+        """Bind an operation if its peer is connected and its regions are bound already; never waits."""
+        connection = self.current(prepared.peer)
+        if connection is None or connection.incarnation != prepared.incarnation:
+            return False
+        with connection.lock:
+            held = connection.bindings
+            bindings = [held.get((remote.id, remote.generation)) for remote in prepared.remote]
+        if None in bindings:
+            return False
+        prepared.bind([binding for binding in bindings if binding is not None])
+        return True
+
     def close(self, timeout: float) -> None:
         """Lose every connection and join the threads."""
         for connection in self.all():

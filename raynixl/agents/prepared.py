@@ -44,8 +44,8 @@ class Prepared:
     """
 
     __slots__ = (
-        "_counter", "_fast", "_link", "_programs", "_remote", "agent", "backend", "count",
-        "incarnation", "local", "nbytes", "op", "peer", "segments",
+        "_counter", "_done", "_fast", "_link", "_programs", "_remote", "_seconds", "agent", "backend", "count",
+        "_has_posted", "incarnation", "local", "nbytes", "op", "peer", "segments",
     )  # fmt: skip
 
     def __init__(self, agent: Agent, op: Op, src: Selections, dst: Selections) -> None:
@@ -70,6 +70,9 @@ class Prepared:
         self._fast: Program | None = None
         self._link: Link | None = None
         self._counter = _UNBOUND
+        self._seconds = agent.transfer_timeout
+        self._has_posted = False
+        self._done: Transfer | None = None
 
     def __repr__(self) -> str:
         return f"Prepared({self.summary})"
@@ -91,20 +94,29 @@ class Prepared:
             carried by the handle.
         """
         fast = self._fast
-        if fast is not None and notify is None:
-            code = fast.run(self.agent.transfer_timeout if timeout is None else timeout)
+        if fast is not None and notify is None and timeout is None:
+            code = fast.run(self._seconds)
             if code == DONE:
                 counter = self._counter
                 counter.transfers += 1
                 counter.nbytes += self.nbytes
-                return Transfer(self, Stage.DONE)
+                return self._done or self._ended_well()
             return self._take(code, notify, timeout)
         return self._post(notify, timeout)
 
+    def _ended_well(self) -> Transfer:
+        """Make the handle of a post that ended at once. From the second on one serves all: it is a value."""
+        transfer = Transfer(self, Stage.DONE)
+        if self._has_posted:
+            self._done = transfer
+        self._has_posted = True
+        return transfer
+
     def _post(self, notify: bytes | None, timeout: float | None) -> Transfer:
         seconds = self._check_post(notify, timeout)
-        if self._programs is None:
+        if self._programs is None and not self.agent.connector.bind_now(self):
             return self._take(LOST, notify, timeout)
+        assert self._programs is not None
         if len(self._programs) > 1:
             transfer = Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify)
             self.run_all(transfer)
@@ -125,14 +137,16 @@ class Prepared:
         """Make the handle for what `run` returned."""
         seconds = self._check_post(notify, timeout)
         transfer = Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify)
-        if isinstance(result, int) and result == LOST:
+        if isinstance(result, int) and result == DONE:
+            self._start(transfer, [])
+        elif isinstance(result, int) and result == LOST:
             self._unbind()
             self.agent.connector.submit(self, transfer)
-        elif isinstance(result, int) and result not in (DONE,):
+        elif isinstance(result, int):
             self._refuse_local()
             transfer.failed(self.translate(result))
         else:
-            self._start(transfer, [] if isinstance(result, int) else [result])
+            self._start(transfer, [result])
         return transfer
 
     def _start(self, transfer: Transfer, jobs: list[Job]) -> None:

@@ -27,6 +27,9 @@ class Stage(enum.Enum):
     FAILED = "failed"
 
 
+_DONE = Stage.DONE  # looked up a million times a second
+
+
 @dataclass(frozen=True, slots=True)
 class TransferStatistics:
     """What one transfer did; `seconds` from post to the end, or until now."""
@@ -97,7 +100,7 @@ class Transfer:
             TransferTimeout: the deadline passed; or `timeout` did, and the transfer goes on.
             RaynixlError: whatever else ended the transfer.
         """
-        if self._stage is Stage.DONE:
+        if self._stage is _DONE:
             return
         limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + timeout)
         while not self._advance():

@@ -6,9 +6,9 @@ memory goes away. Every method may be called from any thread; those that block r
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from raynixl.native.codes import (
     CANCELLED,
@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 INLINE_NBYTES: Final = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 
 class Gate(Protocol):
@@ -144,6 +146,16 @@ class Engine(Protocol):
         """End all jobs with CLOSED and join the threads. Idempotent; False if not all went in time."""
 
 
+class EngineMaker(Protocol):
+    """The class `Engine` of an implementation."""
+
+    def __call__(self, threads: int, inline_nbytes: int = INLINE_NBYTES) -> Engine:
+        """Make an engine that copies up to `inline_nbytes` in the caller's own thread."""
+
+
+_MakeGate: TypeAlias = Callable[[], Gate]  # inside Native, `Gate` would name its own member
+
+
 class Native(Protocol):
     """What both implementations offer: `raynixl._native` and `raynixl.native.twin`."""
 
@@ -151,11 +163,13 @@ class Native(Protocol):
     def NAME(self) -> str:  # noqa: N802 - a module's constant
         """'native' or 'ctypes'."""
 
-    def Gate(self) -> Gate:  # noqa: N802 - a class
+    @property
+    def Gate(self) -> _MakeGate:  # noqa: N802 - a class
         """Make an open gate."""
 
-    def Engine(self, threads: int, inline_nbytes: int = INLINE_NBYTES) -> Engine:  # noqa: N802 - a class
-        """Make an engine that copies up to `inline_nbytes` in the caller's own thread."""
+    @property
+    def Engine(self) -> EngineMaker:  # noqa: N802 - a class
+        """Make an engine."""
 
     def copy(self, dst_addr: int, src_addr: int, nbytes: int) -> None:
         """Copy between two ranges of this process, GIL released."""
@@ -168,12 +182,11 @@ def load(native: bool) -> Native:
     """Return the compiled core if it is wanted and was built, else its ctypes twin."""
     if native:
         try:
-            return cast(Native, _module("raynixl._native"))
-        except ModuleNotFoundError as exc:
-            if exc.name != "raynixl._native":
-                raise
-    return cast(Native, _module("raynixl.native.twin"))
+            from raynixl import _native
+        except ImportError as exc:
+            _log.info("no compiled core (%s): its ctypes twin runs instead", exc)
+        else:
+            return _native
+    from raynixl.native import twin
 
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name)
+    return twin

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -167,7 +168,7 @@ class Engine:
         """Whether it has not been closed, and this is the process that made it."""
         return not self._closing and self._forks == fork_generation()
 
-    def program(self, mode: int, pid: int, segments: Segments, gates: Sequence[Gate]) -> Program:
+    def program(self, mode: int, pid: int, segments: Segments, gates: Sequence[Any]) -> Program:
         """Compile rows of (source address, destination address, nbytes), which are copied."""
         _check(mode, segments, gates)
         return Program(self, mode, pid, segments.copy(), gates)

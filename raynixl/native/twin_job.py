@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Protocol
 
-from raynixl.native.codes import CLOSED, DONE, PENDING, TIMEOUT
+from raynixl.native.codes import CANCELLED, CLOSED, DONE, PENDING, TIMEOUT
 
 __all__ = ["Gate", "Job", "deadline_after", "fork_generation"]
 
@@ -203,8 +203,13 @@ class Job:
             if self._forks != _forks or not self.has_place():
                 return False
             self._inside += 1
-        self._work(deadline)
-        self._leave()
+        try:
+            self._work(deadline)
+        except BaseException:  # Ctrl-C in a waiter: its piece is half done, and nobody will do it again
+            self._end(CANCELLED)
+            raise
+        finally:
+            self._leave()
         return True
 
     def _work(self, deadline: float) -> None:
@@ -233,16 +238,14 @@ class Job:
     def _leave(self) -> None:
         with self._ended:
             self._inside -= 1
-            last = self._inside == 0
             pending = self._code == PENDING
-            unfinished = self._cursor < self._program.pieces
-            done = last and pending and self._pieces_done == self._program.pieces
+            done = pending and self._inside == 0 and self._pieces_done == self._program.pieces
             armed = self._finish(DONE) if done else []
-            settle = last and not done and not pending and self._claim_settled()
+            if not pending:
+                self._settle()
+            unfinished = self._cursor < self._program.pieces
         if done:
             self._announce(armed)
-        elif settle:
-            self._settle()
         elif pending and unfinished:
             self._engine.wake()
 
@@ -250,29 +253,23 @@ class Job:
         with self._ended:
             if self._code != PENDING:
                 return False
-            settle = self._inside == 0 and code != DONE and self._claim_settled()
             armed = self._finish(code)
-        if settle:
-            self._settle()
         self._announce(armed)
         return True
 
-    def _claim_settled(self) -> bool:
-        before, self._settled = self._settled, True
-        return not before
-
     def _finish(self, code: int) -> list[int]:
-        """Set the code, under the lock. Done means settled too: the gates are left before anyone can see it."""
-        if code == DONE and self._claim_settled():
-            self._settle()
+        """Set the code, under the lock; the gates are left before anyone can see it if nobody is inside."""
+        self._settle()
         self._code = code
         armed, self._armed = self._armed, []
         self._ended.notify_all()
         return armed
 
     def _settle(self) -> None:
-        self._program.leave()
-        self._engine.count_settled()
+        if self._inside == 0 and not self._settled:
+            self._program.leave()
+            self._settled = True
+            self._engine.count_settled()
 
     def _announce(self, armed: list[int]) -> None:
         for fd in armed:
