@@ -50,7 +50,7 @@ int Job::code() {
 
 Job::Waited Job::wait(int64_t deadline_ns) {
   for (;;) {
-    uint32_t seen = ended_.value();
+    uint32_t seen = changed_.value();
     if (code() != PENDING) return Waited::ended;
     int64_t now = now_ns();
     if (now >= deadline_ns) return Waited::timeout;
@@ -60,16 +60,18 @@ Job::Waited Job::wait(int64_t deadline_ns) {
     }
     // Past its deadline and still pending: somebody is ending it this very moment.
     int64_t limit = now < deadline_ns_ ? std::min(deadline_ns, deadline_ns_) : deadline_ns;
-    if (!ended_.wait(seen, limit)) return Waited::look_up;
+    if (!changed_.wait(seen, limit)) return Waited::look_up;
   }
 }
 
 Job::Waited Job::wait_settled(int64_t deadline_ns) {
   for (;;) {
-    uint32_t seen = emptied_.value();
+    uint32_t seen = changed_.value();
     if (settled()) return Waited::ended;
-    if (now_ns() >= deadline_ns) return Waited::timeout;
-    if (!emptied_.wait(seen, deadline_ns)) return Waited::look_up;
+    int64_t now = now_ns();
+    if (now >= deadline_ns) return Waited::timeout;
+    int64_t limit = now < deadline_ns_ ? std::min(deadline_ns, deadline_ns_) : deadline_ns;
+    if (!changed_.wait(seen, limit)) return Waited::look_up;
   }
 }
 
@@ -141,6 +143,7 @@ void Job::leave() {
   uint32_t before = state_.fetch_sub(1, std::memory_order_acq_rel);
   if (before == 1) {
     settle();
+    changed_.wake();
   } else if (before == (kOpen | 1) && pieces_done_.load(std::memory_order_acquire) == plan_->pieces()) {
     // The last one out ends it. If the exchange fails, another has come in, or has ended it.
     uint32_t alone = kOpen;
@@ -156,7 +159,6 @@ void Job::leave() {
 void Job::settle() {
   plan_->leave();
   settled_.store(true, std::memory_order_release);
-  emptied_.wake();
   engine_->settled();
 }
 
@@ -167,7 +169,7 @@ void Job::announce(int code) {
     code_.store(code, std::memory_order_release);
     armed.swap(armed_);
   }
-  ended_.wake();
+  changed_.wake();
   const uint64_t one = 1;
   for (int fd : armed) {
     // A full eventfd (EAGAIN) is readable already: nothing is lost.

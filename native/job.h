@@ -34,11 +34,12 @@ class Job : public std::enable_shared_from_this<Job> {
   int64_t deadline_ns() const { return deadline_ns_; }
 
   enum class Waited { ended, timeout, look_up };
-  // Wait until nobody copies for the job any more.
-  Waited wait_settled(int64_t deadline_ns);
   // Wait for the end, copying meanwhile if a participant's place is free. Returns look_up now and then, so that
   // the caller can see to its signals and come back.
   Waited wait(int64_t deadline_ns);
+
+  // Wait until it has ended and nobody copies for it any more, without helping.
+  Waited wait_settled(int64_t deadline_ns);
 
   // End with `code` unless it has ended; threads inside stop at their next piece.
   bool end(int code);
@@ -76,8 +77,7 @@ class Job : public std::enable_shared_from_this<Job> {
   std::atomic<size_t> pieces_done_{0};
   std::atomic<uint64_t> nbytes_done_{0};
   std::atomic<bool> settled_{false};
-  Futex ended_;
-  Futex emptied_;
+  Futex changed_;  // when it ends, and when nobody is inside any more
 
   std::mutex armed_lock_;  // protects armed_, and code_ against ending while a descriptor is added
   std::vector<int> armed_;

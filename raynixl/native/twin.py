@@ -67,8 +67,8 @@ class Program:
             gate.leave()
 
     def closed(self) -> int:
-        """Return the code of the first gate that is closed, 0 if all are open."""
-        return next((gate.code for gate in self._gates if gate.code), 0)
+        """Return the code of the first gate whose closing stops those inside, else 0."""
+        return next((gate.aborted for gate in self._gates if gate.aborted), 0)
 
     def piece_nbytes(self, piece: int) -> int:
         """Bytes of one piece."""

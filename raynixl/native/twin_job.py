@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -46,7 +47,7 @@ class Work(Protocol):
         """Copy one piece; return 0 or -errno."""
 
     def closed(self) -> int:
-        """Return the code of the first gate that is closed, 0 if all are open."""
+        """Return the code of the first gate whose closing stops those inside, else 0."""
 
     def leave(self) -> None:
         """Leave all gates."""
@@ -71,20 +72,23 @@ class Crew(Protocol):
 class Gate:
     """The door through which every operation enters a region's memory."""
 
-    __slots__ = ("_changed", "_code", "_inside")
+    __slots__ = ("_aborted", "_changed", "_code", "_inside")
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())  # protects both counts below
+        self._changed = threading.Condition(threading.Lock())  # protects all below
         self._code = 0
+        self._aborted = 0
         self._inside = 0
 
-    def close(self, code: int) -> None:
-        """Refuse every later entry with `code`. The first close wins."""
-        if code < 2:
+    def close(self, code: int, *, abort: bool = True) -> None:
+        """Refuse every later entry with `code`; the first code stays. Those inside stop soon if `abort`."""
+        if not 2 <= code < 1 << 29:
             raise ValueError("the code of a closed gate is 2 or more")
         with self._changed:
             if self._code == 0:
                 self._code = code
+            if abort:
+                self._aborted = self._code
 
     def drain(self, timeout: float) -> bool:
         """Wait until nobody is inside; False at the timeout."""
@@ -101,6 +105,11 @@ class Gate:
     def inflight(self) -> int:
         """How many operations are inside."""
         return self._inside
+
+    @property
+    def aborted(self) -> int:
+        """The code if those inside are to stop, else 0."""
+        return self._aborted
 
     def enter(self) -> int:
         """Count the caller in; return 0, or the code that refuses it."""
@@ -173,6 +182,18 @@ class Job:
                 self._ended.wait_for(
                     lambda: self._code != PENDING, max(0.0, min(left, threading.TIMEOUT_MAX))
                 )
+        return True
+
+    def wait_settled(self, timeout: float) -> bool:
+        """Wait until it has ended and nobody copies for it any more, without helping."""
+        deadline = deadline_after(timeout)
+        while not self.settled:
+            now = time.monotonic()
+            if now >= deadline:
+                return False
+            left = min(deadline, self._deadline if now < self._deadline else math.inf) - now
+            with self._ended:
+                self._ended.wait_for(lambda: self._settled, max(0.0, min(left, threading.TIMEOUT_MAX)))
         return True
 
     def cancel(self, code: int) -> bool:
@@ -269,6 +290,7 @@ class Job:
         if self._inside == 0 and not self._settled:
             self._program.leave()
             self._settled = True
+            self._ended.notify_all()
             self._engine.count_settled()
 
     def _announce(self, armed: list[int]) -> None:
