@@ -31,7 +31,15 @@ class Identity:
 
 def prove(secret: bytes, role: str, client: Identity, server: Identity) -> str:
     """Return the proof that the holder of `secret` gives in `role` ('client' or 'server')."""
-    parts = (role, client.name, client.incarnation, client.nonce, server.name, server.incarnation, server.nonce)
+    parts = (
+        role,
+        client.name,
+        client.incarnation,
+        client.nonce,
+        server.name,
+        server.incarnation,
+        server.nonce,
+    )
     text = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
     return hmac.new(hashlib.sha256(_PURPOSE + secret).digest(), text, hashlib.sha256).hexdigest()
 

@@ -68,9 +68,7 @@ def check_table(table: Table, nbytes: int, what: str) -> None:
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         start, length = int(offsets[row]), int(lengths[row])
-        raise RangeError(
-            f"block {row} [{start}, {start + length}) is outside {what} of {nbytes} bytes", hint=_HINT
-        )
+        raise RangeError(f"block {row} [{start}, {start + length}) is outside {what} of {nbytes} bytes", hint=_HINT)
 
 
 @dataclass(frozen=True, slots=True)

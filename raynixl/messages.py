@@ -26,6 +26,9 @@ class MessageKind(enum.IntEnum):
     BYE = 8
 
 
+_KINDS = {int(kind): kind for kind in MessageKind}
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message; `id` pairs requests with replies."""
@@ -54,9 +57,9 @@ class Message:
         if version != MESSAGE_VERSION or topic_nbytes > MAX_TOPIC_NBYTES or end > len(data):
             raise IntegrityError(f"message of version {version} with a topic of {topic_nbytes} bytes is malformed")
         try:
-            topic = bytes(data[_HEADER.size : end]).decode()
-            return Message(MessageKind(kind), number, topic, bytes(data[end:]))
-        except (ValueError, UnicodeDecodeError) as exc:
+            topic = data[_HEADER.size : end].decode() if topic_nbytes else ""
+            return Message(_KINDS[kind], number, topic, data[end:])
+        except (KeyError, UnicodeDecodeError) as exc:
             raise IntegrityError(f"message of kind {kind} is malformed") from exc
 
 

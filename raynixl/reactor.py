@@ -2,6 +2,7 @@
 
 A thread that waits for a message takes over the polling while it waits, so that the kernel wakes it and
 nobody else: one hand-over instead of two (16 us against 105 us for a round trip between idle processes).
+A caller whose last wait was short looks for a moment before it sleeps, since waking a core costs 20 to 50 us.
 While nobody waits the reactor's own thread sleeps in epoll without the interpreter's lock.
 """
 
@@ -20,6 +21,9 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 _FOREVER = 3600.0
+_SHORT_WAIT_NS = 200_000
+"""A wait that ends within this time is a conversation: the next one begins by looking instead of sleeping."""
+_LOOK_NS = 100_000
 
 
 class Timer:
@@ -61,6 +65,7 @@ class Reactor:
         self._are_bells_open = True
         self._led: int | None = None  # ident of the caller that leads, if one does
         self._followers = 0
+        self._is_talking = False  # under _lead
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name=f"raynixl-{name}"[:15], daemon=True)
         self._thread.start()
@@ -149,11 +154,15 @@ class Reactor:
                 return
             self._led = threading.get_ident()
             self._outer.modify(self._inner.fileno(), 0)
+            began = time.monotonic_ns()
+            look_until = began + _LOOK_NS if self._is_talking else 0
             while not is_ready() and not self._closed:
-                remaining = deadline - time.monotonic()
+                now = time.monotonic_ns()
+                remaining = deadline - now * 1e-9
                 if remaining <= 0:
                     return
-                self._dispatch(self._inner.poll(remaining))
+                self._dispatch(self._inner.poll(0 if now < look_until else remaining))
+            self._is_talking = time.monotonic_ns() - began < _SHORT_WAIT_NS
         finally:
             if self._led is not None:
                 self._led = None

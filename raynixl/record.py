@@ -14,7 +14,9 @@ RECORD_VERSION = 1
 MAX_RECORD_NBYTES = 60_000
 """The GCS is meant for small values; records stay below 64 KiB with room for keys."""
 
-_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\s](?:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*[^\x00-\x1f\x7f-\x9f\s])?")
+_NAME = re.compile(
+    r"[^\x00-\x1f\x7f-\x9f\s](?:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*[^\x00-\x1f\x7f-\x9f\s])?"
+)
 MAX_NAME_CHARS = 200
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]

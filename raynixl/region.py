@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,15 +24,21 @@ class _Selectable:
 
     __slots__ = ()
 
-    nbytes: int
-    device: int
-    label: str
+    if TYPE_CHECKING:
+
+        @property
+        def nbytes(self) -> int: ...
+        @property
+        def device(self) -> int: ...
+        @property
+        def label(self) -> str: ...
 
     def span(self, offset: int = 0, nbytes: int | None = None) -> Blocks:
         """Select `nbytes` from `offset` (to the end by default)."""
-        if not isinstance(offset, int) or not 0 <= offset <= self.nbytes:
+        if not hasattr(offset, "__index__") or not 0 <= offset <= self.nbytes:
             raise RangeError(
-                f"offset {offset} is outside {self.label} of {self.nbytes} bytes", hint="give an offset inside it"
+                f"offset {offset} is outside {self.label} of {self.nbytes} bytes",
+                hint="give an offset inside it",
             )
         length = self.nbytes - offset if nbytes is None else nbytes
         return Blocks(self, make_table([offset], [length], device=self.device))
@@ -110,7 +116,7 @@ class Region(_Selectable):
 
     def tensor(self, dtype: Any, shape: Sequence[int], *, offset: int = 0) -> Any:
         """Return a torch view of the bytes (host memory only). Views keep the memory alive."""
-        import torch  # noqa: PLC0415 - heavy, and only here
+        import torch
 
         nbytes = int(np.prod(shape, dtype=np.int64)) * torch.empty((), dtype=dtype).element_size()
         if nbytes == 0:
@@ -145,7 +151,7 @@ class RemoteRegion(_Selectable):
     record: RegionRecord
 
     @property
-    def id(self) -> int:  # type: ignore[override]
+    def id(self) -> int:
         """The owner's number for it."""
         return self.record.id
 
@@ -165,17 +171,17 @@ class RemoteRegion(_Selectable):
         return self.record.kind
 
     @property
-    def device(self) -> int:  # type: ignore[override]
+    def device(self) -> int:
         """Device number of its memory."""
         return self.record.device
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         """Its length."""
         return self.record.nbytes
 
     @property
-    def label(self) -> str:  # type: ignore[override]
+    def label(self) -> str:
         """How messages name it."""
         return f"region {self.name or self.id!r} of {self.owner!r}"
 

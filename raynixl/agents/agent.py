@@ -79,7 +79,14 @@ class Agent:
         self.connector = Connector(self)
         self.watcher = Watcher(self.reactor)
         self._local = Local(
-            self.name, self.incarnation, self.host, self.config, native, self.engine, self.reactor, self.control
+            self.name,
+            self.incarnation,
+            self.host,
+            self.config,
+            native,
+            self.engine,
+            self.reactor,
+            self.control,
         )
         self.backends: list[Backend] = []
         self._regions = Regions(self)
@@ -171,7 +178,9 @@ class Agent:
         current = self.connector.current(name)
         if (current is None or current.lost is not None) and not self._publisher.wait_for(name, timeout):
             raise PeerUnknown(
-                f"no agent named {name!r} is published", hint="see `raynixl agents`, or wait with timeout=", peer=name
+                f"no agent named {name!r} is published",
+                hint="see `raynixl agents`, or wait with timeout=",
+                peer=name,
             )
         return Peer(self, name)
 

@@ -253,7 +253,9 @@ class Connector:
             if old is not None and old.lost is not None:
                 raise PeerLost(f"peer {name!r} is gone: {old.lost}", hint="start it again", peer=name)
             raise PeerUnknown(
-                f"no agent named {name!r} is published", hint="see `raynixl agents`, or wait for it", peer=name
+                f"no agent named {name!r} is published",
+                hint="see `raynixl agents`, or wait for it",
+                peer=name,
             )
         until = min(deadline, time.monotonic() + agent.config.connect_timeout)
         try:
@@ -356,7 +358,7 @@ class Connector:
             prepared.run_all(transfer)
         except RaynixlError as exc:
             transfer.failed(exc)
-        except Exception as exc:  # thread edge: the one who waits gets whatever it was
+        except Exception as exc:  # noqa: BLE001 - thread edge: the one who waits gets whatever it was
             error = ConfigError(f"{prepared.summary} failed: {exc!r}", hint="please report this", peer=prepared.peer)
             error.__cause__ = exc
             transfer.failed(error)

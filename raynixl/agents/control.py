@@ -19,9 +19,9 @@ from raynixl.agents.connection import Connection
 from raynixl.agents.inbox import Inbox, Notification
 from raynixl.backends.base import Link
 from raynixl.errors import IntegrityError, PeerLost, RaynixlError, RegionStale, RegionUnknown, TransferTimeout
-from raynixl.native import STALE
 from raynixl.messages import Message, MessageKind
-from raynixl.record import MAX_RECORD_NBYTES, AgentRecord, RegionRecord, Unsigned, parse
+from raynixl.native import STALE
+from raynixl.record import AgentRecord, RegionRecord, Unsigned, parse
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
@@ -54,7 +54,17 @@ class _Refusal(BaseModel):
 class Reply:
     """The answer to one request, when it has come: `wait(timeout=)` or `await`."""
 
-    __slots__ = ("_control", "_deadline", "_error", "_futures", "_payload", "_seconds", "connection", "fds", "topic")
+    __slots__ = (
+        "_control",
+        "_deadline",
+        "_error",
+        "_futures",
+        "_payload",
+        "_seconds",
+        "connection",
+        "fds",
+        "topic",
+    )
 
     def __init__(self, control: Control, connection: Connection, topic: str, timeout: float) -> None:
         self.connection = connection
@@ -118,7 +128,7 @@ class Reply:
         self._payload, self._error = payload, error
         for loop, future in self._futures:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(lambda one=future: None if one.done() else one.set_result(None))
+                loop.call_soon_threadsafe(_resolve, future)
 
 
 class Control:
@@ -400,6 +410,11 @@ class Control:
 
 def _left(deadline: float) -> float:
     return max(0.001, deadline - time.monotonic())
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _try_send(link: Link, message: Message) -> None:

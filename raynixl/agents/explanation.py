@@ -50,10 +50,13 @@ def explain(agent: Agent, src: Selections, dst: Selections) -> Explanation:
     bindings = agent.connector.bind(plan, time.monotonic() + agent.config.connect_timeout)
     kinds = frozenset((ours.kind, theirs.kind) for ours in plan.local for theirs in plan.remote)
     rejected = []
+    is_later = False
     for backend in agent.backends:
-        if backend.name == plan.backend:
-            rejected += [(later.name, "comes later in preference") for later in agent.backends if later is not backend]
-            break
+        if is_later or backend.name == plan.backend:
+            if is_later:
+                rejected.append((backend.name, "comes later in preference"))
+            is_later = True
+            continue
         reasons = [refusal(backend, remote, kinds) for remote in plan.remote]
         record = agent.find(plan.peer)
         reason = next((text for text in reasons if text), "") or (backend.reaches(record) if record else "")

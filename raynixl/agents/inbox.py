@@ -60,13 +60,15 @@ class Inbox:
         Raises:
             TransferTimeout: none came in time.
         """
-        deadline = time.monotonic() + timeout
         found: list[RaynixlError] = []
+        deadline = time.monotonic() + timeout
 
         def is_ready() -> bool:
             if self._queue:
                 return True
-            error = check() if check is not None else None
+            if check is None:
+                return False
+            error = check()
             if error is not None:
                 found[:] = [error]
             return error is not None

@@ -44,8 +44,23 @@ class Prepared:
     """
 
     __slots__ = (
-        "_counter", "_done", "_fast", "_link", "_programs", "_remote", "_seconds", "agent", "backend", "count",
-        "_has_posted", "incarnation", "local", "nbytes", "op", "peer", "segments",
+        "_counter",
+        "_done",
+        "_fast",
+        "_has_posted",
+        "_link",
+        "_programs",
+        "_remote",
+        "_seconds",
+        "agent",
+        "backend",
+        "count",
+        "incarnation",
+        "local",
+        "nbytes",
+        "op",
+        "peer",
+        "segments",
     )  # fmt: skip
 
     def __init__(self, agent: Agent, op: Op, src: Selections, dst: Selections) -> None:
@@ -200,7 +215,9 @@ class Prepared:
         """Return the typed error for a code of the native core."""
         if code == TIMEOUT:
             return TransferTimeout(
-                f"{self.summary} passed its deadline", hint="the destination's bytes are undefined", peer=self.peer
+                f"{self.summary} passed its deadline",
+                hint="the destination's bytes are undefined",
+                peer=self.peer,
             )
         if code == STALE:
             stale = next((region for region in self.local if not region.is_registered), self._remote[0])

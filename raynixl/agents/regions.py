@@ -48,7 +48,8 @@ class Regions:
                 refusals.append(str(exc))
         if not keys:
             raise BackendUnavailable(
-                f"no backend takes {memory.kind.value} memory ({'; '.join(refusals)})", hint="run `raynixl doctor`"
+                f"no backend takes {memory.kind.value} memory ({'; '.join(refusals)})",
+                hint="run `raynixl doctor`",
             )
         try:
             return self._insert(number, name, memory, keys)
@@ -81,7 +82,8 @@ class Regions:
         if region is None:
             shown = ", ".join(names[:10]) or "none"
             raise RegionUnknown(
-                f"agent {self._agent.name!r} has no region named {name!r:.220}", hint=f"its named regions: {shown}"
+                f"agent {self._agent.name!r} has no region named {name!r:.220}",
+                hint=f"its named regions: {shown}",
             )
         return region
 

@@ -265,4 +265,3 @@ class Transfer:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-

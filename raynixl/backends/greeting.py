@@ -225,5 +225,3 @@ def _refusal(verdict: _Verdict, record: AgentRecord) -> RaynixlError:
     if verdict.kind == "secret":
         return _stranger(record)
     return PeerLost(f"peer {record.name!r} refused the connection: {verdict.refusal}", peer=record.name)
-
-

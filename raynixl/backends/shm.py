@@ -72,9 +72,7 @@ class ShmBackend:
         try:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             _knock(sock, record, deadline)
-            probe = greet(
-                self._local, sock, record, probe=ctypes.addressof(self._word), deadline=deadline
-            )
+            probe = greet(self._local, sock, record, probe=ctypes.addressof(self._word), deadline=deadline)
             return self._open(sock, record.name, record.incarnation, probe)
         except BaseException:
             sock.close()

@@ -22,7 +22,11 @@ PACKET_NBYTES = 60_000
 """Payload of one packet: well below the socket buffer that every Linux grants."""
 MAX_FDS = 4
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
-_PACKETS_AT_ONCE = 64
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_TRUNC)
+_RECEIVE_NBYTES = PACKET_NBYTES + _PACKET.size
+_READABLE = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
 _BUFFER_NBYTES = 1 << 20
 
 
@@ -68,13 +72,13 @@ class SocketLink:
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message, or queue what the kernel does not take."""
         if len(message) <= PACKET_NBYTES and not fds:
-            head = (_PACKET.pack(_FIRST | _LAST, 0, len(message)) + message,)
+            packets = [_PACKET.pack(_FIRST | _LAST, 0, len(message)) + message]
         else:
-            head = tuple(self._packets(message))
+            packets = self._packets(message)
         with self._lock:
             if self.lost is not None:
                 raise PeerLost(f"peer {self.peer!r} is lost: {self.lost}", peer=self.peer)
-            for index, packet in enumerate(head):
+            for index, packet in enumerate(packets):
                 extra = list(fds) if index == 0 else []
                 if self._backlog or not self._try_send(packet, extra):
                     self._queue(packet, extra)
@@ -119,9 +123,9 @@ class SocketLink:
         try:
             if fds:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-                self._sock.sendmsg([packet], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._sock.sendmsg([packet], [rights], _SEND_FLAGS)
             else:
-                self._sock.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self._sock.send(packet, _SEND_FLAGS)
         except BlockingIOError:
             return False
         except OSError:
@@ -160,29 +164,26 @@ class SocketLink:
     def _on_event(self, mask: int) -> None:
         if mask & select.EPOLLOUT:
             self._flush()
-        if mask & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
-            for _ in range(_PACKETS_AT_ONCE):
-                if self.lost is not None or not self._receive():
-                    return
+        if mask & _READABLE and self.lost is None:
+            self._receive()  # one packet: asking for a second that seldom is there costs a call; epoll asks again
 
     def _receive(self) -> bool:
+        """Take one packet; return whether there was one."""
         try:
-            packet, ancillary, flags, _ = self._sock.recvmsg(
-                PACKET_NBYTES + _PACKET.size, _ANCILLARY, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+            packet, ancillary, flags, _ = self._sock.recvmsg(_RECEIVE_NBYTES, _ANCILLARY, _RECEIVE_FLAGS)
         except BlockingIOError:
             return False
         except OSError:
             packet, ancillary, flags = b"", [], 0
-        fds = _descriptors(ancillary)
+        fds = _descriptors(ancillary) if ancillary else []
         if not packet:
             self._on_hangup()
             return False
-        if len(packet) < _PACKET.size or flags & socket.MSG_TRUNC:
+        if len(packet) < _PACKET.size or flags & _TRUNCATED:
             _close_all(fds)
             self._local.events.message_dropped("packet")
-            return True
-        self._assemble(packet, fds)
+        else:
+            self._assemble(packet, fds)
         return True
 
     def _assemble(self, packet: bytes, fds: list[int]) -> None:
@@ -216,8 +217,9 @@ class SocketLink:
 
     def _on_death(self, _mask: int) -> None:
         """The peer's process ended; take what it still said, then let go."""
-        self._on_event(select.EPOLLIN)
-        self.close(PeerLost(f"peer {self.peer!r} (pid {self.pid}) {self._ending()}", peer=self.peer))
+        while self.lost is None and self._receive():
+            continue
+        self._on_hangup()
 
     def _on_hangup(self) -> None:
         self.close(PeerLost(f"peer {self.peer!r} (pid {self.pid}) {self._ending()}", peer=self.peer))
