@@ -43,7 +43,7 @@ class Timer:
 class Reactor:
     """Calls back when descriptors are ready and timers are due, on whichever thread polls.
 
-    Callbacks run one at a time, must not block and must not call `run_until`. Everything here may be called from any thread.
+    Callbacks run one at a time, must not block and must not call `run_until`. Any thread may call anything here.
     """
 
     def __init__(self, name: str) -> None:

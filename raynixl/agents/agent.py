@@ -98,7 +98,6 @@ class Agent:
             self.close()
             raise
         self._finalizer = weakref.finalize(self, _warn_unclosed, name, self._pid)
-        self._finalizer.atexit = False
 
     def __repr__(self) -> str:
         return f"Agent({self.name!r}, {'closed' if self._is_closed else self.incarnation[:8]})"

@@ -27,6 +27,7 @@ class Stage(enum.Enum):
     FAILED = "failed"
 
 
+_SETTLE_SECONDS = 5.0
 _DONE = Stage.DONE  # looked up a million times a second
 
 
@@ -49,7 +50,9 @@ class Transfer:
     undefined. Dropping the handle does not stop the operation. Any thread may use it.
     """
 
-    __slots__ = ("_deadline", "_ended", "_error", "_futures", "_jobs", "_link", "_notify", "_posted", "_prepared", "_stage")  # fmt: skip
+    __slots__ = (
+        "_deadline", "_ended", "_error", "_futures", "_jobs", "_link", "_notify", "_posted", "_prepared", "_stage",
+    )  # fmt: skip
 
     def __init__(self, prepared: Prepared, stage: Stage, deadline: float = 0.0, notify: bytes | None = None) -> None:
         self._prepared = prepared
@@ -111,8 +114,7 @@ class Transfer:
                     hint="wait again, or cancel() it", peer=self.peer,
                 )  # fmt: skip
             self._wait_stage(max(0.0, remaining))
-        if self._error is not None:
-            raise self._error
+        self._raise_error()
 
     def cancel(self) -> bool:
         """End it with `TransferCancelled` unless it has ended; return whether this call did.
@@ -128,14 +130,20 @@ class Transfer:
             self._end_locked(error)
         for job in jobs:
             job.cancel(CANCELLED)
-            job.wait_settled(agent.config.transfer_timeout)
+            job.wait_settled(_SETTLE_SECONDS)
         return True
 
     def __await__(self) -> Generator[object, None, None]:
         """Wait for the end in an event loop."""
         if self._stage is not Stage.DONE and not self._advance():
             yield from self._ended_future().__await__()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        """Raise what ended it, once no thread of ours touches the memory: a piece takes less than a millisecond."""
         if self._error is not None:
+            for job in self._jobs:
+                job.wait_settled(_SETTLE_SECONDS)
             raise self._error
 
     async def _ended_future(self) -> None:

@@ -132,9 +132,7 @@ class Engine(Protocol):
     def threads(self) -> int:
         """How many threads may work on one job, a waiting caller included."""
 
-    def program(
-        self, mode: int, pid: int, segments: npt.NDArray[np.uint64], gates: Sequence[Gate]
-    ) -> Program:
+    def program(self, mode: int, pid: int, segments: npt.NDArray[np.uint64], gates: Sequence[Gate]) -> Program:
         """Compile rows of (source address, destination address, nbytes), which are copied.
 
         Raises:

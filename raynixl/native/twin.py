@@ -33,9 +33,7 @@ Segments = npt.NDArray[np.uint64]
 class Program:
     """A list of segments cut into pieces once and run many times."""
 
-    def __init__(
-        self, engine: Engine, mode: int, pid: int, segments: Segments, gates: Sequence[Gate]
-    ) -> None:
+    def __init__(self, engine: Engine, mode: int, pid: int, segments: Segments, gates: Sequence[Gate]) -> None:
         self._engine = engine
         self._mode = mode
         self._pid = pid
@@ -152,9 +150,7 @@ class Engine:
         self.threads = threads
         self.inline_nbytes = inline_nbytes
         self._forks = fork_generation()
-        self._changed = threading.Condition(
-            threading.Lock()
-        )  # protects all below; held for list operations only
+        self._changed = threading.Condition(threading.Lock())  # protects all below; held for list operations only
         self._jobs: dict[Job, None] = {}  # pending ones, oldest first
         self._crew: list[threading.Thread] = []
         self._idle = 0
@@ -200,9 +196,7 @@ class Engine:
         for job in jobs:
             job.cancel(CLOSED)
         with self._changed:
-            settled = self._changed.wait_for(
-                lambda: self._unsettled == 0, max(0.0, deadline - time.monotonic())
-            )
+            settled = self._changed.wait_for(lambda: self._unsettled == 0, max(0.0, deadline - time.monotonic()))
         for thread in self._crew:
             thread.join(max(0.0, deadline - time.monotonic()))
         ended = settled and not any(thread.is_alive() for thread in self._crew)
@@ -233,9 +227,7 @@ class Engine:
             return
         with self._changed:
             late = [job for job in self._jobs if job.deadline <= now]
-            self._next_deadline = min(
-                (job.deadline for job in self._jobs if job.deadline > now), default=math.inf
-            )
+            self._next_deadline = min((job.deadline for job in self._jobs if job.deadline > now), default=math.inf)
         for job in late:
             job.cancel(TIMEOUT)
 

@@ -179,9 +179,7 @@ class Job:
                 continue
             left = min(deadline, self._deadline) - time.monotonic()
             with self._ended:
-                self._ended.wait_for(
-                    lambda: self._code != PENDING, max(0.0, min(left, threading.TIMEOUT_MAX))
-                )
+                self._ended.wait_for(lambda: self._code != PENDING, max(0.0, min(left, threading.TIMEOUT_MAX)))
         return True
 
     def wait_settled(self, timeout: float) -> bool:
