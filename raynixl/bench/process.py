@@ -1,0 +1,113 @@
+"""The target's process as the measuring side sees it: started, asked, and always reaped."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from types import TracebackType
+from typing import Any, Protocol
+
+from raynixl import errors
+from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
+
+ASK_SECONDS = 120.0
+"""Filling and digesting gigabytes takes a while; nothing asked takes longer."""
+_LEAVE_SECONDS = 5.0
+
+
+class Asked(Protocol):
+    """A target, wherever it runs."""
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Answer one request."""
+
+    def close(self) -> None:
+        """End it; idempotent."""
+
+
+class TargetProcess:
+    """A child process that runs `raynixl.bench.target`; ends with this object or with this process.
+
+    It is in a session of its own, so that Ctrl-C reaches the measuring side alone, which then ends it.
+    """
+
+    def __init__(self) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "raynixl.bench.target"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self._pending = b""
+
+    def __enter__(self) -> TargetProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Have one thing done over there.
+
+        Raises:
+            PeerLost: the process ended.
+            TransferTimeout: it did not answer in time.
+            RaynixlError: what went wrong over there.
+        """
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+            self._child.stdin.flush()
+        except (BrokenPipeError, ValueError) as exc:
+            raise self._lost() from exc
+        reply: dict[str, Any] = json.loads(self._read_line(do))
+        if "error" in reply:
+            kind = getattr(errors, reply["error"], RaynixlError)
+            raise kind(reply["message"], hint=reply["hint"])
+        return reply
+
+    def close(self) -> None:
+        """End the process: by closing its input, then by force."""
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+        try:
+            self._child.wait(_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait(_LEAVE_SECONDS)
+
+    def _read_line(self, do: str) -> bytes:
+        assert self._child.stdout is not None
+        fd, deadline = self._child.stdout.fileno(), time.monotonic() + ASK_SECONDS
+        while b"\n" not in self._pending:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TransferTimeout(
+                    f"the target process did not do {do!r} within {ASK_SECONDS:g} s", hint="is it stopped?"
+                )
+            data = os.read(fd, 1 << 16)
+            if not data:
+                raise self._lost()
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _lost(self) -> PeerLost:
+        try:
+            code = self._child.wait(_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return PeerLost("the target process closed its pipe", hint="run the command again")
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return PeerLost(f"the target process {how}", hint="run the command again", peer="target")

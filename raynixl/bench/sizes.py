@@ -1,0 +1,36 @@
+"""Sizes as people write them: 4K, 1M, 1.5G, in powers of 1024."""
+
+from __future__ import annotations
+
+import re
+
+from raynixl.errors import ConfigError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` means.
+
+    Raises:
+        ConfigError: it is not a size of at least one whole byte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    nbytes = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    if nbytes < 1 or nbytes != int(nbytes):
+        raise ConfigError(f"{text!r} is not a size", hint="write bytes, or 4K, 1M, 2G (powers of 1024)")
+    return int(nbytes)
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Return the bytes of each size in a list separated by commas."""
+    return [parse_size(part) for part in text.split(",")]
+
+
+def format_size(nbytes: int) -> str:
+    """Return bytes as people write them."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.4g} {unit}"
+    return f"{nbytes} B"
