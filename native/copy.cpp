@@ -1,10 +1,14 @@
 #include "copy.h"
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -101,6 +105,32 @@ void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
+}
+
+std::shared_ptr<ProcessFile> ProcessFile::of(pid_t pid) {
+  static std::mutex lock;  // protects files
+  static auto* files = new std::map<pid_t, std::weak_ptr<ProcessFile>>();
+  std::lock_guard guard(lock);
+  std::erase_if(*files, [](const auto& entry) { return entry.second.expired(); });
+  if (auto found = files->find(pid); found != files->end())
+    if (auto file = found->second.lock()) return file;
+  char path[32];
+  std::snprintf(path, sizeof path, "/proc/%d/mem", int(pid));
+  int fd = open(path, O_RDWR | O_CLOEXEC);
+  if (fd < 0) return nullptr;
+  auto file = std::make_shared<ProcessFile>(fd);
+  (*files)[pid] = file;
+  return file;
+}
+
+ProcessFile::~ProcessFile() { close(fd_); }
+
+bool ProcessFile::move(Mode mode, const Segment& segment) const {
+  ssize_t moved =
+      mode == Mode::vm_read
+          ? pread(fd_, reinterpret_cast<void*>(segment.destination), segment.nbytes, off_t(segment.source))
+          : pwrite(fd_, reinterpret_cast<const void*>(segment.source), segment.nbytes, off_t(segment.destination));
+  return moved == ssize_t(segment.nbytes);
 }
 
 int move_segments(Mode mode, pid_t pid, const Segment* segments, size_t count) {

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <memory>
+
 #include <sys/types.h>
 
 namespace raynixl {
@@ -28,6 +30,27 @@ void copy_block(void* destination, const void* source, size_t nbytes);
 // Copy one block with stores that bypass the cache; call stream_fence() before telling anyone.
 void stream_block(void* destination, const void* source, size_t nbytes);
 void stream_fence();
+
+// The memory of another process as a file (proc(5), "mem"). For one small block its system call is 0.35 us cheaper
+// than process_vm_readv: the permission was checked when it was opened. It stays with the process that it was opened
+// on, whoever gets the number later.
+class ProcessFile {
+ public:
+  // The file of a process, shared by all who hold it; null if it cannot be opened.
+  static std::shared_ptr<ProcessFile> of(pid_t pid);
+  explicit ProcessFile(int fd) : fd_(fd) {}
+  ProcessFile(const ProcessFile&) = delete;
+  ~ProcessFile();
+
+  // Move one segment whole; false if the kernel did not, for whatever reason.
+  bool move(Mode mode, const Segment& segment) const;
+
+ private:
+  const int fd_;
+};
+
+// Largest block that goes by ProcessFile: the kernel copies it page by page over a page of its own.
+constexpr uint64_t kProcessFileBlock = 4096;
 
 // Move segments between this process and `pid`. Returns 0 or -errno.
 int move_segments(Mode mode, pid_t pid, const Segment* segments, size_t count);

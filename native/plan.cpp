@@ -24,6 +24,7 @@ Plan::Plan(Mode mode, pid_t pid, std::vector<Segment> segments, std::vector<std:
   }
   stream_ = mode == Mode::copy && nbytes_ >= stream_threshold();
   cut(std::move(segments));
+  if (mode != Mode::copy && count_ == 1 && nbytes_ <= kProcessFileBlock) file_ = ProcessFile::of(pid);
 }
 
 void Plan::cut(std::vector<Segment> segments) {
@@ -77,6 +78,7 @@ int Plan::closed() const {
 int Plan::copy(size_t piece) const {
   const Segment* segment = &segments_[pieces_[piece]];
   size_t count = pieces_[piece + 1] - pieces_[piece];
+  if (file_ && file_->move(mode_, *segment)) return 0;  // if not, process_vm says why, or finds the process anew
   if (mode_ != Mode::copy) return move_segments(mode_, pid_, segment, count);
   for (const Segment* end = segment + count; segment != end; ++segment) {
     auto* to = reinterpret_cast<void*>(segment->destination);

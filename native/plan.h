@@ -36,6 +36,7 @@ class Plan {
   Mode mode_;
   pid_t pid_;
   bool stream_ = false;
+  std::shared_ptr<ProcessFile> file_;
   uint64_t nbytes_ = 0;
   size_t count_ = 0;
   std::vector<Segment> segments_;  // those too large for one piece are split here
