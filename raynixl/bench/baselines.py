@@ -28,7 +28,7 @@ from raynixl.bench.layout import Bytes, Layout
 from raynixl.errors import PeerLost, RaynixlError
 
 _MAX_IOVECS = 1024
-Task = Callable[[], None]
+Task = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _take_tasks(layout: Layout, source: Bytes, target: Bytes, threads: int) -> l
 
     def task(start: int, stop: int) -> Task:
         ids, out = order[start:stop], into[start:stop]
-        return lambda: np.take(rows, ids, axis=0, out=out, mode="clip") and None  # type: ignore[func-returns-value]
+        return lambda: np.take(rows, ids, axis=0, out=out, mode="clip")
 
     return [task(start, stop) for start, stop in _cuts(layout.blocks, threads, 1)]
 

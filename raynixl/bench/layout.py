@@ -63,13 +63,13 @@ class Layout:
             return digest(source)
         rows, state = source.reshape(self.blocks, self.block_nbytes), xxhash.xxh3_128()
         for block in self.source_of_place.tolist():
-            state.update(rows[block])
+            state.update(rows[block].data)
         return state.hexdigest()
 
 
 def digest(view: Bytes) -> str:
     """Return a digest that notices every changed, moved or missing byte."""
-    return xxhash.xxh3_128(view).hexdigest()
+    return xxhash.xxh3_128(view.data).hexdigest()
 
 
 def fill(view: Bytes, seed: int) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -100,6 +101,13 @@ class Target:
         self._echo.start()
         return {}
 
+    def do_socket_echo(self, address: str) -> Fields:
+        """Send back every packet of a socket from now on: the floor under a notification."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(address)
+        threading.Thread(target=_echo_packets, args=(sock,), daemon=True).start()
+        return {}
+
     def do_usage(self) -> Fields:
         """Answer with the processor time used so far."""
         return {"cpu_seconds": time.process_time(), "at": time.monotonic()}
@@ -121,6 +129,13 @@ class Target:
                 continue
             except RaynixlError:
                 return  # the measuring side is gone; its error is reported there
+
+
+def _echo_packets(sock: socket.socket) -> None:
+    """Runs until the other end closes, which it does when it ends."""
+    with sock:
+        while data := sock.recv(1 << 16):
+            sock.send(data)
 
 
 class _Iovec(ctypes.Structure):

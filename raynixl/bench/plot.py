@@ -1,0 +1,62 @@
+"""Pictures of benchmark rows: GB/s over block size, ours beside the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raynixl.bench.sizes import format_size
+from raynixl.errors import ConfigError
+
+Row = dict[str, Any]
+_COLOURS = {"raynixl": "#d1495b", "memcpy": "#30638e", "process_vm": "#edae49"}
+_OTHERS = ("#66a182", "#8d6a9f", "#2e4057")
+
+
+def plot_transfer(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture of transfer rows; the file's ending says its format.
+
+    Raises:
+        ConfigError: matplotlib is missing or cannot write that format.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as exc:
+        raise ConfigError("--plot needs matplotlib", hint="pip install matplotlib") from exc
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=160, layout="constrained")
+    try:
+        _draw(axes, rows)
+        figure.savefig(path)
+    except (ValueError, OSError) as exc:
+        raise ConfigError(f"the picture cannot be written to {path}: {exc}", hint="use a .png, .svg or .pdf") from exc
+    finally:
+        plt.close(figure)
+
+
+def _draw(axes: Any, rows: Sequence[Row]) -> None:
+    sizes = sorted({row["block_nbytes"] for row in rows})
+    others = iter(_OTHERS)
+    for impl in dict.fromkeys(row["impl"] for row in rows):
+        mine = sorted((row["block_nbytes"], row["gbps"]) for row in rows if row["impl"] == impl)
+        is_ours = impl == "raynixl"
+        colour = _COLOURS.get(impl) or next(others, "#888888")
+        axes.plot(
+            *zip(*mine, strict=True), label=impl, color=colour, marker="o", markersize=6 if is_ours else 4.5,
+            linewidth=2.6 if is_ours else 1.6, linestyle="-" if is_ours else "--", zorder=3 if is_ours else 2,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [format_size(size) for size in sizes], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("block size")
+    axes.set_ylabel("GB/s, post to done")
+    first = rows[0]
+    count = f"{first['blocks']:,} {first['pattern']} blocks" if first["blocks"] > 1 else "one block"
+    axes.set_title(f"{first['backend']} {first['op']}, {first['memory']} memory, {count}", loc="left", fontsize=12)
+    axes.grid(axis="y", color="#e4e4e4", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

@@ -1,0 +1,131 @@
+"""`raynixl bench`: the benchmarks as commands."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raynixl.backends import table
+from raynixl.bench.sizes import format_size, parse_size, parse_sizes
+from raynixl.cli.screen import FriendlyGroup, progress, report
+from raynixl.config import default_copy_threads
+from raynixl.errors import ConfigError
+
+bench_app = typer.Typer(
+    cls=FriendlyGroup, no_args_is_help=True, help="Measure on this machine, against baselines in the same run."
+)
+
+
+class Op(enum.StrEnum):
+    """Directions of a transfer."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+class Kind(enum.StrEnum):
+    """Kinds of memory at both ends."""
+
+    ARENA = "arena"
+    USER = "user"
+
+
+class Pattern(enum.StrEnum):
+    """How blocks lie in memory."""
+
+    SEQUENTIAL = "sequential"
+    RANDOM = "random"
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the bytes, outside the timed region.")]
+Rounds = Annotated[int, typer.Option(min=1, max=1000, help="Rounds; in each, everything is measured in turn.")]
+
+
+def _check_backend(name: str) -> None:
+    if name not in table.names():
+        raise ConfigError(f"there is no backend {name!r} here", hint=f"there are: {', '.join(table.names())}")
+
+
+@bench_app.command()
+def transfer(  # noqa: PLR0913 - a command's options
+    *,
+    backend: Annotated[str, typer.Option(help="Backend that carries the bytes.")] = "shm",
+    op: Annotated[Op, typer.Option(help="Direction, seen from the measuring process.")] = Op.WRITE,
+    memory: Annotated[Kind, typer.Option(help="arena: agent.empty(); user: registered.")] = Kind.ARENA,
+    sizes: Annotated[str, typer.Option(help="Block sizes, as 4K,1M.")] = "4K,64K,1M,16M,64M",
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of each transfer.")] = 1,
+    pattern: Annotated[Pattern, typer.Option(help="How the blocks lie at both ends.")] = Pattern.SEQUENTIAL,
+    threads: Annotated[int, typer.Option(min=0, max=256, help="Threads for all; 0: the default.")] = 0,
+    rounds: Rounds = 7,
+    baseline: Annotated[list[str] | None, typer.Option(help="memcpy or process_vm; repeatable.")] = None,
+    verify: Verify = True,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of GB/s over block size.")] = None,
+    is_json: Json = False,
+) -> None:
+    """Reads or writes between two processes: GB/s, and microseconds from post to done."""
+    from raynixl.bench.transfer import TransferSpec, run_transfer
+
+    _check_backend(backend)
+    spec = TransferSpec(
+        sizes=tuple(parse_sizes(sizes)), backend=backend, op=op.value, memory=memory.value, blocks=blocks,
+        is_random=pattern is Pattern.RANDOM, threads=threads or default_copy_threads(), rounds=rounds,
+        baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify,
+    )  # fmt: skip
+    title = f"{op} over {backend}, {memory} memory, {pattern} blocks, at most {spec.threads} threads"
+    with progress("transfer", rounds * len(spec.sizes)) as step:
+        rows = report(run_transfer(spec, step), title, is_json=is_json, is_verified=verify)
+    if plot is not None:
+        from raynixl.bench.plot import plot_transfer
+
+        plot_transfer(rows, plot)
+
+
+@bench_app.command()
+def broadcast(
+    nbytes: Annotated[str, typer.Option(help="Bytes that each receiver gets, as 256M.")] = "256M",
+    receivers: Annotated[int, typer.Option(min=1, max=64, help="Receiving processes.")] = 4,
+    rounds: Rounds = 5,
+    baseline: Annotated[list[str] | None, typer.Option(help="ray or gloo; repeatable.")] = None,
+    verify: Verify = True,
+    is_json: Json = False,
+) -> None:
+    """One source into every receiver's own buffer: GB/s of all receivers together."""
+    from raynixl.bench.broadcast import run_broadcast
+
+    size, names = parse_size(nbytes), tuple(dict.fromkeys(baseline or ()))
+    rows = run_broadcast(size, receivers, names, rounds, verify)
+    report(rows, f"broadcast of {format_size(size)}", is_json=is_json, is_verified=verify)
+
+
+@bench_app.command()
+def notify(
+    trips: Annotated[int, typer.Option(min=10, max=1_000_000, help="Round trips measured.")] = 2000,
+    nbytes: Annotated[int, typer.Option(min=8, max=1 << 20, help="Bytes of a notification.")] = 8,
+    pause_ms: Annotated[float, typer.Option(min=0.01, max=1000, help="Pause before each, in the second row.")] = 2.0,
+    baseline: Annotated[list[str] | None, typer.Option(help="socket: a bare Unix socket.")] = None,
+    is_json: Json = False,
+) -> None:
+    """Round trip of a notification between two idle processes: in a conversation, and after a pause."""
+    from raynixl.bench.notify import NotifySpec, run_notify
+
+    spec = NotifySpec(trips, nbytes, pause_ms, tuple(dict.fromkeys(baseline or ())))
+    with progress("notify", 22) as step:
+        report(run_notify(spec, step), "round trip of a notification", is_json=is_json)
+
+
+@bench_app.command()
+def agent(
+    peers: Annotated[int, typer.Option(min=1, max=200, help="New peers to meet.")] = 10,
+    idle_seconds: Annotated[float, typer.Option(min=0.1, max=300, help="How long to watch idle agents.")] = 5.0,
+    is_json: Json = False,
+) -> None:
+    """What an agent costs: to make, to use for the first time, and to keep idle."""
+    from raynixl.bench.footprint import run_agent
+
+    with progress("agent", 3) as step:
+        rows = run_agent(peers, idle_seconds, step)
+    report(rows, "an agent's cost", is_json=is_json)
