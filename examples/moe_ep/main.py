@@ -61,6 +61,7 @@ def main() -> None:
     torch.manual_seed(0)
     layer = MoELayer()
     workers = [ExpertWorker.options(name=name).remote(rank, layer) for rank, name in enumerate(MEMBERS)]
+    ray.get([worker.__ray_ready__.remote() for worker in workers])
     table = Table(title=f"{EXPERTS} experts on {RANKS} workers against the dense layer")
     for column in ("tokens of each rank", "largest output", "largest error", "ms"):
         table.add_column(column, justify="right")
