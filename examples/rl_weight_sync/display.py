@@ -22,7 +22,8 @@ class Progress:
         self.steps = steps
         self.rewards: list[float] = []
         self.sync_ms: list[float] = []
-        self._bar = tqdm(total=steps, desc="training", unit="step", disable=not sys.stderr.isatty())
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, desc="training", unit="step", disable=not self._is_terminal)
 
     def add(self, reward: float, sync_ms: float) -> None:
         """Record one step and show it."""
@@ -33,7 +34,7 @@ class Progress:
         done = len(self.rewards)
         if done == self.steps:
             self._bar.close()
-        if self._bar.disable and (done == 1 or 10 * done // self.steps > 10 * (done - 1) // self.steps):
+        if not self._is_terminal and (done == 1 or 10 * done // self.steps > 10 * (done - 1) // self.steps):
             print(f"step {done:4d}/{self.steps}   reward {reward:.3f}   sync {sync_ms:5.1f} ms", flush=True)
 
     def rewards_at_ends(self) -> tuple[float, float]:
