@@ -1,0 +1,164 @@
+"""The protocol: the messages of one push, a request and a reply for each rank and phase, as checked JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from raynixl import errors
+from raynixl.errors import ConfigError, RaynixlError
+from raynixl.record import Incarnation, Name, RegionRecord, check_name, parse
+from raynixl.region import RemoteRegion
+from raynixl.weights.digest import DIGEST_NBYTES
+
+LIMIT = 60 << 20
+MAX_NAME_CHARS = 150
+
+Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Version = Annotated[int, Field(gt=0, lt=1 << 62)]
+Push = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+M = TypeVar("M", bound="Wire")
+
+
+def check_weights_name(name: str) -> str:
+    """Return the name if weights can be published under it; regions and topics are named after it."""
+    check_name(name, "name of weights")
+    if len(name) > MAX_NAME_CHARS:
+        raise ConfigError(f"name of weights {name!r:.80} is too long", hint=f"use at most {MAX_NAME_CHARS} characters")
+    return name
+
+
+def topic(name: str, phase: str) -> str:
+    """Return the topic under which a rank answers one phase."""
+    return f"weights/{name}/{phase}"
+
+
+class Wire(BaseModel):
+    """A message that travels as JSON and is never trusted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def to_bytes(self) -> bytes:
+        """Return the wire form."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls: type[M], data: bytes) -> M:
+        """Parse a message.
+
+        Raises:
+            IntegrityError: it is malformed.
+        """
+        return parse(cls, data, what=cls.__name__, limit=LIMIT)
+
+
+class Fault(Wire):
+    """An error on its way to whoever pushes; `peer` is the agent that it is about."""
+
+    kind: Annotated[str, Field(max_length=64)]
+    message: Annotated[str, Field(max_length=20_000)]
+    hint: Annotated[str, Field(max_length=2_000)] = ""
+    peer: Annotated[str, Field(max_length=200)] = ""
+
+    @staticmethod
+    def of(error: RaynixlError) -> Fault:
+        """Take an error apart."""
+        kind, text = type(error).__name__, error.message[:20_000]
+        return Fault(kind=kind, message=text, hint=error.hint[:2_000], peer=error.peer[:200])
+
+    def error(self) -> RaynixlError:
+        """Put the error together again."""
+        kind = getattr(errors, self.kind, RaynixlError)
+        if not (isinstance(kind, type) and issubclass(kind, RaynixlError)):
+            kind = RaynixlError
+        return kind(self.message, hint=self.hint, peer=self.peer)
+
+
+class Freeze(Wire):
+    """To a source: copy your weights out as this version and keep them for this push."""
+
+    push: Push
+    version: Version
+    seconds: Seconds
+
+
+class Holder(Wire):
+    """An agent that holds a version, and the regions that it lies in."""
+
+    name: Name
+    incarnation: Incarnation
+    regions: Annotated[tuple[RegionRecord, ...], Field(strict=False, max_length=65_536)]
+
+    def remotes(self) -> list[RemoteRegion]:
+        """Return the regions as a transfer takes them."""
+        return [RemoteRegion(self.name, self.incarnation, record) for record in self.regions]
+
+
+class Manifest(Wire):
+    """What a version is: its layout by digest, and the digests of its chunks."""
+
+    version: Version
+    layout: Digest
+    chunk_nbytes: Annotated[int, Field(ge=4096, le=1 << 40)]
+    digests: Annotated[str, Field(max_length=LIMIT, pattern=r"^[0-9a-f]*$")]
+    digest: Digest
+
+    def chunk_digests(self) -> list[bytes]:
+        """Return one digest for each chunk."""
+        raw = bytes.fromhex(self.digests)
+        return [raw[at : at + DIGEST_NBYTES] for at in range(0, len(raw), DIGEST_NBYTES)]
+
+
+class Frozen(Wire):
+    """From a source: the version is ready to be pulled."""
+
+    manifest: Manifest
+    holder: Holder
+    nbytes: Annotated[int, Field(ge=0)]
+    copy_out_seconds: Seconds
+    digest_seconds: Seconds
+
+
+class Release(Wire):
+    """To a source: the push is over."""
+
+    push: Push
+    committed: bool
+
+
+class Match(Wire):
+    """To a target that is new or restarted: do your tensors fit this layout of that source?"""
+
+    layout: Digest
+    source: Name
+    seconds: Seconds
+
+
+class Pull(Wire):
+    """To a target: bring this version into your shadow slot and check it. The first holder is to be preferred."""
+
+    push: Push
+    seconds: Seconds
+    manifest: Manifest
+    holders: Annotated[tuple[Holder, ...], Field(strict=False, min_length=1, max_length=1024)]
+
+
+class Flip(Wire):
+    """To a target that has pulled: serve the new version."""
+
+    push: Push
+    seconds: Seconds
+
+
+class Answer(Wire):
+    """From a target: how a phase went. `note` is what on_flip raised."""
+
+    fault: Fault | None = None
+    version: Annotated[int, Field(ge=0)] = 0
+    seconds: Seconds = 0.0
+    pull_seconds: Seconds = 0.0
+    verify_seconds: Seconds = 0.0
+    nbytes: Annotated[int, Field(ge=0)] = 0
+    note: Annotated[str, Field(max_length=2_000)] = ""

@@ -1,0 +1,152 @@
+"""Tensors: the edge to torch, which is imported when the first model comes. Collects, describes and copies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from raynixl.errors import ConfigError
+from raynixl.native import COPY, DONE
+from raynixl.weights.layout import Entry, itemsize
+from raynixl.weights.sharing import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from raynixl.agents import Agent
+
+    Model: TypeAlias = torch.nn.Module | Mapping[str, torch.Tensor]
+    Tensors: TypeAlias = dict[str, torch.Tensor]
+
+logger = logging.getLogger(__name__)
+_COPY_SECONDS = 3600.0  # a copy in this process always ends; it is never left half done
+
+
+def collect(model: Model) -> Tensors:
+    """Return the tensors of a module or state dict by name, in order: parameters and persistent buffers.
+
+    They are those of `state_dict()`, tied ones under each of their names; extra state of modules is left out.
+
+    Raises:
+        ConfigError: it is neither, or holds what cannot be carried.
+    """
+    import torch
+
+    if isinstance(model, torch.nn.Module):
+        tensors = dict(_of_module(model))
+    elif isinstance(model, Mapping):
+        tensors = dict(model)
+    else:
+        raise ConfigError(f"{type(model).__name__} holds no weights", hint="give a torch module or a state dict")
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    if not tensors:
+        raise ConfigError("there are no tensors to carry", hint="give a model that has parameters")
+    return tensors
+
+
+def _of_module(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield dot + name, parameter
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield dot + name, buffer
+
+
+def _check(name: str, tensor: Any) -> None:
+    import torch
+
+    why = ""
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        why = f"is {type(tensor).__name__}, not a tensor"
+    elif tensor.layout is not torch.strided or tensor.is_quantized:
+        why = f"has layout {tensor.layout}, which cannot be carried"
+    elif tensor.device.type == "meta":
+        why = "is on the meta device and has no values"
+    elif hasattr(tensor, "placements"):
+        why = "is a DTensor"
+    if why:
+        raise ConfigError(f"{name!r:.200} {why}", hint="give plain dense tensors with values")
+    itemsize(dtype_name(tensor))
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Return torch's short name of a tensor's dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def describe(tensors: Tensors) -> list[TensorSpec]:
+    """Return how tensors lie in memory."""
+    return [
+        TensorSpec(
+            name, dtype_name(tensor), tuple(tensor.shape), tuple(tensor.stride()), str(tensor.device), tensor.data_ptr()
+        )
+        for name, tensor in tensors.items()
+    ]
+
+
+def is_writable_in_place(tensor: torch.Tensor) -> bool:
+    """Whether no two elements of it share memory, as those of an expanded tensor do."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach = stride * (size - 1) + reach
+    return True
+
+
+def view_of(arenas: Sequence[NDArray[np.uint8]], entry: Entry) -> torch.Tensor:
+    """Return the tensor that lies in the arenas at an entry's place; it keeps the arena's memory alive."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    raw = arenas[entry.arena][entry.offset : entry.offset + entry.nbytes]
+    return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(entry.shape)
+
+
+def copy_tensors(agent: Agent, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy (destination, source) pairs: whatever is plain bytes in one batch by several threads, the rest by torch."""
+    import torch
+
+    rows, plain, others = [], [], []
+    for target, source in pairs:
+        if _is_plain(target) and _is_plain(source):
+            rows.append((source.data_ptr(), target.data_ptr(), source.numel() * source.element_size()))
+            plain.append((target, source))
+        else:
+            others.append((target, source))
+    if rows and not _copy_rows(agent, np.array(rows, np.uint64)):
+        others = list(pairs)
+    inference = any(target.is_inference() for target, _ in others)
+    with torch.inference_mode() if inference else torch.no_grad():
+        for target, source in others:
+            target.copy_(source)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _copy_rows(agent: Agent, rows: NDArray[np.uint64]) -> bool:
+    """Copy by the agent's engine; False if it did not, as when the agent is being closed."""
+    rows = rows[rows[:, 2] > 0]
+    if not len(rows):
+        return True
+    result = agent.engine.program(COPY, 0, np.ascontiguousarray(rows), []).run(_COPY_SECONDS)
+    if not isinstance(result, int):
+        result.wait(_COPY_SECONDS)
+        result.wait_settled(_COPY_SECONDS)
+        result = result.code
+    if result != DONE:
+        logger.warning("the engine of %r ended a copy with code %d; torch copies instead", agent.name, result)
+    return result == DONE
