@@ -138,14 +138,16 @@ class Reactor:
         self.wake()
         if not self.is_own_thread:
             self._thread.join(timeout)
-        with self._lead, self._bells:  # a leading caller leaves at the bell
-            self._are_bells_open = False
-            self._inner.close()
-            self._outer.close()
-            os.close(self._bell)
-            os.close(self._service_bell)
-            self._callbacks.clear()
-            self._calls.clear()
+        with self._lead:  # a leading caller leaves at the bell
+            while self._calls:  # such as links that were closed a moment ago and hold descriptors
+                self._guard(self._calls.popleft())
+            with self._bells:
+                self._are_bells_open = False
+                self._inner.close()
+                self._outer.close()
+                os.close(self._bell)
+                os.close(self._service_bell)
+                self._callbacks.clear()
 
     def _lead_until(self, is_ready: Callable[[], bool], deadline: float) -> None:
         """Poll in the service thread's place; the caller has taken _lead."""
