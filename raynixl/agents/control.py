@@ -172,6 +172,11 @@ class Control:
         with self._lock:
             self._handlers[topic] = (handler, threaded)
 
+    def serves(self, topic: str) -> bool:
+        """Whether requests under a topic are answered."""
+        with self._lock:
+            return topic in self._handlers
+
     def unserve(self, topic: str) -> None:
         """Answer a topic no more."""
         with self._lock:
