@@ -28,9 +28,8 @@ def difference(source: Layout, target: Layout) -> list[Difference]:
     """
     found = [_missing(entry, target) or _unlike(entry, target.by_name[entry.name]) for entry in source.entries]
     rows = [row for row in found if row is not None]
-    for entry in target.entries:
-        if entry.name not in source.by_name:
-            rows.append(Difference(entry.name, "-", shape_text(entry.dtype, entry.shape), "missing at the source"))
+    missing = [entry for entry in target.entries if entry.name not in source.by_name]
+    rows += [Difference(e.name, "-", shape_text(e.dtype, e.shape), "missing at the source") for e in missing]
     return rows + _untied(source, target)
 
 
@@ -39,7 +38,9 @@ def table(rows: Sequence[Difference]) -> str:
     cells = [("name", "source", "target", "")] + [(r.name, r.source, r.target, r.reason) for r in rows[:MAX_ROWS]]
     short = [tuple(_cut(cell) for cell in row) for row in cells]
     widths = [max(len(row[column]) for row in short) for column in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in short]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in short
+    ]
     if len(rows) > MAX_ROWS:
         lines.append(f"... and {len(rows) - MAX_ROWS} more")
     return "\n".join(f"  {line}" for line in lines)
@@ -58,7 +59,9 @@ def _missing(entry: Entry, target: Layout) -> Difference | None:
 
 def _unlike(ours: Entry, theirs: Entry) -> Difference | None:
     what = [
-        label for label, differs in (("shape", ours.shape != theirs.shape), ("dtype", ours.dtype != theirs.dtype)) if differs
+        label
+        for label, differs in (("shape", ours.shape != theirs.shape), ("dtype", ours.dtype != theirs.dtype))
+        if differs
     ]
     if not what:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def choose(install: str, model: Model) -> Install:
     if install == Install.SWAP.value and not is_host:
         raise ConfigError("tensors on a device cannot be repointed to host memory", hint="use install='copy'")
     if install == Install.AUTO.value:
-        return Install.SWAP if is_host and not isinstance(model, dict) else Install.COPY
+        return Install.SWAP if is_host and not isinstance(model, Mapping) else Install.COPY
     return Install(install)
 
 
@@ -61,7 +62,8 @@ class Steps:
 class Installer:
     """Knows a target's tensors. They are looked at anew for each version, so a module may replace its own."""
 
-    def __init__(self, model: Model, install: str) -> None:
+    def __init__(self, model: Model, install: str, *, owner: str) -> None:
+        self._owner = owner
         self.way = choose(install, model)
         self._model = model
         self._tensors: Tensors = {}
@@ -73,6 +75,11 @@ class Installer:
         """The target's own layout."""
         return self._layout
 
+    def has_changed(self) -> bool:
+        """Whether tensors of the model were replaced since it was last looked at."""
+        tensors, known = collect(self._model), self._tensors
+        return tensors.keys() != known.keys() or any(tensor is not known[name] for name, tensor in tensors.items())
+
     def check(self, source: Layout) -> None:
         """Refuse a source whose tensors do not fit.
 
@@ -83,7 +90,7 @@ class Installer:
         rows = difference(source, self._layout)
         if rows:
             raise ConfigError(
-                f"{len(rows)} tensors of source and target differ:\n{table(rows)}\n",
+                f"{len(rows)} tensors differ between the source and {self._owner!r}:\n{table(rows)}\n",
                 hint="publish and subscribe the same model",
             )
 
@@ -114,11 +121,8 @@ class Installer:
         return tensor.is_contiguous() or not is_writable_in_place(tensor)
 
     def _look(self) -> None:
-        """Look at the model again; the layout changes only where tensors were replaced."""
+        """Look at the model again."""
         tensors = collect(self._model)
-        known = self._tensors
-        if tensors.keys() == known.keys() and all(tensor is known[name] for name, tensor in tensors.items()):
-            return
         self._tensors, self._layout = tensors, build_layout(describe(tensors))
         for name, tensor in tensors.items():
             if not is_writable_in_place(tensor) and (self.way is Install.COPY or self._layout.by_name[name].sharing):

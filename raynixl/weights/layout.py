@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def _check(layout: Layout) -> None:
 
 def _check_disjoint(ends: dict[tuple[int, int], int]) -> None:
     places = sorted(ends)
-    for place, following in zip(places, places[1:], strict=False):
+    for place, following in itertools.pairwise(places):
         if place[0] == following[0] and place[1] + ends[place] > following[1]:
             raise ConfigError(f"tensors overlap in arena {place[0]} at {following[1]}")
 

@@ -49,7 +49,9 @@ def find_sharing(specs: Sequence[TensorSpec], itemsize: Callable[[str], int]) ->
         start = spans[members[0]][0]
         views = [_View(spans[i][0] - start, specs[i], itemsize(specs[i].dtype)) for i in members]
         if _do_overlap(views, max(spans[i][1] for i in members) - start):
-            overlap.update({i: (number, view.offset, *view.byte_strides) for i, view in zip(members, views, strict=True)})
+            overlap.update(
+                {i: (number, view.offset, *view.byte_strides) for i, view in zip(members, views, strict=True)}
+            )
     ties = {index: overlap[head] for index, head in enumerate(same_as) if head in overlap}
     return Sharing(tuple(same_as), ties)
 

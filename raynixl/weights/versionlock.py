@@ -40,11 +40,11 @@ class VersionLock:
         """
         thread = threading.current_thread()
         with self._changed:
-            if thread not in self._pins and self._writer is not thread:
-                if not self._changed.wait_for(lambda: self._writer is None and not self._waiting, timeout):
-                    raise TransferTimeout(
-                        f"a flip has kept readers waiting for {timeout:g} s", hint="see what on_flip does"
-                    )
+            is_inside = thread in self._pins or self._writer is thread
+            if not (is_inside or self._changed.wait_for(self._is_calm, timeout)):
+                raise TransferTimeout(
+                    f"a flip has kept readers waiting for {timeout:g} s", hint="see what on_flip does"
+                )
             self._pins.setdefault(thread, []).append(frame)
         return thread
 
@@ -73,6 +73,9 @@ class VersionLock:
             with self._changed:
                 self._writer = None
                 self._changed.notify_all()
+
+    def _is_calm(self) -> bool:
+        return self._writer is None and not self._waiting
 
     def _acquire(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

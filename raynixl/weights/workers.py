@@ -24,7 +24,7 @@ def run_workers(worker: Worker, count: int, *, threads: int) -> None:
         try:
             while not failures and (number := next(numbers)) < count:
                 worker(number)
-        except BaseException as exc:  # thread edge: the caller raises it
+        except BaseException as exc:  # noqa: BLE001 - thread edge: the caller raises it
             failures.append(exc)
 
     helpers = [
@@ -37,5 +37,3 @@ def run_workers(worker: Worker, count: int, *, threads: int) -> None:
         helper.join()
     if failures:
         raise failures[0]
-
-

@@ -1,0 +1,285 @@
+"""Weight sync: pushes versions from sources to targets in two phases, pull and flip."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from raynixl.errors import ConfigError, IntegrityError, RaynixlError, TransferTimeout
+from raynixl.weights.conversation import ask_all
+from raynixl.weights.protocol import Answer, Flip, Freeze, Frozen, Match, Pull, Release, Wire, check_weights_name, topic
+from raynixl.weights.report import PushReport, RankReport
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+
+M = TypeVar("M", bound=Wire)
+_GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
+_MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the deadline; what is left is for the flip of those that are ready
+_MAX_VERSION = 1 << 62
+
+
+@dataclass(slots=True)
+class _Round:
+    """One push on its way."""
+
+    version: int
+    began: float
+    timeout: float
+    push: str = field(default_factory=lambda: secrets.token_hex(16))
+    frozen: dict[str, Frozen] = field(default_factory=dict)
+    pulled: dict[str, Answer] = field(default_factory=dict)
+    flipped: dict[str, Answer] = field(default_factory=dict)
+    excluded: dict[str, RaynixlError] = field(default_factory=dict)
+
+    def deadline(self, share: float = 1.0) -> float:
+        return self.began + self.timeout * share
+
+    def left(self, share: float = 1.0) -> float:
+        return max(0.001, self.deadline(share) - time.monotonic())
+
+    @property
+    def first(self) -> Frozen:
+        return next(iter(self.frozen.values()))
+
+
+class WeightSync:
+    """Carries the weights that sources publish under a name to the targets that subscribe to it.
+
+    Sources and targets are agents' names. Several sources are replicas: they must hold the same weights, and targets
+    spread over them. A target that restarts takes part in the next push by itself. Any thread may push; pushes
+    follow one another. With `exclude_failed` targets that die, freeze or are too slow are left on their old
+    version and reported; without it the first such failure is raised and no target flips.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        name: str,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        timeout: float = 60.0,
+        exclude_failed: bool = True,
+    ) -> None:
+        self.name = check_weights_name(name)
+        self.sources = _names(sources, "sources")
+        self.targets = _names(targets, "targets")
+        self.timeout = _check_timeout(timeout)
+        self._agent = agent
+        self._exclude_failed = exclude_failed
+        self._pushing = threading.Lock()  # held by one push at a time; protects _version, _matched, _heard
+        self._version = 0
+        self._matched: dict[str, tuple[str, str]] = {}  # target -> (incarnation, layout that fits)
+        self._heard: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"WeightSync({self.name!r}, {len(self.sources)} to {len(self.targets)}, version {self._version})"
+
+    @property
+    def version(self) -> int:
+        """The last version that some target took, or 0."""
+        return self._version
+
+    def push(self, version: int, *, timeout: float | None = None) -> PushReport:
+        """Bring the sources' present weights to the targets as `version`, and make them all serve it.
+
+        Returns when every target serves it or is excluded; the sources may change their weights after that.
+
+        Raises:
+            ConfigError: the version is not above the last, or source and target hold other tensors; with a table.
+            PeerUnknown, PeerLost, TransferTimeout: the sources are gone, or another push is not over.
+            IntegrityError: the sources hold different weights.
+        """
+        seconds = self.timeout if timeout is None else _check_timeout(timeout)
+        began = time.monotonic()
+        if not isinstance(version, int) or not 0 < version < _MAX_VERSION:
+            raise ConfigError(f"version {version!r} is not a positive integer", hint="count versions from 1")
+        if not self._pushing.acquire(timeout=seconds):
+            raise TransferTimeout(f"another push of {self.name!r} is not over after {seconds:g} s", hint="push again")
+        try:
+            if version <= self._version:
+                raise ConfigError(
+                    f"version {version} of {self.name!r} is not above {self._version}, which was pushed",
+                    hint="versions go up",
+                )
+            return self._push(_Round(version, began, seconds))
+        finally:
+            self._pushing.release()
+
+    async def push_async(self, version: int, *, timeout: float | None = None) -> PushReport:
+        """Push from an event loop, which goes on meanwhile. A push whose waiter is cancelled still ends by itself."""
+        return await asyncio.to_thread(self.push, version, timeout=timeout)
+
+    def _push(self, now: _Round) -> PushReport:
+        try:
+            self._freeze(now)
+            self._match(now)
+            self._pull(now)
+            self._flip(now)
+        finally:
+            self._release(now)
+        return self._report(now)
+
+    # Phases
+
+    def _freeze(self, now: _Round) -> None:
+        """Have the sources copy their weights out."""
+        request = Freeze(push=now.push, version=now.version, seconds=now.left()).to_bytes()
+        answers = self._ask("freeze", dict.fromkeys(self.sources, request), now, 1.0)
+        for name, data in answers.items():
+            frozen = _parse(Frozen, data, name)
+            if isinstance(frozen, RaynixlError):
+                self._exclude(now, name, frozen)
+            else:
+                now.frozen[name] = frozen
+        if not now.frozen:
+            raise next(iter(now.excluded.values()))
+        first = now.first.manifest
+        for name, frozen in now.frozen.items():
+            if (frozen.manifest.layout, frozen.manifest.digests) != (first.layout, first.digests):
+                raise IntegrityError(
+                    f"sources {self.sources[0]!r} and {name!r} hold different weights under {self.name!r}",
+                    hint="sources are replicas: give one, or bring them into step", peer=name,
+                )  # fmt: skip
+
+    def _match(self, now: _Round) -> None:
+        """Ask targets that are new whether the layout fits, before anything moves."""
+        layout = now.first.manifest.layout
+        fresh = [name for name in self.targets if self._matched.get(name) != (self._incarnation(name), layout)]
+        source = next(iter(now.frozen))
+        request = Match(layout=layout, source=source, seconds=now.left(_MATCH_SHARE)).to_bytes()
+        answers = self._ask("match", dict.fromkeys(fresh, request), now, _MATCH_SHARE)
+        fitting = self._answers(answers, now)
+        wrong = [error for name, error in now.excluded.items() if name in fresh and isinstance(error, ConfigError)]
+        if wrong:
+            raise wrong[0]
+        for name, answer in fitting.items():
+            self._matched[name] = (self._incarnation(name), layout)
+            if answer.version >= now.version:
+                stale = f"{name!r} serves version {answer.version} of {self.name!r}, {now.version} is not above it"
+                self._exclude(now, name, ConfigError(stale, hint="versions go up", peer=name))
+
+    def _pull(self, now: _Round) -> None:
+        """Have all targets that are left pull and verify."""
+        holders = [frozen.holder for frozen in now.frozen.values()]
+        manifest, seconds = now.first.manifest, now.left(_PULL_SHARE)
+        names = [name for name in self.targets if name not in now.excluded]
+        requests = {}
+        for number, name in enumerate(names):
+            turn = number % len(holders)
+            preferred = (*holders[turn:], *holders[:turn])
+            requests[name] = Pull(push=now.push, seconds=seconds, manifest=manifest, holders=preferred).to_bytes()
+        now.pulled = self._answers(self._ask("pull", requests, now, _PULL_SHARE), now)
+        self._check_sources(now)
+
+    def _check_sources(self, now: _Round) -> None:
+        """If pulls failed because every source is gone, the push has failed: nobody flips."""
+        suspects = {error.peer for error in now.excluded.values() if error.peer in now.frozen}
+        if not suspects:
+            return
+        answers = ask_all(self._agent, topic(self.name, "status"), dict.fromkeys(suspects, b""), now.deadline())
+        gone = {name: error for name, error in answers.items() if isinstance(error, RaynixlError)}
+        if len(gone) == len(now.frozen):
+            raise next(iter(gone.values()))
+
+    def _flip(self, now: _Round) -> None:
+        """Have all targets that are ready serve the new version."""
+        request = Flip(push=now.push, seconds=now.left()).to_bytes()
+        answers = self._ask("flip", dict.fromkeys(now.pulled, request), now, 1.0)
+        now.flipped = self._answers(answers, now)
+        if now.flipped:
+            self._version = now.version
+
+    def _release(self, now: _Round) -> None:
+        """Tell the sources that the push is over; they need not answer."""
+        request = Release(push=now.push, committed=bool(now.flipped)).to_bytes()
+        for name in self.sources:
+            if self._incarnation(name):
+                try:
+                    self._agent.ask(name, topic(self.name, "release"), request)
+                except RaynixlError as exc:
+                    now.excluded.setdefault(name, exc)
+
+    # What the phases share
+
+    def _ask(
+        self, phase: str, payloads: Mapping[str, bytes], now: _Round, share: float
+    ) -> dict[str, bytes | RaynixlError]:
+        """Ask ranks; those never heard of get time to start."""
+        new = {name: payload for name, payload in payloads.items() if name not in self._heard}
+        until = min(now.began + _GRACE_SECONDS, now.deadline(share / 2)) if new else 0.0
+        answers = ask_all(self._agent, topic(self.name, phase), payloads, now.deadline(share), until=until)
+        self._heard.update(name for name, answer in answers.items() if isinstance(answer, bytes))
+        return answers
+
+    def _answers(self, answers: Mapping[str, bytes | RaynixlError], now: _Round) -> dict[str, Answer]:
+        """Return the answers of targets that did well; exclude the others."""
+        well = {}
+        for name, data in answers.items():
+            answer = _parse(Answer, data, name)
+            if isinstance(answer, Answer) and answer.fault is None:
+                well[name] = answer
+            else:
+                fault = answer.fault if isinstance(answer, Answer) else None
+                error = answer if isinstance(answer, RaynixlError) else None
+                self._exclude(now, name, fault.error() if fault is not None else error)
+        return well
+
+    def _exclude(self, now: _Round, name: str, error: RaynixlError | None) -> None:
+        assert error is not None
+        now.excluded[name] = error
+        if name in self.targets and not self._exclude_failed:
+            raise error
+
+    def _incarnation(self, name: str) -> str:
+        """Return the incarnation of a rank that we are connected to, or ''."""
+        connection = self._agent.connector.current(name)
+        return "" if connection is None or connection.lost is not None else connection.incarnation
+
+    def _report(self, now: _Round) -> PushReport:
+        seconds = time.monotonic() - now.began
+        ranks = {name: _rank(now.pulled[name], answer) for name, answer in now.flipped.items()}
+        return PushReport(
+            version=now.version, seconds=seconds, nbytes=now.first.nbytes,
+            gbps=now.first.nbytes * len(ranks) / seconds / 1e9,
+            copy_out_seconds=max(frozen.copy_out_seconds for frozen in now.frozen.values()),
+            digest_seconds=max(frozen.digest_seconds for frozen in now.frozen.values()),
+            flip_seconds=max((rank.flip_seconds for rank in ranks.values()), default=0.0),
+            digest=now.first.manifest.digest, excluded=now.excluded, ranks=ranks,
+        )  # fmt: skip
+
+
+def _rank(pulled: Answer, flipped: Answer) -> RankReport:
+    return RankReport(
+        seconds=pulled.seconds + flipped.seconds, pull_seconds=pulled.pull_seconds,
+        verify_seconds=pulled.verify_seconds, flip_seconds=flipped.seconds, nbytes=pulled.nbytes, note=flipped.note,
+    )  # fmt: skip
+
+
+def _parse(kind: type[M], data: bytes | RaynixlError, name: str) -> M | RaynixlError:
+    if isinstance(data, RaynixlError):
+        return data
+    try:
+        return kind.from_bytes(data)
+    except IntegrityError as exc:
+        return IntegrityError(f"{name!r} answered nonsense: {exc.message}", hint=exc.hint, peer=name)
+
+
+def _names(names: Sequence[str], what: str) -> tuple[str, ...]:
+    if isinstance(names, str) or not names or any(not isinstance(name, str) for name in names):
+        raise ConfigError(f"{what} {names!r:.80} are not agents' names", hint="give a list of one name or more")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{what} name an agent twice", hint="name each once")
+    return tuple(names)
+
+
+def _check_timeout(timeout: float) -> float:
+    if not 0 < timeout < 1e6:
+        raise ConfigError(f"timeout={timeout!r} is not usable", hint="give a positive number of seconds")
+    return float(timeout)
