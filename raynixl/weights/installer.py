@@ -52,11 +52,16 @@ class Steps:
     repoint: list[tuple[torch.Tensor, torch.Tensor]]
     copy: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def run(self, agent: Agent) -> None:
-        """Install the version; the caller has the weights alone."""
+    def run(self, agent: Agent) -> list[torch.Tensor]:
+        """Install the version; the caller has the weights alone.
+
+        Returns the old values, to be dropped once readers may go on: giving 1 GB back to the system takes 60 ms.
+        """
         copy_tensors(agent, self.copy)
+        old = [tensor.data for tensor, _ in self.repoint]
         for tensor, value in self.repoint:
             tensor.data = value
+        return old
 
 
 class Installer:

@@ -196,10 +196,12 @@ class Subscription:
                 raise TransferTimeout("the flip came after the push's deadline", hint="push again")
             with self._lock.writing(min(self._flip_timeout, left)):
                 entered = time.monotonic()
-                ready.steps.run(self._agent)
+                old = ready.steps.run(self._agent)
                 self._serve(ready)
                 note = self._call_back(ready.version)
-                return Answer(version=ready.version, seconds=time.monotonic() - entered, note=note)
+                seconds = time.monotonic() - entered
+            del old
+            return Answer(version=ready.version, seconds=seconds, note=note)
 
     def _serve(self, ready: _Ready) -> None:
         """The new version is in place: say so, and make its slot the active one."""

@@ -1,0 +1,92 @@
+"""A process with one agent, driven by JSON lines: {"do": command, ...} on stdin, one JSON value a line on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+import torch
+
+from raynixl.agents import Agent
+from raynixl.errors import RaynixlError
+from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.receiver import Receiver
+
+
+class Child:
+    """The commands."""
+
+    def __init__(self, name):
+        self.agent = Agent(name)
+        self.weights = {}
+        self.lock = threading.Lock()
+
+    def say(self, value):
+        with self.lock:
+            print(json.dumps(value), flush=True)
+
+    def meet(self, record):
+        self.agent.peer(bytes.fromhex(record))
+        return True
+
+    def make(self, tensors, elements):
+        self.weights = {f"w{number}": torch.zeros(elements) for number in range(tensors)}
+        return True
+
+    def fill(self, value):
+        for tensor in self.weights.values():
+            tensor.fill_(value)
+        return True
+
+    def publish(self):
+        self.publication = publish(self.agent, "w", self.weights)
+        return True
+
+    def subscribe(self, install="auto"):
+        self.subscription = subscribe(self.agent, "w", self.weights, install=install)
+        return True
+
+    def stall(self):
+        """From now on say so at the second chunk of a pull, and go no further for a minute."""
+        take = Receiver._take
+        calls = []
+
+        def slow(receiver, number, regions):
+            calls.append(number)
+            if len(calls) == 2:
+                self.say("stalled")
+            if len(calls) >= 2:
+                threading.Event().wait(60)
+            return take(receiver, number, regions)
+
+        Receiver._take = slow
+        return True
+
+    def push(self, version, targets, timeout):
+        sync = WeightSync(self.agent, "w", [self.agent.name], targets, timeout=timeout)
+        try:
+            report = sync.push(version)
+        except RaynixlError as error:
+            return type(error).__name__
+        return sorted(report.ranks)
+
+    def values(self):
+        """Return the version served and the distinct values of all tensors."""
+        with self.subscription.pinned() as version:
+            return [version, sorted({value for tensor in self.weights.values() for value in tensor.unique().tolist()})]
+
+    def wait_version(self, version):
+        return self.subscription.wait_version(version, 20.0)
+
+
+def main():
+    child = Child(sys.argv[1])
+    child.say(child.agent.record().hex())
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        child.say(getattr(child, arguments.pop("do"))(**arguments))
+    child.agent.close()
+
+
+main()
