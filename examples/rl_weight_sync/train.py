@@ -76,9 +76,9 @@ def main(steps: int = 280, seed: int = 0, out: Path = Path("reward.png")) -> Non
     trainer = Trainer.remote(seed, steps)
     rollouts = [Rollout.remote(seed + rank) for rank in range(1, 1 + ROLLOUTS)]
     sync = rx.WeightSync("policy", sources=[trainer], targets=rollouts)
-    sync.push(0)
+    sync.push(1)
     progress, generator = Progress(steps), torch.Generator().manual_seed(seed)
-    for version in range(steps):
+    for version in range(1, steps + 1):
         prompts = draw_prompts(ROLLOUTS * PROMPTS, generator).chunk(ROLLOUTS)
         samples = ray.get([r.sample.remote(part) for r, part in zip(rollouts, prompts, strict=True)])
         assert all(part.version == version for part in samples), "a rollout sampled with stale weights"

@@ -282,6 +282,11 @@ class Agent:
         """Which core copies: 'native' or 'ctypes'."""
         return str(self._native.NAME)
 
+    @property
+    def directory(self) -> Directory:
+        """Where this agent publishes itself and finds its peers."""
+        return self._publisher.directory
+
     def statistics(self) -> AgentStatistics:
         """Return what this agent has counted so far."""
         with self._lock:

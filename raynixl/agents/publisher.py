@@ -25,7 +25,7 @@ class Publisher:
 
     def __init__(self, agent: Agent, directory: Directory | None) -> None:
         self._agent = agent
-        self._directory: Directory = InMemoryDirectory() if directory is None else directory
+        self.directory: Directory = InMemoryDirectory() if directory is None else directory
         self._wake = threading.Event()
         self._is_closed = False
         self._is_published = False
@@ -37,9 +37,9 @@ class Publisher:
         Raises:
             ConfigError: the name is taken.
         """
-        self._directory.publish(self._record())
+        self.directory.publish(self._record())
         self._is_published = True
-        if self._directory.has_leases:
+        if self.directory.has_leases:
             self._thread = threading.Thread(target=self._renew, name="raynixl-lease", daemon=True)
             self._thread.start()
 
@@ -48,11 +48,11 @@ class Publisher:
         if self._thread is not None:
             self._wake.set()
         elif self._is_published and not self._is_closed:
-            self._directory.publish(self._record())
+            self.directory.publish(self._record())
 
     def find(self, name: str) -> AgentRecord | None:
         """Return the live record of a name."""
-        return self._directory.find(name)
+        return self.directory.find(name)
 
     def wait_for(self, name: str, timeout: float) -> bool:
         """Return whether a name is published, waiting for it up to `timeout`."""
@@ -70,7 +70,7 @@ class Publisher:
     def bury(self, record: AgentRecord) -> None:
         """Remove the record of an agent that was found dead."""
         try:
-            self._directory.withdraw(record.name, record.incarnation)
+            self.directory.withdraw(record.name, record.incarnation)
         except RaynixlError as exc:
             logger.warning("could not remove the record of %r: %s", record.name, exc)
 
@@ -86,7 +86,7 @@ class Publisher:
             self.bury(self._agent.make_record(0.0))
 
     def _record(self) -> AgentRecord:
-        lease = self._agent.config.lease_seconds if self._directory.has_leases else 0.0
+        lease = self._agent.config.lease_seconds if self.directory.has_leases else 0.0
         return self._agent.make_record(time.time() + lease if lease else 0.0)
 
     def _renew(self) -> None:
@@ -96,6 +96,6 @@ class Publisher:
             if self._is_closed:
                 return
             try:
-                self._directory.publish(self._record())
+                self.directory.publish(self._record())
             except RaynixlError as exc:
                 logger.warning("could not renew the record of %r: %s", self._agent.name, exc)

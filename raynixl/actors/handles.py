@@ -1,0 +1,109 @@
+"""Actor handles: the agents behind them, and giving one to an actor that somebody else decorated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from raynixl.actors.gcs import GcsDirectory, all_records
+from raynixl.actors.process import agent, anonymous_name, here, start_agent
+from raynixl.config import AgentConfig
+from raynixl.errors import ConfigError, PeerLost, PeerUnknown, TransferTimeout
+from raynixl.record import AgentRecord
+
+ATTACH_TIMEOUT = 30.0
+
+
+def attach(handle: Any, *, name: str = "", config: AgentConfig | None = None, timeout: float = ATTACH_TIMEOUT) -> str:
+    """Give the actor behind a handle an agent, whoever made the actor; return the agent's name. Idempotent.
+
+    The actor must get to it between two of its methods.
+
+    Raises:
+        TransferTimeout: the actor was busy for all of `timeout`.
+        PeerLost: the actor is dead.
+        ConfigError: this is not a handle, or the name is taken.
+    """
+    if not isinstance(handle, ray.actor.ActorHandle):
+        raise ConfigError(f"{handle!r:.80} is not an actor handle", hint="pass what Class.remote() returned")
+    call = handle.__ray_call__.remote(_start_here, name, config)
+    try:
+        return str(ray.get(call, timeout=timeout))
+    except ray.exceptions.GetTimeoutError as exc:
+        ray.cancel(call)
+        raise TransferTimeout(
+            f"the actor {actor_id(handle)} did not start an agent within {timeout:g} s",
+            hint="attach before it is busy, or give it longer",
+        ) from exc
+    except ray.exceptions.RayActorError as exc:
+        raise PeerLost(f"the actor {actor_id(handle)} is dead") from exc
+    except ray.exceptions.RayTaskError as exc:
+        if isinstance(exc.cause, ConfigError):
+            raise exc.cause from exc
+        raise
+
+
+def _start_here(_actor: Any, name: str, config: AgentConfig | None) -> str:
+    return start_agent(name, config).name
+
+
+def actor_id(handle: Any) -> str:
+    """Return the id of the actor behind a handle."""
+    return str(handle._actor_id.hex())
+
+
+def agent_name(worker: Any, *, timeout: float = ATTACH_TIMEOUT) -> str:
+    """Return the name of the agent behind an actor handle, waiting until it is published; names stay as they are.
+
+    Raises:
+        PeerUnknown: the actor has no agent.
+        PeerLost: the actor is dead.
+    """
+    return worker if isinstance(worker, str) else agent_names([worker], timeout=timeout)[0]
+
+
+def agent_names(workers: Sequence[Any], *, timeout: float = ATTACH_TIMEOUT) -> list[str]:
+    """Return the names of the agents behind actor handles; names stay as they are. See `agent_name`."""
+    handles = [worker for worker in workers if not isinstance(worker, str)]
+    for handle in handles:
+        if not isinstance(handle, ray.actor.ActorHandle):
+            raise ConfigError(f"{handle!r:.80} is neither an actor handle nor a name", hint="pass one of the two")
+    known = _names_by_actor() if handles else {}
+    if any(actor_id(handle) not in known for handle in handles):
+        _wait_constructed(handles, timeout)
+        known = _names_by_actor()
+    return [worker if isinstance(worker, str) else _look_up(worker, known) for worker in workers]
+
+
+def _names_by_actor() -> dict[str, str]:
+    directory = agent().directory
+    assert isinstance(directory, GcsDirectory)
+    return {record.labels["actor_id"]: record.name for record in directory.list() if "actor_id" in record.labels}
+
+
+def _wait_constructed(handles: Sequence[Any], timeout: float) -> None:
+    """Wait until every actor's `__init__` has run: its agent is published then, if it has one."""
+    ready = [handle.__ray_ready__.remote() for handle in handles]
+    try:
+        ray.get(ready, timeout=timeout)
+    except ray.exceptions.GetTimeoutError as exc:
+        raise TransferTimeout(f"not all actors were ready within {timeout:g} s", hint="see what they do") from exc
+    except ray.exceptions.RayActorError as exc:
+        raise PeerLost(f"an actor died before it was ready: {exc}") from exc
+
+
+def _look_up(handle: Any, known: dict[str, str]) -> str:
+    name = known.get(actor_id(handle))
+    if name is None:
+        raise PeerUnknown(
+            f"the actor {actor_id(handle)} has no agent in this job",
+            hint="decorate its class with @rx.worker, or call rx.attach(handle)",
+        )
+    return name
+
+
+def list_agents() -> list[AgentRecord]:
+    """Return the live records of every job of the cluster that this process is connected to."""
+    return all_records(here().session)

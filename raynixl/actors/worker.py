@@ -1,0 +1,76 @@
+"""The worker decorator: an actor class whose actors host an agent."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import ray
+
+from raynixl.actors.process import start_agent
+from raynixl.config import AgentConfig
+from raynixl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@overload
+def worker(cls: T) -> T: ...
+@overload
+def worker(*, name: str = "", config: AgentConfig | None = None) -> Callable[[T], T]: ...
+def worker(cls: Any = None, *, name: str = "", config: AgentConfig | None = None) -> Any:
+    """Give every actor of a class an agent, started in the actor's process just before its `__init__`.
+
+    Stands under or above `@ray.remote`. The class stays itself: outside an actor it is a plain class. The agent is
+    named `name`, else as the actor is, else after the class and the actor's id.
+
+    Raises:
+        ConfigError: what it decorates is not a class.
+    """
+    if cls is None:
+        return functools.partial(_decorate, name=name, config=config)
+    return _decorate(cls, name=name, config=config)
+
+
+def _decorate(target: Any, *, name: str, config: AgentConfig | None) -> Any:
+    if isinstance(target, ray.actor.ActorClass):
+        _hook(target.__ray_metadata__.modified_class, name, config)
+    elif inspect.isclass(target):
+        _hook(target, name, config)
+    else:
+        raise ConfigError(
+            f"@rx.worker decorates actor classes, not {target!r:.80}",
+            hint="write it under @ray.remote, above the class; for a handle use rx.attach(handle)",
+        )
+    return target
+
+
+def _hook(cls: type[Any], name: str, config: AgentConfig | None) -> None:
+    """Put the start of the agent in front of the class's `__init__`, in place."""
+    original = cls.__init__
+    if inspect.isfunction(original):
+
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            _start_in_actor(name, config)
+            original(self, *args, **kwargs)
+
+    else:  # the class has none: wrapping object's own would break Ray's look at its signature
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            _start_in_actor(name, config)
+            super(cls, self).__init__(*args, **kwargs)
+
+        __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        )
+        __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    cls.__init__ = __init__
+
+
+def _start_in_actor(name: str, config: AgentConfig | None) -> None:
+    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        if ray.get_runtime_context().get_actor_id():
+            start_agent(name, config)
