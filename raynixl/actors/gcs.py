@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
 import ray
@@ -80,7 +81,7 @@ class GcsDirectory:
             _delete(key)
         _delete(self._secret_key)
 
-    def _all(self) -> list[AgentRecord]:
+    def _all(self) -> Sequence[AgentRecord]:
         records = [self._parse(_get(key)) for key in _list(self._prefix)]
         return [record for record in records if record is not None]
 
@@ -151,7 +152,7 @@ def _is_dead_actor(actor_id: str) -> bool:
     """Whether Ray knows the actor to be dead."""
     if not actor_id:
         return False
-    with contextlib.suppress(Exception):  # noqa: BLE001 - private state of Ray: any trouble means 'not known'
+    with contextlib.suppress(Exception):
         entry = ray._private.state.actors(actor_id)
         return bool(entry) and entry.get("State") == "DEAD"
     return False
@@ -181,7 +182,7 @@ def _list(prefix: str) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def _translated():  # type: ignore[no-untyped-def]
+def _translated() -> Iterator[None]:
     """Turn Ray's errors about the store into ours."""
     try:
         if not ray.is_initialized():

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from raynixl.actors.gcs import GcsDirectory, all_records
-from raynixl.actors.process import agent, anonymous_name, here, start_agent
+from raynixl.actors.process import agent, here, start_agent
 from raynixl.config import AgentConfig
 from raynixl.errors import ConfigError, PeerLost, PeerUnknown, TransferTimeout
 from raynixl.record import AgentRecord
@@ -28,7 +28,7 @@ def attach(handle: Any, *, name: str = "", config: AgentConfig | None = None, ti
     """
     if not isinstance(handle, ray.actor.ActorHandle):
         raise ConfigError(f"{handle!r:.80} is not an actor handle", hint="pass what Class.remote() returned")
-    call = handle.__ray_call__.remote(_start_here, name, config)
+    call: Any = handle.__ray_call__.remote(_start_here, name, config)
     try:
         return str(ray.get(call, timeout=timeout))
     except ray.exceptions.GetTimeoutError as exc:

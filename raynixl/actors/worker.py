@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import ray
 
@@ -36,7 +36,7 @@ def worker(cls: Any = None, *, name: str = "", config: AgentConfig | None = None
 
 def _decorate(target: Any, *, name: str, config: AgentConfig | None) -> Any:
     if isinstance(target, ray.actor.ActorClass):
-        _hook(target.__ray_metadata__.modified_class, name, config)
+        _hook(cast(Any, target).__ray_metadata__.modified_class, name, config)
     elif inspect.isclass(target):
         _hook(target, name, config)
     else:
@@ -50,27 +50,27 @@ def _decorate(target: Any, *, name: str, config: AgentConfig | None) -> Any:
 def _hook(cls: type[Any], name: str, config: AgentConfig | None) -> None:
     """Put the start of the agent in front of the class's `__init__`, in place."""
     original = cls.__init__
-    if inspect.isfunction(original):
+    has_own = inspect.isfunction(original)
 
-        @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            _start_in_actor(name, config)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        _start_in_actor(name, config)
+        if has_own:
             original(self, *args, **kwargs)
-
-    else:  # the class has none: wrapping object's own would break Ray's look at its signature
-
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            _start_in_actor(name, config)
+        else:
             super(cls, self).__init__(*args, **kwargs)
 
-        __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-        )
+    if has_own:
+        functools.update_wrapper(__init__, original)
+    else:  # to wrap object's own __init__ would break Ray's look at the signature
+        parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        __init__.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[misc]
 
 
 def _start_in_actor(name: str, config: AgentConfig | None) -> None:
-    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
-        if ray.get_runtime_context().get_actor_id():
-            start_agent(name, config)
+    if not ray.is_initialized():
+        return
+    context: Any = ray.get_runtime_context()
+    if context.worker.mode == ray.WORKER_MODE and context.get_actor_id():
+        start_agent(name, config)

@@ -156,5 +156,5 @@ def same():
 
 
 def _bits(tensor):
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().contiguous().reshape(-1)
     return str(tensor.dtype), tuple(tensor.shape), bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
