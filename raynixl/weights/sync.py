@@ -140,11 +140,21 @@ class WeightSync:
                 now.frozen[name] = frozen
         if not now.frozen:
             raise next(iter(now.excluded.values()))
-        first = now.first.manifest
+        self._check_replicas(now)
+
+    def _check_replicas(self, now: _Round) -> None:
+        """Refuse sources that do not hold the same bytes, cut into the same chunks."""
+        first, head = now.first.manifest, now.first.holder.name
         for name, frozen in now.frozen.items():
-            if (frozen.manifest.layout, frozen.manifest.digests) != (first.layout, first.digests):
+            manifest = frozen.manifest
+            if (manifest.layout, manifest.chunk_nbytes) != (first.layout, first.chunk_nbytes):
+                raise ConfigError(
+                    f"sources {head!r} and {name!r} publish different layouts or chunks of {self.name!r}",
+                    hint="sources are replicas: publish the same model in the same way", peer=name,
+                )  # fmt: skip
+            if manifest.digests != first.digests:
                 raise IntegrityError(
-                    f"sources {self.sources[0]!r} and {name!r} hold different weights under {self.name!r}",
+                    f"sources {head!r} and {name!r} hold different weights under {self.name!r}",
                     hint="sources are replicas: give one, or bring them into step", peer=name,
                 )  # fmt: skip
 

@@ -39,8 +39,8 @@ class Child:
             tensor.fill_(value)
         return True
 
-    def publish(self):
-        self.publication = publish(self.agent, "w", self.weights)
+    def publish(self, chunk_nbytes):
+        self.publication = publish(self.agent, "w", self.weights, chunk_nbytes=chunk_nbytes)
         return True
 
     def subscribe(self, install="auto"):

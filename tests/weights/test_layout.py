@@ -25,7 +25,9 @@ def spec(name, shape=(2, 3), dtype="float32", *, at=0, strides=None):
 
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-models = st.lists(st.tuples(st.text(max_size=12), shapes, st.sampled_from(DTYPES)), max_size=20, unique_by=lambda one: one[0])
+models = st.lists(
+    st.tuples(st.text(max_size=12), shapes, st.sampled_from(DTYPES)), max_size=20, unique_by=lambda one: one[0]
+)
 
 
 @given(models, st.sampled_from([64, 256, 4096]))
@@ -89,7 +91,9 @@ def test_chunks_cover_every_arena_once(model, chunk_nbytes):
 
 
 def test_seventy_thousand_tensors_travel():
-    layout = build_layout([spec(f"model.layers.{n}.mlp.experts.up_proj.weight", at=4096 * (n + 1)) for n in range(70_000)])
+    layout = build_layout(
+        [spec(f"model.layers.{n}.mlp.experts.up_proj.weight", at=4096 * (n + 1)) for n in range(70_000)]
+    )
     data = layout.to_bytes()
     assert len(data) < 16 << 20
     assert Layout.from_bytes(data) == layout
@@ -131,7 +135,13 @@ def test_only_shared_bytes_count_as_sharing(specs, shares):
 def test_what_differs_is_told_by_name():
     source = build_layout([spec("same"), spec("shape", (2, 3)), spec("dtype"), spec("only.source"), spec("both", (4,))])
     target = build_layout(
-        [spec("same"), spec("shape", (3, 2)), spec("dtype", dtype="bfloat16"), spec("only.target"), spec("both", (5,), "int8")]
+        [
+            spec("same"),
+            spec("shape", (3, 2)),
+            spec("dtype", dtype="bfloat16"),
+            spec("only.target"),
+            spec("both", (5,), "int8"),
+        ]
     )
     rows = {row.name: row.reason for row in difference(source, target)}
     assert rows == {
