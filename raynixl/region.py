@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from raynixl.blocks import Blocks, make_table, page_table
-from raynixl.errors import ConfigError, RangeError
+from raynixl.errors import ConfigError, IntegrityError, RangeError
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Gate
 from raynixl.record import RegionRecord, parse
@@ -200,3 +200,19 @@ class RemoteRegion(_Selectable):
         owner, incarnation, text = ([*bytes(data).split(b"\n", 2), b"", b""])[:3]
         record = parse(RegionRecord, text, what="region descriptor", limit=MAX_REGION_NBYTES)
         return RemoteRegion(owner.decode(errors="replace"), incarnation.decode(errors="replace"), record)
+
+
+def check_descriptor(remote: RemoteRegion, truth: RegionRecord) -> None:
+    """Refuse a descriptor that differs from what the region's owner says of it.
+
+    Raises:
+        IntegrityError: it was damaged on its way, or made up.
+    """
+    if remote.record is truth or remote.record == truth:
+        return
+    fields = [name for name in RegionRecord.model_fields if getattr(remote.record, name) != getattr(truth, name)]
+    said = ", ".join(f"{name} {getattr(remote.record, name)!r:.60} is {getattr(truth, name)!r:.60}" for name in fields)
+    raise IntegrityError(
+        f"the descriptor of {remote.label} is not its owner's: {said}",
+        hint="look it up again: agent.peer(name)[region]", peer=remote.owner,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from raynixl.errors import (
 from raynixl.memory import MemoryKind
 from raynixl.native import LOST, STALE
 from raynixl.record import AgentRecord
-from raynixl.region import RemoteRegion
+from raynixl.region import RemoteRegion, check_descriptor
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
@@ -219,10 +219,12 @@ class Connector:
             return False
         with connection.lock:
             held = connection.bindings
-            bindings = [held.get((remote.id, remote.generation)) for remote in prepared.remote]
-        if None in bindings:
+            found = [held.get((remote.id, remote.generation)) for remote in prepared.remote]
+        wanted = zip(prepared.remote, found, strict=True)
+        bindings = [binding for remote, binding in wanted if binding is not None and binding.remote == remote]
+        if len(bindings) < len(found):
             return False
-        prepared.bind([binding for binding in bindings if binding is not None])
+        prepared.bind(bindings)
         return True
 
     def close(self, timeout: float) -> None:
@@ -293,6 +295,7 @@ class Connector:
         with connection.lock:
             held = connection.bindings.get(key)
         if held is not None:
+            check_descriptor(remote, held.remote.record)
             return held
         fds = self._agent.control.ask_to_bind(connection, remote, deadline)
         try:

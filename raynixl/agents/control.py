@@ -22,7 +22,7 @@ from raynixl.errors import IntegrityError, PeerLost, RaynixlError, RegionStale, 
 from raynixl.messages import Message, MessageKind
 from raynixl.native import STALE
 from raynixl.record import AgentRecord, RegionRecord, Unsigned, parse
-from raynixl.region import RemoteRegion
+from raynixl.region import MAX_REGION_NBYTES, RemoteRegion, check_descriptor
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
@@ -203,14 +203,24 @@ class Control:
     def ask_for_region(self, connection: Connection, name: str, deadline: float) -> RemoteRegion:
         """Look a region up by name at its owner."""
         payload = self.ask(connection, _REGION, name.encode(), _left(deadline)).wait()
-        record = parse(RegionRecord, payload, what=f"region {name!r} of {connection.name!r}", limit=8192)
+        what = f"region {name!r} of {connection.name!r}"
+        record = parse(RegionRecord, payload, what=what, limit=MAX_REGION_NBYTES)
         return RemoteRegion(connection.name, connection.incarnation, record)
 
     def ask_to_bind(self, connection: Connection, remote: RemoteRegion, deadline: float) -> Sequence[int]:
-        """Announce that we shall use a region; return the descriptors that come with the consent."""
+        """Announce that we shall use a region; return the descriptors that come with the consent.
+
+        The consent carries the region as its owner knows it. A descriptor that says anything else is refused.
+        """
         payload = _RegionKey(id=remote.id, generation=remote.generation).model_dump_json().encode()
         reply = self.ask(connection, _BIND, payload, _left(deadline))
-        reply.wait()
+        answer = reply.wait()
+        try:
+            what = f"the consent of {remote.owner!r} to {remote.label}"
+            check_descriptor(remote, parse(RegionRecord, answer, what=what, limit=MAX_REGION_NBYTES))
+        except RaynixlError:
+            _close_all(reply.fds)
+            raise
         return reply.fds
 
     def ask_for_record(self, connection: Connection, deadline: float) -> AgentRecord:
@@ -354,7 +364,8 @@ class Control:
                 raise RegionStale(f"{region.label} was registered anew", hint="look it up again")
             self._agent.add_importer(region.id, link)
             fds = (region.memory.fd,) if region.memory.fd >= 0 else ()
-            link.send(Message(MessageKind.REPLY, message.id).to_bytes(), fds)
+            record = region.record().model_dump_json(exclude_defaults=True).encode()
+            link.send(Message(MessageKind.REPLY, message.id, "", record).to_bytes(), fds)
         except (PeerLost, OSError) as exc:
             logger.debug("could not answer %s: %s", link.peer, exc)
         except RaynixlError as exc:
