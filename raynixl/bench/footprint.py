@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from raynixl.agents import Agent
 from raynixl.bench.process import TargetProcess
 from raynixl.bench.timing import rounded
 from raynixl.config import from_env
-from raynixl.errors import RaynixlError
+from raynixl.errors import BackendUnavailable, RaynixlError
 
 Row = dict[str, Any]
 
@@ -41,13 +43,17 @@ print(json.dumps({"first": times[0], "later": sorted(times[1:])[10], "bare": one
 """
 
 
-def run_agent(peers: int = 10, idle_seconds: float = 5.0, step: Callable[[], None] = lambda: None) -> list[Row]:
-    """Return one row with all costs of an agent."""
+def run_agent(
+    peers: int = 10, idle_seconds: float = 5.0, records: int = 1000, step: Callable[[], None] = lambda: None
+) -> list[Row]:
+    """Return one row with all costs of an agent; `records` of 0 leaves the cluster out."""
     fresh = _measure_fresh()
     step()
     first = _measure_first_transfers(peers)
     step()
     idle = _measure_idle(idle_seconds)
+    step()
+    finds = _measure_finds(records) if records else []
     step()
     return [
         {
@@ -60,6 +66,8 @@ def run_agent(peers: int = 10, idle_seconds: float = 5.0, step: Callable[[], Non
             "idle_cpu_percent": rounded(idle),
             "rss_mib": rounded(fresh["bare"]),
             "rss_over_numpy_mib": rounded(fresh["numpy"]),
+            "records": records,
+            "find_ms": rounded(statistics.median(finds)) if finds else None,
         }
     ]
 
@@ -87,6 +95,37 @@ def _measure_first_transfers(peers: int) -> list[float]:
             agent.read(theirs.span(0, 8), mine.span(0, 8)).wait()
             times.append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def _measure_finds(records: int) -> list[float]:
+    """Return milliseconds of finding peers, each for the first time, in the GCS of a cluster of its own."""
+    try:
+        import ray
+    except ImportError as exc:
+        raise BackendUnavailable("Ray is not installed", hint="pip install ray, or --records 0") from exc
+    ray.init(
+        address="local", num_cpus=1, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
+    try:
+        from raynixl.actors import GcsDirectory
+
+        directory = GcsDirectory("bench", "bench")
+        with Agent("bench", config=from_env(), directory=directory) as agent:
+            one = agent.make_record(time.time() + 3600)
+            names = [f"bench-{number}" for number in range(records)]
+            for name in names:
+                directory.publish(one.model_copy(update={"name": name, "incarnation": secrets.token_hex(16)}))
+            agent.peer(names[0])  # the first look
+            return [_time_find(agent, name) for name in names[1 :: max(1, records // 200)] or names]
+    finally:
+        ray.shutdown()
+
+
+def _time_find(agent: Agent, name: str) -> float:
+    start = time.perf_counter()
+    agent.peer(name)
+    return (time.perf_counter() - start) * 1e3
 
 
 def _measure_idle(seconds: float) -> float:

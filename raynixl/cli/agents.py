@@ -59,14 +59,19 @@ def _row(record: AgentRecord) -> Row:
     }
 
 
+def _actor(labels: dict[str, str]) -> str:
+    """Return class and id of the actor, or '-' for drivers and tasks."""
+    return " ".join((labels.get("actor_class", ""), labels.get("actor_id", "")[:12])).strip() or "-"
+
+
 def _table(rows: list[Row]) -> Table:
-    table = Table(title=f"{len(rows)} agents", title_justify="left", header_style="bold")
+    table = Table(title="agents", title_justify="left", header_style="bold")
     for heading in ("name", "actor", "node", "host", "pid", "backends", "regions", "lease"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("pid", "lease") else "left")
     for row in rows:
         labels, lease = row["labels"], row["lease_seconds"]
         table.add_row(
-            row["name"], labels.get("actor", "-")[:12], labels.get("node", "-")[:12], row["host"][:8], str(row["pid"]),
+            row["name"], _actor(labels), labels.get("node_id", "-")[:12], row["host"][:8], str(row["pid"]),
             ", ".join(row["backends"]), ", ".join(row["regions"]) or "-", "-" if lease is None else f"{lease:g} s",
         )  # fmt: skip
     return table

@@ -121,11 +121,12 @@ def notify(
 def agent(
     peers: Annotated[int, typer.Option(min=1, max=200, help="New peers to meet.")] = 10,
     idle_seconds: Annotated[float, typer.Option(min=0.1, max=300, help="How long to watch idle agents.")] = 5.0,
+    records: Annotated[int, typer.Option(min=0, max=10_000, help="Records in a GCS to find a peer among.")] = 1000,
     is_json: Json = False,
 ) -> None:
-    """What an agent costs: to make, to use for the first time, and to keep idle."""
+    """What an agent costs: to make, to use for the first time, to keep idle, and to find among many."""
     from raynixl.bench.footprint import run_agent
 
-    with progress("agent", 3) as step:
-        rows = run_agent(peers, idle_seconds, step)
+    with progress("agent", 4) as step:
+        rows = run_agent(peers, idle_seconds, records, step)
     report(rows, "an agent's cost", is_json=is_json)

@@ -122,4 +122,4 @@ def check_ray() -> Iterator[Finding]:
         yield Finding("Ray", "cluster", Verdict.MISSING, "none runs here", hint)
         return
     seen = json.loads(done.stdout.strip().splitlines()[-1])
-    yield Finding("Ray", "cluster", Verdict.WORKS, f"{seen['nodes']} nodes alive at {seen['address']}")
+    yield Finding("Ray", "cluster", Verdict.WORKS, f"at {seen['address']}, nodes alive: {seen['nodes']}")

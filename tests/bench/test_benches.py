@@ -124,11 +124,19 @@ def test_notifications_come_back():
 
 
 def test_an_agent_is_cheap():
-    (row,) = run_agent(peers=3, idle_seconds=1.0)
+    (row,) = run_agent(peers=3, idle_seconds=1.0, records=0)
     assert row["create_ms"] < 50
     assert row["first_transfer_ms"] < 100  # 20 is promised, on a host that does nothing else
     assert row["idle_cpu_percent"] < 5  # likewise, 1
     assert row["rss_mib"] < 60
+    assert row["find_ms"] is None
+
+
+@pytest.mark.ray
+def test_a_peer_is_found_among_many_in_the_gcs():
+    pytest.importorskip("ray")
+    (row,) = run_agent(peers=1, idle_seconds=0.1, records=50)
+    assert 0 < row["find_ms"] < 20
 
 
 def test_a_target_reports_errors_of_its_side_and_lives_on():
