@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=Wire)
 _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
+_RELEASE_SECONDS = 1.0
 _MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the deadline; what is left is for the flip of those that are ready
 _MAX_VERSION = 1 << 62
 
@@ -36,6 +37,7 @@ class _Round:
     pulled: dict[str, Answer] = field(default_factory=dict)
     flipped: dict[str, Answer] = field(default_factory=dict)
     excluded: dict[str, RaynixlError] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def deadline(self, share: float = 1.0) -> float:
         return self.began + self.timeout * share
@@ -203,18 +205,15 @@ class WeightSync:
         request = Flip(push=now.push, seconds=now.left()).to_bytes()
         answers = self._ask("flip", dict.fromkeys(now.pulled, request), now, 1.0)
         now.flipped = self._answers(answers, now)
+        now.seconds = time.monotonic() - now.began
         if now.flipped:
             self._version = now.version
 
     def _release(self, now: _Round) -> None:
-        """Tell the sources that the push is over; they need not answer."""
+        """Tell the sources that the push is over; one that does not hear it frees itself at the push's deadline."""
         request = Release(push=now.push, committed=bool(now.flipped)).to_bytes()
-        for name in self.sources:
-            if self._incarnation(name):
-                try:
-                    self._agent.ask(name, topic(self.name, "release"), request)
-                except RaynixlError as exc:
-                    now.excluded.setdefault(name, exc)
+        payloads = {name: request for name in self.sources if self._incarnation(name)}
+        ask_all(self._agent, topic(self.name, "release"), payloads, time.monotonic() + _RELEASE_SECONDS)
 
     # What the phases share
 
@@ -253,11 +252,10 @@ class WeightSync:
         return "" if connection is None or connection.lost is not None else connection.incarnation
 
     def _report(self, now: _Round) -> PushReport:
-        seconds = time.monotonic() - now.began
         ranks = {name: _rank(now.pulled[name], answer) for name, answer in now.flipped.items()}
         return PushReport(
-            version=now.version, seconds=seconds, nbytes=now.first.nbytes,
-            gbps=now.first.nbytes * len(ranks) / seconds / 1e9,
+            version=now.version, seconds=now.seconds, nbytes=now.first.nbytes,
+            gbps=now.first.nbytes * len(ranks) / now.seconds / 1e9,
             copy_out_seconds=max(frozen.copy_out_seconds for frozen in now.frozen.values()),
             digest_seconds=max(frozen.digest_seconds for frozen in now.frozen.values()),
             flip_seconds=max((rank.flip_seconds for rank in ranks.values()), default=0.0),

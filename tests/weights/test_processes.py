@@ -27,13 +27,13 @@ def set_up_target(child, install="auto"):
     child.ask("subscribe", install=install)
 
 
-@pytest.fixture()
+@pytest.fixture
 def trainer():
     with Agent("trainer", config=AgentConfig(heartbeat_timeout=60)) as agent:
         yield agent
 
 
-@pytest.fixture()
+@pytest.fixture
 def source(trainer):
     tensors = weights()
     with publish(trainer, "w", tensors, chunk_nbytes=CHUNK):
@@ -64,7 +64,7 @@ def push_in_background(pool, sync, version, **options):
     return pool.submit(sync.push, version, **options)
 
 
-@pytest.fixture()
+@pytest.fixture
 def pool():
     with ThreadPoolExecutor(2) as made:
         yield made

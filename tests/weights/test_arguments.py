@@ -1,0 +1,100 @@
+"""What is refused: models that cannot be carried or do not fit, bad arguments, nonsense from strangers."""
+
+import pytest
+import torch
+from weights_tools import Cluster, Policy
+
+from raynixl.agents import Agent
+from raynixl.errors import ConfigError, IntegrityError
+from raynixl.weights import WeightSync, publish, subscribe
+
+
+def test_a_mismatch_is_refused_with_a_table_before_anything_moves(fleet):
+    good, bad = Policy().eval(), Policy().eval()
+    bad.layers[0] = torch.nn.Linear(64, 32)
+    bad.layers[1].bfloat16()
+    del bad.norm
+    cluster = Cluster(fleet, Policy(value=1.0), [good, bad])
+    with pytest.raises(ConfigError) as caught:
+        cluster.sync.push(1)
+    text = str(caught.value)
+    for piece in (
+        "rollout-1",
+        "layers.0.weight",
+        "[64, 64]",
+        "[32, 64]",
+        "layers.1.bias",
+        "bfloat16",
+        "norm.running_mean",
+    ):
+        assert piece in text
+    assert good() == {0.0}
+    assert cluster.rollouts[0].statistics().nbytes == 0
+    sync = WeightSync(cluster.trainer, "policy", ["trainer"], ["rollout-0"])
+    assert not sync.push(1).excluded
+    assert good() == {1.0}
+
+
+BAD_MODELS = {
+    "nothing": {},
+    "a list": [torch.zeros(2)],
+    "no tensor": {"w": 3},
+    "a sparse tensor": {"w": torch.eye(3).to_sparse()},
+    "a tensor without values": {"w": torch.zeros(3, device="meta")},
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_what_cannot_be_carried_is_refused(fleet, case):
+    agent = fleet("a")
+    with pytest.raises(ConfigError):
+        publish(agent, "w", BAD_MODELS[case])
+    with pytest.raises(ConfigError):
+        subscribe(agent, "w", BAD_MODELS[case])
+
+
+def test_bad_arguments_are_refused(fleet):
+    agent, model = fleet("a"), {"w": torch.zeros(4)}
+    bad = [
+        lambda: publish(agent, "", model),
+        lambda: publish(agent, "x" * 151, model),
+        lambda: publish(agent, "w", model, copy_threads=0),
+        lambda: publish(agent, "w", model, chunk_nbytes=1),
+        lambda: subscribe(agent, "w", model, install="magic"),
+        lambda: subscribe(agent, "w", model, flip_timeout=0),
+        lambda: subscribe(agent, "w", {"w": torch.zeros(4, 1).expand(4, 3)}, install="copy"),
+        lambda: WeightSync(agent, "w", [], ["a"]),
+        lambda: WeightSync(agent, "w", "a", ["a"]),
+        lambda: WeightSync(agent, "w", ["a"], ["b", "b"]),
+        lambda: WeightSync(agent, "w", ["a"], ["b"], timeout=0),
+    ]
+    for call in bad:
+        with pytest.raises(ConfigError):
+            call()
+
+
+def test_a_name_is_published_and_subscribed_once_in_an_agent(fleet):
+    agent = fleet("a")
+    with publish(agent, "w", {"w": torch.zeros(4)}), pytest.raises(ConfigError):
+        publish(agent, "w", {"w": torch.zeros(4)})
+    with subscribe(agent, "w", {"w": torch.zeros(4)}), pytest.raises(ConfigError):
+        subscribe(agent, "w", {"w": torch.zeros(4)})
+    with publish(agent, "w", {"w": torch.zeros(4)}), subscribe(agent, "w", {"w": torch.zeros(4)}):
+        pass
+
+
+def test_nonsense_from_a_stranger_changes_nothing(fleet):
+    target = Policy().eval()
+    cluster = Cluster(fleet, Policy(value=1.0), [target])
+    stranger: Agent = fleet("stranger")
+    for topic in ("match", "pull", "flip", "freeze", "release"):
+        peer = "trainer" if topic in ("freeze", "release") else "rollout-0"
+        for payload in (b"", b"{}", b"[1]", b"\xff" * 99, b'{"push": "x", "version": -1}'):
+            reply = stranger.ask(peer, f"weights/policy/{topic}", payload, timeout=5)
+            if topic in ("freeze", "release"):
+                with pytest.raises(IntegrityError):
+                    reply.wait()
+            else:
+                assert b"IntegrityError" in reply.wait()
+    assert not cluster.sync.push(1).excluded
+    assert target() == {1.0}
