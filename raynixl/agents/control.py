@@ -142,6 +142,7 @@ class Control:
         self.sent = 0
         self.received = 0
         self._inboxes: dict[str, Inbox] = {}
+        self._counts: Counter[str] = Counter()
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         self._replies: dict[int, Reply] = {}
         self._numbers = itertools.count(1)
@@ -166,6 +167,12 @@ class Control:
         """Forget a topic and what lies there."""
         with self._lock:
             self._inboxes.pop(topic, None)
+
+    def count(self, what: str) -> int:
+        """Return how often this was called for `what` before: a number for each use of a name."""
+        with self._lock:
+            self._counts[what] += 1
+            return self._counts[what] - 1
 
     def serve(self, topic: str, handler: Handler, *, threaded: bool) -> None:
         """Answer requests under a topic; a threaded handler may block."""

@@ -1,0 +1,291 @@
+"""The executor: carries out a rank's schedule with one-sided reads and short messages."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import struct
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from raynixl.collectives.schedules import Acknowledge, Announce, Await, Buffer, Collect, Pull, Signal, Step
+from raynixl.errors import (
+    ConfigError,
+    IntegrityError,
+    PeerLost,
+    PeerRestarted,
+    RangeError,
+    RaynixlError,
+    TransferTimeout,
+)
+from raynixl.region import Region, RemoteRegion
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent, Inbox
+
+_WORD = struct.Struct("<BQQ")  # kind, step number, value
+_MAX_AHEAD = 1 << 20
+
+
+class _Kind(enum.IntEnum):
+    ANNOUNCE = 1
+    ACKNOWLEDGE = 2
+    SIGNAL = 3
+    SIZE = 4
+    ABORT = 5
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What one member has said about one operation."""
+
+    ready: dict[int, int] = field(default_factory=dict)  # by buffer: bytes that may be read
+    regions: dict[int, RemoteRegion] = field(default_factory=dict)  # by buffer
+    acknowledged: bool = False
+    rounds: set[int] = field(default_factory=set)
+    size: int | None = None
+
+
+_BUFFERS = {Buffer.SOURCE: 0, Buffer.OUT: 1}
+
+
+class Executor:
+    """One member's side of a group: numbers the operations, sorts the messages, runs the steps."""
+
+    def __init__(self, agent: Agent, members: Sequence[str], name: str) -> None:
+        self._agent = agent
+        self._members = tuple(members)
+        self._ranks = {member: rank for rank, member in enumerate(members)}
+        self._rank = self._ranks[agent.name]
+        self._name = name
+        self._inbox: Inbox | None = None
+        self._number = 0
+        self._heard: defaultdict[tuple[int, int], _Heard] = defaultdict(_Heard)  # by operation and rank
+        self._incarnations: dict[str, str] = {}
+        self._error: RaynixlError | None = None
+        self._deadline = 0.0
+        self._seconds = 0.0
+
+    def is_one_host(self) -> bool:
+        """Whether every member runs on this host, as far as the directory knows."""
+        records = [self._agent.find(member) for member in self._members if member != self._agent.name]
+        return all(record is None or record.host == self._agent.host for record in records)
+
+    def run(
+        self, steps: Sequence[Step], *, source: Region | None = None, out: Region | None = None, timeout: float
+    ) -> None:
+        """Carry out one operation's steps.
+
+        Raises:
+            PeerLost, PeerRestarted: a member is gone; named.
+            TransferTimeout: a member did not come in time; named.
+        """
+        self._begin(timeout)
+        try:
+            for step in steps:
+                self._do(step, source, out)
+        except RaynixlError as exc:
+            self.fail(exc)
+            raise
+        self._end()
+
+    def exchange(self, value: int, *, timeout: float) -> list[int]:
+        """Tell every member a number and return theirs, by rank."""
+        self._begin(timeout)
+        try:
+            for member in self._others():
+                self._say(member, _Kind.SIZE, value)
+            values = [value if rank == self._rank else self._wait_size(rank) for rank in range(len(self._members))]
+        except RaynixlError as exc:
+            self.fail(exc)
+            raise
+        self._end()
+        return values
+
+    def fail(self, error: RaynixlError) -> None:
+        """End the group with an error and tell every member that can be told."""
+        if self._error is not None:
+            return
+        self._error = error
+        text = "\n".join((type(error).__name__, error.peer, error.message)).encode()[:4096]
+        for member in self._others():
+            connection = self._agent.connector.current(member)
+            is_open = connection is not None and connection.lost is None and self._inbox is not None
+            if is_open and member != error.peer:
+                try:
+                    self._say(member, _Kind.ABORT, 0, text)
+                except RaynixlError:
+                    continue  # that member is going as well; the others must still hear
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._inbox is not None:
+            self._agent.control.close_inbox(self._inbox.topic)
+        if self._error is None:
+            self._error = ConfigError("the group was closed", hint="make a new group")
+
+    def _begin(self, timeout: float) -> None:
+        if self._error is not None:
+            raise ConfigError(
+                f"the group has ended: {self._error}", hint="go on with group.without(member)", peer=self._error.peer
+            )
+        self._seconds = timeout
+        self._deadline = time.monotonic() + timeout
+        self._number += 1
+        try:
+            self._connect()
+        except RaynixlError as exc:
+            self.fail(exc)
+            raise
+
+    def _connect(self) -> None:
+        """Connect every member once, so that the death of any is heard by all."""
+        for member in self._others():
+            if member not in self._incarnations:
+                peer = self._agent.peer(member, timeout=self._left())
+                self._incarnations[member] = peer.connect(self._left())
+        if self._inbox is None:
+            self._inbox = self._agent.inbox(self._topic())
+
+    def _topic(self) -> str:
+        """Return what no other group uses: name, processes, and the how-manyth group of that name among them."""
+        present = {**self._incarnations, self._agent.name: self._agent.incarnation}
+        text = "\n".join(present[member] for member in self._members)
+        topic = f"raynixl.group/{self._name}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"{topic}/{self._agent.control.count(topic)}"
+
+    def _end(self) -> None:
+        for key in [key for key in self._heard if key[0] <= self._number]:
+            del self._heard[key]
+
+    def _do(self, step: Step, source: Region | None, out: Region | None) -> None:
+        match step:
+            case Announce(to, buffer, ready):
+                region = source if buffer is Buffer.SOURCE else out
+                assert region is not None
+                head = bytes((_BUFFERS[buffer],)) + region.describe().to_bytes()
+                self._say(self._members[to], _Kind.ANNOUNCE, ready, head)
+            case Acknowledge(to):
+                self._say(self._members[to], _Kind.ACKNOWLEDGE, 0)
+            case Signal(to, number):
+                self._say(self._members[to], _Kind.SIGNAL, number)
+            case Collect(rank):
+                self._wait(rank, lambda heard: heard.acknowledged)
+            case Await(rank, number):
+                self._wait(rank, lambda heard: number in heard.rounds)
+            case Pull():
+                self._pull(step, source, out)
+
+    def _pull(self, step: Pull, source: Region | None, out: Region | None) -> None:
+        assert out is not None
+        if step.source == self._rank:
+            assert source is not None
+            _copy(source, step.source_offset, out, step.offset, step.nbytes)
+            return
+        slot, end = _BUFFERS[step.buffer], step.source_offset + step.nbytes
+
+        def fits(heard: _Heard) -> bool:
+            return step.buffer is Buffer.SOURCE or heard.regions[slot].nbytes == out.nbytes
+
+        def is_there(heard: _Heard) -> bool:
+            return heard.ready.get(slot, 0) >= end or (slot in heard.regions and not fits(heard))
+
+        heard = self._wait(step.source, is_there)
+        remote = heard.regions[slot]
+        if not fits(heard):
+            raise RangeError(
+                f"broadcast of {remote.nbytes} bytes into {out.nbytes}", hint="give every member a buffer of one length"
+            )
+        transfer = self._agent.read(
+            remote.span(step.source_offset, step.nbytes), out.span(step.offset, step.nbytes), timeout=self._left()
+        )
+        transfer.wait()
+
+    def _wait_size(self, rank: int) -> int:
+        size = self._wait(rank, lambda heard: heard.size is not None).size
+        assert size is not None
+        return size
+
+    def _wait(self, rank: int, is_there: Callable[[_Heard], bool]) -> _Heard:
+        """Take messages until a member has said what we wait for."""
+        key = (self._number, rank)
+        while not is_there(self._heard[key]):
+            try:
+                assert self._inbox is not None
+                note = self._inbox.wait(self._left(), check=self._check_members)
+            except TransferTimeout as exc:
+                member = self._members[rank]
+                raise TransferTimeout(
+                    f"group member {member!r} did not come within {self._seconds:g} s",
+                    hint="it is frozen, busy, or in another operation", peer=member,
+                ) from exc  # fmt: skip
+            self._take(note.peer, note.payload)
+        return self._heard[key]
+
+    def _check_members(self) -> RaynixlError | None:
+        for member, incarnation in self._incarnations.items():
+            connection = self._agent.connector.current(member)
+            if connection is None:
+                continue
+            if connection.incarnation != incarnation:
+                return PeerRestarted(f"group member {member!r} restarted", hint="make a new group", peer=member)
+            if connection.lost is not None:
+                return PeerLost(
+                    f"group member {member!r} is lost: {connection.lost.message}",
+                    hint="go on with group.without(member)", peer=member,
+                )  # fmt: skip
+        return None
+
+    def _take(self, member: str, payload: bytes) -> None:
+        rank = self._ranks.get(member)
+        if rank is None or len(payload) < _WORD.size:
+            return  # not from this group
+        kind, number, value = _WORD.unpack_from(payload)
+        body = payload[_WORD.size :]
+        if kind == _Kind.ABORT:
+            raise _parse_abort(member, body)
+        if not self._number <= number <= self._number + _MAX_AHEAD:
+            return  # of an operation that is over
+        heard = self._heard[(number, rank)]
+        if kind == _Kind.ANNOUNCE:
+            self._take_region(heard, member, value, body)
+        elif kind == _Kind.ACKNOWLEDGE:
+            heard.acknowledged = True
+        elif kind == _Kind.SIGNAL:
+            heard.rounds.add(value)
+        elif kind == _Kind.SIZE:
+            heard.size = value
+
+    def _take_region(self, heard: _Heard, member: str, ready: int, body: bytes) -> None:
+        region = RemoteRegion.from_bytes(body[1:])
+        if body[0] not in (0, 1) or region.owner != member or region.nbytes < ready:
+            raise IntegrityError(f"group member {member!r} announced {ready} bytes of {region.label}", peer=member)
+        heard.ready[body[0]], heard.regions[body[0]] = ready, region
+
+    def _say(self, member: str, kind: _Kind, value: int, body: bytes = b"") -> None:
+        payload = _WORD.pack(kind, self._number, value) + body
+        assert self._inbox is not None
+        self._agent.send(member, self._inbox.topic, payload, timeout=self._left())
+
+    def _others(self) -> list[str]:
+        return [member for member in self._members if member != self._agent.name]
+
+    def _left(self) -> float:
+        return max(0.001, self._deadline - time.monotonic())
+
+
+def _copy(source: Region, source_offset: int, out: Region, offset: int, nbytes: int) -> None:
+    out.array()[offset : offset + nbytes] = source.array()[source_offset : source_offset + nbytes]
+
+
+_ABORTS = {error.__name__: error for error in (PeerLost, PeerRestarted, TransferTimeout, RangeError, ConfigError)}
+
+
+def _parse_abort(member: str, body: bytes) -> RaynixlError:
+    """Return the error that another member's step ended with."""
+    kind, peer, message = ([*body.decode(errors="replace").split("\n", 2), "", ""])[:3]
+    error = _ABORTS.get(kind, RaynixlError)
+    return error(f"{message} (heard from {member!r})", hint="go on with group.without(member)", peer=peer or member)

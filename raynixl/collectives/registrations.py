@@ -1,0 +1,56 @@
+"""Registrations: the regions behind the buffers that a group is called with, kept for the next call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from raynixl.errors import AgentClosed
+from raynixl.memory import resolve
+from raynixl.region import Region
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+
+MAX_KEPT = 16
+"""A region holds on to its buffer; so many of those used last are kept, the others are deregistered."""
+
+
+class Registrations:
+    """Registers buffers as they are used, by address and length."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._kept: OrderedDict[tuple[int, int], Region] = OrderedDict()
+
+    def get(self, buffer: Any) -> Region | None:
+        """Return a buffer's region, or None for an empty one. Regions stand for themselves."""
+        if isinstance(buffer, Region):
+            return buffer
+        if _is_empty(buffer):
+            return None
+        memory = resolve(buffer)
+        key = (memory.address, memory.nbytes)
+        region = self._kept.pop(key, None)
+        if region is None or not region.is_registered or region.memory.writable != memory.writable:
+            region = self._agent.register(buffer)
+        self._kept[key] = region
+        while len(self._kept) > MAX_KEPT:
+            _, oldest = self._kept.popitem(last=False)
+            self._agent.deregister(oldest)
+        return region
+
+    def close(self) -> None:
+        """Deregister everything."""
+        while self._kept:
+            _, region = self._kept.popitem()
+            if region.is_registered:
+                try:
+                    self._agent.deregister(region)
+                except AgentClosed:
+                    return
+
+
+def _is_empty(buffer: Any) -> bool:
+    nbytes = getattr(buffer, "nbytes", None)
+    return buffer is None or (nbytes == 0 if isinstance(nbytes, int) else len(buffer) == 0)
