@@ -28,6 +28,7 @@ class Arenas:
     def __init__(self, agent: Agent, layout: Layout, *, name: str = "") -> None:
         self.layout = layout
         self.regions: list[Region] = []
+        self.arrays: list[NDArray[np.uint8]] = []
         self._agent = agent
         try:
             for number, nbytes in enumerate(layout.arenas):
@@ -35,7 +36,7 @@ class Arenas:
         except BaseException:
             self.release()
             raise
-        self.arrays: list[NDArray[np.uint8]] = [region.array() for region in self.regions]
+        self.arrays = [region.array() for region in self.regions]
 
     def __repr__(self) -> str:
         return f"Arenas({self.layout}, {len(self.regions)} registered)"
@@ -45,7 +46,8 @@ class Arenas:
         return view_of(self.arrays, entry)
 
     def release(self) -> None:
-        """Withdraw the memory from peers; idempotent."""
+        """Withdraw the memory from peers and let go of it, save where views of it live on; idempotent."""
+        self.arrays = []
         while self.regions:
             region = self.regions.pop()
             try:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from raynixl.errors import ConfigError
 from raynixl.weights.difference import difference, table
@@ -73,6 +74,7 @@ class Installer:
         self._model = model
         self._tensors: Tensors = {}
         self._layout = Layout((), ())
+        self._plans: WeakKeyDictionary[Arenas, Steps] = WeakKeyDictionary()
         self._look()
 
     @property
@@ -100,7 +102,12 @@ class Installer:
             )
 
     def plan(self, slot: Arenas) -> Steps:
-        """Return the steps that install what lies in a slot, whose layout was checked."""
+        """Return the steps that install what lies in a slot, whose layout was checked; made once for a slot."""
+        if slot not in self._plans:
+            self._plans[slot] = self._make_plan(slot)
+        return self._plans[slot]
+
+    def _make_plan(self, slot: Arenas) -> Steps:
         repoint, copy = [], []
         views: dict[tuple[object, ...], torch.Tensor] = {}
         owners: dict[tuple[int, int], tuple[int, int]] = {}
@@ -129,6 +136,7 @@ class Installer:
         """Look at the model again."""
         tensors = collect(self._model)
         self._tensors, self._layout = tensors, build_layout(describe(tensors))
+        self._plans.clear()
         for name, tensor in tensors.items():
             if not is_writable_in_place(tensor) and (self.way is Install.COPY or self._layout.by_name[name].sharing):
                 raise ConfigError(

@@ -41,6 +41,7 @@ class Publication:
         self._chunk_nbytes = chunk_nbytes
         self._chunks = self.layout.chunks(chunk_nbytes)
         self._arenas = Arenas(agent, self.layout, name=f"weights/{name}")
+        self._views: Tensors = {}
         self._hold = Hold()
         self._changing = threading.RLock()  # held by a trainer that changes weights, or while they are copied out
         self._versions = threading.Lock()  # protects _frozen, _committed, _is_closed
@@ -91,26 +92,30 @@ class Publication:
             self._is_closed = True
         for phase in _PHASES:
             self._agent.control.unserve(topic(self.name, phase))
+        self._views = {}
         self._arenas.release()
 
-    def freeze(self, push: str, version: int, seconds: float) -> Frozen:
-        """Copy the weights out as `version` and keep them for a push, for `seconds` or until its release.
+    def freeze(self, request: Freeze, peer: str) -> Frozen:
+        """Copy the weights out as a version and keep them for a peer's push, for its time or until its release.
 
         Raises:
             ConfigError: the version is not above the last, or the model is not what was published.
             TransferTimeout: another push is not over, or the trainer stays in `updating()`.
         """
-        deadline = time.monotonic() + seconds
-        self._hold.take(push, seconds)
+        push, version = request.push, request.version
+        deadline = time.monotonic() + request.seconds
+        connection = self._agent.connector.current(peer)
+        is_gone = None if connection is None else lambda: connection.lost is not None
+        self._hold.take(push, request.seconds, is_gone=is_gone)
         try:
             with self._versions:
                 self._check_version(version)
                 self._frozen = version
-            tensors = self._collect()
+            tensors, arrays = self._collect(), self._arenas.arrays
             began = time.monotonic()
             self._copy_out(tensors, deadline)
             copied = time.monotonic()
-            digests = digest_chunks(self._arenas.arrays, self._chunks, threads=self._threads)
+            digests = digest_chunks(arrays, self._chunks, threads=self._threads)
         except BaseException:
             self._hold.release(push)
             raise
@@ -164,14 +169,17 @@ class Publication:
                         f"{name!r} and {first!r} were tied when {self.name!r} was published, and are no more",
                         hint="close the publication and publish the changed model",
                     )
-            names = [name for place, name in sources.items() if place >= (0, 0)]
-            copy_tensors(
-                self._agent, [(self._arenas.tensor(self.layout.by_name[name]), tensors[name]) for name in names]
-            )
+            copy_tensors(self._agent, [(self._view(name), tensors[name]) for name in sources.values()])
 
-    def _on_freeze(self, _peer: str, payload: bytes) -> bytes:
-        request = Freeze.from_bytes(payload)
-        return self.freeze(request.push, request.version, request.seconds).to_bytes()
+    def _view(self, name: str) -> torch.Tensor:
+        """Return where a tensor lies in the arenas; made once."""
+        view = self._views.get(name)
+        if view is None:
+            view = self._views[name] = self._arenas.tensor(self.layout.by_name[name])
+        return view
+
+    def _on_freeze(self, peer: str, payload: bytes) -> bytes:
+        return self.freeze(Freeze.from_bytes(payload), peer).to_bytes()
 
     def _on_release(self, _peer: str, payload: bytes) -> bytes:
         request = Release.from_bytes(payload)

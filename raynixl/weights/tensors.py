@@ -128,9 +128,19 @@ def copy_tensors(agent: Agent, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]
     if rows and not _copy_rows(agent, np.array(rows, np.uint64)):
         others = list(pairs)
     inference = any(target.is_inference() for target, _ in others)
+    devices = {tensor.device for pair in others for tensor in pair if tensor.device.type == "cuda"}
+    _synchronise(devices)  # kernels that readers or trainers have launched on streams of their own
     with torch.inference_mode() if inference else torch.no_grad():
         for target, source in others:
             target.copy_(source)
+    _synchronise(devices)
+
+
+def _synchronise(devices: set[torch.device]) -> None:
+    import torch
+
+    for device in devices:
+        torch.cuda.synchronize(device)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from weights_tools import Child
 
 from raynixl.agents import Agent
-from raynixl.config import AgentConfig
+from raynixl.config import AgentConfig, from_env
 from raynixl.directory import InMemoryDirectory
 
 
@@ -18,7 +18,7 @@ class Fleet:
         self.agents = []
 
     def __call__(self, name, **settings):
-        agent = Agent(name, config=AgentConfig(**settings), directory=self.directory)
+        agent = Agent(name, config=from_env(AgentConfig(**settings)), directory=self.directory)
         self.agents.append(agent)
         return agent
 

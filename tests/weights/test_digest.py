@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynixl.weights.digest import DIGEST_NBYTES, chunk_digest, digest_chunks, version_digest
@@ -36,6 +36,7 @@ def test_equal_chunks_have_different_digests():
     assert len({raw[at : at + DIGEST_NBYTES] for at in range(0, len(raw), DIGEST_NBYTES)}) == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20_000), max_size=4), st.integers(1, 5))
 def test_threads_and_arenas_change_nothing(sizes, threads):
     arenas = [np.full(size, number + 1, np.uint8) for number, size in enumerate(sizes)]

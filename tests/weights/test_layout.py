@@ -30,6 +30,7 @@ models = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(models, st.sampled_from([64, 256, 4096]))
 def test_places_are_aligned_disjoint_and_inside(model, arena_nbytes):
     layout = build_layout([spec(*one) for one in model], arena_nbytes=arena_nbytes)
@@ -43,6 +44,7 @@ def test_places_are_aligned_disjoint_and_inside(model, arena_nbytes):
     assert [entry.name for entry in layout.entries] == [one[0] for one in model]
 
 
+@settings(deadline=None)
 @given(models)
 def test_a_layout_travels_unharmed(model):
     layout = build_layout([spec(*one) for one in model], arena_nbytes=256)
@@ -52,13 +54,14 @@ def test_a_layout_travels_unharmed(model):
     assert difference(layout, again) == []
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_is_no_layout(data):
     with pytest.raises(IntegrityError):
         Layout.from_bytes(data)
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(models.filter(len), st.data())
 def test_a_damaged_layout_is_refused_or_valid(model, data):
     raw = bytearray(build_layout([spec(*one) for one in model]).to_bytes())
@@ -72,6 +75,7 @@ def test_a_damaged_layout_is_refused_or_valid(model, data):
         assert entry.nbytes == 0 or entry.offset + entry.nbytes <= layout.arenas[entry.arena]
 
 
+@settings(deadline=None)
 @given(models.filter(len), st.data())
 def test_a_truncated_layout_is_refused(model, data):
     raw = build_layout([spec(*one) for one in model]).to_bytes()
@@ -79,6 +83,7 @@ def test_a_truncated_layout_is_refused(model, data):
         Layout.from_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
 
 
+@settings(deadline=None)
 @given(models, st.sampled_from([4096, 8192]))
 def test_chunks_cover_every_arena_once(model, chunk_nbytes):
     layout = build_layout([spec(name, (*shape, 700), dtype) for name, shape, dtype in model], arena_nbytes=16384)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raynixl.agents import Agent
-from raynixl.config import AgentConfig
+from raynixl.config import AgentConfig, from_env
 from raynixl.errors import PeerLost, PeerUnknown, TransferTimeout
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.receiver import Receiver
@@ -29,7 +29,7 @@ def set_up_target(child, install="auto"):
 
 @pytest.fixture
 def trainer():
-    with Agent("trainer", config=AgentConfig(heartbeat_timeout=60)) as agent:
+    with Agent("trainer", config=from_env(AgentConfig(heartbeat_timeout=60))) as agent:
         yield agent
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from weights_tools import INSTALLS, Cluster, Policy, fill
 
+from raynixl.agents import Agent
 from raynixl.errors import (
     AgentClosed,
     ConfigError,
@@ -14,6 +15,7 @@ from raynixl.errors import (
     TransferTimeout,
 )
 from raynixl.weights import WeightSync, publish
+from raynixl.weights.protocol import Freeze
 from raynixl.weights.publication import Publication
 
 
@@ -225,3 +227,31 @@ def test_two_who_push_the_same_weights_follow_one_another(fleet):
         thread.join(30)
     assert max(subscription.version for subscription in cluster.subscriptions) >= 18
     assert all("not above" in str(error) for error in errors)
+
+
+def test_a_long_forward_is_waited_for(fleet):
+    inside, leave = threading.Event(), threading.Event()
+
+    class Slow(torch.nn.Linear):
+        def forward(self, batch):
+            inside.set()
+            leave.wait(10)
+            return super().forward(batch)
+
+    target = Slow(4, 4)
+    cluster = Cluster(fleet, torch.nn.Linear(4, 4), [target], flip_timeout=0.5)
+    reader = threading.Thread(target=target, args=(torch.ones(4),))
+    reader.start()
+    assert inside.wait(5)
+    assert isinstance(cluster.sync.push(1).excluded["rollout-0"], TransferTimeout)
+    leave.set()
+    reader.join(5)
+    assert not cluster.sync.push(1).excluded
+
+
+def test_weights_held_for_one_who_is_gone_are_free_again(fleet):
+    cluster = Cluster(fleet, torch.nn.Linear(4, 4), [torch.nn.Linear(4, 4)])
+    with Agent("gone", directory=fleet.directory) as stranger:
+        request = Freeze(push="0" * 32, version=1, seconds=600.0)
+        stranger.ask("trainer", "weights/policy/freeze", request.to_bytes()).wait(5)
+    assert not cluster.sync.push(1, timeout=5).excluded
