@@ -83,7 +83,7 @@ class Cursor {
 uint64_t stream_threshold() {
   static const uint64_t threshold = [] {
     long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    uint64_t wanted = cache > 0 ? uint64_t(cache) * 3 / 8 : 8u << 20;
+    uint64_t wanted = cache > 0 ? uint64_t(cache) * 3 / 4 : 8u << 20;
     return std::clamp<uint64_t>(wanted, 4u << 20, 24u << 20);
   }();
   return threshold;

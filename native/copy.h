@@ -18,7 +18,7 @@ struct Segment {
 
 enum class Mode : int { copy = 0, vm_read = 1, vm_write = 2 };
 
-// Total from which a copy is streamed past the cache: 3/8 of the last-level cache, 4 to 24 MiB.
+// Total from which a copy is streamed past the cache: 3/4 of the last-level cache, 4 to 24 MiB.
 uint64_t stream_threshold();
 
 // Smallest block worth streaming: measured 7.3 against 5.5 GB/s at 4 KiB random blocks, no gain below.

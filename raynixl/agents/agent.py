@@ -74,7 +74,8 @@ class Agent:
         native = load(self.config.native)
         self._native = native
         self.reactor = Reactor(name)
-        self.engine: Engine = native.Engine(self.config.copy_threads, self.config.inline_nbytes)
+        inline_nbytes = self.config.inline_nbytes * (4 if self.config.copy_threads == 1 else 1)
+        self.engine: Engine = native.Engine(self.config.copy_threads, inline_nbytes)
         self.control = Control(self)
         self.connector = Connector(self)
         self.watcher = Watcher(self.reactor)
