@@ -30,14 +30,14 @@ class Asked(Protocol):
 
 
 class TargetProcess:
-    """A child process that runs `raynixl.bench.target`; ends with this object or with this process.
+    """A child process that runs a module which answers requests, `raynixl.bench.target` by default; ends with this object or with this process.
 
     It is in a session of its own, so that Ctrl-C reaches the measuring side alone, which then ends it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "raynixl.bench.target") -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "raynixl.bench.target"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._pending = b""
@@ -63,12 +63,20 @@ class TargetProcess:
             TransferTimeout: it did not answer in time.
             RaynixlError: what went wrong over there.
         """
+        self.tell(do, **fields)
+        return self.hear(do)
+
+    def tell(self, do: str, **fields: Any) -> None:
+        """Have one thing begun over there; `hear` its end before anything else is asked."""
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
             self._child.stdin.flush()
         except (BrokenPipeError, ValueError) as exc:
             raise self._lost() from exc
+
+    def hear(self, do: str) -> dict[str, Any]:
+        """Return the reply to what was told. Raises as `ask` does."""
         reply: dict[str, Any] = json.loads(self._read_line(do))
         if "error" in reply:
             kind = getattr(errors, reply["error"], RaynixlError)

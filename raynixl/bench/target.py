@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -155,11 +155,20 @@ def peek(pid: int, address: int, nbytes: int) -> int:
     return 0 if done == nbytes else ctypes.get_errno()
 
 
-def main() -> None:
+class Answering(Protocol):
+    """Something that answers requests in a process of its own."""
+
+    def ask(self, do: str, **fields: Any) -> Fields:
+        """Answer one request."""
+
+    def close(self) -> None:
+        """Let go of everything; idempotent."""
+
+
+def answer_requests(target: Answering) -> None:
     """Answer requests, one JSON object a line on standard input, until it ends: nothing outlives the asker."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints does not disturb the replies
-    target = Target()
     try:
         for line in sys.stdin:
             try:
@@ -173,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests(Target())

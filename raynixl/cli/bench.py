@@ -97,8 +97,9 @@ def broadcast(
     from raynixl.bench.broadcast import run_broadcast
 
     size, names = parse_size(nbytes), tuple(dict.fromkeys(baseline or ()))
-    rows = run_broadcast(size, receivers, names, rounds, verify)
-    report(rows, f"broadcast of {format_size(size)}", is_json=is_json, is_verified=verify)
+    title = f"broadcast of {format_size(size)} to {receivers}"
+    with progress("broadcast", rounds + 1) as step:
+        report(run_broadcast(size, receivers, names, rounds, verify, step), title, is_json=is_json, is_verified=verify)
 
 
 @bench_app.command()

@@ -29,6 +29,8 @@ _PHASES = ("match", "pull", "flip")
 _CLOSE_SECONDS = 10.0
 _PIN_SECONDS = 60.0  # how much longer than flip_timeout a reader waits for a flip, on_flip included
 
+_GROW_SECONDS = 60.0
+
 OnFlip = Callable[[int], object]
 
 
@@ -64,7 +66,7 @@ class Subscription:
         self._installer = Installer(model, install, owner=agent.name)
         self._lock = VersionLock()
         self._busy = threading.Lock()  # held by the one phase at work; protects all below but _version, _stop
-        self._shadow: Arenas | None = None
+        self._shadow: Arenas | None = Arenas(agent, self._installer.layout)
         self._active: Arenas | None = None
         self._ready: _Ready | None = None
         self._layouts: dict[str, Layout] = {}
@@ -207,9 +209,22 @@ class Subscription:
         """The new version is in place: say so, and make its slot the active one."""
         if self._installer.way is Install.SWAP:
             self._active, self._shadow = self._shadow, self._active
+            if self._shadow is None:
+                threading.Thread(target=self._grow, args=(ready.layout,), name="raynixl-slot", daemon=True).start()
         with self._changed:
             self._version = ready.version
             self._changed.notify_all()
+
+    def _grow(self, layout: Layout) -> None:
+        """Make the second slot between two pushes: fresh memory comes at 1 GB/s or less, and deadlines run in a push."""
+        try:
+            with self._working(time.monotonic() + _GROW_SECONDS):
+                if self._shadow is None:
+                    self._shadow = Arenas(self._agent, layout)
+                    if self._agent.is_closed:
+                        self._shadow.release()
+        except RaynixlError as exc:  # the next pull tries again, and tells whoever pushes
+            logger.info("no second slot for %r yet: %s", self.name, exc)
 
     def _call_back(self, version: int) -> str:
         if self._on_flip is None:
@@ -295,8 +310,11 @@ def subscribe(
     own memory) or 'auto': swap for modules in host memory, else copy. `on_flip(version)` runs after each flip,
     before any reader sees the new version; it may run the module. `flip_timeout` is how long a flip waits for readers.
 
+    Takes memory for a second copy of the model at once, so that no push waits for it.
+
     Raises:
         ConfigError: an argument is unusable, or this agent has subscribed to the name already.
+        RangeError: the host has too little memory for a second copy.
     """
     if not 0 < flip_timeout < 1e6:
         raise ConfigError(f"flip_timeout={flip_timeout!r} is not usable", hint="give a positive number of seconds")

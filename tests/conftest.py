@@ -1,0 +1,91 @@
+"""What every test may ask for: the promise that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+SETTLE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What this process holds that a test could forget: threads, children, descriptors, mapped arenas."""
+
+    threads: frozenset[str]
+    children: frozenset[int]
+    fds: frozenset[tuple[int, str]]
+    arenas: int
+
+
+def holdings() -> Holdings:
+    """Look at what this process holds now."""
+    threads = frozenset(f"{one.name} ({one.ident})" for one in threading.enumerate() if one.name.startswith("raynixl"))
+    return Holdings(threads, children(), open_fds(), mapped_arenas())
+
+
+def children() -> frozenset[int]:
+    """The child processes, zombies included."""
+    pids: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+            pids.update(int(pid) for pid in file.read().split())
+    return frozenset(pids)
+
+
+def open_fds() -> frozenset[tuple[int, str]]:
+    """The open descriptors and what they lead to."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((int(fd), os.readlink(f"/proc/self/fd/{fd}")))
+    return frozenset(found)
+
+
+def mapped_arenas(pid: int | str = "self") -> int:
+    """How many bytes of arenas are mapped, ours and those of peers."""
+    total = 0
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            if "/memfd:raynixl" in line:
+                start, _, end = line.split(" ", 1)[0].partition("-")
+                total += int(end, 16) - int(start, 16)
+    return total
+
+
+def excess(before: Holdings) -> list[str]:
+    """Say what is held now and was not before."""
+    now = holdings()
+    left = [f"thread {name}" for name in now.threads - before.threads]
+    left += [f"child {pid}" for pid in now.children - before.children]
+    opened = {fd: target for fd, target in now.fds - before.fds if not target.startswith(f"/proc/{os.getpid()}/")}
+    if len(now.fds) > len(before.fds):
+        left += [f"descriptor {fd} -> {target}" for fd, target in opened.items()]
+    if now.arenas > before.arenas:
+        left.append(f"{now.arenas - before.arenas} bytes of arenas still mapped")
+    return left
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[Callable[[], list[str]]]:
+    """Fail the test if it leaves threads, child processes, descriptors or mapped arenas behind.
+
+    The value can be called to ask what is held at the moment beyond what was there before.
+    """
+    gc.collect()
+    before = holdings()
+    yield lambda: excess(before)
+    deadline = time.monotonic() + SETTLE_SECONDS
+    left = excess(before)
+    if left:
+        gc.collect()  # views keep arenas alive: a failed assertion's frame holds some
+    while (left := excess(before)) and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert not left, "left behind: " + ", ".join(left)

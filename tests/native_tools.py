@@ -1,0 +1,42 @@
+"""Tools to point a copy engine at memory; shared by the tests in tests/native."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from raynixl.native import COPY, Engine, Gate, Program
+
+KIB = 1 << 10
+MIB = 1 << 20
+INLINE = 256 * KIB
+
+
+def table(*rows: tuple[int, int, int]) -> np.ndarray:
+    """Rows of (source address, destination address, nbytes) as a program takes them."""
+    return np.array(rows, dtype=np.uint64).reshape(-1, 3)
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where an array's bytes are."""
+    return int(array.ctypes.data)
+
+
+def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
+    """Bytes that differ from place to place."""
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def copier(engine: Engine, source: np.ndarray, target: np.ndarray, gates: Sequence[Gate] = ()) -> Program:
+    """A program that copies one array onto another."""
+    return engine.program(COPY, 0, table((address_of(source), address_of(target), source.nbytes)), gates)
+
+
+def finish(result: Any, timeout: float = 30.0) -> int:
+    """The code of a run, waited for if it is a job."""
+    if isinstance(result, int):
+        return result
+    assert result.wait(timeout)
+    return int(result.code)
