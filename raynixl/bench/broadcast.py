@@ -169,9 +169,9 @@ class RayWay:
             logging_level=logging.ERROR, object_store_memory=max(4 * nbytes, 128 << 20),
         )  # fmt: skip
         stack.callback(ray.shutdown)
-        holder = ray.remote(num_cpus=1)(_Holder)
-        self._source = holder.remote(nbytes, SEED)
-        self._receivers = [holder.remote(nbytes, 0) for _ in range(receivers)]
+        holder: Any = ray.remote(num_cpus=1)(_Holder)
+        self._source: Any = holder.remote(nbytes, SEED)
+        self._receivers: list[Any] = [holder.remote(nbytes, 0) for _ in range(receivers)]
         ray.get([actor.__ray_ready__.remote() for actor in (self._source, *self._receivers)], timeout=RAY_SECONDS)
 
     def run(self) -> float:

@@ -30,7 +30,7 @@ class Asked(Protocol):
 
 
 class TargetProcess:
-    """A child process that runs a module which answers requests, `raynixl.bench.target` by default; ends with this object or with this process.
+    """A child process that runs a module which answers requests; ends with this object or with this process.
 
     It is in a session of its own, so that Ctrl-C reaches the measuring side alone, which then ends it.
     """

@@ -216,7 +216,7 @@ class Subscription:
             self._changed.notify_all()
 
     def _grow(self, layout: Layout) -> None:
-        """Make the second slot between two pushes: fresh memory comes at 1 GB/s or less, and deadlines run in a push."""
+        """Make the second slot between two pushes: fresh memory comes at 1 GB/s or less, and a push has a deadline."""
         try:
             with self._working(time.monotonic() + _GROW_SECONDS):
                 if self._shadow is None:

@@ -93,7 +93,7 @@ def _serve(pipe, name, names, timeout, config):
                 break
             try:
                 pipe.send((work(groups, *args), "", ""))
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - process edge: the parent gets it
                 pipe.send((traceback.format_exc(), type(exc).__name__, getattr(exc, "peer", "")))
         for group in groups:
             group.close()

@@ -180,9 +180,7 @@ def child() -> Iterator[Child]:
 
 
 @pytest.mark.parametrize("block", [3 * KIB + 1, SPACE])
-def test_another_process_is_written_and_read(
-    engine: Engine, source: np.ndarray, child: Child, block: int
-) -> None:
+def test_another_process_is_written_and_read(engine: Engine, source: np.ndarray, child: Child, block: int) -> None:
     import zlib
 
     back = np.zeros(SPACE, dtype=np.uint8)
@@ -200,9 +198,7 @@ def test_another_process_is_written_and_read(
 
 
 @pytest.mark.parametrize("nbytes", [64, MIB])
-def test_unmapped_memory_of_a_peer_is_an_error(
-    engine: Engine, source: np.ndarray, child: Child, nbytes: int
-) -> None:
+def test_unmapped_memory_of_a_peer_is_an_error(engine: Engine, source: np.ndarray, child: Child, nbytes: int) -> None:
     for mode, row in [
         (VM_WRITE, (address_of(source), 4096, nbytes)),
         (VM_READ, (4096, address_of(source), nbytes)),
@@ -248,10 +244,7 @@ assert job.cancel(3) and job.wait_settled(10.0)
 sys.exit(status != 0)
 """
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}  # Python 3.12 warns of every fork with threads
-    assert (
-        subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("drop", ["", "del engine, program, job", "del engine, program"])

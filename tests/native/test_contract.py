@@ -248,7 +248,7 @@ def test_a_job_past_its_deadline_ends_by_being_looked_at(long_program: tuple) ->
 
 
 def test_waiting_ends_at_the_deadline_of_the_job(long_program: tuple) -> None:
-    program, gate = long_program
+    program, _gate = long_program
     job = program.run(0.05)
     assert job.wait(30.0)
     assert job.code == TIMEOUT
@@ -256,7 +256,7 @@ def test_waiting_ends_at_the_deadline_of_the_job(long_program: tuple) -> None:
 
 
 def test_waiting_ends_at_its_own_timeout(long_program: tuple) -> None:
-    program, gate = long_program
+    program, _gate = long_program
     job = program.run(60.0)
     assert not job.wait(0.02)
     assert not job.wait(0.0)
@@ -292,7 +292,7 @@ def test_a_queued_job_ends_at_its_deadline_behind_a_long_one(
 
 
 def test_eventfds_are_written_once_when_a_job_ends(long_program: tuple) -> None:
-    program, gate = long_program
+    program, _gate = long_program
     job = started(program)
     bells = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
     assert all(job.arm(bell) for bell in bells)
@@ -305,7 +305,7 @@ def test_eventfds_are_written_once_when_a_job_ends(long_program: tuple) -> None:
 
 
 def test_arming_refuses_an_ended_job_and_a_closed_descriptor(long_program: tuple) -> None:
-    program, gate = long_program
+    program, _gate = long_program
     job = started(program)
     with pytest.raises(OSError, match="descriptor"):
         job.arm(999_999)
@@ -316,7 +316,7 @@ def test_arming_refuses_an_ended_job_and_a_closed_descriptor(long_program: tuple
 
 
 def test_an_armed_descriptor_may_be_closed_by_its_owner(engine: Engine, long_program: tuple) -> None:
-    program, gate = long_program
+    program, _gate = long_program
     job = started(program)
     bell = os.eventfd(0, os.EFD_NONBLOCK)
     assert job.arm(bell)
@@ -360,7 +360,7 @@ def test_sixteen_threads_post_at_once(core: Native, make_engine: MakeEngine) -> 
 
 
 def test_a_running_job_shares_its_engine(long_program: tuple, engine: Engine) -> None:
-    program, gate = long_program
+    program, _gate = long_program
     job = started(program)
     source, target = random_bytes(2 * MIB), np.zeros(2 * MIB, dtype=np.uint8)
     assert finish(copier(engine, source, target).run(30.0)) == DONE  # the waiter copies
