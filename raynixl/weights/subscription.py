@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from raynixl.errors import AgentClosed, ConfigError, PeerRestarted, RaynixlError, TransferTimeout
 from raynixl.weights.arenas import Arenas
+from raynixl.weights.callback import FlipCallback, OnFlip
 from raynixl.weights.installer import Install, Installer, Steps
 from raynixl.weights.layout import Layout
 from raynixl.weights.protocol import Answer, Fault, Flip, Match, Pull, check_weights_name, topic
@@ -30,8 +31,6 @@ _CLOSE_SECONDS = 10.0
 _PIN_SECONDS = 60.0  # how much longer than flip_timeout a reader waits for a flip, on_flip included
 
 _GROW_SECONDS = 60.0
-
-OnFlip = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Subscription:
                 f"{agent.name!r} has subscribed to {name!r} already", hint="close that subscription first"
             )
         self._agent = agent
-        self._on_flip = on_flip
+        self._callback = FlipCallback(on_flip)
         self._flip_timeout = flip_timeout
         self._installer = Installer(model, install, owner=agent.name)
         self._lock = VersionLock()
@@ -200,7 +199,7 @@ class Subscription:
                 entered = time.monotonic()
                 old = ready.steps.run(self._agent)
                 self._serve(ready)
-                note = self._call_back(ready.version)
+                note = self._callback.run(ready.version)
                 seconds = time.monotonic() - entered
             del old
             return Answer(version=ready.version, seconds=seconds, note=note)
@@ -225,16 +224,6 @@ class Subscription:
                         self._shadow.release()
         except RaynixlError as exc:  # the next pull tries again, and tells whoever pushes
             logger.info("no second slot for %r yet: %s", self.name, exc)
-
-    def _call_back(self, version: int) -> str:
-        if self._on_flip is None:
-            return ""
-        try:
-            self._on_flip(version)
-        except Exception as exc:  # the user's code; whoever pushes gets it in the report
-            logger.warning("on_flip of %r failed", self.name, exc_info=True)
-            return f"on_flip raised {exc!r}"[:2000]
-        return ""
 
     @contextmanager
     def _working(self, deadline: float) -> Iterator[None]:
@@ -307,8 +296,9 @@ def subscribe(
     """Let a module or state dict follow what is pushed under a name.
 
     `install` is 'swap' (repoint each tensor's data: a flip costs microseconds a tensor), 'copy' (into the tensors'
-    own memory) or 'auto': swap for modules in host memory, else copy. `on_flip(version)` runs after each flip,
-    before any reader sees the new version; it may run the module. `flip_timeout` is how long a flip waits for readers.
+    own memory) or 'auto': swap for modules in host memory, else copy. `on_flip(version)`, or `on_flip()`, runs after
+    each flip, before any reader sees the new version; it may run the module. `flip_timeout` is how long a flip waits
+    for readers.
 
     Takes memory for a second copy of the model at once, so that no push waits for it.
 

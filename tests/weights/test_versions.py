@@ -14,7 +14,7 @@ from raynixl.errors import (
     IntegrityError,
     TransferTimeout,
 )
-from raynixl.weights import WeightSync, publish
+from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.protocol import Freeze
 from raynixl.weights.publication import Publication
 
@@ -140,6 +140,28 @@ def test_on_flip_may_run_the_model_before_anybody_else(fleet):
     cluster = Cluster(fleet, Policy(value=4.0), [target], on_flip=lambda version: seen.append((version, target())))
     cluster.sync.push(3)
     assert seen == [(3, {4.0})]
+
+
+def test_on_flip_gets_the_version_or_nothing_and_is_refused_if_it_takes_more(fleet):
+    class Engine:
+        def __init__(self):
+            self.calls = []
+
+        def reset_cache(self):
+            self.calls.append("reset")
+
+        def note(self, version, how="flip"):
+            self.calls.append((how, version))
+
+    engine = Engine()
+    for number, on_flip in enumerate((engine.reset_cache, engine.note, engine.calls.append)):
+        cluster = Cluster(lambda name, number=number: fleet(f"{name}-{number}"), Policy(), [Policy()], on_flip=on_flip)
+        WeightSync(cluster.trainer, "policy", [cluster.trainer.name], [cluster.rollouts[0].name]).push(4)
+    assert engine.calls == ["reset", ("flip", 4), 4]
+    agent = fleet("refuses")
+    for wrong in (lambda a, b: None, 5, "reset"):
+        with pytest.raises(ConfigError, match="on_flip"):
+            subscribe(agent, "policy", Policy(), on_flip=wrong)
 
 
 def test_a_forward_that_raises_leaves_its_section(fleet):
