@@ -52,7 +52,8 @@ def check_limits() -> Iterator[Finding]:
         "" if enough else f"each peer takes one and each mapped arena one for a moment: ulimit -n {_ENOUGH_FILES}",
     )  # fmt: skip
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    detail = f"{_limit(locked)}; host memory is not pinned, only GPU and RDMA paths will need it"
+    size = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
+    detail = f"{size}; host memory is not pinned, only GPU and RDMA paths will need it"
     yield Finding("memory", "locked memory", Verdict.WORKS, detail)
     yield _check_dev_shm()
 
