@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +34,14 @@ def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
 def copier(engine: Engine, source: np.ndarray, target: np.ndarray, gates: Sequence[Gate] = ()) -> Program:
     """A program that copies one array onto another."""
     return engine.program(COPY, 0, table((address_of(source), address_of(target), source.nbytes)), gates)
+
+
+def wait_threads_gone(known: set[str], timeout: float = 5.0) -> None:
+    """Wait until this process has no threads but the known: the kernel lists a joined one for a moment longer."""
+    deadline = time.monotonic() + timeout
+    while not set(os.listdir("/proc/self/task")) <= known:
+        assert time.monotonic() < deadline, "threads are left"
+        time.sleep(0.001)
 
 
 def finish(result: Any, timeout: float = 30.0) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from native_tools import INLINE
+from native_tools import INLINE, wait_threads_gone
 
 from raynixl.native import Engine, Native, load
 
@@ -34,10 +33,8 @@ def make_engine(core: Native) -> Iterator[Callable[..., Engine]]:
 
     yield make
     assert all(engine.close(10.0) for engine in engines)
-    deadline = time.monotonic() + 5.0
-    while threading.active_count() == 1 and not set(os.listdir("/proc/self/task")) <= before:
-        assert time.monotonic() < deadline, "threads are left"  # the kernel lists a joined thread a moment longer
-        time.sleep(0.001)
+    if threading.active_count() == 1:
+        wait_threads_gone(before)
 
 
 @pytest.fixture
