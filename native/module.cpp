@@ -196,7 +196,7 @@ void copy_range(uint64_t destination, uint64_t source, uint64_t nbytes) {
   nb::gil_scoped_release release;
   auto* to = reinterpret_cast<void*>(destination);
   auto* from = reinterpret_cast<const void*>(source);
-  if (nbytes < kStreamTotal) return copy_block(to, from, nbytes);
+  if (nbytes <= kStreamAbove) return copy_block(to, from, nbytes);
   stream_block(to, from, nbytes);
   stream_fence();
 }

@@ -22,7 +22,7 @@ Plan::Plan(Mode mode, pid_t pid, std::vector<Segment> segments, std::vector<std:
     if (wraps || nbytes_ + s.nbytes < nbytes_) throw std::invalid_argument("a segment reaches past the end of memory");
     nbytes_ += s.nbytes;
   }
-  stream_ = mode == Mode::copy && nbytes_ >= kStreamTotal;
+  stream_ = mode == Mode::copy && nbytes_ > kStreamAbove;
   cut(std::move(segments));
   if (mode != Mode::copy && count_ == 1 && nbytes_ <= kProcessFileBlock) file_ = ProcessFile::of(pid);
 }

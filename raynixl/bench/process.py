@@ -8,15 +8,20 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import raynixl
 from raynixl import errors
 from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
 
 ASK_SECONDS = 120.0
 """Filling and digesting gigabytes takes a while; nothing asked takes longer."""
 _LEAVE_SECONDS = 5.0
+_ROOT = str(Path(raynixl.__file__).parents[1])
+# What -m does, without the working directory on the path: a file of the user's there may have any module's name.
+_RUN = "import runpy, sys; sys.path.append(sys.argv[2]); runpy.run_module(sys.argv[1], run_name='__main__')"
 
 
 class Asked(Protocol):
@@ -37,7 +42,7 @@ class TargetProcess:
 
     def __init__(self, module: str = "raynixl.bench.target") -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-c", _RUN, module, _ROOT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._pending = b""
