@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from raynixl.errors import RangeError
+from raynixl.errors import ConfigError, RangeError
 
 Table = NDArray[np.uint64]
 """An (N, 3) uint64 array of (region offset, length, device)."""
@@ -25,33 +26,35 @@ def as_unsigned(values: ArrayLike, what: str) -> NDArray[np.uint64]:
     """
     try:
         array = np.asarray(values)
-        if array.dtype.kind == "u":
-            return array.astype(np.uint64, copy=False).reshape(-1)
-        if array.size and (array.dtype.kind not in "iO" or array.min() < 0):
-            raise RangeError(f"{what} holds values that are not unsigned integers", hint=_HINT)
+        if array.dtype.kind == "O":  # what numpy found no type for, such as integers beyond 64 bits
+            array = np.array([index(value) for value in array.flat], np.uint64)
+        elif array.size and (array.dtype.kind not in "iu" or (array.dtype.kind == "i" and array.min() < 0)):
+            raise RangeError(f"{what} hold values that are not unsigned 64-bit integers", hint=_HINT)
         return array.astype(np.uint64, copy=False).reshape(-1)
     except (OverflowError, TypeError, ValueError) as exc:
-        raise RangeError(f"{what} does not fit 64-bit unsigned integers", hint=_HINT) from exc
+        raise RangeError(f"{what} do not fit unsigned 64-bit integers", hint=_HINT) from exc
 
 
 def make_table(offsets: ArrayLike, lengths: ArrayLike, *, device: int = 0) -> Table:
-    """Return the table of blocks at `offsets` with `lengths` (one length may serve all)."""
+    """Return the read-only table of blocks at `offsets` with `lengths` (one length may serve all)."""
     starts, sizes = as_unsigned(offsets, "offsets"), as_unsigned(lengths, "lengths")
     if sizes.size not in (1, starts.size):
         raise RangeError(f"{starts.size} offsets but {sizes.size} lengths", hint="give one length for each offset")
     table = np.empty((starts.size, 3), np.uint64)
     table[:, 0], table[:, 1], table[:, 2] = starts, sizes, device
+    table.flags.writeable = False
     return table
 
 
-def page_table(ids: ArrayLike, page_nbytes: int, *, region_nbytes: int, device: int = 0) -> Table:
-    """Return the table of whole pages `ids` of a region cut into pages of `page_nbytes`."""
-    if not 0 < page_nbytes <= region_nbytes:
-        raise RangeError(f"page size {page_nbytes} does not fit a region of {region_nbytes} bytes", hint=_HINT)
+def page_table(ids: ArrayLike, page_nbytes: int, *, nbytes: int, what: str, device: int = 0) -> Table:
+    """Return the table of whole pages `ids` of `what`, a region of `nbytes` cut into pages of `page_nbytes`."""
+    if not hasattr(page_nbytes, "__index__") or not 0 < page_nbytes <= nbytes:
+        raise RangeError(f"page size {page_nbytes!r:.40} does not fit {what} of {nbytes} bytes", hint=_HINT)
     numbers = as_unsigned(ids, "page ids")
-    pages = region_nbytes // page_nbytes
+    pages = nbytes // page_nbytes
     if numbers.size and int(numbers.max()) >= pages:
-        raise RangeError(f"page {int(numbers.max())} is outside a region of {pages} pages", hint=_HINT)
+        page = int(numbers.max())
+        raise RangeError(f"page {page} is outside {what} of {nbytes} bytes, {pages} pages", hint=_HINT)
     return make_table(numbers * np.uint64(page_nbytes), page_nbytes, device=device)
 
 
@@ -61,7 +64,7 @@ def check_table(table: Table, nbytes: int, what: str) -> None:
     Raises:
         RangeError: names the first block that is outside, its range and the region's size.
     """
-    if table.ndim != 2 or table.shape[1] != 3 or table.dtype != np.uint64:
+    if not isinstance(table, np.ndarray) or table.ndim != 2 or table.shape[1] != 3 or table.dtype != np.uint64:
         raise RangeError(f"blocks of {what} are not an (N, 3) uint64 array", hint="build them with region.blocks()")
     offsets, lengths, limit = table[:, 0], table[:, 1], np.uint64(nbytes)
     bad = (lengths > limit) | (offsets > limit - np.minimum(lengths, limit))
@@ -75,19 +78,30 @@ def check_table(table: Table, nbytes: int, what: str) -> None:
 class Blocks:
     """Blocks inside one region: what a transfer reads from or writes to.
 
-    `region` is a `Region` (ours) or a `RemoteRegion` (a peer's). Checked when made: every block lies inside.
+    `region` is a `Region` (ours) or a `RemoteRegion` (a peer's). Checked when made: every block lies inside. The
+    table is read-only; one that is not, or that others may write, is copied.
+
+    Raises:
+        ConfigError: that is no region.
+        RangeError: some block is outside it, or that is no table.
     """
 
     region: Any
     table: Table
 
     def __post_init__(self) -> None:
+        if not hasattr(self.region, "label"):
+            raise ConfigError(f"{type(self.region).__name__} is not a region", hint="build blocks with region.blocks()")
         check_table(self.table, self.region.nbytes, self.region.label)
+        if self.table.flags.writeable or self.table.base is not None:
+            own = self.table.copy()
+            own.flags.writeable = False
+            object.__setattr__(self, "table", own)
 
     @property
     def nbytes(self) -> int:
         """Total length of the blocks."""
-        return int(self.table[:, 1].sum())
+        return _total(self.table[:, 1])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -136,6 +150,13 @@ def _flatten(tables: Sequence[tuple[int, Table]]) -> _Side:
     return _Side(region, offset, nbytes) if full.all() else _Side(region[full], offset[full], nbytes[full])
 
 
+def _total(nbytes: NDArray[np.uint64]) -> int:
+    """Add lengths up, exactly: a sum of unsigned integers would wrap without a word."""
+    if len(nbytes) and int(nbytes.max()) * len(nbytes) >= 1 << 63:
+        return sum(nbytes.tolist())
+    return int(nbytes.sum())
+
+
 def _split(side: _Side, cuts: NDArray[np.uint64], starts: NDArray[np.uint64]) -> _Side:
     """Cut the blocks of one side at stream positions `cuts` (ends of pieces); `starts` are the pieces' beginnings."""
     ends = np.cumsum(side.nbytes)
@@ -150,14 +171,16 @@ def match(source: Sequence[tuple[int, Table]], target: Sequence[tuple[int, Table
     Each argument lists (region index, table). The two sides may be cut differently; their totals must be equal.
 
     Raises:
-        RangeError: nothing to move, unequal totals, or target blocks that overlap.
+        RangeError: nothing to move, unequal totals, target blocks that overlap, or more than 2^63 bytes.
     """
     src, dst = _flatten(source), _flatten(target)
-    moved, room = int(src.nbytes.sum()), int(dst.nbytes.sum())
+    moved, room = _total(src.nbytes), _total(dst.nbytes)
     if moved != room:
         raise RangeError(f"source has {moved} bytes but destination {room}", hint="select equal lengths")
     if moved == 0:
         raise RangeError("the transfer has no bytes", hint="select at least one byte")
+    if moved >= 1 << 63:
+        raise RangeError(f"the transfer has {moved} bytes, which 64-bit integers do not hold", hint="split it")
     check_disjoint(dst.region, dst.offset, dst.nbytes)
     if not np.array_equal(src.nbytes, dst.nbytes):
         cuts = np.union1d(np.cumsum(src.nbytes), np.cumsum(dst.nbytes))

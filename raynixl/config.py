@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretBytes, ValidationError
@@ -13,6 +14,35 @@ MIB = 1 << 20
 _PREFIX = "RAYNIXL_"
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+_LONGEST = 1e9  # seconds: no wait is for ever, and the system calls below take no more
+
+
+def check_timeout(seconds: float | None, default: float, *, what: str = "timeout") -> float:
+    """Return a deadline in seconds, `default` for None.
+
+    Raises:
+        ConfigError: it is not a positive finite number.
+    """
+    if seconds is None:
+        return default
+    if not isinstance(seconds, Real) or not 0 < seconds < _LONGEST:
+        raise ConfigError(f"{what} {seconds!r:.80} is no deadline", hint="give a positive finite number of seconds")
+    return float(seconds)
+
+
+def check_wait(seconds: float) -> float:
+    """Return how long to wait, in seconds; 0 is a look without waiting.
+
+    Raises:
+        ConfigError: it is negative, not finite or not a number.
+    """
+    if not isinstance(seconds, Real) or not 0 <= seconds < _LONGEST:
+        raise ConfigError(
+            f"timeout {seconds!r:.80} is no time to wait", hint="give a finite number of seconds, 0 or more"
+        )
+    return float(seconds)
 
 
 def default_copy_threads() -> int:

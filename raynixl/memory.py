@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,7 +68,7 @@ def resolve(source: Any) -> Memory:
         RangeError: it is empty.
     """
     if isinstance(source, MemorySpan):
-        memory = Memory(MemoryKind.DRAM, 0, source.address, source.nbytes, source.writable, source)
+        memory = _from_span(source)
     elif type(source).__module__.split(".")[0] == "torch" or hasattr(source, "data_ptr"):
         memory = _from_torch(source)
     elif hasattr(source, "__cuda_array_interface__"):
@@ -85,14 +86,38 @@ def _refuse_strided() -> ConfigError:
     return ConfigError("memory to register is not contiguous", hint="register tensor.contiguous() or its base")
 
 
+def _no_memory(source: Any) -> ConfigError:
+    return ConfigError(
+        f"{type(source).__name__} has no memory to register",
+        hint="give a torch, numpy or cupy array, a buffer, or rx.MemorySpan",
+    )
+
+
+def _from_span(span: MemorySpan) -> Memory:
+    address, nbytes = span.address, span.nbytes
+    if not (hasattr(address, "__index__") and hasattr(nbytes, "__index__")):
+        raise RangeError(f"{span} is not given in whole numbers", hint="give an address and a length in bytes")
+    if not (0 < address < 1 << 64 and 0 < nbytes < 1 << 63 and address + nbytes <= 1 << 64):
+        raise RangeError(
+            f"no memory of {nbytes} bytes lies at {address:#x}",
+            hint="give the address and length of memory that exists",
+        )
+    return Memory(MemoryKind.DRAM, 0, index(address), index(nbytes), bool(span.writable), span)
+
+
 def _from_torch(tensor: Any) -> Memory:
-    if not tensor.is_contiguous():
+    try:
+        device, is_contiguous = tensor.device, tensor.is_contiguous()
+        nbytes = tensor.numel() * tensor.element_size()
+        address = tensor.data_ptr() if device.type in ("cpu", "cuda") else 0
+    except (AttributeError, TypeError, RuntimeError) as exc:  # a module, a dtype; a sparse or fake tensor
+        raise _no_memory(tensor) from exc
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"tensors on {device} cannot be registered", hint="move it to cpu or cuda")
+    if not is_contiguous:
         raise _refuse_strided()
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"tensors on {tensor.device} cannot be registered", hint="move it to cpu or cuda")
-    kind = MemoryKind.DRAM if tensor.device.type == "cpu" else MemoryKind.VRAM
-    nbytes = tensor.numel() * tensor.element_size()
-    return Memory(kind, tensor.device.index or 0, tensor.data_ptr(), nbytes, True, tensor)
+    kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
+    return Memory(kind, 0 if device.index is None else device.index, address, nbytes, True, tensor)
 
 
 def _from_cuda(array: Any) -> Memory:
@@ -118,11 +143,10 @@ def _from_buffer(source: Any) -> Memory:
     except TypeError:
         try:
             return _from_numpy(np.from_dlpack(source))
-        except (TypeError, AttributeError, BufferError) as exc:
-            raise ConfigError(
-                f"{type(source).__name__} has no memory to register",
-                hint="give a torch, numpy or cupy array, a buffer, or rx.MemorySpan",
-            ) from exc
+        except (TypeError, AttributeError, BufferError, RuntimeError, ValueError) as exc:
+            raise _no_memory(source) from exc
+    except (BufferError, ValueError) as exc:  # a buffer that is closed
+        raise _no_memory(source) from exc
     if not view.contiguous:
         raise _refuse_strided()
     if view.nbytes == 0:
@@ -169,8 +193,10 @@ def allocate(nbytes: int) -> Memory:
     Raises:
         RangeError: the size is not positive or more than the host can give.
     """
-    if not 0 < nbytes < 1 << 62:
-        raise RangeError(f"cannot allocate {nbytes} bytes", hint="give a positive size that fits this host's memory")
+    if not hasattr(nbytes, "__index__") or not 0 < nbytes < 1 << 62:
+        raise RangeError(
+            f"cannot allocate {nbytes!r:.40} bytes", hint="give a positive size that fits this host's memory"
+        )
     if nbytes > available_nbytes():
         raise RangeError(f"cannot allocate {nbytes} bytes: {available_nbytes()} are free", hint="ask for less")
     fd = os.memfd_create("raynixl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

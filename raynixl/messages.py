@@ -6,11 +6,45 @@ import enum
 import struct
 from dataclasses import dataclass
 
-from raynixl.errors import IntegrityError
+from raynixl.errors import ConfigError, IntegrityError, RangeError
 
 MESSAGE_VERSION = 1
 _HEADER = struct.Struct("<BBHQ")  # version, kind, topic length, id
 MAX_TOPIC_NBYTES = 1024
+OVERHEAD_NBYTES = _HEADER.size + MAX_TOPIC_NBYTES
+"""What a message may have beside its payload."""
+
+
+def check_topic(topic: str) -> str:
+    """Return a topic if it can travel: 1 to 1024 bytes of text.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        usable = isinstance(topic, str) and 0 < len(topic.encode()) <= MAX_TOPIC_NBYTES
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"topic {topic!r:.80} is not usable", hint=f"use text of 1 to {MAX_TOPIC_NBYTES} bytes")
+    return topic
+
+
+def check_payload(payload: bytes, limit: int, *, what: str = "message") -> bytes:
+    """Return a payload if it can travel in one message of at most `limit` bytes.
+
+    Raises:
+        ConfigError: it is not bytes.
+        RangeError: it is too long.
+    """
+    if not isinstance(payload, bytes):
+        raise ConfigError(f"a {what} is bytes, not {type(payload).__name__}", hint="encode it")
+    if len(payload) > limit - OVERHEAD_NBYTES:
+        raise RangeError(
+            f"a {what} of {len(payload)} bytes is longer than {limit - OVERHEAD_NBYTES}",
+            hint="write large data as a transfer, or raise AgentConfig.max_message_nbytes",
+        )
+    return payload
 
 
 class MessageKind(enum.IntEnum):

@@ -76,6 +76,11 @@ class Reactor:
         return threading.current_thread() is self._thread
 
     @property
+    def is_dispatching(self) -> bool:
+        """Whether the caller is inside a callback, where it must not wait."""
+        return self._led == threading.get_ident() or self.is_own_thread
+
+    @property
     def is_closed(self) -> bool:
         """Whether close was called."""
         return self._closed
@@ -115,7 +120,7 @@ class Reactor:
 
     def run_until(self, is_ready: Callable[[], bool], deadline: float) -> bool:
         """Wait, serving the reactor meanwhile, until `is_ready()` or the monotonic deadline; return which."""
-        if self._led == threading.get_ident() or self.is_own_thread:
+        if self.is_dispatching:
             raise AssertionError("a reactor callback must not wait")
         while not is_ready():
             remaining = deadline - time.monotonic()
@@ -163,7 +168,7 @@ class Reactor:
                 remaining = deadline - now * 1e-9
                 if remaining <= 0:
                     return
-                self._dispatch(self._inner.poll(0 if now < look_until else remaining))
+                self._dispatch(self._inner.poll(0 if now < look_until else min(remaining, _FOREVER)))
             self._is_talking = time.monotonic_ns() - began < _SHORT_WAIT_NS
         finally:
             if self._led is not None:
@@ -229,7 +234,7 @@ class Reactor:
                 when, _, timer = self._timers[0]
                 remaining = when - time.monotonic()
                 if timer.action is not None and remaining > 0:
-                    return remaining
+                    return min(remaining, _FOREVER)
                 heapq.heappop(self._timers)
             action, timer.action = timer.action, None
             if action is not None:

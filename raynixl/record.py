@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from raynixl.errors import ConfigError, IntegrityError
 from raynixl.memory import MemoryKind
@@ -15,7 +16,8 @@ MAX_RECORD_NBYTES = 60_000
 """The GCS is meant for small values; records stay below 64 KiB with room for keys."""
 
 _NAME = re.compile(
-    r"[^\x00-\x1f\x7f-\x9f\s](?:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*[^\x00-\x1f\x7f-\x9f\s])?"
+    r"[^\x00-\x1f\x7f-\x9f\s\ud800-\udfff]"
+    r"(?:[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*[^\x00-\x1f\x7f-\x9f\s\ud800-\udfff])?"
 )
 MAX_NAME_CHARS = 200
 
@@ -23,6 +25,10 @@ Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Incarnation = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Unsigned = Annotated[int, Field(ge=0, lt=1 << 63)]
 Fields = Annotated[dict[str, str | int], Field(max_length=32)]
+Labels = Annotated[
+    dict[Annotated[str, Field(max_length=200)], Annotated[str, Field(max_length=200)]], Field(max_length=16)
+]
+_LABELS = TypeAdapter(Labels, config=ConfigDict(strict=True))
 
 
 def check_name(name: str, what: str = "name") -> str:
@@ -37,6 +43,22 @@ def check_name(name: str, what: str = "name") -> str:
             hint=f"use 1 to {MAX_NAME_CHARS} printable characters with no space at the ends",
         )
     return name
+
+
+def check_labels(labels: dict[str, str] | None) -> dict[str, str]:
+    """Return a copy of an agent's labels if they can be published: up to 16, each text of up to 200 characters.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        found = _LABELS.validate_python({} if labels is None else labels)
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValidationError, UnicodeEncodeError) as exc:
+        raise ConfigError(
+            "the labels are not usable", hint="give up to 16 texts under texts, of up to 200 characters each"
+        ) from exc
+    return dict(found)
 
 
 class RegionRecord(BaseModel):
@@ -67,7 +89,7 @@ class AgentRecord(BaseModel):
     started: float
     expires: float = 0.0
     """Wall-clock second at which the lease ends; 0 for records that have none."""
-    labels: Annotated[dict[str, Annotated[str, Field(max_length=200)]], Field(max_length=16)] = {}
+    labels: Labels = {}
     """What the layer above adds, such as actor and node ids."""
     backends: Annotated[dict[str, Fields], Field(max_length=16)] = {}
     regions: Annotated[tuple[RegionRecord, ...], Field(strict=False, max_length=4096)] = ()

@@ -37,7 +37,7 @@ class _Selectable:
         """Select `nbytes` from `offset` (to the end by default)."""
         if not hasattr(offset, "__index__") or not 0 <= offset <= self.nbytes:
             raise RangeError(
-                f"offset {offset} is outside {self.label} of {self.nbytes} bytes",
+                f"offset {offset!r:.40} is outside {self.label} of {self.nbytes} bytes",
                 hint="give an offset inside it",
             )
         length = self.nbytes - offset if nbytes is None else nbytes
@@ -49,13 +49,16 @@ class _Selectable:
 
     def pages(self, ids: ArrayLike, page_nbytes: int) -> Blocks:
         """Select whole pages, by number, of the region cut into pages of `page_nbytes`."""
-        return Blocks(self, page_table(ids, page_nbytes, region_nbytes=self.nbytes, device=self.device))
+        return Blocks(self, page_table(ids, page_nbytes, nbytes=self.nbytes, what=self.label, device=self.device))
 
     def __getitem__(self, key: slice) -> Blocks:
         """Select bytes as a slice does: region[a:b]."""
         if not isinstance(key, slice) or key.step not in (None, 1):
             raise RangeError(f"{self.label} is sliced by [start:stop] in bytes", hint="use blocks() or pages()")
-        start, stop, _ = key.indices(self.nbytes)
+        try:
+            start, stop, _ = key.indices(self.nbytes)
+        except TypeError as exc:
+            raise RangeError(f"{self.label} is sliced by whole numbers", hint="give [start:stop] in bytes") from exc
         return self.span(start, max(0, stop - start))
 
     def __len__(self) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -73,6 +75,14 @@ def excess(before: Holdings) -> list[str]:
     return left
 
 
+def forget_failure() -> None:
+    """Clear the frames of a failed test, which pytest keeps: what they hold is no leak of this test nor the next."""
+    error = getattr(sys, "last_value", None)
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 @pytest.fixture
 def nothing_left() -> Iterator[Callable[[], list[str]]]:
     """Fail the test if it leaves threads, child processes, descriptors or mapped arenas behind.
@@ -85,7 +95,8 @@ def nothing_left() -> Iterator[Callable[[], list[str]]]:
     deadline = time.monotonic() + SETTLE_SECONDS
     left = excess(before)
     if left:
-        gc.collect()  # views keep arenas alive: a failed assertion's frame holds some
+        forget_failure()
+        gc.collect()  # views keep arenas alive
     while (left := excess(before)) and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     assert not left, "left behind: " + ", ".join(left)

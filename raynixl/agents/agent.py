@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -11,26 +12,30 @@ import weakref
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from raynixl.agents.connection import Connection, Connector
-from raynixl.agents.control import Control, Handler, Reply
+from raynixl.agents.connection import Connection
+from raynixl.agents.connector import Connector
+from raynixl.agents.consent import Consent, left
+from raynixl.agents.control import Control, Handler
 from raynixl.agents.explanation import Explanation, explain
+from raynixl.agents.heartbeat import Heartbeat
 from raynixl.agents.inbox import Inbox, Notification
 from raynixl.agents.peer import Peer
 from raynixl.agents.prepared import Prepared, Selections
 from raynixl.agents.publisher import Publisher
 from raynixl.agents.regions import Regions
+from raynixl.agents.reply import Reply
 from raynixl.agents.transfer import Transfer
 from raynixl.agents.watcher import Watcher
 from raynixl.backends import table
-from raynixl.backends.base import Backend, Link, Local, Op
-from raynixl.config import AgentConfig, from_env
+from raynixl.backends.base import Backend, Local, Op
+from raynixl.config import AgentConfig, check_timeout, check_wait, from_env
 from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
 from raynixl.host import host_identity
 from raynixl.memory import Memory, allocate, resolve
-from raynixl.messages import Message, MessageKind, notification_bytes
+from raynixl.messages import Message, MessageKind, check_payload, check_topic, notification_bytes
 from raynixl.native import Engine, Gate, load
 from raynixl.reactor import Reactor
-from raynixl.record import AgentRecord, check_name
+from raynixl.record import AgentRecord, check_labels, check_name
 from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import AgentStatistics, RouteCounter
 
@@ -38,7 +43,8 @@ if TYPE_CHECKING:
     from raynixl.directory import Directory
 
 logger = logging.getLogger(__name__)
-_MAX_LABELS = 16
+_HERE: weakref.WeakSet[Agent] = weakref.WeakSet()
+"""The agents of this process: a forked child must refuse to use them."""
 
 
 class Agent:
@@ -64,19 +70,21 @@ class Agent:
         self.host = host_identity()
         self.transfer_timeout = self.config.transfer_timeout
         self.settled = threading.Condition()  # protects the stages of transfers that did not end at once
-        self._labels = dict(labels or {})
+        self._labels = check_labels(labels)
         self._started = time.time()
         self._pid = os.getpid()
         self._lock = threading.Lock()  # protects _counters, _introduced, _is_closed
         self._counters: dict[tuple[str, str], RouteCounter] = {}
         self._introduced: dict[str, AgentRecord] = {}
         self._is_closed = False
+        self._has_ended = threading.Event()  # set when close is through
         native = load(self.config.native)
         self._native = native
         self.reactor = Reactor(name)
         inline_nbytes = self.config.inline_nbytes * (4 if self.config.copy_threads == 1 else 1)
         self.engine: Engine = native.Engine(self.config.copy_threads, inline_nbytes)
         self.control = Control(self)
+        self.consent = Consent(self, self.control)
         self.connector = Connector(self)
         self.watcher = Watcher(self.reactor)
         self._local = Local(
@@ -90,14 +98,16 @@ class Agent:
             self.control,
         )
         self.backends: list[Backend] = []
-        self._regions = Regions(self)
-        self._publisher = Publisher(self, directory)
+        self.regions = Regions(self)
+        self.publisher = Publisher(self, directory)
+        self._heartbeat = Heartbeat(self)
         try:
             self.backends.extend(table.make(self._local))
-            self._publisher.start()
+            self.publisher.start()
         except BaseException:
             self.close()
             raise
+        _HERE.add(self)
         self._finalizer = weakref.finalize(self, _warn_unclosed, name, self._pid)
 
     def __repr__(self) -> str:
@@ -117,7 +127,7 @@ class Agent:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        await asyncio.to_thread(self.close)  # what the loop's other tasks wait for must still reach them
 
     # Memory
 
@@ -131,7 +141,7 @@ class Agent:
             RangeError: empty or unmapped memory.
         """
         self.check_open()
-        return self._regions.add(resolve(memory), name)
+        return self.regions.add(resolve(memory), name)
 
     def empty(self, nbytes: int, *, kind: str = "dram", name: str = "") -> Region:
         """Return a region of fresh zeroed memory that peers on this host map: the fastest kind.
@@ -145,7 +155,7 @@ class Agent:
             raise ConfigError(f"memory of kind {kind!r} cannot be made here", hint="use kind='dram'")
         memory: Memory = allocate(nbytes)
         try:
-            return self._regions.add(memory, name)
+            return self.regions.add(memory, name)
         except BaseException:
             os.close(memory.fd)
             raise
@@ -154,8 +164,11 @@ class Agent:
         """Withdraw a region: refuse new transfers, wait for those in flight, then let go of the memory.
 
         Waits at most config.deregister_timeout; peers that have not let go by then lose their connection.
+
+        Raises:
+            RegionStale, RegionUnknown: it was deregistered already, or is another agent's.
         """
-        self._regions.remove(region)
+        self.regions.remove(region)
 
     # Peers
 
@@ -174,9 +187,9 @@ class Agent:
             with self._lock:
                 self._introduced[record.name] = record
             return Peer(self, record.name)
-        name = check_name(peer, "peer name")
+        name, seconds = check_name(peer, "peer name"), check_wait(timeout)
         current = self.connector.current(name)
-        if (current is None or current.lost is not None) and not self._publisher.wait_for(name, timeout):
+        if (current is None or current.lost is not None) and not self.publisher.wait_for(name, seconds):
             raise PeerUnknown(
                 f"no agent named {name!r} is published",
                 hint="see `raynixl agents`, or wait with timeout=",
@@ -244,16 +257,19 @@ class Agent:
         Raises:
             PeerUnknown, PeerLost, TransferTimeout: it could not be sent.
         """
-        self.send_notification(self._connection(peer, timeout).link, payload)
+        check_payload(payload, self.config.max_message_nbytes, what="notification")
+        self.control.notify(self._connection(peer, timeout).link, notification_bytes(payload))
 
     def send(self, peer: str, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
         """Put a message into a peer's inbox of that topic; connects first if need be."""
+        self._check_message(topic, payload)
         self._connection(peer, timeout).link.send(Message(MessageKind.SEND, 0, topic, payload).to_bytes())
 
     def ask(self, peer: str, topic: str, payload: bytes = b"", *, timeout: float | None = None) -> Reply:
         """Send a request to a peer's handler of that topic; the reply is waited for or awaited."""
-        seconds = self.config.request_timeout if timeout is None else timeout
-        return self.control.ask(self._connection(peer, timeout), topic, payload, seconds)
+        self._check_message(topic, payload)
+        deadline = time.monotonic() + check_timeout(timeout, self.config.request_timeout)
+        return self.control.ask(self._connection(peer, timeout), topic, payload, left(deadline))
 
     def serve(self, topic: str, handler: Handler, *, threaded: bool = False) -> None:
         """Answer peers' requests of a topic. Only a threaded handler may block.
@@ -264,7 +280,7 @@ class Agent:
 
     def inbox(self, topic: str) -> Inbox:
         """Return the inbox of a topic."""
-        return self.control.inbox(topic)
+        return self.control.inbox(check_topic(topic))
 
     def lost(self, peer: str) -> RaynixlError | None:
         """Return why the connection with a peer was lost, or None while it stands or was never made."""
@@ -286,7 +302,7 @@ class Agent:
     @property
     def directory(self) -> Directory:
         """Where this agent publishes itself and finds its peers."""
-        return self._publisher.directory
+        return self.publisher.directory
 
     def statistics(self) -> AgentStatistics:
         """Return what this agent has counted so far."""
@@ -296,7 +312,7 @@ class Agent:
         return AgentStatistics(
             name=self.name,
             uptime=time.time() - self._started,
-            regions=len(self._regions),
+            regions=len(self.regions),
             peers=len(open_ones),
             transfers=sum(route.transfers for route in routes),
             nbytes=sum(route.nbytes for route in routes),
@@ -308,25 +324,42 @@ class Agent:
         )
 
     def close(self) -> None:
-        """Withdraw the record, end what is in flight with typed errors, let go of everything. Idempotent."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
+        """Withdraw the record, end what is in flight with typed errors, let go of everything. Idempotent.
+
+        Returns when all is gone, also to a second caller. Called by a handler that is not threaded, it goes on
+        without the caller.
+        """
         if os.getpid() != self._pid:
-            return  # a forked child holds copies of the descriptors but none of the threads
-        self._publisher.close()
-        self.control.say_bye()
-        self.connector.close(self.config.connect_timeout)
-        for backend in self.backends:
-            backend.close()
-        self.engine.close(self.config.deregister_timeout)
-        self.watcher.close()
-        self._regions.close()
-        self.reactor.close()
-        finalizer = getattr(self, "_finalizer", None)
-        if finalizer is not None:
-            finalizer.detach()
+            self._is_closed = True  # a forked child holds copies of the descriptors but none of the threads
+            return
+        with self._lock:
+            is_first, self._is_closed = not self._is_closed, True
+        if is_first and self.reactor.is_dispatching:
+            threading.Thread(target=self._close, name="raynixl-close").start()
+        elif is_first:
+            self._close()
+        elif not self.reactor.is_dispatching:
+            self._has_ended.wait(self.config.connect_timeout + 2 * self.config.deregister_timeout)
+
+    def _close(self) -> None:
+        try:
+            self._heartbeat.stop()
+            self.publisher.close()
+            self.regions.withdraw_all()
+            self.control.say_bye()
+            self.connector.close(self.config.connect_timeout)
+            for backend in self.backends:
+                backend.close()
+            self.engine.close(self.config.deregister_timeout)
+            self.reactor.close()
+            self.control.close()
+            self.watcher.close()
+            self.regions.close()
+            finalizer = getattr(self, "_finalizer", None)
+            if finalizer is not None:
+                finalizer.detach()
+        finally:
+            self._has_ended.set()
 
     # What the agent's own parts use
 
@@ -352,12 +385,12 @@ class Agent:
             name=self.name, incarnation=self.incarnation, host=self.host, pid=self._pid, started=self._started,
             expires=expires, labels=self._labels,
             backends={backend.name: backend.local_metadata() for backend in self.backends},
-            regions=self._regions.named_records(),
+            regions=self.regions.named_records(),
         )  # fmt: skip
 
     def find(self, name: str) -> AgentRecord | None:
         """Return a peer's record: from the directory, or as introduced."""
-        record = self._publisher.find(name)
+        record = self.publisher.find(name)
         if record is None:
             with self._lock:
                 record = self._introduced.get(name)
@@ -365,14 +398,14 @@ class Agent:
 
     def forget(self, record: AgentRecord) -> None:
         """Remove the record of an agent that was found dead."""
-        self._publisher.bury(record)
+        self.publisher.bury(record)
         with self._lock:
             held = self._introduced.get(record.name)
             if held is not None and held.incarnation == record.incarnation:
                 del self._introduced[record.name]
 
-    def connection_lost(self, peer: str) -> None:
-        """Wake whoever waits for anything of a lost peer."""
+    def link_moved_on(self) -> None:
+        """Make whoever waits for a link look again: it is lost, or has sent what it held back."""
         with self.settled:
             self.settled.notify_all()
         self.watcher.look()
@@ -386,44 +419,28 @@ class Agent:
         with self._lock:
             return self._counters.setdefault((backend, peer), RouteCounter(backend, peer))
 
-    def watch(self, transfer: Transfer) -> None:
-        """See to the end of a transfer that nobody may wait for."""
-        self.watcher.add(transfer)
-
-    def send_notification(self, link: Link, payload: bytes) -> None:
-        """Send a notification over a link."""
-        link.send(notification_bytes(payload))
-        self.control.sent += 1
-
-    def region(self, name: str) -> Region:
-        """Return one of our regions by its name."""
-        return self._regions.by_name(name)
-
-    def region_by_id(self, number: int) -> Region:
-        """Return one of our regions by its number."""
-        return self._regions.by_id(number)
-
-    def add_importer(self, region_id: int, link: Link) -> None:
-        """Remember that a peer uses a region."""
-        self._regions.add_importer(region_id, link)
-
-    def forget_importer(self, link: Link) -> None:
-        """Forget a peer that is gone."""
-        self._regions.forget_importer(link)
-
-    def publish_again(self) -> None:
-        """Publish the changed record soon."""
-        self._publisher.touch()
-
     def _connection(self, peer: str, timeout: float | None) -> Connection:
         self.check_open()
-        seconds = self.config.connect_timeout if timeout is None else timeout
-        return self.connector.connect(peer, time.monotonic() + seconds)
+        if not isinstance(peer, str):
+            check_name(peer, "peer name")
+        return self.connector.connect(peer, time.monotonic() + check_timeout(timeout, self.config.connect_timeout))
+
+    def _check_message(self, topic: str, payload: bytes) -> None:
+        self.check_open()
+        check_topic(topic)
+        check_payload(payload, self.config.max_message_nbytes)
 
 
 def _warn_unclosed(name: str, pid: int) -> None:
     if os.getpid() == pid:
         logger.warning("agent %r was dropped without close()", name)
 
+
+def _after_fork_in_child() -> None:
+    for agent in list(_HERE):
+        agent.regions.close_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 __all__ = ["Agent", "RemoteRegion"]

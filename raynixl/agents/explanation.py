@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raynixl.agents.connection import kind_names, refusal
+from raynixl.agents.connector import kind_names, refusal
 from raynixl.agents.prepared import Prepared, Selections, as_list
 from raynixl.backends.base import Op
 from raynixl.region import Region

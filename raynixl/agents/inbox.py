@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from raynixl.agents.waiters import Waiters
+from raynixl.config import check_wait
 from raynixl.errors import AgentClosed, RaynixlError, TransferTimeout
 from raynixl.reactor import Reactor
 
@@ -27,7 +29,7 @@ class Inbox:
         self.topic = topic
         self._reactor = reactor
         self._queue: deque[Notification] = deque()
-        self._futures: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+        self._waiters = Waiters()
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -39,10 +41,7 @@ class Inbox:
 
     def wake(self) -> None:
         """Make asynchronous waiters look again."""
-        while self._futures:
-            loop, future = self._futures.popleft()
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, future)
+        self._waiters.wake()
 
     def drain(self) -> list[Notification]:
         """Take all messages that are here, without waiting."""
@@ -59,9 +58,11 @@ class Inbox:
 
         Raises:
             TransferTimeout: none came in time.
+            AgentClosed: the agent was closed meanwhile.
+            ConfigError: the timeout is no time.
         """
         found: list[RaynixlError] = []
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + check_wait(timeout)
 
         def is_ready() -> bool:
             if self._queue:
@@ -88,23 +89,26 @@ class Inbox:
 
     async def take(self, timeout: float, *, check: Callable[[], RaynixlError | None] | None = None) -> Notification:
         """Take the next message as `wait` does, from an event loop."""
-        deadline = time.monotonic() + timeout
-        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + check_wait(timeout)
         while True:
-            future: asyncio.Future[None] = loop.create_future()
-            self._futures.append((loop, future))
+            future = self._waiters.add()  # before looking: what comes after the look resolves it
             try:
-                return self._queue.popleft()
-            except IndexError:
+                if self._queue:
+                    return self._queue.popleft()
                 error = check() if check is not None else None
                 if error is not None:
-                    raise error from None
+                    raise error
                 self._refuse_closed()
-            try:
                 await asyncio.wait_for(future, max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
+            except IndexError:  # another taker was faster
+                continue
+            except TimeoutError as exc:
+                if isinstance(exc, RaynixlError):
+                    raise
                 if not self._queue:
                     raise self._timeout(timeout) from None
+            finally:
+                self._waiters.discard(future)
 
     def _refuse_closed(self) -> None:
         if self._reactor.is_closed:
@@ -113,8 +117,3 @@ class Inbox:
     def _timeout(self, timeout: float) -> TransferTimeout:
         what = f"message under {self.topic!r}" if self.topic else "notification"
         return TransferTimeout(f"no {what} came within {timeout:g} s", hint="see whether the peer is alive")
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

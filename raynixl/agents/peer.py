@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from raynixl.config import check_timeout
 from raynixl.errors import RegionUnknown
+from raynixl.record import check_name
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
-    from raynixl.agents.control import Reply
+    from raynixl.agents.reply import Reply
 
 
 class Peer:
@@ -38,6 +40,7 @@ class Peer:
 
     def connect(self, timeout: float | None = None) -> str:
         """Connect now instead of at first use; return the peer's incarnation."""
+        self._agent.check_open()
         return self._agent.connector.connect(self.name, self._deadline(timeout)).incarnation
 
     def __getitem__(self, name: str) -> RemoteRegion:
@@ -50,7 +53,10 @@ class Peer:
         Raises:
             RegionUnknown: the peer has no region of that name.
             PeerUnknown, PeerLost, TransferTimeout: the peer cannot be asked.
+            ConfigError: that is no name, or no deadline.
         """
+        check_name(name, "region name")
+        self._agent.check_open()
         deadline = self._deadline(timeout)
         pause = 0.001
         while True:
@@ -60,17 +66,12 @@ class Peer:
             if known is not None:
                 return known
             try:
-                region = self._agent.control.ask_for_region(connection, name, deadline)
+                return self._agent.consent.ask_for_region(connection, name, deadline)
             except RegionUnknown:
                 if timeout is None or time.monotonic() + pause > deadline:
                     raise
                 time.sleep(pause)  # registration announces nothing; asking again is one round trip
                 pause = min(0.1, pause * 2)
-                continue
-            with connection.lock:
-                if connection.lost is None:
-                    connection.regions[name] = region
-            return region
 
     def send(self, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
         """Put a message into the peer's inbox of that topic; connects first if need be."""
@@ -81,4 +82,4 @@ class Peer:
         return self._agent.ask(self.name, topic, payload, timeout=timeout)
 
     def _deadline(self, timeout: float | None) -> float:
-        return time.monotonic() + (self._agent.config.connect_timeout if timeout is None else timeout)
+        return time.monotonic() + check_timeout(timeout, self._agent.config.connect_timeout)

@@ -6,11 +6,13 @@ import errno
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raynixl.agents.transfer import Stage, Transfer
+from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
 from raynixl.backends.base import Binding, Link, Op, Request
 from raynixl.blocks import Blocks, Segments, match
+from raynixl.config import check_timeout
 from raynixl.errors import (
     AgentClosed,
     BackendUnavailable,
@@ -24,6 +26,7 @@ from raynixl.errors import (
     TransferCancelled,
     TransferTimeout,
 )
+from raynixl.messages import check_payload
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, STALE, TIMEOUT, Job, Program
 from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import RouteCounter
@@ -34,6 +37,14 @@ if TYPE_CHECKING:
 Selection = Region | RemoteRegion | Blocks
 Selections = Selection | Sequence[Selection]
 _UNBOUND = RouteCounter("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a bound operation runs: replaced as a whole, so that threads never see half of one and half of another."""
+
+    programs: list[Program]
+    link: Link
 
 
 class Prepared:
@@ -48,9 +59,8 @@ class Prepared:
         "_done",
         "_fast",
         "_has_posted",
-        "_link",
-        "_programs",
         "_remote",
+        "_route",
         "_seconds",
         "agent",
         "backend",
@@ -81,9 +91,8 @@ class Prepared:
         self.peer = self._remote[0].owner
         self.incarnation = self._remote[0].incarnation
         self.backend = ""
-        self._programs: list[Program] | None = None
-        self._fast: Program | None = None
-        self._link: Link | None = None
+        self._route: Route | None = None
+        self._fast: Program | None = None  # the only program of the route, if it has but one
         self._counter = _UNBOUND
         self._seconds = agent.transfer_timeout
         self._has_posted = False
@@ -116,7 +125,7 @@ class Prepared:
                 counter.transfers += 1
                 counter.nbytes += self.nbytes
                 return self._done or self._ended_well()
-            return self._take(code, notify, timeout)
+            return self._take(code, self._route, self._new_transfer(None, None))
         return self._post(notify, timeout)
 
     def _ended_well(self) -> Transfer:
@@ -128,74 +137,83 @@ class Prepared:
         return transfer
 
     def _post(self, notify: bytes | None, timeout: float | None) -> Transfer:
-        seconds = self._check_post(notify, timeout)
-        if self._programs is None and not self.agent.connector.bind_now(self):
-            return self._take(LOST, notify, timeout)
-        assert self._programs is not None
-        if len(self._programs) > 1:
-            transfer = Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify)
-            self.run_all(transfer)
+        transfer = self._new_transfer(notify, timeout)
+        route = self._route
+        if route is None or route.link.lost is not None:
+            route = self.agent.connector.bind_now(self)
+        if route is None:
+            return self._take(LOST, None, transfer)
+        if len(route.programs) > 1:
+            self._run_all(route, transfer)
             return transfer
-        return self._take(self._programs[0].run(seconds), notify, timeout)
+        return self._take(route.programs[0].run(transfer.deadline - time.monotonic()), route, transfer)
 
-    def _check_post(self, notify: bytes | None, timeout: float | None) -> float:
+    def _new_transfer(self, notify: bytes | None, timeout: float | None) -> Transfer:
+        """Make the handle of a post that is not over at once, if it may be posted at all."""
         self.agent.check_open()
-        if notify is not None and not isinstance(notify, bytes):
-            raise ConfigError(f"a notification is bytes, not {type(notify).__name__}", hint="encode it")
-        if notify is not None and len(notify) > self.agent.config.max_message_nbytes - 64:
-            raise RangeError(f"a notification of {len(notify)} bytes is too long", hint="write the bytes instead")
-        if timeout is not None and not 0 < timeout < 1e9:
-            raise ConfigError(f"timeout {timeout!r} is not a positive number of seconds", hint="mend it")
-        return self.agent.transfer_timeout if timeout is None else timeout
+        if notify is not None:
+            check_payload(notify, self.agent.config.max_message_nbytes, what="notification")
+        seconds = check_timeout(timeout, self.agent.transfer_timeout)
+        return Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify)
 
-    def _take(self, result: int | Job, notify: bytes | None, timeout: float | None) -> Transfer:
-        """Make the handle for what `run` returned."""
-        seconds = self._check_post(notify, timeout)
-        transfer = Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify)
-        if isinstance(result, int) and result == DONE:
-            self._start(transfer, [])
-        elif isinstance(result, int) and result == LOST:
-            self._unbind()
+    def _take(self, result: int | Job, route: Route | None, transfer: Transfer) -> Transfer:
+        """Tell the handle what `run` returned."""
+        if not isinstance(result, int):
+            self._start(transfer, route, [result])
+        elif result == DONE:
+            self._start(transfer, route, [])
+        elif result == LOST:
+            self._unbind(route)
             self.agent.connector.submit(self, transfer)
-        elif isinstance(result, int):
-            self._refuse_local()
-            transfer.failed(self.translate(result))
         else:
-            self._start(transfer, [result])
+            self._refuse_local()
+            transfer.failed(self.translate(result, None))
         return transfer
 
-    def _start(self, transfer: Transfer, jobs: list[Job]) -> None:
-        assert self._link is not None
-        transfer.started(jobs, self._link)
-        if transfer._notify is not None and not transfer.done:
-            self.agent.watch(transfer)
+    def _start(self, transfer: Transfer, route: Route | None, jobs: list[Job]) -> None:
+        transfer.started(jobs, None if route is None else route.link)
+        if transfer.is_expected and not transfer.done:
+            self.agent.watcher.add(transfer)
 
-    def run_all(self, transfer: Transfer) -> None:
-        """Run every program for a transfer that has waited for its connection."""
+    def run_for(self, transfer: Transfer) -> None:
+        """Run for a transfer that has waited for its connection."""
+        route = self._route
+        if route is None:  # lost again meanwhile, and another thread has noticed
+            transfer.failed(self.agent.lost(self.peer) or self.translate(LOST, None))
+        elif transfer.starts():
+            self._run_all(route, transfer)
+
+    def _run_all(self, route: Route, transfer: Transfer) -> None:
         seconds = max(0.001, transfer.deadline - time.monotonic())
-        assert self._programs is not None
-        results = [program.run(seconds) for program in self._programs]
+        results = [program.run(seconds) for program in route.programs]
         jobs = [result for result in results if not isinstance(result, int)]
         for code in results:
             if isinstance(code, int) and code != DONE:
                 for job in jobs:
                     job.cancel(CANCELLED)
-                transfer.failed(self.translate(code))
+                    job.wait_settled(SETTLE_SECONDS)
+                if code == LOST:
+                    self._unbind(route)
+                transfer.failed(self.translate(code, route.link))
                 return
-        self._start(transfer, jobs)
+        self._start(transfer, route, jobs)
 
-    def bind(self, bindings: Sequence[Binding]) -> None:
+    def bind(self, bindings: Sequence[Binding]) -> Route:
         """Take the bindings of the peer's regions and compile for them."""
         link = bindings[0].link
         programs = self.agent.backend(link.backend).prepare(Request(self.op, self.segments, self.local, bindings))
-        self._link, self.backend = link, link.backend
+        route = Route(programs, link)
+        self.backend = link.backend
         self._counter = self.agent.counter(link.backend, self.peer)
-        self._programs = programs
+        self._route = route
         self._fast = programs[0] if len(programs) == 1 else None
+        return route
 
-    def _unbind(self) -> None:
-        self._fast = None
-        self._programs = None
+    def _unbind(self, route: Route | None) -> None:
+        """Forget a route that is lost, unless another thread has found a new one."""
+        if self._route is route:
+            self._fast = None
+            self._route = None
 
     @property
     def remote(self) -> Sequence[RemoteRegion]:
@@ -211,7 +229,7 @@ class Prepared:
         else:
             counter.failures += 1
 
-    def translate(self, code: int) -> RaynixlError:
+    def translate(self, code: int, link: Link | None) -> RaynixlError:
         """Return the typed error for a code of the native core."""
         if code == TIMEOUT:
             return TransferTimeout(
@@ -225,7 +243,7 @@ class Prepared:
                 f"{stale.label} is no longer registered", hint="look it up again by name", peer=self.peer
             )
         if code == LOST:
-            lost = None if self._link is None else self._link.lost
+            lost = None if link is None else link.lost
             return lost or PeerLost(f"peer {self.peer!r} is lost", peer=self.peer)
         if code == CLOSED:
             return AgentClosed(f"agent {self.agent.name!r} was closed", hint="make a new one")

@@ -48,7 +48,7 @@ class Publisher:
         if self._thread is not None:
             self._wake.set()
         elif self._is_published and not self._is_closed:
-            self.directory.publish(self._record())
+            self._publish_again()
 
     def find(self, name: str) -> AgentRecord | None:
         """Return the live record of a name."""
@@ -95,7 +95,11 @@ class Publisher:
             self._wake.clear()
             if self._is_closed:
                 return
-            try:
-                self.directory.publish(self._record())
-            except RaynixlError as exc:
-                logger.warning("could not renew the record of %r: %s", self._agent.name, exc)
+            self._publish_again()
+
+    def _publish_again(self) -> None:
+        """Publish, and go on without if that fails: peers that know us need no record, and it is tried again."""
+        try:
+            self.directory.publish(self._record())
+        except RaynixlError as exc:
+            logger.warning("could not renew the record of %r: %s", self._agent.name, exc)

@@ -8,8 +8,17 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from raynixl.agents.connection import Connection
 from raynixl.backends.base import Link
-from raynixl.errors import BackendUnavailable, ConfigError, RangeError, RegionStale, RegionUnknown
+from raynixl.errors import (
+    AgentClosed,
+    BackendUnavailable,
+    ConfigError,
+    PeerLost,
+    RangeError,
+    RegionStale,
+    RegionUnknown,
+)
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import CLOSED, STALE
 from raynixl.record import RegionRecord, check_name
@@ -30,13 +39,14 @@ class Regions:
         self._generations: dict[str, int] = {}
         self._importers: dict[int, set[Link]] = {}
         self._numbers = itertools.count(1)
+        self._is_closed = False
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     def add(self, memory: Memory, name: str) -> Region:
         """Register memory with every backend that takes its kind."""
-        if name:
+        if name != "":
             check_name(name, "region name")
         self._check_mapped(memory)
         number = next(self._numbers)
@@ -60,6 +70,11 @@ class Regions:
 
     def remove(self, region: Region) -> None:
         """Withdraw a region and wait until nobody uses it."""
+        if not isinstance(region, Region):
+            raise ConfigError(
+                f"{type(region).__name__} is no region of ours", hint="deregister what register() or empty() returned"
+            )
+        self._agent.check_open()
         with self._lock:
             if self._by_id.get(region.id) is not region:
                 if region.incarnation != self._agent.incarnation:
@@ -72,11 +87,12 @@ class Regions:
         region.gate.close(STALE, abort=False)
         self._let_go(region, importers)
         if region.name:
-            self._agent.publish_again()
+            self._agent.publisher.touch()
 
     def by_name(self, name: str) -> Region:
         """Return a region by name."""
         with self._lock:
+            self._check_open()
             region = self._by_name.get(name)
             names = sorted(self._by_name)
         if region is None:
@@ -90,6 +106,7 @@ class Regions:
     def by_id(self, number: int) -> Region:
         """Return a region by number; a number once given out and not here is stale."""
         with self._lock:
+            self._check_open()
             region = self._by_id.get(number)
             highest = max(self._by_id, default=0)
         if region is None:
@@ -108,6 +125,7 @@ class Regions:
     def add_importer(self, number: int, link: Link) -> None:
         """Remember that a peer uses a region."""
         with self._lock:
+            self._check_open()
             if number not in self._by_id:
                 raise RegionStale(f"region {number} was deregistered meanwhile", hint="look it up again by name")
             self._importers.setdefault(number, set()).add(link)
@@ -117,6 +135,20 @@ class Regions:
         with self._lock:
             for links in self._importers.values():
                 links.discard(link)
+
+    def withdraw_all(self) -> None:
+        """Take no more regions, refuse the use of those that are here, and wait until no peer uses one."""
+        with self._lock:
+            self._is_closed = True
+            links = set().union(*self._importers.values())
+            self._importers.clear()
+        connections = self._connections(links)
+        self._agent.consent.announce_end(connections, self._agent.config.deregister_timeout)
+
+    def close_in_child(self) -> None:
+        """Refuse the use of every region in a forked child: its engine has no threads. Takes no lock."""
+        for region in list(self._by_id.values()):
+            region.gate.close(CLOSED)
 
     def close(self) -> None:
         """Let go of every region; the engine has ended all that was in flight."""
@@ -130,9 +162,16 @@ class Regions:
             region.gate.drain(self._agent.config.deregister_timeout)
             _close_fd(region)
 
+    def _check_open(self) -> None:
+        """Refuse a peer that asks while this agent is closing; _lock is held."""
+        if self._is_closed:
+            raise PeerLost(f"agent {self._agent.name!r} is closing")
+
     def _insert(self, number: int, name: str, memory: Memory, keys: dict[str, dict[str, str | int]]) -> Region:
         agent = self._agent
         with self._lock:
+            if self._is_closed:
+                raise AgentClosed(f"agent {agent.name!r} is closed")
             if name and name in self._by_name:
                 raise ConfigError(f"region name {name!r} is taken", hint="deregister that region or use another name")
             generation = self._generations.get(name, 0) + 1 if name else 1
@@ -145,20 +184,23 @@ class Regions:
                 self._generations[name] = generation
                 self._by_name[name] = region
         if name:
-            agent.publish_again()
+            agent.publisher.touch()
         return region
 
     def _let_go(self, region: Region, importers: set[Link]) -> None:
         agent = self._agent
         deadline = time.monotonic() + agent.config.deregister_timeout
-        connections = [one for one in (agent.connector.by_link(link) for link in importers) if one is not None]
-        agent.control.announce_gone(region.id, list(dict.fromkeys(connections)), agent.config.deregister_timeout)
+        agent.consent.announce_gone(region.id, self._connections(importers), agent.config.deregister_timeout)
         if not region.gate.drain(max(0.001, deadline - time.monotonic())):
             region.gate.close(STALE)  # our own transfers end now, by force
             region.gate.drain(agent.config.transfer_timeout)
         for backend in agent.backends:
             backend.deregister(region.id)
         _close_fd(region)
+
+    def _connections(self, links: set[Link]) -> list[Connection]:
+        connections = [self._agent.connector.by_link(link) for link in links]
+        return list(dict.fromkeys(one for one in connections if one is not None))
 
     def _check_mapped(self, memory: Memory) -> None:
         if memory.kind is MemoryKind.DRAM and not self._agent.is_mapped(memory):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raynixl.agents.waiters import Waiters
+from raynixl.config import check_wait
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
+from raynixl.messages import notification_bytes
 from raynixl.native import CANCELLED, DONE, Job
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class Stage(enum.Enum):
     FAILED = "failed"
 
 
-_SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 5.0
 _DONE = Stage.DONE  # looked up a million times a second
 
 
@@ -51,7 +53,8 @@ class Transfer:
     """
 
     __slots__ = (
-        "_deadline", "_ended", "_error", "_futures", "_jobs", "_link", "_notify", "_posted", "_prepared", "_stage",
+        "_deadline", "_ended", "_error", "_is_starting", "_jobs", "_link", "_notify", "_posted", "_prepared", "_stage",
+        "_waiters",
     )  # fmt: skip
 
     def __init__(self, prepared: Prepared, stage: Stage, deadline: float = 0.0, notify: bytes | None = None) -> None:
@@ -64,7 +67,8 @@ class Transfer:
         self._error: RaynixlError | None = None
         self._jobs: Sequence[Job] = ()
         self._link: Link | None = None
-        self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._is_starting = False  # a thread is handing it to the engine, or copies it inline
+        self._waiters: Waiters | None = None
 
     def __repr__(self) -> str:
         return f"Transfer({self._prepared.summary}, {self._stage.value})"
@@ -105,7 +109,7 @@ class Transfer:
         """
         if self._stage is _DONE:
             return
-        limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + timeout)
+        limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + check_wait(timeout))
         while not self._advance():
             remaining = limit - time.monotonic()
             if remaining <= 0 and limit < self._deadline:
@@ -125,12 +129,9 @@ class Transfer:
         with agent.settled:
             if self._advance_locked():
                 return False
-            jobs = self._jobs
             error = TransferCancelled(f"{self._prepared.summary} was cancelled", peer=self.peer)
             self._end_locked(error)
-        for job in jobs:
-            job.cancel(CANCELLED)
-            job.wait_settled(_SETTLE_SECONDS)
+        self._settle()
         return True
 
     def __await__(self) -> Generator[object, None, None]:
@@ -142,19 +143,29 @@ class Transfer:
     def _raise_error(self) -> None:
         """Raise what ended it, once no thread of ours touches the memory: a piece takes less than a millisecond."""
         if self._error is not None:
-            for job in self._jobs:
-                job.wait_settled(_SETTLE_SECONDS)
+            self._settle()
             raise self._error
 
+    def _settle(self) -> None:
+        """Wait until no thread of ours touches the memory any more."""
+        if self._is_starting:
+            with self._prepared.agent.settled:
+                self._prepared.agent.settled.wait_for(lambda: not self._is_starting, SETTLE_SECONDS)
+        for job in self._jobs:
+            job.wait_settled(SETTLE_SECONDS)
+
     async def _ended_future(self) -> None:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
         with self._prepared.agent.settled:
             if self._advance_locked():
                 return
-            self._futures.append((loop, future))
-        self._prepared.agent.watch(self)
-        await future
+            if self._waiters is None:
+                self._waiters = Waiters()
+            future = self._waiters.add()
+        self._prepared.agent.watcher.add(self)
+        try:
+            await future
+        finally:
+            self._waiters.discard(future)
 
     def _wait_stage(self, remaining: float) -> None:
         """Wait until the stage may have changed."""
@@ -191,7 +202,7 @@ class Transfer:
         codes = [job.code for job in self._jobs]
         for code in codes:
             if code > 1 or code < 0:  # the first error ends it
-                self._end_locked(self._prepared.translate(code))
+                self._end_locked(self._prepared.translate(code, self._link))
                 for job in self._jobs:
                     job.cancel(CANCELLED)
                 return
@@ -205,7 +216,7 @@ class Transfer:
             return
         assert self._link is not None
         try:
-            self._prepared.agent.send_notification(self._link, self._notify)
+            self._prepared.agent.control.notify(self._link, notification_bytes(self._notify))
         except RaynixlError as exc:
             self._end_locked(exc)
             return
@@ -236,28 +247,45 @@ class Transfer:
             for job in self._jobs:
                 job.cancel(CANCELLED)
         self._prepared.agent.settled.notify_all()
-        for loop, future in self._futures:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, future)
-        self._futures.clear()
+        if self._waiters is not None:
+            self._waiters.wake()
 
-    def started(self, jobs: Sequence[Job], link: Link) -> None:
+    def starts(self) -> bool:
+        """Whether it still wants to be started, now that it can be; its memory is touched from here on.
+
+        Whoever gets True calls `started` or `failed` next.
+        """
+        with self._prepared.agent.settled:
+            self._is_starting = not self._advance_locked()
+            return self._is_starting
+
+    def started(self, jobs: Sequence[Job], link: Link | None) -> None:
         """Take the jobs that carry it; called once, by whoever posted it."""
         settled = self._prepared.agent.settled
         with settled:
+            self._is_starting = False
+            self._jobs, self._link = jobs, link
             if self._stage is Stage.CONNECTING:
-                self._jobs, self._link, self._stage = jobs, link, Stage.COPYING
+                self._stage = Stage.COPYING
                 self._advance_locked()
-                settled.notify_all()
             else:  # cancelled or timed out meanwhile
                 for job in jobs:
                     job.cancel(CANCELLED)
+            settled.notify_all()
 
     def failed(self, error: RaynixlError) -> None:
         """End it with an error unless it has ended."""
-        with self._prepared.agent.settled:
+        settled = self._prepared.agent.settled
+        with settled:
+            self._is_starting = False
             if self._stage not in (Stage.DONE, Stage.FAILED):
                 self._end_locked(error)
+            settled.notify_all()
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether somebody must see to its end: it has a notification to send, or a coroutine awaits it."""
+        return self._notify is not None or self._waiters is not None
 
     @property
     def jobs(self) -> Sequence[Job]:
@@ -268,8 +296,3 @@ class Transfer:
     def deadline(self) -> float:
         """Monotonic second by which it ends."""
         return self._deadline
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

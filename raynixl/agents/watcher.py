@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from raynixl.reactor import Reactor
+from raynixl.reactor import Reactor, Timer
 
 if TYPE_CHECKING:
     from raynixl.agents.transfer import Transfer
@@ -19,7 +19,7 @@ class Watcher:
     def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self._lock = threading.Lock()  # protects _transfers, _is_closed
-        self._transfers: set[Transfer] = set()
+        self._transfers: dict[Transfer, Timer] = {}  # with the timer of its deadline
         self._is_closed = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         reactor.add(self._bell, self._on_bell)
@@ -29,12 +29,11 @@ class Watcher:
         with self._lock:
             if self._is_closed:
                 return
-            known = transfer in self._transfers
-            self._transfers.add(transfer)
-        for job in transfer.jobs:
-            job.arm(self._bell)
-        if not known:
-            self._reactor.call_later(max(0.0, transfer.deadline - time.monotonic()) + 0.001, self.look)
+            if transfer not in self._transfers:
+                delay = max(0.0, transfer.deadline - time.monotonic()) + 0.001
+                self._transfers[transfer] = self._reactor.call_later(delay, self.look)
+            for job in transfer.jobs:
+                job.arm(self._bell)
         self._reactor.call_soon(self.look)
 
     def look(self) -> None:
@@ -44,16 +43,20 @@ class Watcher:
         ended = [transfer for transfer in transfers if transfer.done]
         if ended:
             with self._lock:
-                self._transfers.difference_update(ended)
+                for transfer in ended:
+                    timer = self._transfers.pop(transfer, None)
+                    if timer is not None:
+                        timer.cancel()
 
     def close(self) -> None:
-        """Look a last time and let go."""
+        """Look a last time and let go; the reactor is closed, and every transfer has ended or will be ended."""
         self.look()
         with self._lock:
+            if self._is_closed:
+                return
             self._is_closed = True
             self._transfers.clear()
-        self._reactor.remove(self._bell)
-        os.close(self._bell)
+            os.close(self._bell)
 
     def _on_bell(self, _mask: int) -> None:
         try:

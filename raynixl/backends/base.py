@@ -69,6 +69,9 @@ class LinkEvents(Protocol):
     def link_lost(self, link: Link, error: RaynixlError) -> None:
         """Hear that a link is down, for which reason."""
 
+    def link_flushed(self, link: Link) -> None:
+        """Hear that what a link held back has left this process."""
+
     def message_dropped(self, reason: str) -> None:
         """Count something malformed or unwanted that came in."""
 

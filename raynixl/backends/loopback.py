@@ -80,7 +80,8 @@ class LoopbackBackend:
         """Only agents of this process."""
         if self.name not in record.backends:
             return f"{record.name!r} does not offer it"
-        return "" if record.incarnation in _HERE else f"{record.name!r} is in another process"
+        is_here = record.incarnation in _HERE or (record.pid == os.getpid() and record.host == self._local.host)
+        return "" if is_here else f"{record.name!r} is in another process"  # one that was here is lost, not elsewhere
 
     def register(self, region_id: int, memory: Memory) -> dict[str, str | int]:
         """Remember the memory; peers look it up by number."""

@@ -159,7 +159,7 @@ class SocketLink:
                 _close_all(fds)
             if self.lost is None:
                 self._local.reactor.modify(self._fd, select.EPOLLIN)
-        self._local.reactor.wake()
+        self._local.events.link_flushed(self)
 
     def _on_event(self, mask: int) -> None:
         if mask & select.EPOLLOUT:

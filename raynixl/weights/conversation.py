@@ -11,7 +11,7 @@ from raynixl.errors import PeerLost, PeerUnknown, RaynixlError, RegionUnknown, T
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
-    from raynixl.agents.control import Reply
+    from raynixl.agents.reply import Reply
 
 NOT_YET = (PeerUnknown, PeerLost, RegionUnknown)
 """What a peer that is just starting answers: not published, listed but not listening, nothing served yet."""

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
-from agent_tools import introduce, make_agent
+from agent_scenes import N, Scene
+from agent_tools import PATIENCE, introduce, make_agent, random_bytes
 
 from raynixl import Agent
 
@@ -37,3 +39,21 @@ def pair(new_agent: Callable[..., Agent], backend: str) -> tuple[Agent, Agent]:
     alice, bob = new_agent("alice", **settings), new_agent("bob", **settings)
     introduce(alice, bob)
     return alice, bob
+
+
+@pytest.fixture(params=["user", "arena"])
+def scene(pair: tuple[Agent, Agent], request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """A pair that has moved bytes already, so that what follows meets bound regions too."""
+    alice, bob = pair
+    around = random_bytes(3 * N, seed=1)
+    if request.param == "arena":
+        mine, bobs = alice.empty(N, name="mine"), bob.empty(N, name="theirs")
+        bobs.array()[:] = around[N : 2 * N]
+    else:
+        mine = alice.register(np.zeros(N, np.uint8), name="mine")
+        bobs = bob.register(around[N : 2 * N], name="theirs")
+    theirs = alice.peer("bob")["theirs"]
+    alice.read(theirs, mine).wait(PATIENCE)
+    scene = Scene(alice, bob, mine, theirs, bobs, around, around.copy())
+    yield scene
+    scene.forget()

@@ -1,0 +1,346 @@
+"""The connector: finds, connects and reconnects peers, and binds their regions."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raynixl.agents.connection import Connection
+from raynixl.agents.transfer import Transfer
+from raynixl.backends.base import Backend, Binding, Link
+from raynixl.errors import (
+    AgentClosed,
+    BackendUnavailable,
+    ConfigError,
+    PeerLost,
+    PeerRestarted,
+    PeerUnknown,
+    RaynixlError,
+    TransferTimeout,
+)
+from raynixl.memory import MemoryKind
+from raynixl.record import AgentRecord
+from raynixl.region import RemoteRegion, check_descriptor
+
+if TYPE_CHECKING:
+    from raynixl.agents.agent import Agent
+    from raynixl.agents.prepared import Prepared, Route
+
+Kinds = frozenset[tuple[MemoryKind, MemoryKind]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What a binding is for."""
+
+    prepared: Prepared
+    fds: Sequence[int]
+    deadline: float
+
+    @property
+    def kinds(self) -> Kinds:
+        """The (local, remote) kinds of memory that take part."""
+        plan = self.prepared
+        return frozenset((ours.kind, theirs.kind) for ours in plan.local for theirs in plan.remote)
+
+
+class Connector:
+    """Finds, connects and reconnects peers; each peer has a thread of its own for as long as that takes."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._lock = threading.Lock()  # protects everything below
+        self._connections: dict[str, Connection] = {}
+        self._making: dict[str, threading.Lock] = {}
+        self._pending: dict[str, list[tuple[Prepared, Transfer]]] = {}
+        self._threads: set[threading.Thread] = set()
+        self._is_closed = False
+
+    def current(self, name: str) -> Connection | None:
+        """Return what we hold for a peer, lost or not."""
+        with self._lock:
+            return self._connections.get(name)
+
+    def all(self) -> list[Connection]:
+        """Return every connection."""
+        with self._lock:
+            return list(self._connections.values())
+
+    def by_link(self, link: Link) -> Connection | None:
+        """Return the connection that a link belongs to."""
+        connection = self.current(link.peer)
+        if connection is not None and connection.incarnation == link.incarnation:
+            return connection
+        return None
+
+    def accept(self, link: Link) -> Connection:
+        """Take a link that a peer opened; a new incarnation replaces the old one."""
+        with self._lock:
+            old = self._connections.get(link.peer)
+            if old is not None and old.incarnation == link.incarnation and old.add_link(link):
+                return old
+            connection = Connection(link.peer, link.incarnation, None)
+            connection.links.append(link)
+            self._connections[link.peer] = connection
+        if old is not None and old.incarnation != link.incarnation:
+            old.lose(_restarted(link.peer))
+        return connection
+
+    def connect(self, name: str, deadline: float) -> Connection:
+        """Return an open connection with a peer's present incarnation, made now if need be. Blocks.
+
+        Raises:
+            PeerUnknown, PeerLost, TransferTimeout, BackendUnavailable, ConfigError: as they say.
+        """
+        connection = self.current(name)
+        if connection is not None and connection.lost is None:
+            return connection
+        with self._lock:
+            making = self._making.setdefault(name, threading.Lock())
+        if not making.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TransferTimeout(f"peer {name!r} was not connected in time", peer=name)
+        try:
+            connection = self.current(name)
+            if connection is not None and connection.lost is None:
+                return connection
+            return self._make(name, connection, deadline)
+        finally:
+            making.release()
+
+    def submit(self, prepared: Prepared, transfer: Transfer) -> None:
+        """Start a transfer once its peer is connected and its regions are bound; does not block."""
+        with self._lock:
+            waiting = self._pending.get(prepared.peer)
+            if not self._is_closed and waiting is not None:
+                waiting.append((prepared, transfer))
+                return
+            if not self._is_closed:
+                self._pending[prepared.peer] = [(prepared, transfer)]
+                thread = threading.Thread(target=self._work, args=(prepared.peer,), name="raynixl-connect", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+                return
+        transfer.failed(self._closed())
+
+    def bind(self, prepared: Prepared, deadline: float) -> list[Binding]:
+        """Connect the peer of an operation, bind its regions, and return the bindings. Blocks.
+
+        Raises:
+            RaynixlError: whatever stands in the way.
+        """
+        connection = self._connect_to(prepared, deadline)
+        if not connection.binding.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TransferTimeout(f"the regions of {prepared.peer!r} were not bound in time", peer=prepared.peer)
+        try:
+            bindings = [self._bind(connection, remote, prepared, deadline) for remote in prepared.remote]
+        finally:
+            connection.binding.release()
+        prepared.bind(bindings)
+        return bindings
+
+    def bind_now(self, prepared: Prepared) -> Route | None:
+        """Bind an operation if its peer is connected and its regions are bound already; never waits."""
+        connection = self.current(prepared.peer)
+        if connection is None or connection.incarnation != prepared.incarnation:
+            return None
+        with connection.lock:
+            held = connection.bindings
+            found = [held.get((remote.id, remote.generation)) for remote in prepared.remote]
+        wanted = zip(prepared.remote, found, strict=True)
+        bindings = [binding for remote, binding in wanted if binding is not None and binding.remote == remote]
+        if len(bindings) < len(found):
+            return None
+        return prepared.bind(bindings)
+
+    def close(self, timeout: float) -> None:
+        """Take no more work, lose every connection, and wait for those that are being made."""
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            self._is_closed = True
+            threads, making = list(self._threads), list(self._making.values())
+            waiting = [entry for entries in self._pending.values() for entry in entries]
+        for _, transfer in waiting:
+            transfer.failed(self._closed())
+        for connection in self.all():
+            connection.lose(self._closed(connection.name))
+        for lock in making:
+            if lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                lock.release()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _closed(self, peer: str = "") -> AgentClosed:
+        return AgentClosed(f"agent {self._agent.name!r} was closed", peer=peer)
+
+    def _connect_to(self, prepared: Prepared, deadline: float) -> Connection:
+        """Return the connection with the incarnation that the operation names."""
+        connection = self.connect(prepared.peer, deadline)
+        if connection.incarnation != prepared.incarnation:
+            raise PeerRestarted(f"peer {prepared.peer!r} restarted; its regions of before are gone", peer=prepared.peer)
+        return connection
+
+    def _make(self, name: str, old: Connection | None, deadline: float) -> Connection:
+        agent = self._agent
+        agent.check_open()
+        record = agent.find(name)
+        if record is None:
+            if old is not None and old.lost is not None:
+                raise PeerLost(f"peer {name!r} is gone: {old.lost}", hint="start it again", peer=name)
+            raise PeerUnknown(
+                f"no agent named {name!r} is published",
+                hint="see `raynixl agents`, or wait for it",
+                peer=name,
+            )
+        until = min(deadline, time.monotonic() + agent.config.connect_timeout)
+        try:
+            link = self._open_link(record, until)
+        except PeerLost:
+            agent.forget(record)
+            raise
+        connection = self._take(link, record)
+        if link.lost is not None:
+            connection.lose(link.lost)
+            raise link.lost
+        return connection
+
+    def _take(self, link: Link, record: AgentRecord) -> Connection:
+        """Take a link that we opened; the peer may have connected to us meanwhile, and we may have been closed."""
+        with self._lock:
+            is_closed = self._is_closed
+            present = self._connections.get(record.name)
+            is_same = present is not None and present.incarnation == record.incarnation
+            if present is not None and is_same and present.add_link(link):
+                present.record = record
+                connection = present
+            else:
+                connection = Connection(record.name, record.incarnation, record)
+                connection.links.append(link)
+                if not is_closed:
+                    self._connections[record.name] = connection
+        if present is not None and not is_same:
+            present.lose(_restarted(record.name))
+        if is_closed:
+            link.close(self._closed(record.name))
+            raise self._closed(record.name)
+        return connection
+
+    def _open_link(self, record: AgentRecord, deadline: float) -> Link:
+        reasons = []
+        for backend in self._agent.backends:
+            reason = "it carries no messages" if not backend.capabilities.messages else backend.reaches(record)
+            if not reason:
+                return backend.connect(record, deadline)
+            reasons.append(f"{backend.name}: {reason}")
+        raise BackendUnavailable(
+            f"no backend reaches {record.name!r} ({'; '.join(reasons)})",
+            hint="run both on one host, or enable a backend for networks", peer=record.name,
+        )  # fmt: skip
+
+    def _bind(self, connection: Connection, remote: RemoteRegion, prepared: Prepared, deadline: float) -> Binding:
+        key = (remote.id, remote.generation)
+        with connection.lock:
+            held = connection.bindings.get(key)
+        if held is not None:
+            check_descriptor(remote, held.remote.record)
+            return held
+        while True:
+            withdrawals = connection.withdrawals
+            fds = self._agent.consent.ask_to_bind(connection, remote, deadline)
+            try:
+                binding = self._choose(connection, remote, _Need(prepared, fds, deadline))
+            finally:
+                _close_all(fds)
+            try:
+                if connection.add_binding(binding, withdrawals):
+                    return binding
+            except RaynixlError:
+                binding.release()
+                raise
+            binding.release()  # a region was withdrawn after we were given consent: was it this one?
+
+    def _choose(self, connection: Connection, remote: RemoteRegion, need: _Need) -> Binding:
+        """Bind with the first backend that can carry these kinds of memory."""
+        reasons = []
+        for backend in self._agent.backends:
+            reason = refusal(backend, remote, need.kinds)
+            if not reason:
+                try:
+                    link = self._link(connection, backend, need.deadline)
+                    return backend.bind(link, remote, need.fds)
+                except BackendUnavailable as exc:
+                    reason = str(exc)
+            reasons.append(f"{backend.name}: {reason}")
+        raise BackendUnavailable(
+            f"no backend carries {kind_names(need.kinds)} to {remote.label} ({'; '.join(reasons)})",
+            hint="see agent.explain() and `raynixl doctor`", peer=remote.owner,
+        )  # fmt: skip
+
+    def _link(self, connection: Connection, backend: Backend, deadline: float) -> Link:
+        """Return the backend's link with the peer, made now if there is none."""
+        with connection.lock:
+            for link in connection.links:
+                if link.backend == backend.name and link.lost is None:
+                    return link
+        if connection.record is None:
+            connection.record = self._agent.consent.ask_for_record(connection, deadline)
+        reason = backend.reaches(connection.record)
+        if reason:
+            raise BackendUnavailable(reason, peer=connection.name)
+        link = backend.connect(connection.record, deadline)
+        if not connection.add_link(link):
+            error = connection.lost or PeerLost(f"peer {connection.name!r} is lost", peer=connection.name)
+            link.close(error)
+            raise error
+        return link
+
+    def _work(self, name: str) -> None:
+        """Serve what waits for one peer, then leave."""
+        while True:
+            with self._lock:
+                waiting = self._pending[name]
+                if not waiting:
+                    del self._pending[name]
+                    self._threads.discard(threading.current_thread())
+                    return
+                self._pending[name] = []
+            for prepared, transfer in waiting:
+                self._begin(prepared, transfer)
+
+    def _begin(self, prepared: Prepared, transfer: Transfer) -> None:
+        if transfer.done:  # cancelled, or its deadline passed
+            return
+        try:
+            self.bind(prepared, transfer.deadline)
+            prepared.run_for(transfer)
+        except RaynixlError as exc:
+            transfer.failed(exc)
+        except Exception as exc:  # noqa: BLE001 - thread edge: the one who waits gets whatever it was
+            error = ConfigError(f"{prepared.summary} failed: {exc!r}", hint="please report this", peer=prepared.peer)
+            error.__cause__ = exc
+            transfer.failed(error)
+
+
+def _restarted(name: str) -> PeerRestarted:
+    return PeerRestarted(f"peer {name!r} lives again as another incarnation", peer=name)
+
+
+def refusal(backend: Backend, remote: RemoteRegion, kinds: Kinds) -> str:
+    """Return why a backend cannot carry these (local, remote) kinds to a region, or ''."""
+    if not kinds <= backend.capabilities.kinds:
+        return f"does not carry {kind_names(kinds)}"
+    return "" if backend.name in remote.record.keys else f"{remote.owner!r} does not offer the region over it"
+
+
+def kind_names(kinds: Kinds) -> str:
+    """Return kinds as people write them: dram-vram."""
+    return ", ".join(sorted(f"{ours.value}-{theirs.value}" for ours, theirs in kinds))
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
