@@ -80,6 +80,8 @@ def forget_failure() -> None:
     error = getattr(sys, "last_value", None)
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            _ = frame.f_locals  # the copy that pytest's report has asked for is made anew, empty
         error = error.__cause__ or error.__context__
 
 
