@@ -2,191 +2,239 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
 from urllib.parse import quote
 
 import ray
-from ray.experimental import internal_kv
 
+from raynixl.actors.store import Store
 from raynixl.errors import BackendUnavailable, ConfigError, IntegrityError
 from raynixl.host import host_identity
 from raynixl.record import AgentRecord
 
 logger = logging.getLogger(__name__)
 
-_NAMESPACE = b"raynixl"
+DETACHED = "detached"
+"""Value of the label `lifetime` of actors that outlive their job's driver."""
 _SECRET_NBYTES = 32
+_CLAIM_SECONDS = 10.0
 
 
 class GcsDirectory:
     """Publishes and finds agent records of one job. Two jobs, and two clusters, never see each other.
 
     The store keeps no time and outlives jobs, so records carry a lease that their owner renews, and whoever finds
-    the record of a dead agent removes it.
+    the record of a dead agent removes it. While the store is down, `find` answers from what it has seen.
     """
 
     has_leases = True
 
-    def __init__(self, session: str, job: str) -> None:
+    def __init__(self, session: str, job: str, *, address: str = "") -> None:
         self.job = job
-        self.secret = _job_secret(session, job)
-        self._secret_key = _secret_key(session, job)
+        self._store = Store(address or _gcs_address())
+        self._job_prefix = f"raynixl/{session}/{job}/"
+        self._prefix = f"{self._job_prefix}agents/"
         self._host = host_identity()
-        self._prefix = f"raynixl/{session}/{job}/agents/"
+        self._seen: dict[str, AgentRecord] = {}
+        self.secret = self._job_secret()
 
     def publish(self, record: AgentRecord) -> None:
         """Publish or renew a record; a name passes on only from an agent that is dead."""
         key, data = self._key(record.name), record.to_bytes()
-        _put(self._secret_key, self.secret, overwrite=False)  # a detached actor outlives its job's driver
-        if _put(key, data, overwrite=False):
+        self._store.put(self._secret_key, self.secret, overwrite=False)  # a detached actor outlives its job's driver
+        if self._store.put(key, data, overwrite=False):
             return
-        held = self._parse(_get(key))
-        if held is not None and held.incarnation != record.incarnation and not self._may_replace(held, record):
-            raise ConfigError(
-                f"agent name {record.name!r} is taken by process {held.pid} (actor {held.labels.get('actor_id', '-')})",
-                hint="give the actor another name, or end the other one",
-            )
-        _put(key, data, overwrite=True)
+        held = self._parse(key, self._store.get(key))
+        if held is not None and held.incarnation != record.incarnation:
+            if not self._may_replace(held, record) or not self._claim(key, held):
+                raise _taken(held)
+            self._store.put(key, data, overwrite=True)
+            self._store.delete(self._claim_key(held))
+        else:
+            self._store.put(key, data, overwrite=True)
 
     def withdraw(self, name: str, incarnation: str) -> None:
         """Remove the record if it is still that incarnation's."""
-        held = self._parse(_get(self._key(name)))
+        key = self._key(name)
+        held = self._parse(key, self._store.get(key))
         if held is not None and held.incarnation == incarnation:
-            _delete(self._key(name))
+            self._store.delete(key)
 
     def find(self, name: str) -> AgentRecord | None:
-        """Return the live record of a name: one request to the store."""
-        record = self._parse(_get(self._key(name)))
-        return record if record is not None and not _has_expired(record) else None
+        """Return the live record of a name: one request to the store. The record of a dead agent is removed."""
+        key = self._key(name)
+        try:
+            record = self._parse(key, self._store.get(key))
+        except BackendUnavailable:
+            if name in self._seen:
+                return self._seen[name]
+            raise
+        if record is None or not self._is_live(record):
+            self._seen.pop(name, None)
+            return None
+        self._seen[name] = record
+        return record
 
     def list(self) -> list[AgentRecord]:
-        """Return all live records of the job; those of the dead of this host are removed on the way."""
-        return [record for record in self._all() if self._is_live(record)]
+        """Return all live records of the job; those of the dead are removed on the way."""
+        return live_records(self._store, self._prefix)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing is held but a client, which ends with this object."""
 
     def end_job(self) -> None:
-        """Remove what the job leaves in the store when its driver ends.
+        """Remove what the job leaves in the store when its driver ends; detached actors' records stay."""
+        kept = {self._key(one.name) for one in self.list() if one.labels.get("lifetime") == DETACHED}
+        for key in self._store.keys(self._job_prefix):
+            if key not in kept and not (kept and key == self._secret_key):
+                self._store.delete(key)
 
-        Detached actors outlive it, and publish themselves again with their next renewal.
-        """
-        for key in _list(self._prefix):
-            _delete(key)
-        _delete(self._secret_key)
+    def sweep(self) -> None:
+        """Remove what finished jobs of this session left in the store, such as those whose driver was killed."""
+        session_prefix = self._job_prefix.rsplit("/", 2)[0] + "/"
+        jobs = {key[len(session_prefix) :].split("/")[0] for key in self._store.keys(session_prefix)} - {self.job}
+        for job in jobs - self._store.live_jobs() if jobs else ():
+            if not live_records(self._store, f"{session_prefix}{job}/agents/"):
+                self._store.delete_all(f"{session_prefix}{job}/")
 
-    def _all(self) -> Sequence[AgentRecord]:
-        records = [self._parse(_get(key)) for key in _list(self._prefix)]
-        return [record for record in records if record is not None]
+    def _job_secret(self) -> bytes:
+        """Return the secret that the agents of a job share; the first to ask makes it."""
+        self._store.put(self._secret_key, secrets.token_bytes(_SECRET_NBYTES), overwrite=False)
+        secret = self._store.get(self._secret_key)
+        if secret is None or len(secret) != _SECRET_NBYTES:
+            raise BackendUnavailable("the GCS has no secret for this job", hint="see whether the cluster is healthy")
+        return secret
 
     def _is_live(self, record: AgentRecord) -> bool:
-        if _has_expired(record) or self._is_dead_here(record):
-            self.withdraw(record.name, record.incarnation)
-            return False
-        return True
+        if not _is_over(record, self._host):
+            return True
+        self.withdraw(record.name, record.incarnation)
+        return False
 
     def _may_replace(self, held: AgentRecord, record: AgentRecord) -> bool:
         """Whether the holder of a name is known to be gone."""
         actor = held.labels.get("actor_id", "")
         restarted = bool(actor) and actor == record.labels.get("actor_id")
-        return restarted or _has_expired(held) or self._is_dead_here(held) or _is_dead_actor(actor)
+        return restarted or _is_over(held, self._host) or _is_dead_actor(actor)
 
-    def _is_dead_here(self, record: AgentRecord) -> bool:
-        """Whether the agent ran on this host and its socket, which ends with its process, is gone."""
-        if record.host != self._host or "shm" not in record.backends or record.pid == os.getpid():
-            return False
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(f"\0raynixl/{record.incarnation}")
-            except ConnectionRefusedError:
-                return True
-            except OSError:
+    def _claim(self, key: str, held: AgentRecord) -> bool:
+        """Become the only one who may put a record in the place of a dead one: the store has no compare-and-swap."""
+        claim, now = self._claim_key(held), b"%d" % time.time()
+        if not self._store.put(claim, now, overwrite=False):
+            if _is_recent(self._store.get(claim)):
                 return False
+            self._store.put(claim, now, overwrite=True)  # who made it died on the way
+        present = self._parse(key, self._store.get(key))
+        if present is None or present.incarnation == held.incarnation:
+            return True
+        self._store.delete(claim)
         return False
 
-    def _key(self, name: str) -> bytes:
-        return (self._prefix + quote(name, safe="")).encode()
+    @property
+    def _secret_key(self) -> str:
+        return f"{self._job_prefix}secret"
 
-    def _parse(self, data: bytes | None) -> AgentRecord | None:
-        if data is None:
-            return None
-        try:
-            return AgentRecord.from_bytes(data)
-        except IntegrityError as exc:
-            logger.warning("ignored a record in the GCS: %s", exc)
-            return None
+    def _claim_key(self, held: AgentRecord) -> str:
+        return f"{self._job_prefix}claims/{held.incarnation}"
 
+    def _key(self, name: str) -> str:
+        return self._prefix + quote(name, safe="")
 
-def _job_secret(session: str, job: str) -> bytes:
-    """Return the secret that the agents of a job share; the first to ask makes it."""
-    key = _secret_key(session, job)
-    _put(key, secrets.token_bytes(_SECRET_NBYTES), overwrite=False)
-    secret = _get(key)
-    if secret is None or len(secret) != _SECRET_NBYTES:
-        raise BackendUnavailable("the GCS has no secret for this job", hint="see whether the cluster is healthy")
-    return secret
+    def _parse(self, key: str, data: bytes | None) -> AgentRecord | None:
+        return None if data is None else _parse(key, data)
 
 
-def all_records(session: str) -> list[AgentRecord]:
+def live_records(store: Store, prefix: str) -> list[AgentRecord]:
+    """Return the live records below a prefix, and remove those of the dead."""
+    host, live = host_identity(), []
+    for key, data in store.get_all(store.keys(prefix)).items():
+        record = _parse(key, data)
+        if record is None:
+            continue
+        if _is_over(record, host):
+            _remove(store, key, record)
+        else:
+            live.append(record)
+    return live
+
+
+def session_records(session: str, address: str) -> list[AgentRecord]:
     """Return the live records of every job of a session, for people to look at."""
-    jobs = {key.decode().split("/")[2] for key in _list(f"raynixl/{session}/")}
-    return [record for job in sorted(jobs) for record in GcsDirectory(session, job).list()]
+    store = Store(address)
+    jobs = {key.split("/")[2] for key in store.keys(f"raynixl/{session}/")}
+    return [record for job in sorted(jobs) for record in live_records(store, f"raynixl/{session}/{job}/agents/")]
 
 
-def _secret_key(session: str, job: str) -> bytes:
-    return f"raynixl/{session}/{job}/secret".encode()
+def _remove(store: Store, key: str, record: AgentRecord) -> None:
+    """Remove a dead agent's record unless another has taken its place."""
+    data = store.get(key)
+    held = None if data is None else _parse(key, data)
+    if held is not None and held.incarnation == record.incarnation:
+        store.delete(key)
 
 
-def _has_expired(record: AgentRecord) -> bool:
-    return record.expires != 0.0 and record.expires < time.time()
+def _parse(key: str, data: bytes) -> AgentRecord | None:
+    """Return the record under a key, or None if it is none, or another agent's."""
+    try:
+        record = AgentRecord.from_bytes(data)
+        if quote(record.name, safe="") != key.rsplit("/", 1)[1]:
+            raise IntegrityError(f"it is the record of {record.name!r}", hint="remove the key")
+    except IntegrityError as exc:
+        logger.warning("ignored what lies under %r in the GCS: %s", key, exc)
+        return None
+    return record
+
+
+def _is_over(record: AgentRecord, host: str) -> bool:
+    """Whether the lease has ended, or the agent ran on this host and its socket, which ends with it, is gone."""
+    if record.expires != 0.0 and record.expires < time.time():
+        return True
+    if record.host != host or "shm" not in record.backends or record.pid == os.getpid():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(f"\0raynixl/{record.incarnation}")
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def _is_recent(claim: bytes | None) -> bool:
+    return claim is not None and claim.isdigit() and time.time() - int(claim) < _CLAIM_SECONDS
 
 
 def _is_dead_actor(actor_id: str) -> bool:
     """Whether Ray knows the actor to be dead."""
     if not actor_id:
         return False
-    with contextlib.suppress(Exception):
-        entry = ray._private.state.actors(actor_id)
-        return bool(entry) and entry.get("State") == "DEAD"
-    return False
-
-
-def _put(key: bytes, value: bytes, *, overwrite: bool) -> bool:
-    """Store a value; return whether it was stored (False: there is one already)."""
-    with _translated():
-        return not internal_kv._internal_kv_put(key, value, overwrite=overwrite, namespace=_NAMESPACE) or overwrite
-
-
-def _get(key: bytes) -> bytes | None:
-    with _translated():
-        value: bytes | None = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
-    return value
-
-
-def _delete(key: bytes) -> None:
-    with _translated():
-        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
-
-
-def _list(prefix: str) -> list[bytes]:
-    with _translated():
-        keys: list[bytes] = internal_kv._internal_kv_list(prefix.encode(), namespace=_NAMESPACE)
-    return keys
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Turn Ray's errors about the store into ours."""
     try:
-        if not ray.is_initialized():
-            raise BackendUnavailable("Ray is not initialised here", hint="call ray.init() first")
-        yield
-    except (ray.exceptions.RayError, RuntimeError, ValueError, TimeoutError, AssertionError) as exc:
-        raise BackendUnavailable(f"the GCS does not answer: {exc}", hint="see whether the cluster is healthy") from exc
+        return actor_entry(actor_id).get("State") == "DEAD"
+    except ray.exceptions.RayError as exc:
+        logger.debug("Ray does not tell the state of actor %s: %s", actor_id, exc)
+        return False
+
+
+def actor_entry(actor_id: str) -> dict[str, object]:
+    """Return what Ray's table of actors says of one; empty if nothing."""
+    entry: dict[str, object] = ray._private.state.actors(actor_id)
+    return entry
+
+
+def _taken(held: AgentRecord) -> ConfigError:
+    holder = f"process {held.pid} (actor {held.labels.get('actor_id', '-')})"
+    return ConfigError(
+        f"agent name {held.name!r} is taken by {holder}", hint="give the actor another name, or end the other one"
+    )
+
+
+def _gcs_address() -> str:
+    if not ray.is_initialized():
+        raise BackendUnavailable("Ray is not initialised here", hint="call ray.init() first")
+    return str(ray.get_runtime_context().gcs_address)

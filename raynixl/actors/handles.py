@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from raynixl.actors.gcs import GcsDirectory, all_records
+from raynixl.actors.gcs import GcsDirectory, session_records
 from raynixl.actors.process import agent, here, start_agent
 from raynixl.config import AgentConfig
 from raynixl.errors import ConfigError, PeerLost, PeerUnknown, TransferTimeout
@@ -24,11 +24,11 @@ def attach(handle: Any, *, name: str = "", config: AgentConfig | None = None, ti
     Raises:
         TransferTimeout: the actor was busy for all of `timeout`.
         PeerLost: the actor is dead.
-        ConfigError: this is not a handle, or the name is taken.
+        ConfigError: this is not a handle, the name is taken, or the actor is another job's.
     """
     if not isinstance(handle, ray.actor.ActorHandle):
         raise ConfigError(f"{handle!r:.80} is not an actor handle", hint="pass what Class.remote() returned")
-    call: Any = handle.__ray_call__.remote(_start_here, name, config)
+    call: Any = handle.__ray_call__.remote(_start_here, name, config, here().job)
     try:
         return str(ray.get(call, timeout=timeout))
     except ray.exceptions.GetTimeoutError as exc:
@@ -37,6 +37,8 @@ def attach(handle: Any, *, name: str = "", config: AgentConfig | None = None, ti
             f"the actor {actor_id(handle)} did not start an agent within {timeout:g} s",
             hint="attach before it is busy, or give it longer",
         ) from exc
+    except ray.exceptions.ActorUnavailableError as exc:
+        raise PeerLost(f"the actor {actor_id(handle)} restarts or cannot be reached", hint="try again") from exc
     except ray.exceptions.RayActorError as exc:
         raise PeerLost(f"the actor {actor_id(handle)} is dead") from exc
     except ray.exceptions.RayTaskError as exc:
@@ -45,7 +47,13 @@ def attach(handle: Any, *, name: str = "", config: AgentConfig | None = None, ti
         raise
 
 
-def _start_here(_actor: Any, name: str, config: AgentConfig | None) -> str:
+def _start_here(_actor: Any, name: str, config: AgentConfig | None, job: str) -> str:
+    place = here()
+    if place.job != job:
+        raise ConfigError(
+            f"the actor {place.actor} belongs to job {place.job}, not to {job}",
+            hint="agents are found within their job only: make the actor in this one",
+        )
     return start_agent(name, config).name
 
 
@@ -106,4 +114,5 @@ def _look_up(handle: Any, known: dict[str, str]) -> str:
 
 def list_agents() -> list[AgentRecord]:
     """Return the live records of every job of the cluster that this process is connected to."""
-    return all_records(here().session)
+    place = here()
+    return session_records(place.session, place.gcs)

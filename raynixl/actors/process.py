@@ -6,27 +6,31 @@ import atexit
 import logging
 import os
 import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from pydantic import SecretBytes
 
-from raynixl.actors.gcs import GcsDirectory
+from raynixl.actors.gcs import DETACHED, GcsDirectory, actor_entry
 from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
-from raynixl.errors import ConfigError, RaynixlError
+from raynixl.errors import AgentClosed, ConfigError, RaynixlError
 
 logger = logging.getLogger(__name__)
 
 DRIVER = "driver"
 _ACTOR_ID_CHARS = 12
+_LABEL_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where in a Ray cluster this process stands."""
 
+    gcs: str
     session: str
     job: str
     namespace: str
@@ -48,54 +52,88 @@ class ProcessAgent:
     """Holds the agent of this process; the only singleton of raynixl."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # protects everything below
+        self._lock = threading.RLock()  # protects everything below; held while the agent is made or closed
         self._agent: Agent | None = None
         self._directory: GcsDirectory | None = None
-        self._place: Place | None = None
+        self._is_driver = False
         self._pid = 0
+        self._is_ending = False
 
     def get(self, *, name: str = "", config: AgentConfig | None = None) -> Agent:
-        """Return the agent, made now if there is none for this process, session and job."""
+        """Return the agent, made now if there is none for this process."""
+        agent = self._agent
+        if agent is not None and not agent.is_closed and self._pid == os.getpid():
+            return agent
+        if self._is_ending:
+            raise AgentClosed("this process ends, and its agent with it", hint="finish before the end of the script")
         with self._lock:
+            agent = self._agent
+            if agent is not None and not agent.is_closed and self._pid == os.getpid():
+                return agent
             place = here()
-            if self._agent is not None and self._pid == os.getpid() and not self._agent.is_closed:
-                if self._place is not None and (self._place.session, self._place.job) == (place.session, place.job):
-                    return self._agent
-                self.close()  # Ray was shut down and started anew
             return self._make(place, name or place.agent_name, config)
 
     def close(self) -> None:
         """Close the agent, and remove the job's records if this is its driver."""
         with self._lock:
-            agent, self._agent = self._agent, None
-            if agent is None or self._pid != os.getpid():
+            agent, directory = self._agent, self._directory
+            self._agent = self._directory = None
+            if agent is None or directory is None or self._pid != os.getpid():
                 return
             agent.close()
-            if ray.is_initialized() and self._directory is not None and self._is_driver():
-                try:
-                    self._directory.end_job()
-                except RaynixlError as exc:
-                    logger.warning("could not remove the job's records: %s", exc)
+            if self._is_driver:
+                _end_job(directory)
 
-    def _is_driver(self) -> bool:
-        return self._place is not None and not self._place.worker and self._place == here()
+    def close_at_exit(self) -> None:
+        """Close the agent for good."""
+        self._is_ending = True
+        self.close()
 
     def _make(self, place: Place, name: str, config: AgentConfig | None) -> Agent:
-        directory = GcsDirectory(place.session, place.job)
+        directory = GcsDirectory(place.session, place.job, address=place.gcs)
+        if not place.worker:
+            directory.sweep()
         base = from_env() if config is None else config
-        labels = {"job_id": place.job, "node_id": place.node, "namespace": place.namespace}
-        if place.actor:
-            labels |= {"actor_id": place.actor, "actor_class": place.actor_class}
         agent = Agent(
             name,
             config=base.model_copy(update={"secret": SecretBytes(directory.secret)}),
             directory=directory,
-            labels=labels,
+            labels=_labels(place),
         )
         if self._pid != os.getpid():
-            atexit.register(self.close)  # runs before Ray's own, which was registered earlier
-        self._agent, self._directory, self._place, self._pid = agent, directory, place, os.getpid()
+            atexit.register(self.close_at_exit)  # runs before Ray's own, which was registered earlier
+        self._agent, self._directory = agent, directory
+        self._is_driver, self._pid = not place.worker, os.getpid()
+        if self._is_driver:
+            _call_at_shutdown(self.close)
         return agent
+
+
+def _labels(place: Place) -> dict[str, str]:
+    """Return what the record says of the place: for people, and to find an actor's agent by its handle."""
+    labels = {"job_id": place.job, "node_id": place.node, "namespace": place.namespace}
+    if place.actor:
+        labels |= {"actor_id": place.actor, "actor_class": place.actor_class}
+        if actor_entry(place.actor).get("IsDetached"):
+            labels["lifetime"] = DETACHED
+    return {key: value[:_LABEL_CHARS] for key, value in labels.items()}
+
+
+def _end_job(directory: GcsDirectory) -> None:
+    try:
+        directory.end_job()
+    except RaynixlError as exc:
+        logger.warning("could not remove the job's records: %s", exc)
+
+
+def _call_at_shutdown(close: Callable[[], None]) -> None:
+    """Have `ray.shutdown()` close the agent.
+
+    Ray has no hook for that. But its worker lets go of its function manager while it shuts down, before it ends the
+    processes of a cluster of its own.
+    """
+    finalizer = weakref.finalize(ray._private.worker.global_worker.function_actor_manager, close)
+    finalizer.atexit = False  # the end of the script comes first
 
 
 _PROCESS = ProcessAgent()
@@ -132,6 +170,7 @@ def here() -> Place:
     is_worker = context.worker.mode == ray.WORKER_MODE
     actor = (context.get_actor_id() or "") if is_worker else ""
     return Place(
+        gcs=context.gcs_address,
         session=context.get_session_name(),
         job=context.get_job_id(),
         namespace=context.namespace,

@@ -21,7 +21,8 @@ def publish(name: str, source: Any, **options: Any) -> Publication:
 def subscribe(name: str, module: Any, **options: Any) -> Subscription:
     """Have a module follow the weights published under a name, by this process's agent. See `raynixl.weights`.
 
-    `on_flip(version)`, or `on_flip()`, is called after each flip; `with subscription.pinned() as version:` holds one version.
+    `on_flip(version)`, or `on_flip()`, is called after each flip; `with subscription.pinned() as version:` holds one
+    version.
     """
     return subscribe_by(agent(), name, module, **options)
 

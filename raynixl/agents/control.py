@@ -186,6 +186,7 @@ class Control:
             if link in reply.connection.links:
                 self._end(number, reply.connection.lost or error)
         self._agent.regions.forget_importer(link)
+        self._agent.publisher.suspect(link.peer)
         self._wake_inboxes()
         self._agent.link_moved_on()
         self.reactor.wake()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from raynixl.directory import Directory, InMemoryDirectory
@@ -27,6 +28,7 @@ class Publisher:
         self._agent = agent
         self.directory: Directory = InMemoryDirectory() if directory is None else directory
         self._wake = threading.Event()
+        self._suspects: deque[str] = deque()
         self._is_closed = False
         self._is_published = False
         self._thread: threading.Thread | None = None
@@ -49,6 +51,12 @@ class Publisher:
             self._wake.set()
         elif self._is_published and not self._is_closed:
             self._publish_again()
+
+    def suspect(self, name: str) -> None:
+        """Have the directory look soon whether an agent that we lost lives: the record of a dead one is removed."""
+        if self._thread is not None:
+            self._suspects.append(name)
+            self._wake.set()
 
     def find(self, name: str) -> AgentRecord | None:
         """Return the live record of a name."""
@@ -95,7 +103,16 @@ class Publisher:
             self._wake.clear()
             if self._is_closed:
                 return
+            self._look_for_suspects()
             self._publish_again()
+
+    def _look_for_suspects(self) -> None:
+        while self._suspects:
+            name = self._suspects.popleft()
+            try:
+                self.directory.find(name)
+            except RaynixlError as exc:
+                logger.debug("could not look for the record of %r: %s", name, exc)
 
     def _publish_again(self) -> None:
         """Publish, and go on without if that fails: peers that know us need no record, and it is tried again."""

@@ -49,23 +49,23 @@ def _decorate(target: Any, *, name: str, config: AgentConfig | None) -> Any:
 
 def _hook(cls: type[Any], name: str, config: AgentConfig | None) -> None:
     """Put the start of the agent in front of the class's `__init__`, in place."""
-    original = cls.__init__
-    has_own = inspect.isfunction(original)
+    own = vars(cls).get("__init__")
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         _start_in_actor(name, config)
-        if has_own:
-            original(self, *args, **kwargs)
+        if own is not None:
+            own(self, *args, **kwargs)
         else:
             super(cls, self).__init__(*args, **kwargs)
 
-    if has_own:
-        functools.update_wrapper(__init__, original)
+    shown = cls.__init__
+    if inspect.isfunction(shown):
+        functools.update_wrapper(__init__, shown)
     else:  # to wrap object's own __init__ would break Ray's look at the signature
         parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         __init__.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__
 
 
 def _start_in_actor(name: str, config: AgentConfig | None) -> None:
