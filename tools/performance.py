@@ -1,0 +1,140 @@
+"""Measure what docs/performance.md says, and print its tables: one section for each command, in Markdown.
+
+.venv/bin/python tools/performance.py > tables.md        # about 4 minutes, on an idle machine
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def bench(command: str) -> list[Row]:
+    """Run one `raynixl bench` command and return its rows."""
+    print(f"measuring: {command}", file=sys.stderr, flush=True)
+    arguments = [sys.executable, "-P", "-m", "raynixl", "bench", *command.split(), "--json"]
+    ended = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, timeout=600, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def size(nbytes: int) -> str:
+    """Return a size as people write it."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if nbytes >= unit and nbytes % unit == 0:
+            return f"{nbytes // unit} {name}"
+    return f"{nbytes} B"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a Markdown table."""
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def versus(rows: list[Row], key: Callable[[Row], object]) -> Iterator[tuple[Row, Row]]:
+    """Pair our rows with those of the baseline."""
+    others = {key(row): row for row in rows if row["impl"] != "raynixl"}
+    return ((row, others[key(row)]) for row in rows if row["impl"] == "raynixl")
+
+
+def speed(command: str, baseline: str) -> Iterator[str]:
+    """GB/s of one block against a baseline."""
+    rows = bench(f"transfer {command} --baseline {baseline}")
+    cells = [
+        (
+            size(ours["block_nbytes"]),
+            f"{ours['gbps']:.1f}",
+            f"{other['gbps']:.1f}",
+            f"{ours['gbps'] / other['gbps']:.2f}",
+        )
+        for ours, other in versus(rows, lambda row: row["block_nbytes"])
+    ]
+    yield f"`raynixl bench transfer {command} --baseline {baseline}`\n"
+    yield from table(("one block", "raynixl GB/s", f"{baseline} GB/s", "ratio"), cells)
+
+
+def many(command: str) -> Iterator[str]:
+    """Many blocks in one transfer: microseconds a block, and GB/s against memcpy."""
+    rows = bench(f"transfer {command} --baseline memcpy")
+    cells = [
+        (
+            size(ours["block_nbytes"]),
+            f"{ours['prepare_us_per_block'] + ours['post_us_per_block']:.2f}",
+            f"{ours['gbps']:.1f}", f"{other['gbps']:.1f}", f"{ours['gbps'] / other['gbps']:.2f}",
+        )
+        for ours, other in versus(rows, lambda row: row["block_nbytes"])
+    ]  # fmt: skip
+    yield f"`raynixl bench transfer {command} --baseline memcpy`\n"
+    yield from table(("blocks of", "prepare + post, us a block", "raynixl GB/s", "memcpy GB/s", "ratio"), cells)
+
+
+def latency() -> Iterator[str]:
+    """Microseconds of small prepared writes."""
+    arena = bench("transfer --sizes 8,64,512,4K --threads 1 --rounds 9")
+    user = bench("transfer --sizes 8,64,512,4K --threads 1 --rounds 9 --memory user --baseline process_vm")
+    cells = [
+        (
+            size(ours["block_nbytes"]), f"{ours['p50_us']:.2f}", f"{ours['p99_us']:.2f}",
+            f"{theirs['p50_us']:.2f}", f"{theirs['p99_us']:.2f}", f"{bare['p50_us']:.2f}",
+        )
+        for ours, (theirs, bare) in zip(arena, versus(user, lambda row: row["block_nbytes"]), strict=True)
+    ]  # fmt: skip
+    yield "`raynixl bench transfer --sizes 8,64,512,4K --threads 1 --rounds 9`; `--memory user --baseline process_vm`\n"
+    heads = ("one prepared write of", "arena p50 us", "p99", "user memory p50 us", "p99", "bare process_vm p50 us")
+    yield from table(heads, cells)
+
+
+def notify() -> Iterator[str]:
+    """Round trips of a notification."""
+    rows = bench("notify --baseline socket")
+    yield "`raynixl bench notify --baseline socket`\n"
+    cells = [(row["impl"], f"{row['pause_ms']:g} ms", f"{row['p50_us']:.0f}", f"{row['p99_us']:.0f}") for row in rows]
+    yield from table(("round trip of 8 B", "pause before each", "p50 us", "p99 us"), cells)
+
+
+def broadcast() -> Iterator[str]:
+    """Broadcasts against the object store."""
+    cells = []
+    for receivers in (1, 2, 4):
+        ours, ray = bench(f"broadcast --nbytes 256M --receivers {receivers} --baseline ray --rounds 7")
+        ratio = f"{ours['gbps'] / ray['gbps']:.2f}"
+        cells.append((str(receivers), f"{ours['gbps']:.1f}", f"{ray['gbps']:.1f}", ratio))
+    yield "`raynixl bench broadcast --nbytes 256M --receivers N --baseline ray`\n"
+    yield from table(("receivers", "raynixl GB/s, all together", "object store, numpy and copy", "ratio"), cells)
+
+
+def footprint() -> Iterator[str]:
+    """What an agent costs."""
+    (row,) = bench("agent")
+    yield "`raynixl bench agent`\n"
+    yield from table(("", ""), [(key.replace("_", " "), f"{value}") for key, value in row.items() if key != "impl"])
+
+
+SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
+    "Arena to arena, one thread": lambda: speed("--sizes 1M,2M,4M,8M,16M,64M,256M --threads 1", "memcpy"),
+    "Arena to arena, both cores": lambda: speed("--sizes 1M,4M,16M,64M,256M --threads 2", "memcpy"),
+    "10,000 random blocks, one thread": lambda: many("--sizes 4K,64K --blocks 10000 --pattern random --threads 1"),
+    "10,000 random blocks, both cores": lambda: many("--sizes 4K,64K --blocks 10000 --pattern random --threads 2"),
+    "Small writes": latency,
+    "User memory, write": lambda: speed("--memory user --sizes 1M,16M,64M,256M --threads 1", "process_vm"),
+    "User memory, read": lambda: speed("--memory user --op read --sizes 1M,16M,64M,256M --threads 1", "process_vm"),
+    "Notifications": notify,
+    "Broadcast": broadcast,
+    "An agent": footprint,
+}
+
+
+def main() -> None:
+    for title, section in SECTIONS.items():
+        print(f"## {title}\n", *section(), "", sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
