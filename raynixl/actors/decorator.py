@@ -52,7 +52,7 @@ def _hook(cls: type[Any], name: str, config: AgentConfig | None) -> None:
     own = vars(cls).get("__init__")
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        _start_in_actor(name, config)
+        _start_in_actor(self, name, config)
         if own is not None:
             own(self, *args, **kwargs)
         else:
@@ -68,9 +68,9 @@ def _hook(cls: type[Any], name: str, config: AgentConfig | None) -> None:
     cls.__init__ = __init__
 
 
-def _start_in_actor(name: str, config: AgentConfig | None) -> None:
-    if not ray.is_initialized():
-        return
-    context: Any = ray.get_runtime_context()
-    if context.worker.mode == ray.WORKER_MODE and context.get_actor_id():
-        start_agent(name, config)
+def _start_in_actor(instance: Any, name: str, config: AgentConfig | None) -> None:
+    """Start the agent if the instance is this process's actor, rather than one of its class made beside it."""
+    if ray.is_initialized():
+        worker = ray._private.worker.global_worker
+        if worker.mode == ray.WORKER_MODE and any(actor is instance for actor in worker.actors.values()):
+            start_agent(name, config)

@@ -136,6 +136,23 @@ def test_without_init_and_without_name_the_agent_is_named_after_class_and_actor(
 
 
 @pytest.mark.ray
+def test_an_instance_made_beside_the_actor_starts_no_agent(make: Make) -> None:
+    @ray.remote(num_cpus=0)
+    class Bystander:
+        def names(self, kind: type) -> tuple[str, str]:
+            kind(1)
+            return rx.agent().name, ray.get_runtime_context().get_actor_id()
+
+    @rx.worker(name="unwanted")
+    class Part:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+    name, actor_id = get(make(Bystander).names.remote(Part))
+    assert name == f"Bystander-{actor_id[:12]}"
+
+
+@pytest.mark.ray
 def test_decorator_takes_a_name_and_a_configuration(make: Make) -> None:
     config = rx.AgentConfig(copy_threads=1, lease_seconds=12.0)
 
