@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raynixl import Agent, Region
 from raynixl.host import process_state
 
@@ -108,7 +110,7 @@ class _Served:
 
     def values(self, name: str) -> list[int]:
         """Which byte values occur."""
-        return sorted({int(value) for value in self.regions[name].array()})
+        return sorted(np.unique(self.regions[name].array()).tolist())
 
     def deregister(self, name: str) -> float:
         """Withdraw a region; say how long that took."""

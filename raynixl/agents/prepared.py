@@ -223,6 +223,8 @@ class Prepared:
     def count_end(self, error: RaynixlError | None) -> None:
         """Count a transfer that took the long way."""
         counter = self._counter
+        if counter is _UNBOUND:  # it was never bound, so no backend has carried it
+            counter = self.agent.counter("", self.peer)
         if error is None:
             counter.transfers += 1
             counter.nbytes += self.nbytes

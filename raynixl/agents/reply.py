@@ -72,7 +72,7 @@ class Reply:
         """
         until = self._deadline if timeout is None else min(self._deadline, time.monotonic() + check_wait(timeout))
         self._reactor.run_until(self._is_here, until)
-        if not self._is_here() and time.monotonic() >= self._deadline and not self._forget():
+        if not self._is_here() and time.monotonic() >= self._deadline and not self._give_up():
             self._reactor.run_until(self._is_here, time.monotonic() + _HAND_OVER_SECONDS)
         return self._result(timeout)
 
@@ -83,14 +83,26 @@ class Reply:
         return self._result(None)
 
     async def _arrival(self) -> None:
+        if not await self._arrives(self._deadline - time.monotonic()) and not self._give_up():
+            await self._arrives(_HAND_OVER_SECONDS)
+
+    async def _arrives(self, seconds: float) -> bool:
         future = self._waiters.add()
         try:
             if not self._is_here() and not self._reactor.is_closed:
-                await asyncio.wait_for(future, max(0.0, self._deadline - time.monotonic()))
+                await asyncio.wait_for(future, max(0.0, seconds))
         except TimeoutError:
-            return
+            return self._is_here()
         finally:
             self._waiters.discard(future)
+        return True
+
+    def _give_up(self) -> bool:
+        """Expect an answer no more, as the deadline has passed; False if one is being handed over just now."""
+        if not self._forget():
+            return False
+        self.resolve(None, self.overdue())
+        return True
 
     def _is_here(self) -> bool:
         return self._payload is not None or self._error is not None

@@ -233,7 +233,7 @@ class Transfer:
     def _timeout(self) -> TransferTimeout:
         seconds = self._deadline - self._posted
         return TransferTimeout(
-            f"{self._prepared.summary} was still {self._stage.value} at its deadline of {seconds:g} s",
+            f"{self._prepared.summary} was still {self._stage.value} at its deadline of {seconds:.3g} s",
             hint="the destination's bytes are undefined; see whether the peer is alive", peer=self.peer,
         )  # fmt: skip
 

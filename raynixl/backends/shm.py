@@ -138,7 +138,10 @@ class ShmBackend:
         seen = np.zeros(32, np.uint8)
         table = np.array([[probe, seen.ctypes.data, 32]], np.uint64)
         result = self._local.engine.program(VM_READ, pid, table, []).run(GREETING_SECONDS)
-        if isinstance(result, int) and result < 0:
+        if not isinstance(result, int):  # with inline_nbytes=0 even this is a job
+            result.wait_settled(GREETING_SECONDS)
+            result = result.code
+        if result < 0:
             return f"process_vm_readv fails with errno {-result}"
         return "" if seen.tobytes() == incarnation.encode() else "the process id means another process here"
 
