@@ -43,9 +43,16 @@ class GcsDirectory:
         self.secret = self._job_secret()
 
     def publish(self, record: AgentRecord) -> None:
-        """Publish or renew a record; a name passes on only from an agent that is dead."""
+        """Publish or renew a record; a name passes on only from an agent that is dead.
+
+        The secret goes when the job ends. Then only detached actors go on: the others are about to be killed.
+        """
         key, data = self._key(record.name), record.to_bytes()
-        self._store.put(self._secret_key, self.secret, overwrite=False)  # a detached actor outlives its job's driver
+        if record.labels.get("lifetime") == DETACHED:
+            self._store.put(self._secret_key, self.secret, overwrite=False)
+        elif self._store.get(self._secret_key) is None:
+            logger.debug("job %s is over: %r is not published any more", self.job, record.name)
+            return
         if self._store.put(key, data, overwrite=False):
             return
         held = self._parse(key, self._store.get(key))

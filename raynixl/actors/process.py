@@ -74,20 +74,24 @@ class ProcessAgent:
             return self._make(place, name or place.agent_name, config)
 
     def close(self) -> None:
-        """Close the agent, and remove the job's records if this is its driver."""
+        """Close the agent; the next use makes a new one."""
         with self._lock:
-            agent, directory = self._agent, self._directory
-            self._agent = self._directory = None
-            if agent is None or directory is None or self._pid != os.getpid():
-                return
-            agent.close()
-            if self._is_driver:
+            agent, self._agent = self._agent, None
+            if agent is not None and self._pid == os.getpid():
+                agent.close()
+
+    def end_job(self) -> None:
+        """Close the agent, and remove the job's records if this is its driver: it ends, or Ray was shut down."""
+        with self._lock:
+            self.close()
+            directory, self._directory = self._directory, None
+            if directory is not None and self._is_driver and self._pid == os.getpid():
                 _end_job(directory)
 
-    def close_at_exit(self) -> None:
+    def end(self) -> None:
         """Close the agent for good."""
         self._is_ending = True
-        self.close()
+        self.end_job()
 
     def _make(self, place: Place, name: str, config: AgentConfig | None) -> Agent:
         directory = GcsDirectory(place.session, place.job, address=place.gcs)
@@ -101,11 +105,11 @@ class ProcessAgent:
             labels=_labels(place),
         )
         if self._pid != os.getpid():
-            atexit.register(self.close_at_exit)  # runs before Ray's own, which was registered earlier
+            atexit.register(self.end)  # runs before Ray's own, which was registered earlier
         self._agent, self._directory = agent, directory
         self._is_driver, self._pid = not place.worker, os.getpid()
         if self._is_driver:
-            _call_at_shutdown(self.close)
+            _call_at_shutdown(self.end_job)
         return agent
 
 
@@ -126,13 +130,13 @@ def _end_job(directory: GcsDirectory) -> None:
         logger.warning("could not remove the job's records: %s", exc)
 
 
-def _call_at_shutdown(close: Callable[[], None]) -> None:
-    """Have `ray.shutdown()` close the agent.
+def _call_at_shutdown(end: Callable[[], None]) -> None:
+    """Have `ray.shutdown()` call this.
 
     Ray has no hook for that. But its worker lets go of its function manager while it shuts down, before it ends the
     processes of a cluster of its own.
     """
-    finalizer = weakref.finalize(ray._private.worker.global_worker.function_actor_manager, close)
+    finalizer = weakref.finalize(ray._private.worker.global_worker.function_actor_manager, end)
     finalizer.atexit = False  # the end of the script comes first
 
 

@@ -29,6 +29,7 @@ class Publisher:
         self.directory: Directory = InMemoryDirectory() if directory is None else directory
         self._wake = threading.Event()
         self._suspects: deque[str] = deque()
+        self._is_changed = False
         self._is_closed = False
         self._is_published = False
         self._thread: threading.Thread | None = None
@@ -48,6 +49,7 @@ class Publisher:
     def touch(self) -> None:
         """Publish the changed record soon."""
         if self._thread is not None:
+            self._is_changed = True
             self._wake.set()
         elif self._is_published and not self._is_closed:
             self._publish_again()
@@ -98,13 +100,17 @@ class Publisher:
         return self._agent.make_record(time.time() + lease if lease else 0.0)
 
     def _renew(self) -> None:
+        due = time.monotonic() + self._agent.config.lease_seconds / 3
         while not self._is_closed:
-            self._wake.wait(self._agent.config.lease_seconds / 3)
+            self._wake.wait(max(0.0, due - time.monotonic()))
             self._wake.clear()
+            self._look_for_suspects()
             if self._is_closed:
                 return
-            self._look_for_suspects()
-            self._publish_again()
+            if self._is_changed or time.monotonic() >= due:
+                self._is_changed = False
+                due = time.monotonic() + self._agent.config.lease_seconds / 3
+                self._publish_again()
 
     def _look_for_suspects(self) -> None:
         while self._suspects:
