@@ -26,8 +26,8 @@ def as_unsigned(values: ArrayLike, what: str) -> NDArray[np.uint64]:
     """
     try:
         array = np.asarray(values)
-        if array.dtype.kind == "O":  # what numpy found no type for, such as integers beyond 64 bits
-            array = np.array([index(value) for value in array.flat], np.uint64)
+        if array.dtype.kind in "Of":  # numpy makes floats of integers too large for int64: take each as it is
+            array = np.array([index(value) for value in np.asarray(values, object).flat], np.uint64)
         elif array.size and (array.dtype.kind not in "iu" or (array.dtype.kind == "i" and array.min() < 0)):
             raise RangeError(f"{what} hold values that are not unsigned 64-bit integers", hint=_HINT)
         return array.astype(np.uint64, copy=False).reshape(-1)

@@ -124,18 +124,28 @@ class AgentRecord(BaseModel):
 T = TypeVar("T", bound=BaseModel)
 
 
+def check_bytes(data: Any, *, what: str, limit: int) -> bytes:
+    """Return foreign bytes of a limited length.
+
+    Raises:
+        IntegrityError: they are too many, or no bytes.
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise IntegrityError(f"{what} is {type(data).__name__}, not bytes", hint="pass the bytes as they came")
+    if len(data) > limit:
+        raise IntegrityError(f"{what} has {len(data)} bytes, more than {limit}", hint="it does not come from raynixl")
+    return bytes(data)
+
+
 def parse(model: type[T], data: Any, *, what: str, limit: int) -> T:
     """Parse foreign JSON bytes as `model`.
 
     Raises:
         IntegrityError: too large, or not what the model says.
     """
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise IntegrityError(f"{what} is {type(data).__name__}, not bytes", hint="pass the bytes as they came")
-    if len(data) > limit:
-        raise IntegrityError(f"{what} has {len(data)} bytes, more than {limit}", hint="it does not come from raynixl")
+    raw = check_bytes(data, what=what, limit=limit)
     try:
-        return model.model_validate_json(bytes(data))
+        return model.model_validate_json(raw)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "text"

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import TypeAdapter, ValidationError
 
 from raynixl.blocks import Blocks, make_table, page_table
 from raynixl.errors import ConfigError, IntegrityError, RangeError
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Gate
-from raynixl.record import RegionRecord, parse
+from raynixl.record import Incarnation, RegionRecord, check_bytes, check_name, parse
 
+_INCARNATION = TypeAdapter(Incarnation)
 MAX_REGION_NBYTES = 8192
 """Largest serialised region that is accepted."""
 
@@ -198,11 +200,19 @@ class RemoteRegion(_Selectable):
         """Parse a descriptor.
 
         Raises:
-            IntegrityError: it is malformed.
+            IntegrityError: it is truncated, too large, or no descriptor at all.
         """
-        owner, incarnation, text = ([*bytes(data).split(b"\n", 2), b"", b""])[:3]
-        record = parse(RegionRecord, text, what="region descriptor", limit=MAX_REGION_NBYTES)
-        return RemoteRegion(owner.decode(errors="replace"), incarnation.decode(errors="replace"), record)
+        what = "region descriptor"
+        raw = check_bytes(data, what=what, limit=MAX_REGION_NBYTES)
+        owner, incarnation, text = ([*raw.split(b"\n", 2), b"", b""])[:3]
+        try:
+            name = check_name(owner.decode(), "owner")
+            life = _INCARNATION.validate_python(incarnation.decode())
+        except (UnicodeDecodeError, ConfigError, ValidationError) as exc:
+            raise IntegrityError(
+                f"{what} does not say whose it is", hint="it is truncated or not from raynixl"
+            ) from exc
+        return RemoteRegion(name, life, parse(RegionRecord, text, what=what, limit=MAX_REGION_NBYTES))
 
 
 def check_descriptor(remote: RemoteRegion, truth: RegionRecord) -> None:

@@ -1,0 +1,92 @@
+"""Configuration: what may be set, and what the environment says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raynixl import AgentConfig, ConfigError
+from raynixl.config import check_timeout, check_wait, from_env
+
+GOOD: list[tuple[str, str, Any]] = [
+    ("BACKENDS", "shm", ("shm",)),
+    ("BACKENDS", "shm,loopback", ("shm", "loopback")),
+    ("NATIVE", "0", False),
+    ("NATIVE", "1", True),
+    ("NATIVE", "false", False),
+    ("COPY_THREADS", "3", 3),
+    ("INLINE_NBYTES", "0", 0),
+    ("TRANSFER_TIMEOUT", "2.5", 2.5),
+    ("CONNECT_TIMEOUT", "1", 1.0),
+    ("REQUEST_TIMEOUT", "1e2", 100.0),
+    ("DEREGISTER_TIMEOUT", "0.1", 0.1),
+    ("HEARTBEAT_INTERVAL", "3", 3.0),
+    ("HEARTBEAT_TIMEOUT", "7", 7.0),
+    ("LEASE_SECONDS", "60", 60.0),
+    ("MAX_MESSAGE_NBYTES", "4096", 4096),
+]
+BAD = [
+    ("COPY_THREADS", "0"), ("COPY_THREADS", "many"), ("COPY_THREADS", "2.5"), ("COPY_THREADS", ""),
+    ("INLINE_NBYTES", "-1"), ("INLINE_NBYTES", str(1 << 30)), ("NATIVE", "perhaps"), ("TRANSFER_TIMEOUT", "0"),
+    ("TRANSFER_TIMEOUT", "-1"), ("TRANSFER_TIMEOUT", "nan"), ("TRANSFER_TIMEOUT", "inf"), ("LEASE_SECONDS", "1e6"),
+    ("HEARTBEAT_INTERVAL", "soon"), ("MAX_MESSAGE_NBYTES", "100"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "value"), GOOD)
+def test_variables_override_the_base(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: Any) -> None:
+    monkeypatch.setenv(f"RAYNIXL_{name}", text)
+    base = AgentConfig(transfer_timeout=9.0, secret=b"kept")
+    found = from_env(base)
+    assert getattr(found, name.lower()) == value
+    assert found.secret.get_secret_value() == b"kept"
+    assert found.transfer_timeout == (value if name == "TRANSFER_TIMEOUT" else 9.0)
+    assert getattr(from_env(), name.lower()) == value
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_unusable_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    monkeypatch.setenv(f"RAYNIXL_{name}", text)
+    with pytest.raises(ConfigError, match=name.lower()) as found:
+        from_env()
+    assert f"RAYNIXL_{name}" in found.value.hint
+
+
+def test_the_secret_comes_from_the_environment_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYNIXL_SECRET", "hush")
+    found = from_env()
+    assert found.secret.get_secret_value() == b"hush"
+    assert "hush" not in repr(found)
+
+
+def test_without_variables_the_base_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in AgentConfig.model_fields:
+        monkeypatch.delenv(f"RAYNIXL_{name.upper()}", raising=False)
+    base = AgentConfig(copy_threads=7, backends=("shm",))
+    assert from_env(base) == base
+    assert from_env() == AgentConfig()
+
+
+def test_unknown_fields_and_changes_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        AgentConfig(nonsense=1)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        AgentConfig().copy_threads = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, 1e9, "5", [5], 5j, object()])
+def test_what_is_no_deadline_is_refused(seconds: Any) -> None:
+    with pytest.raises(ConfigError):
+        check_timeout(seconds, 1.0)
+    if seconds != 0:
+        with pytest.raises(ConfigError):
+            check_wait(seconds)
+
+
+def test_deadlines_have_defaults_and_waits_may_be_a_look() -> None:
+    assert check_timeout(None, 7.0) == 7.0
+    assert check_timeout(3, 7.0) == 3.0
+    assert check_wait(0) == 0.0
