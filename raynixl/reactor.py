@@ -24,6 +24,7 @@ _FOREVER = 3600.0
 _SHORT_WAIT_NS = 200_000
 """A wait that ends within this time is a conversation: the next one begins by looking instead of sleeping."""
 _LOOK_NS = 100_000
+_MIN_TIDY = 256
 
 
 class Timer:
@@ -57,8 +58,9 @@ class Reactor:
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
+        self._tidy_at = _MIN_TIDY  # how many timers make it worth while to sweep out the cancelled
         self._order = itertools.count()
-        self._lock = threading.Lock()  # protects _timers, _led, _followers
+        self._lock = threading.Lock()  # protects _timers, _tidy_at, _led, _followers
         self._lead = threading.Lock()  # held by the thread that dispatches
         self._changed = threading.Condition(self._lock)
         self._bells = threading.Lock()  # protects the bells from being rung after they are closed
@@ -110,6 +112,8 @@ class Reactor:
         with self._lock:
             first = not self._timers or timer.when < self._timers[0][0]
             heapq.heappush(self._timers, (timer.when, next(self._order), timer))
+            if len(self._timers) >= self._tidy_at:
+                self._tidy_timers()
         if first and not self.is_own_thread:
             self._ring(self._service_bell)
         return timer
@@ -208,15 +212,22 @@ class Reactor:
                         with self._lock:
                             self._changed.notify_all()
 
+    def _tidy_timers(self) -> None:
+        """Forget cancelled timers, which most are; _lock is held. Done so seldom that a timer pays nothing for it."""
+        self._timers = [entry for entry in self._timers if entry[2].action is not None]
+        heapq.heapify(self._timers)
+        self._tidy_at = max(_MIN_TIDY, 2 * len(self._timers))
+
     def _dispatch(self, events: list[tuple[int, int]]) -> None:
-        for fd, mask in events:
+        meant = [self._callbacks.get(fd) for fd, _ in events]
+        for (fd, mask), callback in zip(events, meant, strict=True):
             if fd == self._bell:
                 self._drain(self._bell)
                 while self._calls:
                     self._guard(self._calls.popleft())
                 continue
-            callback = self._callbacks.get(fd)
-            if callback is not None:
+            # A callback before this one may have closed the descriptor, and its number may be another's by now.
+            if callback is not None and self._callbacks.get(fd) is callback:
                 try:
                     callback(mask)
                 except Exception:

@@ -22,9 +22,8 @@ _HERE: weakref.WeakValueDictionary[str, LoopbackBackend] = weakref.WeakValueDict
 class LoopbackLink:
     """One end of a connection inside the process; `other` is the far end."""
 
-    backend = "loopback"
-
-    def __init__(self, local: Local, peer: str, incarnation: str) -> None:
+    def __init__(self, local: Local, peer: str, incarnation: str, *, backend: str) -> None:
+        self.backend = backend
         self.peer = peer
         self.incarnation = incarnation
         self.lost: RaynixlError | None = None
@@ -101,8 +100,8 @@ class LoopbackBackend:
             raise PeerLost(f"peer {record.name!r} is no longer in this process", peer=record.name)
         if _secret(other._local) != _secret(self._local):
             raise ConfigError(f"peer {record.name!r} does not share our secret", peer=record.name)
-        near = LoopbackLink(self._local, record.name, record.incarnation)
-        far = LoopbackLink(other._local, self._local.name, self._local.incarnation)
+        near = LoopbackLink(self._local, record.name, record.incarnation, backend=self.name)
+        far = LoopbackLink(other._local, self._local.name, self._local.incarnation, backend=self.name)
         near.other, far.other = far, near
         self._links.add(near)
         other._links.add(far)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 
 from raynixl.backends.base import Backend, Local
@@ -17,6 +18,19 @@ _OURS = {
     "shm": "raynixl.backends.shm:ShmBackend",
 }
 
+_OFFERED: dict[str, Factory] = {}
+"""Backends under test: they have no entry point, and stay here only while their agents are made."""
+
+
+@contextlib.contextmanager
+def offered(name: str, factory: Factory) -> Iterator[None]:
+    """Let agents that are made meanwhile name a backend that is neither ours nor installed."""
+    _OFFERED[name] = factory
+    try:
+        yield
+    finally:
+        _OFFERED.pop(name, None)
+
 
 def names() -> list[str]:
     """Return every backend that can be named in a configuration."""
@@ -29,6 +43,8 @@ def factory(name: str) -> Factory:
     Raises:
         ConfigError: there is none of that name.
     """
+    if name in _OFFERED:
+        return _OFFERED[name]
     if name in _OURS:
         module, _, attribute = _OURS[name].partition(":")
         made: Factory = getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,145 @@
+"""The far side of a conformance check: an agent that does what the check asks of it, in this process or another."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from raynixl.agents import Agent
+from raynixl.backends.table import Factory, offered
+from raynixl.config import AgentConfig
+from raynixl.region import Region
+
+BACKEND = "under-test"
+"""The name by which configurations of the checks name the backend."""
+PATIENCE = 20.0
+
+
+def make_agent(name: str, factory: Factory, config: AgentConfig) -> Agent:
+    """Return an agent that has the backend under test and no other."""
+    with offered(BACKEND, factory):
+        return Agent(name, config=config.model_copy(update={"backends": (BACKEND,)}))
+
+
+def pattern(nbytes: int, seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return bytes that differ from place to place and from seed to seed."""
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+class FarAgent:
+    """What a check can ask of the far side. Arguments and results can be pickled."""
+
+    def __init__(self, factory: Factory, config: AgentConfig, name: str) -> None:
+        self.agent = make_agent(name, factory, config)
+        self._regions: dict[str, Region] = {}
+        self.agent.serve("echo", lambda _peer, payload: payload)
+        self._withdrawn: list[Any] = []  # a backend that still writes there shall fail the check, not crash it
+        self._silence = threading.Event()
+        self.agent.serve("silence", self._stay_silent, threaded=True)
+
+    def record(self) -> bytes:
+        """Return the agent's record."""
+        return self.agent.record()
+
+    def meet(self, record: bytes) -> None:
+        """Make a peer known."""
+        self.agent.peer(record)
+
+    def make(self, name: str, nbytes: int, memory: str, seed: int) -> None:
+        """Register memory of either sort ('arena' or 'user') that holds the pattern of a seed."""
+        if memory == "arena":
+            region = self.agent.empty(nbytes, name=name)
+        else:
+            region = self.agent.register(np.empty(nbytes, np.uint8), name=name)
+        self._regions[name] = region
+        region.array()[:] = pattern(nbytes, seed)
+
+    def content(self, name: str) -> bytes:
+        """Return the bytes of a region."""
+        return bytes(self._regions[name].array())
+
+    def fill(self, name: str, seed: int) -> None:
+        """Write the pattern of a seed into a region."""
+        region = self._regions[name]
+        region.array()[:] = pattern(region.nbytes, seed)
+
+    def withdraw(self, name: str) -> bool:
+        """Deregister a region; return whether its memory stays as it is from then on."""
+        region = self._regions.pop(name)
+        memory = region.array()
+        self._withdrawn.append(memory)
+        self.agent.deregister(region)
+        memory[:] = 0
+        threading.Event().wait(0.05)
+        return not memory.any()
+
+    def copy(self, op: str, mine: str, peer: str, theirs: str) -> None:
+        """Read or write the whole of a region of a peer, and wait for it."""
+        ours, remote = self._regions[mine], self.agent.peer(peer)[theirs]
+        source, target = (remote, ours) if op == "read" else (ours, remote)
+        self.agent.prepare(op, source, target).post().wait(PATIENCE)
+
+    def notify(self, peer: str, payloads: list[bytes]) -> None:
+        """Send notifications."""
+        for payload in payloads:
+            self.agent.notify(peer, payload)
+
+    def hear(self, count: int) -> list[bytes]:
+        """Wait for notifications; return their payloads."""
+        return [self.agent.wait_notification(PATIENCE).payload for _ in range(count)]
+
+    def hear_and_look(self, name: str) -> tuple[bytes, bytes]:
+        """Wait for a notification; return its payload and the region's bytes at that moment."""
+        note = self.agent.wait_notification(PATIENCE)
+        return note.payload, self.content(name)
+
+    def ask(self, peer: str, payload: bytes) -> bytes:
+        """Ask a peer to echo."""
+        return self.agent.ask(peer, "echo", payload).wait()
+
+    def close(self) -> None:
+        """Close the agent; idempotent."""
+        self.agent.close()
+        self._regions.clear()
+        self._withdrawn.clear()
+        self._silence.set()  # a handler that answered before would be no silence
+
+    def _stay_silent(self, _peer: str, payload: bytes) -> bytes:
+        self._silence.wait(PATIENCE)
+        return payload
+
+
+def main(fd: int) -> None:
+    """Serve the checks of another process over a pipe until it is closed; `spin` keeps Python busy meanwhile."""
+    pipe = Connection(fd)
+    sys.path[:], is_busy = pipe.recv()
+    factory, config = pipe.recv()
+    worker = threading.Thread(target=_serve, args=(pipe, factory, config), name="far", daemon=True)
+    worker.start()
+    while is_busy and worker.is_alive():  # this process's Python is never idle
+        continue
+    worker.join()
+
+
+def _serve(pipe: Connection, factory: Factory, config: AgentConfig) -> None:
+    far: FarAgent | None = None
+    with contextlib.suppress(EOFError):
+        while True:
+            method, arguments = pipe.recv()
+            try:
+                if method == "open":
+                    far = FarAgent(factory, config, *arguments)
+                    answer = None
+                else:
+                    answer = getattr(far, method)(*arguments)
+            except BaseException as exc:  # noqa: BLE001 - process edge: the check gets whatever it was
+                pipe.send((False, exc))
+            else:
+                pipe.send((True, answer))
+    if far is not None:
+        far.close()

@@ -1,0 +1,53 @@
+"""Importing raynixl is cheap: nothing heavy is loaded, nothing is started, nothing is written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import raynixl
+
+HEAVY = ("torch", "ray", "ucxx", "cupy", "obstore", "matplotlib", "transformers")
+
+
+def fresh(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["raynixl", "raynixl.agents", "raynixl.collectives", "raynixl.testing"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    loaded = fresh(f"import sys, {module}; print(*sys.modules)").split()
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_importing_starts_and_writes_nothing() -> None:
+    code = (
+        "import os, threading; before = dict(os.environ); import raynixl, raynixl.agents;"
+        "print(before == dict(os.environ), threading.active_count())"
+    )
+    assert fresh(code) == "True 1"
+
+
+def test_the_bare_package_does_not_even_load_numpy() -> None:
+    assert "numpy" not in fresh("import sys, raynixl; print(*sys.modules)").split()
+
+
+def test_making_an_agent_loads_nothing_heavy() -> None:
+    loaded = fresh("import sys, raynixl\nwith raynixl.Agent('a'): print(*sys.modules)").split()
+    assert not set(HEAVY) & set(loaded)
+
+
+@pytest.mark.parametrize("name", raynixl.__all__)
+def test_every_public_name_can_be_imported(name: str) -> None:
+    assert getattr(raynixl, name).__name__ == name
+
+
+def test_other_names_are_refused_as_python_does() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Agents'"):
+        _ = raynixl.Agents  # type: ignore[attr-defined]
+    assert set(raynixl.__all__) <= set(dir(raynixl))
