@@ -132,8 +132,8 @@ class Newcomer:
             self.refuse("wrong secret", "secret")
             return
         self.peer_probe = answer.probe
+        self.sock.send(_dump(_Verdict()), socket.MSG_NOSIGNAL)  # fails if they left: then they are refused
         self.leave()
-        self.sock.send(_dump(_Verdict()), socket.MSG_NOSIGNAL)
         self._admit(self)
 
 

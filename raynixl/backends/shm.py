@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import logging
 import mmap
 import os
+import select
 import socket
+import threading
 import time
 from collections.abc import Sequence
 
@@ -22,6 +24,7 @@ from raynixl.native import COPY, VM_READ, VM_WRITE, Program
 from raynixl.record import AgentRecord
 from raynixl.region import RemoteRegion
 
+logger = logging.getLogger(__name__)
 _DRAM = frozenset({(MemoryKind.DRAM, MemoryKind.DRAM)})
 
 
@@ -38,8 +41,9 @@ class ShmBackend:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._word = ctypes.create_string_buffer(local.incarnation.encode())  # what peers read to try process_vm
+        self._lock = threading.Lock()  # protects _links
         self._links: set[SocketLink] = set()
-        self._strangers: set[Newcomer] = set()
+        self._strangers: list[Newcomer] = []  # on the reactor's thread; the oldest first
         self._is_closed = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(_address(local.incarnation))
@@ -115,7 +119,9 @@ class ShmBackend:
         self._listener.close()
         for newcomer in list(self._strangers):
             newcomer.refuse("closing")
-        for link in list(self._links):
+        with self._lock:
+            links = list(self._links)
+        for link in links:
             link.close(PeerLost("this agent was closed", peer=link.peer))
 
     def _program(self, request: Request, rows: np.ndarray[tuple[int], np.dtype[np.bool_]] | None, mode: int) -> Program:
@@ -129,7 +135,8 @@ class ShmBackend:
     def _open(self, sock: socket.socket, peer: str, incarnation: str, probe: int) -> SocketLink:
         link = SocketLink(self._local, sock, peer=peer, incarnation=incarnation, pid=peer_pid(sock))
         link.vm_refusal = self._try_process_vm(link.pid, probe, incarnation)
-        self._links = {other for other in self._links if other.lost is None} | {link}
+        with self._lock:
+            self._links = {other for other in self._links if other.lost is None} | {link}
         link.open()
         return link
 
@@ -146,14 +153,30 @@ class ShmBackend:
         return "" if seen.tobytes() == incarnation.encode() else "the process id means another process here"
 
     def _on_knock(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             sock, _ = self._listener.accept()
-            self._strangers = {other for other in self._strangers if other.is_open}
-            if len(self._strangers) >= MAX_STRANGERS:
-                sock.close()
-                self._local.events.message_dropped("greeting: too many at once")
-                return
-            self._strangers.add(Newcomer(self._local, sock, ctypes.addressof(self._word), self._admit))
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as exc:
+            self._pause(exc)
+            return
+        self._strangers = [other for other in self._strangers if other.is_open]
+        if len(self._strangers) >= MAX_STRANGERS:  # a friend greets within a millisecond: the slowest is none
+            self._strangers.pop(0).refuse("too many at once")
+        self._strangers.append(Newcomer(self._local, sock, ctypes.addressof(self._word), self._admit))
+
+    def _pause(self, error: OSError) -> None:
+        """Look away from those who knock while there are no descriptors for them: epoll would ask again at once."""
+        if self._is_closed:
+            return
+        logger.warning("agent %r cannot accept connections: %s", self._local.name, error)
+        self._local.events.message_dropped("greeting: no descriptors")
+        self._local.reactor.modify(self._listener.fileno(), 0)
+        self._local.reactor.call_later(PAUSE_SECONDS, self._resume)
+
+    def _resume(self) -> None:
+        if not self._is_closed:
+            self._local.reactor.modify(self._listener.fileno(), select.EPOLLIN)
 
     def _admit(self, newcomer: Newcomer) -> None:
         assert newcomer.client is not None
@@ -163,6 +186,7 @@ class ShmBackend:
 
 
 GREETING_SECONDS = 1.0
+PAUSE_SECONDS = 0.2
 _VM_MODE = {Op.READ: VM_READ, Op.WRITE: VM_WRITE}
 
 

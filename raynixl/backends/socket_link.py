@@ -64,10 +64,11 @@ class SocketLink:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             self._sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_NBYTES)
         self._sock.setblocking(False)
-        with contextlib.suppress(OSError):  # already gone: the socket says so too
-            self._pidfd = os.pidfd_open(self.pid)
-            self._local.reactor.add(self._pidfd, self._on_death)
-        self._local.reactor.add(self._fd, self._on_event)
+        with self._lock:  # a peer that dies now is heard at once, and its link must not end half open
+            with contextlib.suppress(OSError):  # already gone: the socket says so too
+                self._pidfd = os.pidfd_open(self.pid)
+                self._local.reactor.add(self._pidfd, self._on_death)
+            self._local.reactor.add(self._fd, self._on_event)
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message, or queue what the kernel does not take."""
@@ -197,6 +198,8 @@ class SocketLink:
             if length > self._local.config.max_message_nbytes or len(self._partial) >= 64:
                 self._drop("oversized message", fds)
                 return
+            if number in self._partial:
+                self._drop("packet", self._partial.pop(number)[2])
             self._partial[number] = (bytearray(), length, fds)
             fds = []
         if fds or number not in self._partial:
