@@ -122,3 +122,14 @@ def store_keys(prefix: str = "raynixl/") -> list[str]:
     from raynixl.actors.store import Store
 
     return Store(ray.get_runtime_context().gcs_address).keys(prefix)
+
+
+def mapped_arenas(pid: int) -> int:
+    """How many bytes of arenas a process has mapped."""
+    total = 0
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            if "/memfd:raynixl" in line:
+                start, _, end = line.split(" ", 1)[0].partition("-")
+                total += int(end, 16) - int(start, 16)
+    return total

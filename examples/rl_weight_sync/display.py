@@ -42,6 +42,10 @@ class Progress:
         tenth = -(-len(self.rewards) // 10)
         return fmean(self.rewards[:tenth]), fmean(self.rewards[-tenth:])
 
+    def mean_sync_ms(self) -> float:
+        """Return the mean time of a sync in milliseconds."""
+        return fmean(self.sync_ms)
+
     def save_picture(self, path: Path) -> None:
         """Draw reward and sync time by step, one above the other."""
         figure, (top, bottom) = plt.subplots(

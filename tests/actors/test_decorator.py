@@ -214,7 +214,7 @@ def test_async_threaded_and_grouped_actors_use_their_agent_anywhere(make: Make) 
     threads = make(Holder, options={"name": "threads", "max_concurrency": 4})
     groups = make(Grouped, options={"name": "groups"})
     assert get([loop.nap.remote() for _ in range(8)]) == ["loop"] * 8
-    assert len({who for who in get([threads.who.remote() for _ in range(8)])}) == 1
+    assert len(set(get([threads.who.remote() for _ in range(8)]))) == 1
     assert get([groups.grouped.remote(), groups.plain.remote()]) == ["groups"] * 2
 
 

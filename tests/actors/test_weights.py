@@ -1,0 +1,114 @@
+"""Weight sync through actors: by handles and names, with ranks that die, restart, or hold another model."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+from actor_tools import get, kill_process
+
+import raynixl as rx
+
+pytestmark = pytest.mark.ray
+Make = Callable[..., Any]
+
+
+class _Model:
+    def __init__(self, seed: int, *, width: int = 64) -> None:
+        import os
+
+        import torch
+
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        self.flips: list[int] = []
+        self.pid = os.getpid()
+        self.model = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.BatchNorm1d(width))
+
+    def weights(self) -> bytes:
+        """Every byte of the model."""
+        return b"".join(tensor.contiguous().numpy().tobytes() for tensor in self.model.state_dict().values())
+
+    def tell(self) -> tuple[int, list[int]]:
+        """The process, and the versions that were flipped to."""
+        return self.pid, self.flips
+
+
+def _kinds() -> tuple[Any, Any]:
+    @ray.remote(num_cpus=0)
+    @rx.worker
+    class Trainer(_Model):
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed)
+            rx.publish("model", self.model)
+
+        def step(self) -> None:
+            import torch
+
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+
+    @ray.remote(num_cpus=0)
+    @rx.worker
+    class Rollout(_Model):
+        def __init__(self, seed: int, width: int = 64) -> None:
+            super().__init__(seed, width=width)
+            self.subscription = rx.subscribe("model", self.model, on_flip=self.flips.append)
+
+    return Trainer, Rollout
+
+
+def test_pushes_reach_all_rollouts_by_handle_and_name_and_await(make: Make) -> None:
+    trainer_kind, rollout_kind = _kinds()
+    trainer = make(trainer_kind, 0, options={"name": "trainer"})
+    rollouts = [make(rollout_kind, number, options={"name": f"rollout-{number}"}) for number in (1, 2)]
+    everybody = [trainer, *rollouts]
+    sync = rx.WeightSync("model", sources=[trainer], targets=[rollouts[0], "rollout-2"])
+    assert len({*get([one.weights.remote() for one in everybody])}) == 3
+    report = sync.push(1)
+    assert (report.version, sorted(report.ranks), dict(report.excluded)) == (1, ["rollout-1", "rollout-2"], {})
+    assert len({*get([one.weights.remote() for one in everybody])}) == 1
+    get(trainer.step.remote())
+    assert asyncio.run(sync.push_async(2)).version == 2
+    assert len({*get([one.weights.remote() for one in everybody])}) == 1
+    assert [flips for _, flips in get([one.tell.remote() for one in rollouts])] == [[1, 2]] * 2
+    assert "rollout-1" in str(report)
+
+
+def test_a_dead_rollout_is_excluded_and_a_restarted_one_takes_part_again(make: Make) -> None:
+    trainer_kind, rollout_kind = _kinds()
+    trainer = make(trainer_kind, 0)
+    lasting, dying = make(rollout_kind, 1), make(rollout_kind, 2)
+    reborn = make(rollout_kind, 3, options={"max_restarts": -1, "max_task_retries": -1})
+    sync = rx.WeightSync("model", sources=[trainer], targets=[lasting, dying, reborn], timeout=30.0)
+    assert not sync.push(1).excluded
+    ray.kill(dying)
+    pid, _ = get(reborn.tell.remote())
+    kill_process(pid, signal.SIGKILL)
+    get(reborn.tell.remote())
+    get(trainer.step.remote())
+    report = sync.push(2, timeout=10.0)
+    dead = f"Rollout-{dying._actor_id.hex()[:12]}"
+    assert list(report.excluded) == [dead]
+    assert isinstance(report.excluded[dead], rx.PeerLost | rx.PeerUnknown)
+    assert len(report.ranks) == 2
+    assert len({*get([one.weights.remote() for one in (trainer, lasting, reborn)])}) == 1
+    assert get(reborn.tell.remote())[1] == [2]
+
+
+def test_another_model_is_refused_with_the_differences_and_nothing_moves(make: Make) -> None:
+    trainer_kind, rollout_kind = _kinds()
+    trainer, rollout, other = make(trainer_kind, 0), make(rollout_kind, 1), make(rollout_kind, 2, 32)
+    before = get([one.weights.remote() for one in (rollout, other)])
+    sync = rx.WeightSync("model", sources=[trainer], targets=[rollout, other])
+    with pytest.raises(rx.ConfigError) as caught:
+        sync.push(1)
+    assert "0.weight" in str(caught.value)
+    assert "64" in str(caught.value)
+    assert "32" in str(caught.value)
+    assert get([one.weights.remote() for one in (rollout, other)]) == before
