@@ -85,6 +85,13 @@ def forget_failure() -> None:
         error = error.__cause__ or error.__context__
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_collections() -> None:
+    """Leave what the imports made (torch, ray) out of garbage collections: each test makes two of them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def nothing_left() -> Iterator[Callable[[], list[str]]]:
     """Fail the test if it leaves threads, child processes, descriptors or mapped arenas behind.

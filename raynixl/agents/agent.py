@@ -9,9 +9,10 @@ import secrets
 import threading
 import time
 import weakref
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from raynixl.agents.children import refuse_in_children
 from raynixl.agents.connection import Connection
 from raynixl.agents.connector import Connector
 from raynixl.agents.consent import Consent, left
@@ -33,18 +34,16 @@ from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
 from raynixl.host import host_identity
 from raynixl.memory import Memory, allocate, resolve
 from raynixl.messages import Message, MessageKind, check_payload, check_topic, notification_bytes
-from raynixl.native import Engine, Gate, load
+from raynixl.native import Engine, load
 from raynixl.reactor import Reactor
 from raynixl.record import AgentRecord, check_labels, check_name
-from raynixl.region import Region, RemoteRegion
+from raynixl.region import Region
 from raynixl.telemetry import AgentStatistics, RouteCounter
 
 if TYPE_CHECKING:
     from raynixl.directory import Directory
 
 logger = logging.getLogger(__name__)
-_HERE: weakref.WeakSet[Agent] = weakref.WeakSet()
-"""The agents of this process: a forked child must refuse to use them."""
 
 
 class Agent:
@@ -73,41 +72,32 @@ class Agent:
         self._labels = check_labels(labels)
         self._started = time.time()
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # protects _counters, _introduced, _is_closed
+        self._lock = threading.Lock()  # protects _counters, _is_closed
         self._counters: dict[tuple[str, str], RouteCounter] = {}
-        self._introduced: dict[str, AgentRecord] = {}
         self._is_closed = False
         self._has_ended = threading.Event()  # set when close is through
-        native = load(self.config.native)
-        self._native = native
+        self.native = load(self.config.native)
         self.reactor = Reactor(name)
         inline_nbytes = self.config.inline_nbytes * (4 if self.config.copy_threads == 1 else 1)
-        self.engine: Engine = native.Engine(self.config.copy_threads, inline_nbytes)
+        self.engine: Engine = self.native.Engine(self.config.copy_threads, inline_nbytes)
         self.control = Control(self)
         self.consent = Consent(self, self.control)
         self.connector = Connector(self)
         self.watcher = Watcher(self.reactor)
-        self._local = Local(
-            self.name,
-            self.incarnation,
-            self.host,
-            self.config,
-            native,
-            self.engine,
-            self.reactor,
-            self.control,
-        )
+        local = Local(
+            self.name, self.incarnation, self.host, self.config, self.native, self.engine, self.reactor, self.control
+        )  # fmt: skip
         self.backends: list[Backend] = []
         self.regions = Regions(self)
         self.publisher = Publisher(self, directory)
         self._heartbeat = Heartbeat(self)
         try:
-            self.backends.extend(table.make(self._local))
+            self.backends.extend(table.make(local))
             self.publisher.start()
         except BaseException:
             self.close()
             raise
-        _HERE.add(self)
+        refuse_in_children(self)
         self._finalizer = weakref.finalize(self, _warn_unclosed, name, self._pid)
 
     def __repr__(self) -> str:
@@ -116,17 +106,13 @@ class Agent:
     def __enter__(self) -> Agent:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Agent:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)  # what the loop's other tasks wait for must still reach them
 
     # Memory
@@ -184,8 +170,7 @@ class Agent:
         self.check_open()
         if isinstance(peer, bytes | bytearray | memoryview):
             record = AgentRecord.from_bytes(bytes(peer))
-            with self._lock:
-                self._introduced[record.name] = record
+            self.publisher.introduce(record)
             return Peer(self, record.name)
         name, seconds = check_name(peer, "peer name"), check_wait(timeout)
         current = self.connector.current(name)
@@ -297,7 +282,7 @@ class Agent:
     @property
     def native_name(self) -> str:
         """Which core copies: 'native' or 'ctypes'."""
-        return str(self._native.NAME)
+        return self.native.NAME
 
     @property
     def directory(self) -> Directory:
@@ -370,15 +355,6 @@ class Agent:
         if os.getpid() != self._pid:
             raise AgentClosed(f"agent {self.name!r} belongs to the parent process", hint="make one after fork")
 
-    def new_gate(self) -> Gate:
-        """Return an open gate of the core in use."""
-        gate: Gate = self._native.Gate()
-        return gate
-
-    def is_mapped(self, memory: Memory) -> bool:
-        """Whether every page of host memory exists."""
-        return bool(self._native.mapped(memory.address, memory.nbytes))
-
     def make_record(self, expires: float) -> AgentRecord:
         """Return the record as it stands."""
         return AgentRecord(
@@ -390,19 +366,7 @@ class Agent:
 
     def find(self, name: str) -> AgentRecord | None:
         """Return a peer's record: from the directory, or as introduced."""
-        record = self.publisher.find(name)
-        if record is None:
-            with self._lock:
-                record = self._introduced.get(name)
-        return record
-
-    def forget(self, record: AgentRecord) -> None:
-        """Remove the record of an agent that was found dead."""
-        self.publisher.bury(record)
-        with self._lock:
-            held = self._introduced.get(record.name)
-            if held is not None and held.incarnation == record.incarnation:
-                del self._introduced[record.name]
+        return self.publisher.find(name)
 
     def link_moved_on(self) -> None:
         """Make whoever waits for a link look again: it is lost, or has sent what it held back."""
@@ -434,13 +398,3 @@ class Agent:
 def _warn_unclosed(name: str, pid: int) -> None:
     if os.getpid() == pid:
         logger.warning("agent %r was dropped without close()", name)
-
-
-def _after_fork_in_child() -> None:
-    for agent in list(_HERE):
-        agent.regions.close_in_child()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-__all__ = ["Agent", "RemoteRegion"]

@@ -200,7 +200,7 @@ class Connector:
         try:
             link = self._open_link(record, until)
         except PeerLost:
-            agent.forget(record)
+            agent.publisher.bury(record)
             raise
         connection = self._take(link, record)
         if link.lost is not None:

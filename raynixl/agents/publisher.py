@@ -27,6 +27,7 @@ class Publisher:
     def __init__(self, agent: Agent, directory: Directory | None) -> None:
         self._agent = agent
         self.directory: Directory = InMemoryDirectory() if directory is None else directory
+        self._introduced: dict[str, AgentRecord] = {}  # each use is one step that no thread switch cuts
         self._wake = threading.Event()
         self._suspects: deque[str] = deque()
         self._is_changed = False
@@ -61,15 +62,20 @@ class Publisher:
             self._wake.set()
 
     def find(self, name: str) -> AgentRecord | None:
-        """Return the live record of a name."""
-        return self.directory.find(name)
+        """Return the live record of a name: from the directory, or as introduced."""
+        record = self.directory.find(name)
+        return self._introduced.get(name) if record is None else record
+
+    def introduce(self, record: AgentRecord) -> None:
+        """Keep the record of a peer that no directory knows."""
+        self._introduced[record.name] = record
 
     def wait_for(self, name: str, timeout: float) -> bool:
         """Return whether a name is published, waiting for it up to `timeout`."""
         deadline = time.monotonic() + timeout
         pause = 0.005
         while True:
-            if self._agent.find(name) is not None:
+            if self.find(name) is not None:
                 return True
             remaining = deadline - time.monotonic()
             if remaining <= 0 or self._is_closed:
@@ -79,6 +85,9 @@ class Publisher:
 
     def bury(self, record: AgentRecord) -> None:
         """Remove the record of an agent that was found dead."""
+        held = self._introduced.get(record.name)
+        if held is not None and held.incarnation == record.incarnation:
+            self._introduced.pop(record.name, None)
         try:
             self.directory.withdraw(record.name, record.incarnation)
         except RaynixlError as exc:

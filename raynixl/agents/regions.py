@@ -176,7 +176,7 @@ class Regions:
                 raise ConfigError(f"region name {name!r} is taken", hint="deregister that region or use another name")
             generation = self._generations.get(name, 0) + 1 if name else 1
             region = Region(
-                number, generation, name, memory, keys, agent.name, agent.incarnation, agent.new_gate(),
+                number, generation, name, memory, keys, agent.name, agent.incarnation, agent.native.Gate(),
                 memory.kind, memory.device, memory.nbytes,
             )  # fmt: skip
             self._by_id[number] = region
@@ -203,7 +203,7 @@ class Regions:
         return list(dict.fromkeys(one for one in connections if one is not None))
 
     def _check_mapped(self, memory: Memory) -> None:
-        if memory.kind is MemoryKind.DRAM and not self._agent.is_mapped(memory):
+        if memory.kind is MemoryKind.DRAM and not self._agent.native.mapped(memory.address, memory.nbytes):
             raise RangeError(
                 f"memory at {memory.address:#x} of {memory.nbytes} bytes is not mapped in this process",
                 hint="register memory that exists",
