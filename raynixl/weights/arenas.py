@@ -45,6 +45,13 @@ class Arenas:
         """Return a view of one tensor."""
         return view_of(self.arrays, entry)
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in this memory."""
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            return False
+        address = tensor.data_ptr()
+        return any(array.ctypes.data <= address < array.ctypes.data + array.nbytes for array in self.arrays)
+
     def release(self) -> None:
         """Withdraw the memory from peers and let go of it, save where views of it live on; idempotent."""
         self.arrays = []

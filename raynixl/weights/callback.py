@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raynixl.errors import ConfigError
+from raynixl.weights.protocol import printable
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class FlipCallback:
     def __init__(self, on_flip: OnFlip | None) -> None:
         if on_flip is not None and not callable(on_flip):
             raise ConfigError(f"on_flip={on_flip!r:.80} cannot be called", hint=_HINT)
+        if inspect.iscoroutinefunction(on_flip):
+            raise ConfigError(f"on_flip={on_flip!r:.80} is asynchronous", hint=f"nobody would await it: {_HINT}")
         self._call: Any = on_flip
         self._arguments = 1 if on_flip is None else _count_arguments(on_flip)
 
@@ -39,7 +42,7 @@ class FlipCallback:
             self._call(*(version,)[: self._arguments])
         except Exception as exc:  # the user's code; whoever pushes gets it in the report
             logger.warning("on_flip failed", exc_info=True)
-            return f"on_flip raised {exc!r}"[:_MAX_NOTE_CHARS]
+            return printable(f"on_flip raised {exc!r}")[:_MAX_NOTE_CHARS]
         return ""
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
 from raynixl.errors import ConfigError
 from raynixl.weights.difference import difference, table
 from raynixl.weights.layout import Entry, Layout, build_layout
-from raynixl.weights.tensors import collect, copy_tensors, describe, is_writable_in_place
+from raynixl.weights.tensors import collect, copy_tensors, describe, is_writable_in_place, note_change
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.weights.arenas import Arenas
     from raynixl.weights.tensors import Model, Tensors
+
+
+Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]"
 
 
 class Install(enum.Enum):
@@ -62,6 +65,7 @@ class Steps:
         old = [tensor.data for tensor, _ in self.repoint]
         for tensor, value in self.repoint:
             tensor.data = value
+        note_change([tensor for tensor, _ in (*self.repoint, *self.copy)])
         return old
 
 
@@ -73,6 +77,7 @@ class Installer:
         self.way = choose(install, model)
         self._model = model
         self._tensors: Tensors = {}
+        self._forms: dict[str, Form] = {}
         self._layout = Layout((), ())
         self._plans: WeakKeyDictionary[Arenas, Steps] = WeakKeyDictionary()
         self._look()
@@ -83,9 +88,15 @@ class Installer:
         return self._layout
 
     def has_changed(self) -> bool:
-        """Whether tensors of the model were replaced since it was last looked at."""
+        """Whether tensors of the model were replaced, cast or cut anew since it was last looked at."""
         tensors, known = collect(self._model), self._tensors
-        return tensors.keys() != known.keys() or any(tensor is not known[name] for name, tensor in tensors.items())
+        if tensors.keys() != known.keys() or any(tensor is not known[name] for name, tensor in tensors.items()):
+            return True
+        return {name: _form(tensor) for name, tensor in tensors.items()} != self._forms
+
+    def lies_in(self, slot: Arenas) -> bool:
+        """Whether a tensor of the model lies in a slot, which then must not be written."""
+        return any(slot.holds(tensor) for tensor in collect(self._model).values())
 
     def check(self, source: Layout) -> None:
         """Refuse a source whose tensors do not fit.
@@ -136,9 +147,14 @@ class Installer:
         """Look at the model again."""
         tensors = collect(self._model)
         self._tensors, self._layout = tensors, build_layout(describe(tensors))
+        self._forms = {name: _form(tensor) for name, tensor in tensors.items()}
         self._plans.clear()
         for name, tensor in tensors.items():
             if not is_writable_in_place(tensor) and (self.way is Install.COPY or self._layout.by_name[name].sharing):
                 raise ConfigError(
                     f"elements of {name!r} share memory: it cannot be copied into", hint="subscribe a contiguous copy"
                 )
+
+
+def _form(tensor: torch.Tensor) -> Form:
+    return tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())

@@ -35,6 +35,11 @@ def topic(name: str, phase: str) -> str:
     return f"weights/{name}/{phase}"
 
 
+def printable(text: str) -> str:
+    """Return a text that JSON can carry: names of tensors may hold lone surrogates."""
+    return text.encode(errors="replace").decode()
+
+
 class Wire(BaseModel):
     """A message that travels as JSON and is never trusted."""
 
@@ -65,8 +70,8 @@ class Fault(Wire):
     @staticmethod
     def of(error: RaynixlError) -> Fault:
         """Take an error apart."""
-        kind, text = type(error).__name__, error.message[:20_000]
-        return Fault(kind=kind, message=text, hint=error.hint[:2_000], peer=error.peer[:200])
+        kind, text = type(error).__name__, printable(error.message)[:20_000]
+        return Fault(kind=kind, message=text, hint=printable(error.hint)[:2_000], peer=error.peer[:200])
 
     def error(self) -> RaynixlError:
         """Put the error together again."""
@@ -137,10 +142,14 @@ class Match(Wire):
 
 
 class Pull(Wire):
-    """To a target: bring this version into your shadow slot and check it. The first holder is to be preferred."""
+    """To a target: bring this version into your shadow slot and check it. The first holder is to be preferred.
+
+    After `flip_seconds` whoever pushes has given the target up, and it must not flip any more.
+    """
 
     push: Push
     seconds: Seconds
+    flip_seconds: Seconds
     manifest: Manifest
     holders: Annotated[tuple[Holder, ...], Field(strict=False, min_length=1, max_length=1024)]
 

@@ -15,7 +15,7 @@ from raynixl.weights.digest import digest_chunks, version_digest
 from raynixl.weights.hold import Hold
 from raynixl.weights.layout import CHUNK_NBYTES, Layout, build_layout
 from raynixl.weights.protocol import Freeze, Frozen, Holder, Manifest, Release, check_weights_name, topic
-from raynixl.weights.tensors import collect, copy_tensors, describe, dtype_name
+from raynixl.weights.tensors import collect, copy_tensors, describe, dtype_name, is_tied
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raynixl.weights.tensors import Model, Tensors
 
 _PHASES = ("freeze", "release", "layout", "status")
+_CLOSE_SECONDS = 10.0
 
 
 class Publication:
@@ -34,6 +35,8 @@ class Publication:
 
     def __init__(self, agent: Agent, name: str, source: Model, *, threads: int, chunk_nbytes: int) -> None:
         self.name = check_weights_name(name)
+        if agent.control.serves(topic(name, "freeze")):
+            raise ConfigError(f"{agent.name!r} has published {name!r} already", hint="close that publication first")
         self.layout: Layout = build_layout(describe(collect(source)))
         self._agent = agent
         self._source = source
@@ -92,8 +95,13 @@ class Publication:
             self._is_closed = True
         for phase in _PHASES:
             self._agent.control.unserve(topic(self.name, phase))
-        self._views = {}
-        self._arenas.release()
+        is_alone = self._changing.acquire(timeout=_CLOSE_SECONDS)  # a copy-out ends first
+        try:
+            self._views = {}
+            self._arenas.release()
+        finally:
+            if is_alone:
+                self._changing.release()
 
     def freeze(self, request: Freeze, peer: str) -> Frozen:
         """Copy the weights out as a version and keep them for a peer's push, for its time or until its release.
@@ -119,11 +127,15 @@ class Publication:
         except BaseException:
             self._hold.release(push)
             raise
+        self._check_open()
         return self._describe(version, digests, (copied - began, time.monotonic() - copied))
 
-    def _check_version(self, version: int) -> None:
+    def _check_open(self) -> None:
         if self._is_closed:
             raise AgentClosed(f"the publication of {self.name!r} was closed", hint="publish it again")
+
+    def _check_version(self, version: int) -> None:
+        self._check_open()
         if version <= self._committed:
             raise ConfigError(
                 f"version {version} of {self.name!r} is not above {self._committed}, which was pushed",
@@ -161,10 +173,11 @@ class Publication:
 
     def _copy_out(self, tensors: Tensors, deadline: float) -> None:
         with self.updating(timeout=max(0.0, deadline - time.monotonic())):
+            self._check_open()
             sources: dict[tuple[int, int], str] = {}
             for name, tensor in tensors.items():
                 first = sources.setdefault(self.layout.by_name[name].place, name)
-                if tensor.numel() and tensors[first].data_ptr() != tensor.data_ptr():
+                if tensor.numel() and not is_tied(tensors[first], tensor):
                     raise ConfigError(
                         f"{name!r} and {first!r} were tied when {self.name!r} was published, and are no more",
                         hint="close the publication and publish the changed model",

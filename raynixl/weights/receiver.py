@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raynixl.weights.arenas import Arenas
     from raynixl.weights.protocol import Pull
 
+_MAX_NAMES = 4
 _GONE = (PeerLost, PeerRestarted, RegionStale)
 
 
@@ -91,7 +92,17 @@ class Receiver:
         if digest != self._digests[number]:
             raise IntegrityError(
                 f"chunk {number} of version {self.request.manifest.version} from {source.owner!r} is not what was "
-                "published",
+                f"published; it holds {self._names(arena, offset, nbytes)}",
                 hint="the old version stays; push again", peer=source.owner,
             )  # fmt: skip
         self._times.append((landed - began, time.monotonic() - landed))
+
+    def _names(self, arena: int, offset: int, nbytes: int) -> str:
+        """Name the tensors that lie in a chunk, the first few of many."""
+        names = [
+            entry.name
+            for entry in self.slot.layout.entries
+            if entry.arena == arena and entry.offset < offset + nbytes and offset < entry.offset + entry.nbytes
+        ]
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        return ", ".join(repr(name[:100]) for name in names[:_MAX_NAMES]) + more

@@ -35,11 +35,13 @@ class PushReport:
     digest: str
     excluded: Mapping[str, RaynixlError] = field(default_factory=dict)
     ranks: Mapping[str, RankReport] = field(default_factory=dict)
+    targets: int = 0
+    """How many targets there were; sources that took no part are among the excluded too."""
 
     def __str__(self) -> str:
         head = (
-            f"version {self.version}: {self.nbytes / 1e6:,.1f} MB to {len(self.ranks)} of "
-            f"{len(self.ranks) + len(self.excluded)} in {self.seconds * 1e3:,.1f} ms, {self.gbps:.2f} GB/s "
+            f"version {self.version}: {self.nbytes / 1e6:,.1f} MB to {len(self.ranks)} of {self.targets} "
+            f"in {self.seconds * 1e3:,.1f} ms, {self.gbps:.2f} GB/s "
             f"(copy out {self.copy_out_seconds * 1e3:.1f} ms, digest {self.digest_seconds * 1e3:.1f} ms, "
             f"flip {self.flip_seconds * 1e3:.2f} ms)"
         )

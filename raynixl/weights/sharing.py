@@ -19,6 +19,8 @@ class TensorSpec:
     strides: tuple[int, ...] = ()
     device: str = "cpu"
     address: int = 0
+    form: tuple[bool, bool] = (False, False)
+    """Whether it is read conjugated, and negated: torch does both lazily, in the same memory."""
 
     @property
     def is_empty(self) -> bool:
@@ -40,7 +42,7 @@ def find_sharing(specs: Sequence[TensorSpec], itemsize: Callable[[str], int]) ->
     same_as = []
     for index, spec in enumerate(specs):
         lone = spec.is_empty or spec.address == 0
-        key = (index,) if lone else (spec.device, spec.address, spec.dtype, spec.shape, _strides(spec))
+        key = (index,) if lone else (spec.device, spec.address, spec.dtype, spec.shape, _strides(spec), spec.form)
         same_as.append(first.setdefault(key, index))
     heads = [i for i in sorted(set(same_as)) if specs[i].address and not specs[i].is_empty]
     spans = {i: _extent(specs[i], itemsize(specs[i].dtype)) for i in heads}

@@ -39,8 +39,7 @@ class _Ready:
 
     push: str
     version: int
-    layout: Layout
-    steps: Steps
+    slot: Arenas
     until: float
 
 
@@ -65,6 +64,7 @@ class Subscription:
         self._installer = Installer(model, install, owner=agent.name)
         self._lock = VersionLock()
         self._busy = threading.Lock()  # held by the one phase at work; protects all below but _version, _stop
+        self._worker: threading.Thread | None = None
         self._shadow: Arenas | None = Arenas(agent, self._installer.layout)
         self._active: Arenas | None = None
         self._ready: _Ready | None = None
@@ -139,17 +139,22 @@ class Subscription:
         for phase in _PHASES:
             self._agent.control.unserve(topic(self.name, phase))
         self._unhook()
+        if self._worker is threading.current_thread():
+            return  # called by on_flip: the flip lets go at its end
         if not self._busy.acquire(timeout=_CLOSE_SECONDS):
-            logger.warning("a push of %r is still at work in %r, its memory stays registered", self.name, self)
+            logger.warning("a push of %r is still at work in %r; it lets go of the memory at its end", self.name, self)
             return
         try:
-            self._ready = None
-            for slot in (self._shadow, self._active):
-                if slot is not None:
-                    slot.release()
-            self._shadow = self._active = None
+            self._let_go()
         finally:
             self._busy.release()
+
+    def _let_go(self) -> None:
+        self._ready = None
+        for slot in (self._shadow, self._active):
+            if slot is not None:
+                slot.release()
+        self._shadow = self._active = None
 
     # The phases of a push
 
@@ -173,13 +178,16 @@ class Subscription:
 
     def _on_pull(self, payload: bytes) -> Answer:
         request = Pull.from_bytes(payload)
-        deadline = time.monotonic() + request.seconds
+        arrived = time.monotonic()
+        deadline, until = arrived + request.seconds, arrived + request.flip_seconds
         stop = self._begin()
         with self._working(deadline):
             began = time.monotonic()
             self._check_version(request.manifest.version)
             layout = self._layout_of(request.manifest.layout, request.holders[0].name, deadline)
-            times = self._bring(request, self._slot(layout), deadline, stop)
+            slot = self._slot(layout)
+            times = self._bring(request, slot, deadline, stop)
+            self._ready = _Ready(request.push, request.manifest.version, slot, until)
             return Answer(
                 version=self._version, seconds=time.monotonic() - began, pull_seconds=times.pull_seconds,
                 verify_seconds=times.verify_seconds, nbytes=layout.nbytes,
@@ -197,7 +205,7 @@ class Subscription:
                 raise TransferTimeout("the flip came after the push's deadline", hint="push again")
             with self._lock.writing(min(self._flip_timeout, left)):
                 entered = time.monotonic()
-                old = ready.steps.run(self._agent)
+                old = self._steps(ready.slot).run(self._agent)
                 self._serve(ready)
                 note = self._callback.run(ready.version)
                 seconds = time.monotonic() - entered
@@ -209,10 +217,16 @@ class Subscription:
         if self._installer.way is Install.SWAP:
             self._active, self._shadow = self._shadow, self._active
             if self._shadow is None:
-                threading.Thread(target=self._grow, args=(ready.layout,), name="raynixl-slot", daemon=True).start()
+                threading.Thread(target=self._grow, args=(ready.slot.layout,), name="raynixl-slot", daemon=True).start()
         with self._changed:
             self._version = ready.version
             self._changed.notify_all()
+
+    def _steps(self, slot: Arenas) -> Steps:
+        """Return what installs a slot; looks again, as the model may have changed since the pull."""
+        if self._installer.has_changed():
+            self._installer.check(slot.layout)
+        return self._installer.plan(slot)
 
     def _grow(self, layout: Layout) -> None:
         """Make the second slot between two pushes: fresh memory comes at 1 GB/s or less, and a push has a deadline."""
@@ -230,11 +244,15 @@ class Subscription:
         """Let one phase work at a time."""
         if not self._busy.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TransferTimeout(f"another push is at work at {self._agent.name!r}", hint="push again later")
+        self._worker = threading.current_thread()
         try:
             if self._is_closed:
                 raise AgentClosed(f"the subscription to {self.name!r} was closed", hint="subscribe again")
             yield
         finally:
+            self._worker = None
+            if self._is_closed:
+                self._let_go()
             self._busy.release()
 
     def _begin(self) -> threading.Event:
@@ -270,7 +288,7 @@ class Subscription:
     def _slot(self, layout: Layout) -> Arenas:
         """Return the shadow slot, made for this layout."""
         self._ready = None
-        if self._shadow is not None and self._shadow.layout != layout:
+        if self._shadow is not None and (self._shadow.layout != layout or self._installer.lies_in(self._shadow)):
             self._shadow.release()
             self._shadow = None
         if self._shadow is None:
@@ -279,8 +297,7 @@ class Subscription:
 
     def _bring(self, request: Pull, slot: Arenas, deadline: float, stop: threading.Event) -> PullTimes:
         times = Receiver(self._agent, request, slot, deadline, stop).run(threads=self._agent.config.copy_threads)
-        steps = self._installer.plan(slot)
-        self._ready = _Ready(request.push, request.manifest.version, slot.layout, steps, deadline + self._flip_timeout)
+        self._installer.plan(slot)  # made here, and so not while readers wait
         return times
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import secrets
 import threading
 import time
@@ -56,7 +57,8 @@ class WeightSync:
     Sources and targets are agents' names. Several sources are replicas: they must hold the same weights, and targets
     spread over them. A target that restarts takes part in the next push by itself. Any thread may push; pushes
     follow one another. With `exclude_failed` targets that die, freeze or are too slow are left on their old
-    version and reported; without it the first such failure is raised and no target flips.
+    version and reported; without it the first such failure is raised, and no target flips unless that was in the
+    flip itself, such as a reader that does not leave.
     """
 
     def __init__(
@@ -100,8 +102,7 @@ class WeightSync:
         """
         seconds = self.timeout if timeout is None else _check_timeout(timeout)
         began = time.monotonic()
-        if not isinstance(version, int) or not 0 < version < _MAX_VERSION:
-            raise ConfigError(f"version {version!r} is not a positive integer", hint="count versions from 1")
+        version = _check_version(version)
         if not self._pushing.acquire(timeout=seconds):
             raise TransferTimeout(f"another push of {self.name!r} is not over after {seconds:g} s", hint="push again")
         try:
@@ -186,7 +187,9 @@ class WeightSync:
         for number, name in enumerate(names):
             turn = number % len(holders)
             preferred = (*holders[turn:], *holders[:turn])
-            requests[name] = Pull(push=now.push, seconds=seconds, manifest=manifest, holders=preferred).to_bytes()
+            requests[name] = Pull(
+                push=now.push, seconds=seconds, flip_seconds=now.left(), manifest=manifest, holders=preferred
+            ).to_bytes()
         now.pulled = self._answers(self._ask("pull", requests, now, _PULL_SHARE), now)
         self._check_sources(now)
 
@@ -204,10 +207,13 @@ class WeightSync:
         """Have all targets that are ready serve the new version."""
         request = Flip(push=now.push, seconds=now.left()).to_bytes()
         answers = self._ask("flip", dict.fromkeys(now.pulled, request), now, 1.0)
-        now.flipped = self._answers(answers, now)
+        now.flipped, failed = _sort(answers)
+        now.excluded.update(failed)
         now.seconds = time.monotonic() - now.began
         if now.flipped:
             self._version = now.version
+        if failed and not self._exclude_failed:
+            raise next(iter(failed.values()))
 
     def _release(self, now: _Round) -> None:
         """Tell the sources that the push is over; one that does not hear it frees itself at the push's deadline."""
@@ -229,19 +235,12 @@ class WeightSync:
 
     def _answers(self, answers: Mapping[str, bytes | RaynixlError], now: _Round) -> dict[str, Answer]:
         """Return the answers of targets that did well; exclude the others."""
-        well = {}
-        for name, data in answers.items():
-            answer = _parse(Answer, data, name)
-            if isinstance(answer, Answer) and answer.fault is None:
-                well[name] = answer
-            else:
-                fault = answer.fault if isinstance(answer, Answer) else None
-                error = answer if isinstance(answer, RaynixlError) else None
-                self._exclude(now, name, fault.error() if fault is not None else error)
+        well, failed = _sort(answers)
+        for name, error in failed.items():
+            self._exclude(now, name, error)
         return well
 
-    def _exclude(self, now: _Round, name: str, error: RaynixlError | None) -> None:
-        assert error is not None
+    def _exclude(self, now: _Round, name: str, error: RaynixlError) -> None:
         now.excluded[name] = error
         if name in self.targets and not self._exclude_failed:
             raise error
@@ -260,7 +259,31 @@ class WeightSync:
             digest_seconds=max(frozen.digest_seconds for frozen in now.frozen.values()),
             flip_seconds=max((rank.flip_seconds for rank in ranks.values()), default=0.0),
             digest=now.first.manifest.digest, excluded=now.excluded, ranks=ranks,
+            targets=len(self.targets),
         )  # fmt: skip
+
+
+def _sort(answers: Mapping[str, bytes | RaynixlError]) -> tuple[dict[str, Answer], dict[str, RaynixlError]]:
+    """Return the answers of targets that did well, and why the others did not."""
+    well, failed = {}, {}
+    for name, data in answers.items():
+        answer = _parse(Answer, data, name)
+        if isinstance(answer, RaynixlError):
+            failed[name] = answer
+        elif answer.fault is not None:
+            failed[name] = answer.fault.error()
+        else:
+            well[name] = answer
+    return well, failed
+
+
+def _check_version(version: object) -> int:
+    """Return a version as an int; counters of numpy and torch are integers too."""
+    is_integer = hasattr(version, "__index__") and not isinstance(version, bool)
+    number = operator.index(version) if is_integer else 0  # type: ignore[arg-type]
+    if not 0 < number < _MAX_VERSION:
+        raise ConfigError(f"version {version!r:.80} is not a positive integer", hint="count versions from 1")
+    return number
 
 
 def _rank(pulled: Answer, flipped: Answer) -> RankReport:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     Tensors: TypeAlias = dict[str, torch.Tensor]
 
 logger = logging.getLogger(__name__)
+_COMPILED = "_orig_mod"
 _COPY_SECONDS = 3600.0  # a copy in this process always ends; it is never left half done
 
 
 def collect(model: Model) -> Tensors:
     """Return the tensors of a module or state dict by name, in order: parameters and persistent buffers.
 
-    They are those of `state_dict()`, tied ones under each of their names; extra state of modules is left out.
+    They are those of `state_dict()`, tied ones under each of their names; extra state of modules is left out, and so
+    is what torch.compile puts into names: compiled and plain modules hold the same tensors.
 
     Raises:
         ConfigError: it is neither, or holds what cannot be carried.
@@ -51,7 +53,7 @@ def collect(model: Model) -> Tensors:
 
 def _of_module(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, part in module.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
+        dot = "".join(f"{piece}." for piece in prefix.split(".") if piece not in ("", _COMPILED))
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 yield dot + name, parameter
@@ -66,12 +68,14 @@ def _check(name: str, tensor: Any) -> None:
     why = ""
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         why = f"is {type(tensor).__name__}, not a tensor"
+    elif torch.nn.parameter.is_lazy(tensor):
+        why = "has no shape yet: run the module once"
     elif tensor.layout is not torch.strided or tensor.is_quantized:
         why = f"has layout {tensor.layout}, which cannot be carried"
     elif tensor.device.type == "meta":
         why = "is on the meta device and has no values"
-    elif hasattr(tensor, "placements"):
-        why = "is a DTensor"
+    elif type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        why = f"is a {type(tensor).__name__}, whose values lie elsewhere"
     if why:
         raise ConfigError(f"{name!r:.200} {why}", hint="give plain dense tensors with values")
     itemsize(dtype_name(tensor))
@@ -86,7 +90,13 @@ def describe(tensors: Tensors) -> list[TensorSpec]:
     """Return how tensors lie in memory."""
     return [
         TensorSpec(
-            name, dtype_name(tensor), tuple(tensor.shape), tuple(tensor.stride()), str(tensor.device), tensor.data_ptr()
+            name,
+            dtype_name(tensor),
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            str(tensor.device),
+            tensor.data_ptr(),
+            (tensor.is_conj(), tensor.is_neg()),
         )
         for name, tensor in tensors.items()
     ]
@@ -120,7 +130,7 @@ def copy_tensors(agent: Agent, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]
 
     rows, plain, others = [], [], []
     for target, source in pairs:
-        if _is_plain(target) and _is_plain(source):
+        if _is_plain(target) and _is_plain(source) and target.dtype == source.dtype and target.shape == source.shape:
             rows.append((source.data_ptr(), target.data_ptr(), source.numel() * source.element_size()))
             plain.append((target, source))
         else:
@@ -134,6 +144,20 @@ def copy_tensors(agent: Agent, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]
         for target, source in others:
             target.copy_(source)
     _synchronise(devices)
+
+
+def note_change(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell autograd: a backward whose forward saw the old values ends with an error, not with wrong gradients."""
+    import torch
+
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def is_tied(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape are the same memory, read in the same way."""
+    return (one.data_ptr(), one.stride(), one.is_conj(), one.is_neg()) == (
+        other.data_ptr(), other.stride(), other.is_conj(), other.is_neg(),
+    )  # fmt: skip
 
 
 def _synchronise(devices: set[torch.device]) -> None:
