@@ -34,7 +34,8 @@ def show_agents(address: str, *, is_json: bool) -> None:
     try:
         from raynixl.actors import list_agents
 
-        rows = [_row(record) for record in sorted(list_agents(), key=lambda one: one.name)]
+        records = sorted(list_agents(), key=lambda one: (one.labels.get("job_id", ""), one.name))
+        rows = [_row(record) for record in records]
     finally:
         ray.shutdown()
     if is_json:
@@ -66,12 +67,13 @@ def _actor(labels: dict[str, str]) -> str:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(title="agents", title_justify="left", header_style="bold")
-    for heading in ("name", "actor", "node", "host", "pid", "backends", "regions", "lease"):
+    for heading in ("name", "job", "actor", "node", "host", "pid", "backends", "regions", "lease"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("pid", "lease") else "left")
     for row in rows:
         labels, lease = row["labels"], row["lease_seconds"]
         table.add_row(
-            row["name"], _actor(labels), labels.get("node_id", "-")[:12], row["host"][:8], str(row["pid"]),
-            ", ".join(row["backends"]), ", ".join(row["regions"]) or "-", "-" if lease is None else f"{lease:g} s",
+            row["name"], labels.get("job_id", "-"), _actor(labels), labels.get("node_id", "-")[:12], row["host"][:8],
+            str(row["pid"]), ", ".join(row["backends"]), ", ".join(row["regions"]) or "-",
+            "-" if lease is None else f"{lease:g} s",
         )  # fmt: skip
     return table

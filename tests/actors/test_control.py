@@ -136,7 +136,7 @@ def test_an_attached_actor_is_read_like_any_other(make: Make) -> None:
 def test_attach_to_a_busy_actor_ends_by_its_deadline(make: Make) -> None:
     handle = make(Foreign)
     handle.sleep.remote(FOR_EVER)
-    with pytest.raises(rx.TransferTimeout, match="did not start an agent within 0.5 s"):
+    with pytest.raises(rx.TransferTimeout, match=r"did not start an agent within 0\.5 s"):
         rx.attach(handle, timeout=0.5)
 
 
