@@ -79,6 +79,7 @@ class SocketLink:
         with self._lock:
             if self.lost is not None:
                 raise PeerLost(f"peer {self.peer!r} is lost: {self.lost}", peer=self.peer)
+            self._check_room(len(message))
             for index, packet in enumerate(packets):
                 extra = list(fds) if index == 0 else []
                 if self._backlog or not self._try_send(packet, extra):
@@ -91,6 +92,15 @@ class SocketLink:
     def is_frozen(self) -> bool:
         """Whether the peer's process is stopped."""
         return is_frozen(self.pid)
+
+    def has_ended(self) -> bool:
+        """Whether the other end has hung up, on the reactor's thread; if so, take what it still said, and close."""
+        if self.lost is None:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLRDHUP)
+            if poll.poll(0):
+                self._on_death(0)
+        return self.lost is not None
 
     def say_bye(self) -> None:
         """Note that the peer announced its end."""
@@ -134,13 +144,16 @@ class SocketLink:
             raise PeerLost(f"peer {self.peer!r} is gone", peer=self.peer) from None
         return True
 
-    def _queue(self, packet: bytes, fds: list[int]) -> None:
-        """Keep a packet for later; _lock is held."""
-        if self._backlog_nbytes + len(packet) > 2 * self._local.config.max_message_nbytes:
+    def _check_room(self, nbytes: int) -> None:
+        """Refuse a message as a whole, before its first packet, if too much waits already; _lock is held."""
+        if self._backlog and self._backlog_nbytes + nbytes > 2 * self._local.config.max_message_nbytes:
             raise PeerLost(
                 f"peer {self.peer!r} does not read: {self._backlog_nbytes} bytes wait for it",
                 hint="it is frozen or overloaded", peer=self.peer,
             )  # fmt: skip
+
+    def _queue(self, packet: bytes, fds: list[int]) -> None:
+        """Keep a packet for later; _lock is held."""
         if not self._backlog:
             self._local.reactor.modify(self._fd, select.EPOLLIN | select.EPOLLOUT)
         self._backlog.append((packet, [os.dup(fd) for fd in fds]))

@@ -106,6 +106,26 @@ def _notes(far: object) -> list[str]:
     return found
 
 
+def test_what_a_slow_peer_was_not_sent_is_refused_whole(new_agent: Callable[..., Agent]) -> None:
+    """A message is taken by the link or refused, never cut: what was accepted arrives complete."""
+    limit = 1 << 20
+    alice = new_agent("alice", backends=("shm",), max_message_nbytes=limit)
+    with far_agent("bob", max_message_nbytes=limit) as far:
+        alice.peer(far.record).connect()
+        far.stop()
+        accepted = 0
+        with pytest.raises(PeerLost, match="does not read"):
+            while accepted < 100:
+                alice.notify("bob", bytes([65 + accepted]) * 500_000)
+                accepted += 1
+        far.resume()
+        found: list[str] = []
+        eventually(lambda: found.extend(far.ask("notes")) or len(found) == accepted, "all that was accepted came")
+        assert [(note[0], len(note)) for note in found] == [(chr(65 + i), 500_000) for i in range(accepted)]
+        alice.notify("bob", b"z" * 500_000)
+        assert [len(note) for note in _notes(far)] == [500_000]
+
+
 def test_a_notification_of_a_transfer_to_a_lost_peer_is_an_error(new_agent: Callable[..., Agent]) -> None:
     alice = new_agent("alice", backends=("shm",))
     with far_agent("bob") as far:
