@@ -179,10 +179,24 @@ class ShmBackend:
             self._local.reactor.modify(self._listener.fileno(), select.EPOLLIN)
 
     def _admit(self, newcomer: Newcomer) -> None:
+        """Let a peer in; if its earlier link is down, not before the agent has heard of that: else it lost both."""
         assert newcomer.client is not None
+        incarnation = newcomer.client.incarnation
+        with self._lock:
+            earlier = [link for link in self._links if link.incarnation == incarnation]
+        ended = [link for link in earlier if link.has_ended()]  # each is asked
+        if ended:
+            self._local.reactor.call_soon(lambda: self._take_in(newcomer))
+        else:
+            self._take_in(newcomer)
+
+    def _take_in(self, newcomer: Newcomer) -> None:
+        assert newcomer.client is not None
+        if self._is_closed:
+            newcomer.sock.close()
+            return
         client = newcomer.client
-        link = self._open(newcomer.sock, client.name, client.incarnation, newcomer.peer_probe)
-        self._local.events.link_opened(link)
+        self._local.events.link_opened(self._open(newcomer.sock, client.name, client.incarnation, newcomer.peer_probe))
 
 
 GREETING_SECONDS = 1.0

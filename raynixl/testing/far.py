@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -59,6 +60,10 @@ class FarAgent:
         self._regions[name] = region
         region.array()[:] = pattern(nbytes, seed)
 
+    def describe(self, name: str) -> bytes:
+        """Return a region's descriptor."""
+        return self._regions[name].describe().to_bytes()
+
     def content(self, name: str) -> bytes:
         """Return the bytes of a region."""
         return bytes(self._regions[name].array())
@@ -101,6 +106,10 @@ class FarAgent:
     def ask(self, peer: str, payload: bytes) -> bytes:
         """Ask a peer to echo."""
         return self.agent.ask(peer, "echo", payload).wait()
+
+    def exit(self) -> None:
+        """End the process as if by a crash: nothing is closed."""
+        os._exit(1)
 
     def close(self) -> None:
         """Close the agent; idempotent."""

@@ -82,6 +82,12 @@ class FarProcess:
         self._is_busy = is_busy
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process that runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def open(self, name: str) -> None:
         """Start the process if it does not run, and the agent."""
         if self._process is None:
