@@ -172,6 +172,7 @@ def test_what_was_held_back_arrives_whole_and_in_order_once_the_peer_reads(agent
 
 def test_a_peer_that_comes_back_before_its_last_words_were_heard_stays(agent: Agent, rude: Stranger) -> None:
     """Its earlier link ends after the new one began: that must not take the new one along."""
+    earlier = agent.connector.current("rude")
     is_busy, goes_on = threading.Event(), threading.Event()
     agent.reactor.call_soon(lambda: (is_busy.set(), goes_on.wait(PATIENCE)))
     assert is_busy.wait(PATIENCE)
@@ -185,7 +186,7 @@ def test_a_peer_that_comes_back_before_its_last_words_were_heard_stays(agent: Ag
         again.say({"proof": again.proof(again.hear(), b""), "probe": 0})
         assert again.hear() == {"refusal": "", "kind": ""}
         assert [agent.wait_notification(PATIENCE).payload for _ in range(50)] == [b"%d" % n for n in range(50)]
-        eventually(lambda: agent.lost("rude") is None, "the new link")
+        eventually(lambda: agent.connector.current("rude") is not earlier, "the new link")
         agent.notify("rude", b"welcome back")
         assert again.sock.recv(4096).endswith(b"welcome back")
         agent.reactor.run_until(lambda: False, time.monotonic() + 0.05)
