@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raynixl.collectives import schedules
 from raynixl.collectives.cost import CHUNK_NBYTES, NETWORK, ONE_HOST, choose_broadcast
-from raynixl.collectives.executor import Executor
+from raynixl.collectives.executor import Executor, Operation
 from raynixl.collectives.registrations import Registrations
 from raynixl.errors import ConfigError, RangeError
 from raynixl.record import check_name
@@ -75,7 +75,9 @@ class Group:
             steps = schedules.broadcast_chain(self.rank, self.world, root, nbytes=nbytes, chunk_nbytes=CHUNK_NBYTES)
         else:
             steps = schedules.broadcast_direct(self.rank, self.world, root, nbytes=nbytes)
-        self._executor.run(steps, out=region, timeout=self._seconds(timeout))
+        operation = Operation(f"broadcast {algorithm} from rank {root}", nbytes)
+        self._executor.run(steps, operation=operation, out=region, timeout=self._seconds(timeout))
+        self._registrations.trim()
 
     def scatter(self, source: Any, out: Any, root: int = 0, *, timeout: float | None = None) -> None:
         """Give each member its part of the root's `source` in its own `out`; parts lie in rank order.
@@ -84,34 +86,41 @@ class Group:
         """
         given = self._registrations.get(source) if self.rank == root else None
         target = self._registrations.get(out)
-        sizes = self._sizes(target, timeout)
+        operation = Operation(f"scatter from rank {root}")
+        sizes = self._sizes(target, operation, timeout)
         if self.rank == root and (given.nbytes if given else 0) != sum(sizes):
             self._fail(f"scatter of {given.nbytes if given else 0} bytes into parts of {sizes}")
         steps = schedules.scatter(self.rank, root, sizes)
-        self._executor.run(steps, source=given, out=target, timeout=self._seconds(timeout))
+        self._executor.run(steps, operation=operation, source=given, out=target, timeout=self._seconds(timeout))
+        self._registrations.trim()
 
     def gather(self, source: Any, out: Any, root: int = 0, *, timeout: float | None = None) -> None:
         """Collect every member's `source` in the root's `out`, in rank order; `out` is used at the root alone."""
         given = self._registrations.get(source)
         target = self._registrations.get(out) if self.rank == root else None
-        sizes = self._sizes(given, timeout)
+        operation = Operation(f"gather to rank {root}")
+        sizes = self._sizes(given, operation, timeout)
         if self.rank == root and (target.nbytes if target else 0) != sum(sizes):
             self._fail(f"gather of {sizes} bytes into {target.nbytes if target else 0}")
         steps = schedules.gather(self.rank, root, sizes)
-        self._executor.run(steps, source=given, out=target, timeout=self._seconds(timeout))
+        self._executor.run(steps, operation=operation, source=given, out=target, timeout=self._seconds(timeout))
+        self._registrations.trim()
 
     def allgather(self, source: Any, out: Any, *, timeout: float | None = None) -> None:
         """Collect every member's `source` in every member's `out`, in rank order."""
         given, target = self._registrations.get(source), self._registrations.get(out)
-        sizes = self._sizes(given, timeout)
+        operation = Operation("allgather")
+        sizes = self._sizes(given, operation, timeout)
         if (target.nbytes if target else 0) != sum(sizes):
             self._fail(f"allgather of {sizes} bytes into {target.nbytes if target else 0}")
         steps = schedules.allgather(self.rank, sizes)
-        self._executor.run(steps, source=given, out=target, timeout=self._seconds(timeout))
+        self._executor.run(steps, operation=operation, source=given, out=target, timeout=self._seconds(timeout))
+        self._registrations.trim()
 
     def barrier(self, *, timeout: float | None = None) -> None:
         """Return when every member has come."""
-        self._executor.run(schedules.barrier(self.rank, self.world), timeout=self._seconds(timeout))
+        steps = schedules.barrier(self.rank, self.world)
+        self._executor.run(steps, operation=Operation("barrier"), timeout=self._seconds(timeout))
 
     async def broadcast_async(self, buffer: Any, root: int = 0, **options: Any) -> None:
         """Broadcast from an event loop; runs on a thread of the loop's."""
@@ -148,9 +157,9 @@ class Group:
         self._executor.close()
         self._registrations.close()
 
-    def _sizes(self, region: Any, timeout: float | None) -> list[int]:
+    def _sizes(self, region: Any, operation: Operation, timeout: float | None) -> list[int]:
         nbytes = 0 if region is None else int(region.nbytes)
-        return self._executor.exchange(nbytes, timeout=self._seconds(timeout))
+        return self._executor.exchange(nbytes, operation=operation, timeout=self._seconds(timeout))
 
     def _seconds(self, timeout: float | None) -> float:
         return self._timeout if timeout is None else timeout

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
 
 MAX_KEPT = 16
-"""A region holds on to its buffer; so many of those used last are kept, the others are deregistered."""
+KEPT_NBYTES = 64 << 20
+"""A region holds on to its buffer, so only the last few that were used are kept, of so many bytes together.
+
+Registering a larger one anew costs nothing beside copying it.
+"""
 
 
 class Registrations:
@@ -35,20 +39,27 @@ class Registrations:
         if region is None or not region.is_registered or region.memory.writable != memory.writable:
             region = self._agent.register(buffer)
         self._kept[key] = region
-        while len(self._kept) > MAX_KEPT:
-            _, oldest = self._kept.popitem(last=False)
-            self._agent.deregister(oldest)
         return region
+
+    def trim(self) -> None:
+        """Let go of buffers that are too many, or too large to be kept for a next call that may not come."""
+        nbytes = sum(region.nbytes for region in self._kept.values())
+        while len(self._kept) > MAX_KEPT or nbytes > KEPT_NBYTES:
+            _, oldest = self._kept.popitem(last=False)
+            nbytes -= oldest.nbytes
+            self._deregister(oldest)
 
     def close(self) -> None:
         """Deregister everything."""
         while self._kept:
-            _, region = self._kept.popitem()
-            if region.is_registered:
-                try:
-                    self._agent.deregister(region)
-                except AgentClosed:
-                    return
+            self._deregister(self._kept.popitem()[1])
+
+    def _deregister(self, region: Region) -> None:
+        if region.is_registered:
+            try:
+                self._agent.deregister(region)
+            except AgentClosed:
+                return  # it has withdrawn everything
 
 
 def _is_empty(buffer: Any) -> bool:

@@ -78,7 +78,7 @@ def broadcast_direct(rank: int, world: int, root: int, *, nbytes: int) -> list[S
     """Every rank pulls everything from the root. The root's OUT buffer is the source."""
     _check(rank, world, root)
     if nbytes == 0:
-        return []
+        return _say_nothing(rank, world, root)
     if rank != root:
         return [Pull(root, Buffer.OUT, 0, 0, nbytes), Acknowledge(root)]
     others = [(root + step) % world for step in range(1, world)]
@@ -97,7 +97,7 @@ def broadcast_chain(rank: int, world: int, root: int, *, nbytes: int, chunk_nbyt
     before = (rank - 1) % world if place else None
     after = (rank + 1) % world if place < world - 1 else None
     if nbytes == 0 or world == 1:
-        return []
+        return _say_nothing(rank, world, root)
     steps: list[Step] = []
     if before is None:
         steps += [] if after is None else [Announce(after, Buffer.OUT, nbytes)]
@@ -111,6 +111,13 @@ def broadcast_chain(rank: int, world: int, root: int, *, nbytes: int, chunk_nbyt
     if after is not None:
         steps.append(Collect(after))
     return steps
+
+
+def _say_nothing(rank: int, world: int, root: int) -> list[Step]:
+    """No bytes to move, but a word from the root, so that members with buffers of other lengths are found out."""
+    if rank != root:
+        return [Await(root, 0)]
+    return [Signal((root + step) % world, 0) for step in range(1, world)]
 
 
 def scatter(rank: int, root: int, sizes: Sequence[int]) -> list[Step]:

@@ -13,47 +13,9 @@ from raynixl import Agent, AgentConfig, InMemoryDirectory
 from raynixl.collectives import Group
 from raynixl.errors import ConfigError, PeerUnknown, RangeError, TransferTimeout
 from tests.collectives.members import Members, in_threads
+from tests.collectives.operations import all_operations, barrier, broadcast, many_times, without
 
 NBYTES = 20_000_003  # several chunks, and none of them whole
-
-
-def pattern(seed, nbytes):
-    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
-
-
-def broadcast(groups, root, algorithm, nbytes):
-    group = groups[-1]
-    buffer = pattern(7, nbytes) if group.rank == root else np.zeros(nbytes, np.uint8)
-    group.broadcast(buffer, root, algorithm=algorithm)
-    return bool((buffer == pattern(7, nbytes)).all())
-
-
-def all_operations(groups):
-    group = groups[-1]
-    sizes = [0 if rank == 1 else 1000 * rank + 13 for rank in range(group.world)]
-    parts = [pattern(rank, nbytes) for rank, nbytes in enumerate(sizes)]
-    whole = np.concatenate(parts)
-    mine, everything = parts[group.rank], np.zeros(sum(sizes), np.uint8)
-    group.allgather(mine, everything)
-    assert (everything == whole).all()
-    group.barrier()
-    root = group.world - 1
-    out = np.zeros(len(mine), np.uint8)
-    group.scatter(whole if group.rank == root else None, out, root)
-    assert (out == mine).all()
-    everything[:] = 0
-    group.gather(mine, everything if group.rank == 0 else None, 0)
-    assert group.rank != 0 or (everything == whole).all()
-    return group.rank
-
-
-def barrier(groups):
-    groups[-1].barrier()
-
-
-def without(groups, member):
-    groups.append(groups[-1].without(member))
-    return all_operations(groups)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -197,3 +159,7 @@ def test_a_frozen_member_ends_the_step_by_its_deadline():
         assert all(error in ("TransferTimeout", "PeerLost") for _, error, _ in heard)
         assert "p1" in [peer for _, _, peer in heard]
         assert time.monotonic() - began < 10
+
+
+def test_hundreds_of_operations_between_processes_with_buffers_freed_in_between(quartet):
+    assert quartet.run(many_times, 60) == [(True, "", "")] * 4
