@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from raynixl import Agent, AgentConfig, RaynixlError, Transfer
 from raynixl.config import from_env
@@ -55,10 +56,8 @@ def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
 
 def error_of(transfer: Transfer, timeout: float = PATIENCE) -> RaynixlError:
     """Wait for a transfer that must fail; return why it did."""
-    try:
+    with pytest.raises(RaynixlError) as found:
         transfer.wait(timeout)
-    except RaynixlError as exc:
-        assert transfer.done, f"{transfer!r} still runs: {exc}"
-        assert transfer.error is exc
-        return exc
-    raise AssertionError(f"{transfer!r} succeeded")
+    assert transfer.done, f"{transfer!r} still runs: {found.value}"
+    assert transfer.error is found.value
+    return found.value

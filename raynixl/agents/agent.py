@@ -92,7 +92,7 @@ class Agent:
         self.publisher = Publisher(self, directory)
         self._heartbeat = Heartbeat(self)
         try:
-            self.backends.extend(table.make(local))
+            self.backends.extend(table.make(local))  # if one fails, close() finds those before it
             self.publisher.start()
         except BaseException:
             self.close()

@@ -44,6 +44,13 @@ class Connection:
                     return link
         raise self.lost or PeerLost(f"peer {self.name!r} is lost", peer=self.name)
 
+    @property
+    def is_awake(self) -> bool:
+        """Whether it stands and its peer is not known to be stopped."""
+        with self.lock:
+            links = list(self.links)
+        return self.lost is None and not any(link.is_frozen() for link in links)
+
     def add_link(self, link: Link) -> bool:
         """Take one more link, unless the connection is lost."""
         with self.lock:

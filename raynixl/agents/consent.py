@@ -100,8 +100,12 @@ class Consent:
                 )
 
     def announce_end(self, importers: Sequence[Connection], timeout: float) -> None:
-        """Tell peers that this agent ends, and wait until none of them touches our memory any more."""
-        for reply in [self._control.ask(connection, _GONE, _ALL, timeout) for connection in importers]:
+        """Tell peers that this agent ends, and wait until none of them touches our memory any more.
+
+        Those that are frozen touch nothing, and find their link closed when they go on.
+        """
+        awake = [connection for connection in importers if connection.is_awake]
+        for reply in [self._control.ask(connection, _GONE, _ALL, timeout) for connection in awake]:
             try:
                 reply.wait()
             except RaynixlError as exc:  # it is gone, or frozen: its connection is about to be closed in any case

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from raynixl.directory import Directory, InMemoryDirectory
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
 
 logger = logging.getLogger(__name__)
+
+_FIRST_LOOK, _LAST_LOOK = 0.02, 2.0  # seconds
 
 
 class Publisher:
@@ -29,7 +30,7 @@ class Publisher:
         self.directory: Directory = InMemoryDirectory() if directory is None else directory
         self._introduced: dict[str, AgentRecord] = {}  # each use is one step that no thread switch cuts
         self._wake = threading.Event()
-        self._suspects: deque[str] = deque()
+        self._suspects: dict[str, float] = {}  # agents that we lost, and the pause before the next look
         self._is_changed = False
         self._is_closed = False
         self._is_published = False
@@ -58,7 +59,7 @@ class Publisher:
     def suspect(self, name: str) -> None:
         """Have the directory look soon whether an agent that we lost lives: the record of a dead one is removed."""
         if self._thread is not None:
-            self._suspects.append(name)
+            self._suspects[name] = _FIRST_LOOK
             self._wake.set()
 
     def find(self, name: str) -> AgentRecord | None:
@@ -111,7 +112,7 @@ class Publisher:
     def _renew(self) -> None:
         due = time.monotonic() + self._agent.config.lease_seconds / 3
         while not self._is_closed:
-            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.wait(max(0.0, min([due - time.monotonic(), *list(self._suspects.values())])))
             self._wake.clear()
             self._look_for_suspects()
             if self._is_closed:
@@ -122,12 +123,17 @@ class Publisher:
                 self._publish_again()
 
     def _look_for_suspects(self) -> None:
-        while self._suspects:
-            name = self._suspects.popleft()
+        """Look for each that we lost, and again later while it is found: connections end before their process."""
+        for name, pause in list(self._suspects.items()):
             try:
-                self.directory.find(name)
+                found = self.directory.find(name)
             except RaynixlError as exc:
                 logger.debug("could not look for the record of %r: %s", name, exc)
+                found = None
+            if found is None or pause > _LAST_LOOK:
+                self._suspects.pop(name, None)
+            else:
+                self._suspects[name] = 2 * pause
 
     def _publish_again(self) -> None:
         """Publish, and go on without if that fails: peers that know us need no record, and it is tried again."""

@@ -56,6 +56,6 @@ def factory(name: str) -> Factory:
     raise ConfigError(f"there is no backend {name!r}", hint=f"known are: {', '.join(names())}")
 
 
-def make(local: Local) -> list[Backend]:
-    """Make the configured backends, in order of preference."""
-    return [factory(name)(local) for name in dict.fromkeys(local.config.backends)]
+def make(local: Local) -> Iterator[Backend]:
+    """Make the configured backends one by one, in order of preference: those before one that fails are known."""
+    return (factory(name)(local) for name in dict.fromkeys(local.config.backends))

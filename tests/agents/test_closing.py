@@ -12,7 +12,8 @@ import pytest
 from agent_process import far_agent
 from agent_tools import PATIENCE, error_of, eventually, introduce, make_agent, random_bytes
 
-from raynixl import Agent, AgentClosed, PeerLost, RaynixlError, RegionStale, Transfer
+from raynixl import Agent, AgentClosed, ConfigError, PeerLost, RaynixlError, RegionStale, Transfer
+from raynixl.directory import InMemoryDirectory
 
 N = 4096
 WORDS = 300_000
@@ -197,3 +198,25 @@ def test_posting_while_closing_never_hangs(new_agent: Callable[..., Agent]) -> N
             thread.join(PATIENCE)
         assert len(ended) == len(acts)
         assert all(isinstance(error, AgentClosed | PeerLost | RegionStale) for error in ended), ended
+
+
+def test_closing_does_not_wait_for_a_frozen_peer(new_agent: Callable[..., Agent]) -> None:
+    alice = new_agent("alice", backends=("shm",), deregister_timeout=PATIENCE)
+    with far_agent("bob") as far:
+        alice.peer(far.record).connect()
+        region = alice.empty(N)
+        connection = alice.connector.current("bob")
+        assert connection is not None
+        alice.regions.add_importer(region.id, connection.link)
+        far.stop()
+        began = time.monotonic()
+        alice.close()
+        assert time.monotonic() - began < PATIENCE / 2
+
+
+def test_an_agent_that_cannot_be_made_leaves_nothing() -> None:
+    with pytest.raises(ConfigError, match="pigeon"):
+        make_agent("alice", backends=("shm", "pigeon"))
+    directory = InMemoryDirectory()
+    with make_agent("alice", directory=directory), pytest.raises(ConfigError, match="taken"):
+        make_agent("alice", directory=directory)

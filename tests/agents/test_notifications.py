@@ -95,6 +95,16 @@ def test_a_transfer_whose_large_notification_waits_for_a_slow_peer_ends_when_it_
         assert [len(note) for note in _notes(far)] == [8 * MIB]
 
 
+def _accepts(alice: Agent, payload: bytes) -> bool:
+    try:
+        alice.notify("bob", payload)
+    except PeerLost as exc:
+        if "does not read" not in exc.message:
+            raise
+        return False
+    return True
+
+
 def _notes(far: object) -> list[str]:
     found: list[str] = []
 
@@ -114,10 +124,8 @@ def test_what_a_slow_peer_was_not_sent_is_refused_whole(new_agent: Callable[...,
         alice.peer(far.record).connect()
         far.stop()
         accepted = 0
-        with pytest.raises(PeerLost, match="does not read"):
-            while accepted < 100:
-                alice.notify("bob", bytes([65 + accepted]) * 500_000)
-                accepted += 1
+        while _accepts(alice, bytes([65 + accepted]) * 500_000):
+            accepted += 1
         far.resume()
         found: list[str] = []
         eventually(lambda: found.extend(far.ask("notes")) or len(found) == accepted, "all that was accepted came")
