@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+_PF_EXITING = 0x4
+
 
 def host_identity() -> str:
     """Return a string that two processes share when abstract sockets and process ids mean the same to both."""
@@ -15,14 +17,25 @@ def host_identity() -> str:
 
 def process_state(pid: int) -> str:
     """Return the state letter of a process (R, S, D, T stopped, t traced, Z dead), or '' if it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return ""
-    return chr(text[text.rindex(b")") + 2])
+    return _fields(pid)[0]
 
 
 def is_frozen(pid: int) -> bool:
     """Whether a process is stopped by a signal, a debugger or the freezer."""
     return process_state(pid) in ("T", "t")
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process is gone, a zombie, or on its way there: its sockets close before it is a zombie."""
+    state, *fields = _fields(pid)
+    return state in ("", "Z", "X") or int(fields[5]) & _PF_EXITING != 0
+
+
+def _fields(pid: int) -> list[str]:
+    """Return the fields of /proc/pid/stat from the state on; [''] if the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return [""]
+    return text[text.rindex(b")") + 2 :].decode().split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from agent_tools import PATIENCE, eventually
 
-from raynixl.host import host_identity, is_frozen, process_state
+from raynixl.host import host_identity, is_ending, is_frozen, process_state
 
 
 @pytest.fixture
@@ -41,13 +42,30 @@ def test_a_stopped_process_is_frozen_until_it_goes_on(child: subprocess.Popen[by
 
 def test_a_dead_process_is_a_zombie_and_then_nothing(child: subprocess.Popen[bytes]) -> None:
     assert process_state(child.pid) in ("R", "S", "D")
+    assert not is_ending(child.pid)
     child.kill()
     eventually(lambda: process_state(child.pid) == "Z", "the process to die")
     assert not is_frozen(child.pid)
     child.wait(PATIENCE)
     assert process_state(child.pid) == ""
+    assert is_ending(child.pid)
 
 
 def test_one_that_never_was_is_nothing() -> None:
     assert process_state(2**22 + 1) == ""
     assert process_state(os.getpid()) == "R"
+
+
+def test_whose_socket_has_closed_by_its_death_is_ending_from_then_on() -> None:
+    """Sockets close before the process is a zombie: whoever hears the socket must not take it for alive."""
+    for _ in range(20):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            code = "import sys; sys.stdin.read()"
+            with subprocess.Popen(
+                [sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, pass_fds=[theirs.fileno()]
+            ) as one:
+                theirs.close()
+                one.kill()
+                assert ours.recv(1) == b""
+                assert is_ending(one.pid)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from raynixl.backends.base import Local
 from raynixl.errors import PeerLost, RaynixlError
-from raynixl.host import is_frozen, process_state
+from raynixl.host import is_ending, is_frozen
 
 _PACKET = struct.Struct("<BQI")  # first/last flags, message number, message length
 _FIRST, _LAST = 1, 2
@@ -243,7 +243,7 @@ class SocketLink:
     def _ending(self) -> str:
         if self._said_bye:
             return "closed its agent"
-        return "died" if process_state(self.pid) in ("", "Z", "X") else "closed the connection"
+        return "died" if is_ending(self.pid) else "closed the connection"
 
     def _finish(self) -> None:
         """Let go of the socket on the reactor's thread, where nobody is receiving, and tell the agent."""
