@@ -200,11 +200,11 @@ class Subscription:
             ready, self._ready = self._ready, None
             if ready is None or ready.push != request.push:
                 raise PeerRestarted(f"{self._agent.name!r} has not pulled this push", hint="push again")
-            left = min(began + request.seconds, ready.until) - time.monotonic()
-            if left <= 0:
-                raise TransferTimeout("the flip came after the push's deadline", hint="push again")
-            with self._lock.writing(min(self._flip_timeout, left)):
+            until = min(began + request.seconds, ready.until)
+            with self._lock.writing(min(self._flip_timeout, max(0.0, until - time.monotonic()))):
                 entered = time.monotonic()
+                if entered >= until:  # this process may have been frozen meanwhile, and was given up
+                    raise TransferTimeout("the flip came after the push's deadline", hint="push again")
                 old = self._steps(ready.slot).run(self._agent)
                 self._serve(ready)
                 note = self._callback.run(ready.version)

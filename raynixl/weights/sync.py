@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=Wire)
 _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
 _RELEASE_SECONDS = 1.0
-_MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the deadline; what is left is for the flip of those that are ready
+_FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
+_MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
 _MAX_VERSION = 1 << 62
 
 
@@ -40,11 +41,12 @@ class _Round:
     excluded: dict[str, RaynixlError] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def deadline(self, share: float = 1.0) -> float:
-        return self.began + self.timeout * share
-
     def left(self, share: float = 1.0) -> float:
-        return max(0.001, self.deadline(share) - time.monotonic())
+        """Return a share of the time that is left."""
+        return max(0.001, (self.began + self.timeout - time.monotonic()) * share)
+
+    def deadline(self, share: float = 1.0) -> float:
+        return time.monotonic() + self.left(share)
 
     @property
     def first(self) -> Frozen:
@@ -134,7 +136,8 @@ class WeightSync:
     def _freeze(self, now: _Round) -> None:
         """Have the sources copy their weights out."""
         request = Freeze(push=now.push, version=now.version, seconds=now.left()).to_bytes()
-        answers = self._ask("freeze", dict.fromkeys(self.sources, request), now, 1.0)
+        share = 1.0 if len(self.sources) == 1 else _FREEZE_SHARE
+        answers = self._ask("freeze", dict.fromkeys(self.sources, request), now, share)
         for name, data in answers.items():
             frozen = _parse(Frozen, data, name)
             if isinstance(frozen, RaynixlError):

@@ -12,6 +12,8 @@ from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.receiver import Receiver
+from raynixl.weights.subscription import Subscription
+from raynixl.weights.versionlock import VersionLock
 
 
 class Child:
@@ -62,6 +64,31 @@ class Child:
 
         Receiver._take = slow
         return True
+
+    def stall_flip(self):
+        """At the next flip say so, and go on when told; from now on note which versions are served."""
+        writing, serve = VersionLock.writing, Subscription._serve
+        self.told, self.served = threading.Event(), []
+
+        def stall(lock, timeout):
+            VersionLock.writing = writing
+            self.say("stalled")
+            self.told.wait(60)
+            return writing(lock, timeout)
+
+        def note(subscription, ready):
+            self.served.append(ready.version)
+            return serve(subscription, ready)
+
+        VersionLock.writing, Subscription._serve = stall, note
+        return True
+
+    def go_on(self):
+        self.told.set()
+        return True
+
+    def flips(self):
+        return self.served
 
     def push(self, version, targets, timeout):
         sync = WeightSync(self.agent, "w", [self.agent.name], targets, timeout=timeout)

@@ -44,6 +44,31 @@ BAD_MODELS = {
 }
 
 
+def test_modules_without_shapes_and_wrapped_tensors_are_refused(fleet):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    agent = fleet("a")
+    with FakeTensorMode():
+        fake = torch.zeros(3)
+    for model in (torch.nn.LazyLinear(3), {"w": fake}):
+        for action in (publish, subscribe):
+            with pytest.raises(ConfigError, match=r"shape yet|lie elsewhere"):
+                action(agent, "w", model)
+
+
+def test_a_dtensor_is_refused(fleet):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = DTensor.from_local(torch.ones(4), DeviceMesh("cpu", [0]))
+        with pytest.raises(ConfigError, match="DTensor"):
+            publish(fleet("a"), "w", {"w": torch.nn.Parameter(sharded)})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_what_cannot_be_carried_is_refused(fleet, case):
     agent = fleet("a")
@@ -77,6 +102,8 @@ def test_a_name_is_published_and_subscribed_once_in_an_agent(fleet):
     agent = fleet("a")
     with publish(agent, "w", {"w": torch.zeros(4)}), pytest.raises(ConfigError):
         publish(agent, "w", {"w": torch.zeros(4)})
+    with publish(agent, "e", {"e": torch.zeros(0)}), pytest.raises(ConfigError):
+        publish(agent, "e", {"e": torch.zeros(0)})
     with subscribe(agent, "w", {"w": torch.zeros(4)}), pytest.raises(ConfigError):
         subscribe(agent, "w", {"w": torch.zeros(4)})
     with publish(agent, "w", {"w": torch.zeros(4)}), subscribe(agent, "w", {"w": torch.zeros(4)}):

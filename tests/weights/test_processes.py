@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import mapped_arenas
 
 from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
@@ -210,3 +211,62 @@ def test_a_replica_takes_over_from_a_source_that_dies_while_it_is_pulled_from(tr
         kill_at_the_second_chunk(replica, monkeypatch)
         assert list(WeightSync(trainer, "w", ["replica", "trainer"], ["trainer"]).push(1).ranks) == ["trainer"]
     assert all(tensor.unique().tolist() == [5.0] for tensor in target.values())
+
+
+def test_a_target_frozen_between_pull_and_flip_does_not_flip_after_it_was_given_up(trainer, source, children, pool):
+    (victim,) = children("r0", known=[trainer])
+    set_up_target(victim)
+    sync = WeightSync(trainer, "w", ["trainer"], ["r0"])
+    fill(source, 1)
+    assert not sync.push(1).excluded
+    victim.ask("stall_flip")
+    fill(source, 2)
+    pushing = push_in_background(pool, sync, 2, timeout=1.5)
+    assert victim.hear() == "stalled"
+    victim.signal(signal.SIGSTOP)
+    assert isinstance(pushing.result(30).excluded["r0"], TransferTimeout | PeerLost)
+    victim.signal(signal.SIGCONT)
+    victim.ask("go_on")
+    fill(source, 3)
+    assert not sync.push(3).excluded
+    assert victim.ask("flips") == [3]
+    assert victim.ask("values") == [3, [3.0]]
+
+
+def test_a_source_restarted_under_its_name_is_pushed_from_again(trainer, children):
+    target = weights()
+    with subscribe(trainer, "w", target):
+        sync = WeightSync(trainer, "w", ["source"], ["trainer"])
+        for version in (1, 2):
+            (source,) = children("source", known=[trainer])
+            source.ask("make", tensors=TENSORS, elements=ELEMENTS)
+            source.ask("publish", chunk_nbytes=CHUNK)
+            source.ask("fill", value=float(version))
+            assert not sync.push(version).excluded
+            assert all(tensor.unique().tolist() == [version] for tensor in target.values())
+            source.signal(signal.SIGKILL)
+            source.process.wait(10)
+
+
+def test_hundreds_of_pushes_between_processes_grow_nothing(trainer, source, children):
+    (target,) = children("r0", known=[trainer])
+    set_up_target(target)
+    sync = WeightSync(trainer, "w", ["trainer"], ["r0"])
+    pids = (os.getpid(), target.process.pid)
+
+    def held():
+        return [(mapped_arenas(pid), len(os.listdir(f"/proc/{pid}/fd")), threads_of(pid)) for pid in pids]
+
+    for version in range(1, 10):
+        sync.push(version)
+    before = held()
+    for version in range(10, 160):
+        assert not sync.push(version).excluded
+    deadline = time.monotonic() + 10
+    while held() != before and time.monotonic() < deadline:
+        os.sched_yield()
+    assert held() == before
+
+
+def threads_of(pid):
+    return len(os.listdir(f"/proc/{pid}/task"))

@@ -34,6 +34,16 @@ KINDS = {
     "float16": torch.randn(3).half(),
     "float64": torch.randn(9).double(),
     "fp8": torch.randn(16).to(torch.float8_e4m3fn),
+    "fp8 scales": torch.arange(16, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    "fp8 strided": torch.randn(6, 8).to(torch.float8_e5m2).t(),
+    "fp4 packed": torch.arange(64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).view(4, 16),
+    "fp4 strided": torch.arange(64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).view(4, 16).t(),
+    "int4 packed": torch.arange(256, dtype=torch.uint8).view(16, 16),
+    "nan payloads": torch.tensor([0x7FC01234, -0x3FFFFF, 1, -1], dtype=torch.int32).view(torch.float32),
+    "complex128": torch.randn(3, 2, dtype=torch.complex128).t(),
+    "imaginary of conjugate": torch.randn(6, dtype=torch.complex64).conj().imag,
+    "uint64 strided": torch.arange(12).to(torch.uint64).view(3, 4).t(),
+    "empty scalar row": torch.empty(1, 0, 3),
     "bool": torch.rand(33) > 0.5,
     "complex": torch.randn(5, dtype=torch.complex64),
     "conjugate": torch.randn(6, dtype=torch.complex64).conj(),
@@ -54,6 +64,7 @@ KINDS = {
 def test_every_kind_of_tensor_arrives(fleet, install):
     source = dict(KINDS)
     target = {name: torch.zeros_like(tensor) for name, tensor in KINDS.items()}
+    assert not torch.is_conj(target["conjugate"])
     target["transposed"] = torch.zeros(8, 3).t()
     target["strided"] = torch.zeros(10, 10)[::2, 1:7:3]
     target["expanded"] = torch.zeros(4, 3)

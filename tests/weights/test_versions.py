@@ -98,6 +98,8 @@ def test_a_corrupted_chunk_is_noticed_and_the_old_version_kept(fleet, monkeypatc
     report = cluster.sync.push(2)
     assert {type(error) for error in report.excluded.values()} == {IntegrityError}
     assert "chunk 1 " in str(report.excluded["rollout-0"])
+    assert "'embedding.weight'" in str(report.excluded["rollout-0"])
+    assert report.excluded["rollout-0"].peer == "trainer"
     assert report.ranks == {}
     with pytest.raises(IntegrityError):
         report.raise_for_excluded()
@@ -110,7 +112,7 @@ def test_a_corrupted_chunk_is_noticed_and_the_old_version_kept(fleet, monkeypatc
 def test_versions_only_go_up(fleet):
     cluster = Cluster(fleet, Policy(), [Policy()])
     cluster.sync.push(7)
-    for version in (7, 3, 0, -1, "8", 1 << 70):
+    for version in (7, 3, 0, -1, "8", 1 << 70, True, 8.0, None):
         with pytest.raises(ConfigError):
             cluster.sync.push(version)
     again = WeightSync(cluster.trainer, "policy", ["trainer"], ["rollout-0"])
