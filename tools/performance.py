@@ -114,7 +114,9 @@ def footprint() -> Iterator[str]:
     """What an agent costs."""
     (row,) = bench("agent")
     yield "`raynixl bench agent`\n"
-    yield from table(("", ""), [(key.replace("_", " "), f"{value}") for key, value in row.items() if key != "impl"])
+    yield from table(
+        ("", ""), [(key.replace("_", " "), f"{value}") for key, value in row.items() if key not in ("bench", "impl")]
+    )
 
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {

@@ -376,7 +376,7 @@ class Agent:
 
     def backend(self, name: str) -> Backend:
         """Return a backend by its name."""
-        return next(backend for backend in self.backends if backend.name == name)
+        return table.named(self.backends, name)
 
     def counter(self, backend: str, peer: str) -> RouteCounter:
         """Return the counter of a route."""

@@ -200,7 +200,7 @@ class Connector:
         try:
             link = self._open_link(record, until)
         except PeerLost:
-            agent.publisher.bury(record)
+            agent.publisher.suspect(name)  # it may live and have hung up: the directory removes only the dead
             raise
         connection = self._take(link, record)
         if link.lost is not None:

@@ -84,16 +84,6 @@ class Publisher:
             time.sleep(min(pause, remaining))  # no directory can be watched: look again, ever less often
             pause = min(0.25, pause * 2)
 
-    def bury(self, record: AgentRecord) -> None:
-        """Remove the record of an agent that was found dead."""
-        held = self._introduced.get(record.name)
-        if held is not None and held.incarnation == record.incarnation:
-            self._introduced.pop(record.name, None)
-        try:
-            self.directory.withdraw(record.name, record.incarnation)
-        except RaynixlError as exc:
-            logger.warning("could not remove the record of %r: %s", record.name, exc)
-
     def close(self) -> None:
         """Withdraw the record and stop."""
         if self._is_closed:
@@ -102,8 +92,12 @@ class Publisher:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(self._agent.config.request_timeout)
-        if self._is_published:
-            self.bury(self._agent.make_record(0.0))
+        if not self._is_published:
+            return
+        try:
+            self.directory.withdraw(self._agent.name, self._agent.incarnation)
+        except RaynixlError as exc:
+            logger.warning("could not remove the record of %r: %s", self._agent.name, exc)
 
     def _record(self) -> AgentRecord:
         lease = self._agent.config.lease_seconds if self.directory.has_leases else 0.0

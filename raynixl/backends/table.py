@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 
 from raynixl.backends.base import Backend, Local
-from raynixl.errors import ConfigError
+from raynixl.errors import BackendUnavailable, ConfigError
 
 Factory = Callable[[Local], Backend]
 ENTRY_POINTS = "raynixl.backends"
@@ -59,3 +59,15 @@ def factory(name: str) -> Factory:
 def make(local: Local) -> Iterator[Backend]:
     """Make the configured backends one by one, in order of preference: those before one that fails are known."""
     return (factory(name)(local) for name in dict.fromkeys(local.config.backends))
+
+
+def named(backends: Sequence[Backend], name: str) -> Backend:
+    """Return the one of that name, as a link gives it.
+
+    Raises:
+        BackendUnavailable: there is none; a backend of a third party must put its own name into its links.
+    """
+    for backend in backends:
+        if backend.name == name:
+            return backend
+    raise BackendUnavailable(f"a link names the backend {name!r}", hint="a link's `backend` is its backend's `name`")
