@@ -66,6 +66,10 @@ class AgentConfig(BaseModel):
 
     With a single copy thread four times as much, since there is nobody to share the work with.
     """
+    process_vm: bool = True
+    """Reach plain memory of peers by process_vm, and let peers of the same user reach ours: where Yama's ptrace_scope
+    is 1, the process then allows all processes of its user what it otherwise allows its ancestors. False: arenas only.
+    """
     transfer_timeout: Seconds = 30.0
     """Deadline of a transfer that names none."""
     connect_timeout: Seconds = 10.0

@@ -16,6 +16,7 @@ import numpy as np
 
 from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
 from raynixl.backends.greeting import MAX_STRANGERS, Newcomer, greet, peer_pid
+from raynixl.backends.permission import allow_same_user
 from raynixl.backends.socket_link import SocketLink
 from raynixl.blocks import Segments, refuse_overlap
 from raynixl.errors import BackendUnavailable, PeerLost, TransferTimeout
@@ -45,6 +46,10 @@ class ShmBackend:
         self._links: set[SocketLink] = set()
         self._strangers: list[Newcomer] = []  # on the reactor's thread; the oldest first
         self._is_closed = False
+        if local.config.process_vm:
+            refusal = allow_same_user()
+            if refusal:
+                logger.warning("peers cannot reach the plain memory of agent %r: %s", local.name, refusal)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(_address(local.incarnation))
         self._listener.listen(1024)
@@ -142,6 +147,8 @@ class ShmBackend:
 
     def _try_process_vm(self, pid: int, probe: int, incarnation: str) -> str:
         """Read the word that the peer shows; return '' if it says what it should."""
+        if not self._local.config.process_vm:
+            return "it is switched off here: AgentConfig.process_vm"
         seen = np.zeros(32, np.uint8)
         table = np.array([[probe, seen.ctypes.data, 32]], np.uint64)
         result = self._local.engine.program(VM_READ, pid, table, []).run(GREETING_SECONDS)

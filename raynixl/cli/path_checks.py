@@ -7,10 +7,9 @@ import ctypes
 import importlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from raynixl.agents import Agent
-from raynixl.backends import table
+from raynixl.backends import permission, table
 from raynixl.bench.layout import digest, fill
 from raynixl.bench.process import Asked, TargetProcess
 from raynixl.bench.target import Target, make_region, peek
@@ -19,7 +18,6 @@ from raynixl.config import from_env
 from raynixl.errors import RaynixlError
 
 _NBYTES = 1 << 18
-_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 _HERE = ("loopback",)
 """Backends whose peers are in the same process."""
 
@@ -52,7 +50,8 @@ def check_backends() -> Iterator[Finding]:
 
 def _check_process_vm(process: TargetProcess) -> Iterator[Finding]:
     """Try a child's memory from here, and ours from the child, which for it is no child."""
-    scope = _SCOPE.read_text("ascii").strip() if _SCOPE.exists() else "absent"
+    scope = permission.scope()
+    permission.allow_same_user()  # as an agent does
     word = process.ask("word")
     child = peek(word["pid"], word["address"], 8)
     mine = ctypes.create_string_buffer(b"raynixl")

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs as it stands, in a process of its own, and leaves nothing behind."""
+"""Every Python block of the README and of docs/ runs as it stands, in a process of its own; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ def test_a_snippet_runs(name: str, tmp_path: Path, nothing_left: Callable[[], li
     file = tmp_path / "snippet.py"
     file.write_text(SNIPPETS[name], "utf-8")
     ended = subprocess.run(
-        [sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, str(file)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
