@@ -51,3 +51,18 @@ def test_other_names_are_refused_as_python_does() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Agents'"):
         _ = raynixl.Agents  # type: ignore[attr-defined]
     assert set(raynixl.__all__) <= set(dir(raynixl))
+
+
+def test_a_first_transfer_imports_nothing() -> None:
+    code = """
+import sys
+from raynixl import Agent
+with Agent("a") as a, Agent("b") as b:
+    mine, arena, plain = a.empty(64), b.empty(32, name="arena"), b.register(bytearray(32), name="plain")
+    before = set(sys.modules)
+    peer = a.peer(b.record())
+    a.write(mine.blocks([0, 8, 40], [8, 24, 24]), [peer["plain"][:28], peer["arena"][:28]], notify=b"x").wait()
+    b.wait_notification(5.0)
+    print(*sorted(set(sys.modules) - before))
+"""
+    assert fresh(code) == ""

@@ -110,8 +110,10 @@ class ShmBackend:
         mapped = np.array([binding.path == "mapped" for binding in request.remote])
         side = request.segments.target_region if request.op is Op.WRITE else request.segments.source_region
         programs = []
-        for is_mapped in np.unique(mapped):
-            rows = None if len(np.unique(mapped)) == 1 else mapped[side] == is_mapped
+        for is_mapped in (False, True):
+            if not (mapped == is_mapped).any():
+                continue
+            rows = None if (mapped == is_mapped).all() else mapped[side] == is_mapped
             programs.append(self._program(request, rows, COPY if is_mapped else _VM_MODE[request.op]))
         return programs
 
