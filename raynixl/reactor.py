@@ -13,8 +13,10 @@ import itertools
 import logging
 import os
 import select
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 
@@ -69,6 +71,7 @@ class Reactor:
         self._followers = 0
         self._is_talking = False  # under _lead
         self._closed = False
+        self._is_over = False  # the service thread is not polling any more: whoever leads lets go at its end
         self._thread = threading.Thread(target=self._serve, name=f"raynixl-{name}"[:15], daemon=True)
         self._thread.start()
 
@@ -137,7 +140,11 @@ class Reactor:
         return True
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop serving and let go of the descriptors; idempotent. Not from a callback of a leading caller."""
+        """Stop serving and let go of the descriptors; idempotent. Not from a callback of a leading caller.
+
+        A callback that still blocks after `timeout` keeps the descriptors, and they go when it ends.
+        """
+        deadline = time.monotonic() + timeout
         with self._lock:
             if self._closed:
                 return
@@ -147,16 +154,39 @@ class Reactor:
         self.wake()
         if not self.is_own_thread:
             self._thread.join(timeout)
-        with self._lead:  # a leading caller leaves at the bell
-            while self._calls:  # such as links that were closed a moment ago and hold descriptors
-                self._guard(self._calls.popleft())
-            with self._bells:
-                self._are_bells_open = False
-                self._inner.close()
-                self._outer.close()
-                os.close(self._bell)
-                os.close(self._service_bell)
-                self._callbacks.clear()
+        self._is_over = True
+        if self._lead.acquire(timeout=max(0.1, deadline - time.monotonic())):  # a leading caller leaves at the bell
+            self._stop_leading()
+        else:
+            logger.error("a callback still blocks a reactor that was closed:\n%s", self._where_it_blocks())
+
+    def _let_go(self) -> None:
+        """Make the calls that were asked for and close the descriptors; _lead is held."""
+        while self._calls:  # such as links that were closed a moment ago and hold descriptors
+            self._guard(self._calls.popleft())
+        with self._bells:
+            if not self._are_bells_open:
+                return
+            self._are_bells_open = False
+            self._inner.close()
+            self._outer.close()
+            os.close(self._bell)
+            os.close(self._service_bell)
+            self._callbacks.clear()
+
+    def _where_it_blocks(self) -> str:
+        """Return the stack of the thread that dispatches."""
+        ident = self._led or self._thread.ident
+        frame = None if ident is None else sys._current_frames().get(ident)
+        return "".join(traceback.format_stack(frame)) if frame is not None else "it has just ended"
+
+    def _stop_leading(self) -> None:
+        """Release _lead; the last to lead a reactor that is over lets go of it."""
+        try:
+            if self._is_over:
+                self._let_go()
+        finally:
+            self._lead.release()
 
     def _lead_until(self, is_ready: Callable[[], bool], deadline: float) -> None:
         """Poll in the service thread's place; the caller has taken _lead."""
@@ -179,7 +209,7 @@ class Reactor:
                 self._led = None
                 if not self._closed:
                     self._outer.modify(self._inner.fileno(), select.EPOLLIN)
-            self._lead.release()
+            self._stop_leading()
             if self._followers:
                 with self._lock:
                     self._changed.notify_all()
@@ -207,7 +237,7 @@ class Reactor:
                         if not self._closed:
                             self._dispatch(self._inner.poll(0))
                     finally:
-                        self._lead.release()
+                        self._stop_leading()
                     if self._followers:
                         with self._lock:
                             self._changed.notify_all()

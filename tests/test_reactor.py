@@ -295,3 +295,33 @@ def test_a_leader_that_sleeps_leaves_the_service_thread_asleep(reactor: Reactor,
     assert reactor.run_until(lambda: len(heard) >= 50, soon())
     ringer.join(PATIENCE)
     assert spins[0] <= 5
+
+
+@pytest.mark.parametrize("is_led", [False, True], ids=["service thread", "leading caller"])
+def test_close_does_not_wait_for_a_callback_that_blocks(
+    nothing_left: Callable[[], list[str]], caplog: pytest.LogCaptureFixture, is_led: bool
+) -> None:
+    """The descriptors stay open under the callback, and go when it ends."""
+    reactor = Reactor("blocked")
+    inside, go_on = threading.Event(), threading.Event()
+    leader = threading.Thread(target=lambda: reactor.run_until(inside.is_set, soon()))
+    if is_led:
+        leader.start()
+        eventually(lambda: reactor._led is not None, "a leader")
+
+    def block_here() -> None:
+        inside.set()
+        go_on.wait(PATIENCE)
+
+    reactor.call_soon(block_here)
+    assert inside.wait(PATIENCE)
+    with caplog.at_level(logging.ERROR):
+        reactor.close(0.05)
+    assert reactor.is_closed
+    assert "block_here" in caplog.text
+    os.eventfd_write(reactor._bell, 1)  # still its own
+    go_on.set()
+    eventually(lambda: not reactor._are_bells_open, "the last to lead lets go")
+    if is_led:
+        leader.join(PATIENCE)
+    reactor._thread.join(PATIENCE)

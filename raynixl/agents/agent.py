@@ -336,7 +336,7 @@ class Agent:
             for backend in self.backends:
                 backend.close()
             self.engine.close(self.config.deregister_timeout)
-            self.reactor.close()
+            self.reactor.close(max(1.0, self.config.deregister_timeout))
             self.control.close()
             self.watcher.close()
             self.regions.close()

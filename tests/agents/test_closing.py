@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -220,3 +221,26 @@ def test_an_agent_that_cannot_be_made_leaves_nothing() -> None:
     directory = InMemoryDirectory()
     with make_agent("alice", directory=directory), pytest.raises(ConfigError, match="taken"):
         make_agent("alice", directory=directory)
+
+
+def test_closing_does_not_wait_for_a_handler_that_waits_for_the_closer(
+    new_agent: Callable[..., Agent], backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice, bob = (new_agent(name, backends=(backend,), deregister_timeout=0.1) for name in ("alice", "bob"))
+    introduce(alice, bob)
+    inside, held = threading.Event(), threading.Lock()
+
+    def want_the_lock(_peer: str, _payload: bytes) -> bytes:
+        inside.set()
+        with held:
+            return b""
+
+    bob.serve("lock", want_the_lock, threaded=False)
+    with held:
+        alice.ask("bob", "lock")
+        assert inside.wait(PATIENCE)
+        with caplog.at_level(logging.ERROR):
+            bob.close()
+        assert "want_the_lock" in caplog.text
+    bob.reactor._thread.join(PATIENCE)
+    eventually(lambda: not bob.reactor._are_bells_open, "the handler's thread lets go")
