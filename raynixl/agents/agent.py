@@ -20,7 +20,7 @@ from raynixl.agents.control import Control, Handler
 from raynixl.agents.explanation import Explanation, explain
 from raynixl.agents.heartbeat import Heartbeat
 from raynixl.agents.inbox import Inbox, Notification
-from raynixl.agents.peer import Peer
+from raynixl.agents.peer import Peer, name_of
 from raynixl.agents.prepared import Prepared, Selections
 from raynixl.agents.publisher import Publisher
 from raynixl.agents.regions import Regions
@@ -236,7 +236,7 @@ class Agent:
         """Take the next notification, from an event loop. See `wait_notification`."""
         return await self.control.notifications.take(timeout)
 
-    def notify(self, peer: str, payload: bytes, *, timeout: float | None = None) -> None:
+    def notify(self, peer: str | Peer, payload: bytes, *, timeout: float | None = None) -> None:
         """Send a notification alone; connects first if need be.
 
         Raises:
@@ -245,12 +245,12 @@ class Agent:
         check_payload(payload, self.config.max_message_nbytes, what="notification")
         self.control.notify(self._connection(peer, timeout).link, notification_bytes(payload))
 
-    def send(self, peer: str, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
+    def send(self, peer: str | Peer, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
         """Put a message into a peer's inbox of that topic; connects first if need be."""
         self._check_message(topic, payload)
         self._connection(peer, timeout).link.send(Message(MessageKind.SEND, 0, topic, payload).to_bytes())
 
-    def ask(self, peer: str, topic: str, payload: bytes = b"", *, timeout: float | None = None) -> Reply:
+    def ask(self, peer: str | Peer, topic: str, payload: bytes = b"", *, timeout: float | None = None) -> Reply:
         """Send a request to a peer's handler of that topic; the reply is waited for or awaited."""
         self._check_message(topic, payload)
         deadline = time.monotonic() + check_timeout(timeout, self.config.request_timeout)
@@ -267,9 +267,9 @@ class Agent:
         """Return the inbox of a topic."""
         return self.control.inbox(check_topic(topic))
 
-    def lost(self, peer: str) -> RaynixlError | None:
+    def lost(self, peer: str | Peer) -> RaynixlError | None:
         """Return why the connection with a peer was lost, or None while it stands or was never made."""
-        connection = self.connector.current(peer)
+        connection = self.connector.current(name_of(peer))
         return None if connection is None else connection.lost
 
     # Life
@@ -383,11 +383,10 @@ class Agent:
         with self._lock:
             return self._counters.setdefault((backend, peer), RouteCounter(backend, peer))
 
-    def _connection(self, peer: str, timeout: float | None) -> Connection:
+    def _connection(self, peer: str | Peer, timeout: float | None) -> Connection:
         self.check_open()
-        if not isinstance(peer, str):
-            check_name(peer, "peer name")
-        return self.connector.connect(peer, time.monotonic() + check_timeout(timeout, self.config.connect_timeout))
+        deadline = time.monotonic() + check_timeout(timeout, self.config.connect_timeout)
+        return self.connector.connect(name_of(peer), deadline)
 
     def _check_message(self, topic: str, payload: bytes) -> None:
         self.check_open()

@@ -73,6 +73,10 @@ class Peer:
                 time.sleep(pause)  # registration announces nothing; asking again is one round trip
                 pause = min(0.1, pause * 2)
 
+    def notify(self, payload: bytes, *, timeout: float | None = None) -> None:
+        """Send a notification alone; connects first if need be."""
+        self._agent.notify(self.name, payload, timeout=timeout)
+
     def send(self, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
         """Put a message into the peer's inbox of that topic; connects first if need be."""
         self._agent.send(self.name, topic, payload, timeout=timeout)
@@ -83,3 +87,10 @@ class Peer:
 
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + check_timeout(timeout, self._agent.config.connect_timeout)
+
+
+def name_of(peer: str | Peer) -> str:
+    """Return the name of a peer that is given by its name or as itself."""
+    if isinstance(peer, Peer):
+        return peer.name
+    return peer if isinstance(peer, str) else check_name(peer, "peer name")

@@ -77,6 +77,7 @@ def test_messages_of_wrong_types_are_refused(scene: Scene) -> None:
         lambda: s.alice.ask("bob", "t" * 70_000, b""),
         lambda: s.alice.notify(5, b""),
         lambda: s.alice.notify([], b""),
+        lambda: s.alice.lost(5),
         lambda: s.alice.peer(5),
         lambda: s.alice.peer(None),
         lambda: s.alice.peer("bob")[5],

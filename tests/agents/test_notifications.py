@@ -185,3 +185,18 @@ async def test_waiting_in_vain_keeps_nothing(pair: tuple[Agent, Agent]) -> None:
         with pytest.raises(TransferTimeout):
             await bob.next_notification(0.0)
     assert len(bob.control.notifications._waiters) == 0
+
+
+def test_a_peer_is_named_by_its_name_or_by_itself(pair: tuple[Agent, Agent]) -> None:
+    alice, bob = pair
+    bob.serve("same", lambda _peer, payload: payload)
+    peer = alice.peer("bob")
+    alice.notify(peer, b"by itself")
+    peer.notify(b"its own", timeout=PATIENCE)
+    assert [bob.wait_notification(PATIENCE).payload for _ in range(2)] == [b"by itself", b"its own"]
+    alice.send(peer, "topic", b"sent")
+    assert bob.inbox("topic").wait(PATIENCE).payload == b"sent"
+    assert alice.ask(peer, "same", b"asked").wait(PATIENCE) == b"asked"
+    assert alice.lost(peer) is None
+    bob.close()
+    eventually(lambda: alice.lost(peer), "the loss")
