@@ -20,6 +20,8 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 
+from raynixl.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 _FOREVER = 3600.0
@@ -128,7 +130,7 @@ class Reactor:
     def run_until(self, is_ready: Callable[[], bool], deadline: float) -> bool:
         """Wait, serving the reactor meanwhile, until `is_ready()` or the monotonic deadline; return which."""
         if self.is_dispatching:
-            raise AssertionError("a reactor callback must not wait")
+            raise ConfigError("what runs on the polling thread must not wait", hint="serve(..., threaded=True)")
         while not is_ready():
             remaining = deadline - time.monotonic()
             if remaining <= 0 or self._closed:

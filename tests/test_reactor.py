@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from agent_tools import PATIENCE, eventually
 
+from raynixl.errors import ConfigError
 from raynixl.reactor import Reactor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -127,7 +128,7 @@ def test_a_waiter_may_not_wait_inside_a_callback(reactor: Reactor) -> None:
     def wait() -> None:
         try:
             reactor.run_until(lambda: False, soon())
-        except AssertionError as exc:
+        except ConfigError as exc:
             caught.append(exc)
 
     reactor.call_soon(wait)

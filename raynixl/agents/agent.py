@@ -256,10 +256,10 @@ class Agent:
         deadline = time.monotonic() + check_timeout(timeout, self.config.request_timeout)
         return self.control.ask(self._connection(peer, timeout), topic, payload, left(deadline))
 
-    def serve(self, topic: str, handler: Handler, *, threaded: bool = False) -> None:
-        """Answer peers' requests of a topic. Only a threaded handler may block.
+    def serve(self, topic: str, handler: Handler, *, threaded: bool = True) -> None:
+        """Answer peers' requests of a topic on threads of the agent, so also while the process's own code is busy.
 
-        Handlers run on threads of the agent, so they answer while the process's own code is busy.
+        With threaded=False the polling thread itself calls the handler: faster, but the handler must not block.
         """
         self.control.serve(topic, handler, threaded=threaded)
 

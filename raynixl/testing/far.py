@@ -38,7 +38,7 @@ class FarAgent:
     def __init__(self, factory: Factory, config: AgentConfig, name: str) -> None:
         self.agent = make_agent(name, factory, config)
         self._regions: dict[str, Region] = {}
-        self.agent.serve("echo", lambda _peer, payload: payload)
+        self.agent.serve("echo", lambda _peer, payload: payload, threaded=False)
         self._withdrawn: list[Any] = []  # a backend that still writes there shall fail the check, not crash it
         self._silence = threading.Event()
         self.agent.serve("silence", self._stay_silent, threaded=True)

@@ -47,7 +47,7 @@ class Scene:
 
     def __enter__(self) -> Scene:
         self.near = make_agent("near", self.factory, self.config)
-        self.near.serve("echo", lambda _peer, payload: payload)
+        self.near.serve("echo", lambda _peer, payload: payload, threaded=False)
         try:
             self.open_far()
             link = self.near.connector.connect("far", time.monotonic() + PATIENCE).link

@@ -52,9 +52,9 @@ class Publication:
         self._committed = 0
         self._is_closed = False
         agent.serve(topic(name, "freeze"), self._on_freeze, threaded=True)
-        agent.serve(topic(name, "release"), self._on_release)
+        agent.serve(topic(name, "release"), self._on_release, threaded=False)
         agent.serve(topic(name, "layout"), self._on_layout, threaded=True)
-        agent.serve(topic(name, "status"), self._on_status)
+        agent.serve(topic(name, "status"), self._on_status, threaded=False)
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else f"version {self._committed}"

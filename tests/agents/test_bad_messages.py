@@ -17,7 +17,7 @@ TIMEOUTS = {"0": 0, "0.0": 0.0, "negative": -1.0, "nan": math.nan, "inf": math.i
 def test_timeouts_that_are_no_deadline_are_refused(scene: Scene) -> None:
     s, peer = scene, scene.alice.peer("bob")
     plan = s.alice.prepare("write", s.mine, s.theirs)
-    s.bob.serve("echo", lambda _peer, payload: payload)
+    s.bob.serve("echo", lambda _peer, payload: payload, threaded=False)
     for timeout in TIMEOUTS.values():
         t: Any = timeout
         for action in (

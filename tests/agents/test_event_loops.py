@@ -13,7 +13,7 @@ from raynixl import Agent
 
 def test_several_loops_use_one_agent_at_once(pair: tuple[Agent, Agent]) -> None:
     alice, bob = pair
-    bob.serve("same", lambda _peer, payload: payload)
+    bob.serve("same", lambda _peer, payload: payload, threaded=False)
     nbytes, loops = 9 * MIB, 4
     regions = [bob.empty(nbytes) for _ in range(loops)]
     sources = [alice.register(random_bytes(nbytes, number)) for number in range(loops)]

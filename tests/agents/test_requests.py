@@ -26,7 +26,7 @@ from raynixl.agents import Inbox
 
 def test_a_handler_answers_and_the_asker_may_wait_twice(pair: tuple[Agent, Agent]) -> None:
     alice, bob = pair
-    bob.serve("upper", lambda peer, payload: peer.encode() + b":" + payload.upper())
+    bob.serve("upper", lambda peer, payload: peer.encode() + b":" + payload.upper(), threaded=False)
     reply = alice.ask("bob", "upper", b"text")
     assert reply.wait(PATIENCE) == b"alice:TEXT"
     assert reply.done
@@ -45,7 +45,7 @@ def test_many_requests_at_once_get_each_its_own_answer(pair: tuple[Agent, Agent]
 
 def test_large_requests_and_answers_travel(pair: tuple[Agent, Agent]) -> None:
     alice, bob = pair
-    bob.serve("reverse", lambda _peer, payload: payload[::-1])
+    bob.serve("reverse", lambda _peer, payload: payload[::-1], threaded=False)
     payload = random_bytes(5 * MIB).tobytes()
     assert alice.ask("bob", "reverse", payload).wait(PATIENCE) == payload[::-1]
 
@@ -89,6 +89,21 @@ def test_a_threaded_handler_may_block_on_its_asker(pair: tuple[Agent, Agent]) ->
     for agent in pair:
         agent.serve("down", lambda peer, payload, agent=agent: down(peer, payload, agent), threaded=True)
     assert alice.ask("bob", "down", bytes([6])).wait(PATIENCE) == b"bottom"
+
+
+def test_a_handler_may_wait_unless_it_was_to_run_on_the_polling_thread(pair: tuple[Agent, Agent]) -> None:
+    alice, bob = pair
+    alice.serve("back", lambda _peer, payload: payload)
+
+    def ask_back(peer: str, payload: bytes) -> bytes:
+        return bob.ask(peer, "back", payload).wait(PATIENCE)
+
+    bob.serve("asks back", ask_back)
+    assert alice.ask("bob", "asks back", b"there").wait(PATIENCE) == b"there"
+    bob.serve("asks back", ask_back, threaded=False)
+    with pytest.raises(ConfigError, match="must not wait") as found:
+        alice.ask("bob", "asks back", b"there").wait(PATIENCE)
+    assert "threaded=True" in found.value.hint
 
 
 def test_letting_go_of_a_region_does_not_wait_for_busy_handlers(pair: tuple[Agent, Agent]) -> None:
@@ -169,7 +184,7 @@ def test_a_frozen_peer_ends_a_request_at_its_deadline(new_agent: Callable[..., A
 
 async def test_answers_are_awaited_by_many_coroutines(pair: tuple[Agent, Agent]) -> None:
     alice, bob = pair
-    bob.serve("same", lambda _peer, payload: payload)
+    bob.serve("same", lambda _peer, payload: payload, threaded=False)
 
     async def ask(number: int) -> bytes:
         return await alice.ask("bob", "same", bytes([number]))

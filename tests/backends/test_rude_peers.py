@@ -139,7 +139,7 @@ def test_descriptors_of_malformed_messages_are_closed(
 def test_a_flood_of_messages_keeps_no_other_peer_out(agent: Agent, rude: Stranger) -> None:
     with make_agent("other", backends=("shm",)) as other:
         introduce(agent, other)
-        agent.serve("echo", lambda _peer, payload: payload)
+        agent.serve("echo", lambda _peer, payload: payload, threaded=False)
         packets = [packet(_FIRST | _LAST, 0, 3, b"bad"), note(b"flood")]
         rude.sock.setblocking(False)
         for turn in range(20):
