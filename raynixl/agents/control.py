@@ -289,7 +289,10 @@ class Control:
             crowded = threaded and self._busy >= MAX_HANDLER_THREADS
             self._busy += threaded and not crowded
         if handler is None:
-            self._refuse(link, message, RegionUnknown(f"{self._agent.name!r} serves no {message.topic!r}"))
+            error = RegionUnknown(
+                f"{self._agent.name!r} serves no {message.topic!r}", hint="call agent.serve(topic, handler) at the peer"
+            )
+            self._refuse(link, message, error)
         elif crowded:
             self._refuse(link, message, TransferTimeout(f"{self._agent.name!r} is overloaded", hint="retry later"))
         elif threaded:
@@ -329,6 +332,8 @@ def _parse_refusal(payload: bytes, peer: str) -> RaynixlError:
     kind = getattr(errors, refusal.kind, RaynixlError)
     if not (isinstance(kind, type) and issubclass(kind, RaynixlError)):
         kind = RaynixlError
+    if kind is AgentClosed:  # the peer's, not ours
+        return PeerLost(f"peer {peer!r}: {refusal.message}", peer=peer)
     return kind(refusal.message, hint=refusal.hint, peer=peer)
 
 

@@ -72,10 +72,23 @@ def test_what_a_handler_raises_reaches_the_asker(
         alice.ask("bob", "untyped").wait(PATIENCE)
     with pytest.raises(ConfigError, match="bytes, not str"):
         alice.ask("bob", "text").wait(PATIENCE)
-    with pytest.raises(RegionUnknown, match="serves no"):
+    with pytest.raises(RegionUnknown, match="serves no") as unknown:
         alice.ask("bob", "nobody serves this").wait(PATIENCE)
+    assert "agent.serve" in unknown.value.hint
     bob.serve("typed", lambda _peer, _payload: b"mended", threaded=threaded)
     assert alice.ask("bob", "typed").wait(PATIENCE) == b"mended"
+
+
+def test_a_closed_agent_at_the_peer_does_not_look_like_ours(pair: tuple[Agent, Agent]) -> None:
+    alice, bob = pair
+
+    def closed(_peer: str, _payload: bytes) -> bytes:
+        raise AgentClosed("agent 'bob' is closed", hint="make a new one")
+
+    bob.serve("closed", closed)
+    with pytest.raises(PeerLost, match="'bob' is closed") as found:
+        alice.ask("bob", "closed").wait(PATIENCE)
+    assert (found.value.hint, found.value.peer) == (PeerLost.remedy, "bob")
 
 
 def test_a_threaded_handler_may_block_on_its_asker(pair: tuple[Agent, Agent]) -> None:
