@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import enum
 import fcntl
+import functools
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ PAGE_NBYTES = mmap.PAGESIZE
 POPULATE_NBYTES = 1 << 30
 """Mappings up to this size get their page tables filled at once: half the price of faulting them one by one."""
 
+_MADV_POPULATE_WRITE = 23
 _SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW: a peer's mapping can never SIGBUS
 
 
@@ -153,6 +156,31 @@ def _from_buffer(source: Any) -> Memory:
         raise RangeError("memory of no bytes cannot be registered", hint="leave empty tensors out")
     flat = np.frombuffer(view, np.uint8)
     return Memory(MemoryKind.DRAM, 0, flat.ctypes.data, view.nbytes, not view.readonly, flat)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    call = ctypes.CDLL(None, use_errno=True).madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    call.restype = ctypes.c_int
+    return call
+
+
+def is_writable(address: int, nbytes: int) -> bool:
+    """Whether the first and the last page of mapped memory may be written; True where the kernel cannot tell.
+
+    Asked by having the kernel bring those two pages in for writing (Linux 5.14). Whoever claims that protected memory
+    is writable must be found out here: one kind of write to it, /proc/pid/mem, passes the protection of pages.
+    """
+    first, last = address - address % PAGE_NBYTES, address + nbytes - 1
+    pages = {first, last - last % PAGE_NBYTES}
+    return all(_madvise()(page, PAGE_NBYTES, _MADV_POPULATE_WRITE) == 0 for page in pages) or not _can_tell()
+
+
+@functools.cache
+def _can_tell() -> bool:
+    with mmap.mmap(-1, PAGE_NBYTES) as page:
+        return _madvise()(address_of(page), PAGE_NBYTES, _MADV_POPULATE_WRITE) == 0
 
 
 def address_of(mapping: mmap.mmap) -> int:

@@ -118,6 +118,15 @@ class _Served:
         self.agent.deregister(self.regions.pop(name))
         return time.monotonic() - began
 
+    def read(self, record: str, region: str) -> int:
+        """Read a region of another agent once; say the sum of its bytes."""
+        theirs = self.agent.peer(record.encode())[region]
+        mine = self.agent.empty(theirs.nbytes)
+        self.agent.read(theirs, mine).wait(LEAVE_SECONDS)
+        total = int(mine.array().sum())
+        self.agent.deregister(mine)
+        return total
+
     def notes(self) -> list[str]:
         """Take the notifications that are here."""
         return [note.payload.decode() for note in self.agent.notifications()]

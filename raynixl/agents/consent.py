@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _SMALL = 4096
 _REGION, _BIND, _GONE, _RECORD = "raynixl.region", "raynixl.bind", "raynixl.gone", "raynixl.record"
-_ALL = b"all"
+_ALL = "all"
+_WITHDRAWAL = re.compile(rb"(all|[0-9]{1,20}) ([0-9]{1,6}\.[0-9]{1,6})")  # which region, and the seconds to let go
 
 
 class _RegionKey(BaseModel):
@@ -83,9 +85,12 @@ class Consent:
         """Return the record of a peer that connected to us."""
         return AgentRecord.from_bytes(self._control.ask(connection, _RECORD, b"", left(deadline)).wait())
 
-    def announce_gone(self, region_id: int, importers: Sequence[Connection], timeout: float) -> None:
-        """Tell peers that a region goes and wait until they have let go; cut off those who do not answer."""
-        payload = str(region_id).encode()
+    def announce_gone(self, region_id: int, importers: Sequence[Connection], timeout: float) -> list[Connection]:
+        """Tell peers that a region goes and wait until they have let go; cut off and return those who do not answer.
+
+        They get half of the time for what they have in flight, and then end it, so that it need not come to that.
+        """
+        payload, stuck = f"{region_id} {timeout / 2:.6f}".encode(), []
         replies = [self._control.ask(connection, _GONE, payload, timeout) for connection in importers]
         for reply in replies:
             try:
@@ -95,21 +100,27 @@ class Consent:
             except RaynixlError as exc:
                 name = reply.connection.name
                 logger.debug("peer %r did not let go of region %d: %s", name, region_id, exc)
+                stuck.append(reply.connection)
                 reply.connection.lose(
                     PeerLost(f"peer {name!r} did not let go of a deregistered region in {timeout:g} s", peer=name)
                 )
+        return stuck
 
-    def announce_end(self, importers: Sequence[Connection], timeout: float) -> None:
-        """Tell peers that this agent ends, and wait until none of them touches our memory any more.
+    def announce_end(self, importers: Sequence[Connection], timeout: float) -> list[Connection]:
+        """Tell peers that this agent ends, and wait until they have let go; return those of which that is not known.
 
-        Those that are frozen touch nothing, and find their link closed when they go on.
+        Those that are frozen are not waited for: they find their link closed when they go on.
         """
         awake = [connection for connection in importers if connection.is_awake]
-        for reply in [self._control.ask(connection, _GONE, _ALL, timeout) for connection in awake]:
+        stuck = [connection for connection in importers if connection not in awake]
+        payload = f"{_ALL} {timeout / 2:.6f}".encode()
+        for reply in [self._control.ask(connection, _GONE, payload, timeout) for connection in awake]:
             try:
                 reply.wait()
             except RaynixlError as exc:  # it is gone, or frozen: its connection is about to be closed in any case
                 logger.debug("peer %r did not let go of our regions: %s", reply.connection.name, exc)
+                stuck.append(reply.connection)
+        return stuck
 
     # What we answer, on the reactor's thread
 
@@ -137,11 +148,12 @@ class Consent:
 
     def _let_go(self, message: Message, link: Link) -> None:
         """A peer withdraws a region, or all at its end: let transfers in flight end, unmap, and say so."""
-        payload = message.payload
         connection = self._agent.connector.by_link(link)
-        if connection is not None and (payload == _ALL or (payload.isdigit() and len(payload) <= 20)):
-            deadline = time.monotonic() + self._agent.config.deregister_timeout
-            bindings = connection.withdraw_all() if payload == _ALL else connection.withdraw(int(payload))
+        found = _WITHDRAWAL.fullmatch(message.payload)
+        if connection is not None and found is not None:
+            deadline = time.monotonic() + min(float(found[2]), self._agent.config.deregister_timeout)
+            is_all = found[1] == _ALL.encode()
+            bindings = connection.withdraw_all() if is_all else connection.withdraw(int(found[1]))
             for binding in bindings:
                 if not binding.gate.drain(left(deadline)):
                     binding.gate.close(STALE)

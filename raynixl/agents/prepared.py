@@ -316,7 +316,7 @@ def _distinct(items: list[Blocks]) -> list[Any]:
 def _translate_errno(number: int, plan: Prepared) -> RaynixlError:
     if number == errno.EFAULT:
         return RangeError(
-            f"{plan.summary} touched memory that is not mapped any more",
+            f"{plan.summary} touched memory that is not mapped, or not to be written, any more",
             hint="keep registered memory alive until deregister returns", peer=plan.peer,
         )  # fmt: skip
     if number == errno.ESRCH:

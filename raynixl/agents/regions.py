@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raynixl.agents.connection import Connection
+from raynixl.agents.keeping import keep_until_ended
 from raynixl.backends.base import Link
 from raynixl.errors import (
     AgentClosed,
@@ -19,13 +23,16 @@ from raynixl.errors import (
     RegionStale,
     RegionUnknown,
 )
-from raynixl.memory import Memory, MemoryKind
+from raynixl.host import is_ending
+from raynixl.memory import Memory, MemoryKind, is_writable
 from raynixl.native import CLOSED, STALE
 from raynixl.record import RegionRecord, check_name
 from raynixl.region import Region
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
+
+logger = logging.getLogger(__name__)
 
 
 class Regions:
@@ -38,6 +45,7 @@ class Regions:
         self._by_name: dict[str, Region] = {}
         self._generations: dict[str, int] = {}
         self._importers: dict[int, set[Link]] = {}
+        self._sleepers: dict[int, set[int]] = {}  # processes that were frozen when we gave them up, by region
         self._numbers = itertools.count(1)
         self._is_closed = False
 
@@ -48,7 +56,7 @@ class Regions:
         """Register memory with every backend that takes its kind."""
         if name != "":
             check_name(name, "region name")
-        self._check_mapped(memory)
+        memory = self._check_mapped(memory)
         number = next(self._numbers)
         keys, refusals = {}, []
         for backend in self._agent.backends:
@@ -84,8 +92,9 @@ class Regions:
             if self._by_name.get(region.name) is region:
                 del self._by_name[region.name]
             importers = self._importers.pop(region.id, set())
+            sleepers = self._sleepers.pop(region.id, set())
         region.gate.close(STALE, abort=False)
-        self._let_go(region, importers)
+        self._let_go(region, importers, sleepers)
         if region.name:
             self._agent.publisher.touch()
 
@@ -131,9 +140,12 @@ class Regions:
             self._importers.setdefault(number, set()).add(link)
 
     def forget_importer(self, link: Link) -> None:
-        """Forget a peer that is gone."""
+        """Forget a peer that is gone, but not that a frozen one may be amid a copy."""
+        pid = getattr(link, "pid", 0) if link.is_frozen() else 0
         with self._lock:
-            for links in self._importers.values():
+            for number, links in self._importers.items():
+                if link in links and pid:
+                    self._sleepers.setdefault(number, set()).add(pid)
                 links.discard(link)
 
     def withdraw_all(self) -> None:
@@ -141,9 +153,11 @@ class Regions:
         with self._lock:
             self._is_closed = True
             links = set().union(*self._importers.values())
+            regions = list(self._by_id.values())
+            sleepers = set().union(*self._sleepers.values())
             self._importers.clear()
-        connections = self._connections(links)
-        self._agent.consent.announce_end(connections, self._agent.config.deregister_timeout)
+        stuck = self._agent.consent.announce_end(self._connections(links), self._agent.config.deregister_timeout)
+        self._keep(_pids(stuck) | sleepers, regions)
 
     def close_in_child(self) -> None:
         """Refuse the use of every region in a forked child: its engine has no threads. Takes no lock."""
@@ -187,10 +201,11 @@ class Regions:
             agent.publisher.touch()
         return region
 
-    def _let_go(self, region: Region, importers: set[Link]) -> None:
+    def _let_go(self, region: Region, importers: set[Link], sleepers: set[int]) -> None:
         agent = self._agent
         deadline = time.monotonic() + agent.config.deregister_timeout
-        agent.consent.announce_gone(region.id, self._connections(importers), agent.config.deregister_timeout)
+        stuck = agent.consent.announce_gone(region.id, self._connections(importers), agent.config.deregister_timeout)
+        self._keep(_pids(stuck) | sleepers, [region])
         if not region.gate.drain(max(0.001, deadline - time.monotonic())):
             region.gate.close(STALE)  # our own transfers end now, by force
             region.gate.drain(agent.config.transfer_timeout)
@@ -198,16 +213,42 @@ class Regions:
             backend.deregister(region.id)
         _close_fd(region)
 
+    def _keep(self, pids: set[int], regions: Sequence[Region]) -> None:
+        """Keep plain memory from being freed while a process lives that did not say that it has let go.
+
+        A frozen one goes on with the system calls of its copy when it wakes, before it hears that its link is closed.
+        Arenas need no keeping: what peers have mapped is theirs too.
+        """
+        memories = [region.memory for region in regions if region.memory.fd < 0]
+        for pid in pids if memories else ():
+            if not is_ending(pid):
+                logger.warning(
+                    "process %d did not let go of %r's memory: it is kept until that has ended", pid, self._agent.name
+                )
+                keep_until_ended(memories, pid)
+
     def _connections(self, links: set[Link]) -> list[Connection]:
         connections = [self._agent.connector.by_link(link) for link in links]
         return list(dict.fromkeys(one for one in connections if one is not None))
 
-    def _check_mapped(self, memory: Memory) -> None:
-        if memory.kind is MemoryKind.DRAM and not self._agent.native.mapped(memory.address, memory.nbytes):
+    def _check_mapped(self, memory: Memory) -> Memory:
+        """Return memory as it is: what is said to be writable and is protected serves as a source alone."""
+        if memory.kind is not MemoryKind.DRAM or memory.fd >= 0:
+            return memory
+        if not self._agent.native.mapped(memory.address, memory.nbytes):
             raise RangeError(
                 f"memory at {memory.address:#x} of {memory.nbytes} bytes is not mapped in this process",
                 hint="register memory that exists",
             )
+        if memory.writable and not is_writable(memory.address, memory.nbytes):
+            return replace(memory, writable=False)
+        return memory
+
+
+def _pids(connections: Sequence[Connection]) -> set[int]:
+    """Return the processes at the other ends, as far as links know them, ours left out."""
+    links = [link for connection in connections for link in connection.links]
+    return {getattr(link, "pid", 0) for link in links} - {0, os.getpid()}
 
 
 def _close_fd(region: Region) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import time
@@ -39,6 +40,13 @@ class _Hello(_Greeting):
     nonce: _Hex
 
 
+class _Version(BaseModel):
+    """What every version's greeting says."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    version: int
+
+
 class _Challenge(_Greeting):
     name: Name
     incarnation: Incarnation
@@ -64,6 +72,7 @@ class Newcomer:
         self.local = local
         self.sock = sock
         self.pid = peer_pid(sock)
+        self._is_alien = is_alien(local, sock)
         self.peer_probe = 0
         self.client: Identity | None = None
         self._server = Identity.fresh(local.name, local.incarnation)
@@ -100,17 +109,23 @@ class Newcomer:
             self.refuse("hung up")
             return
         try:
-            if self.client is None:
-                self._challenge(parse(_Hello, data, what="greeting", limit=MAX_GREETING_NBYTES))
+            if self._is_alien:
+                self.refuse("another user", "user")
+            elif self.client is None:
+                self._listen(data)
             else:
                 self._judge(parse(_Answer, data, what="answer", limit=MAX_GREETING_NBYTES), self.client)
         except (IntegrityError, OSError):
             self.refuse("malformed")
 
-    def _challenge(self, hello: _Hello) -> None:
-        if hello.version != GREETING_VERSION:
+    def _listen(self, data: bytes) -> None:
+        """Take the first words; those of another version may say more than we understand."""
+        if parse(_Version, data, what="greeting", limit=MAX_GREETING_NBYTES).version != GREETING_VERSION:
             self.refuse("version", "version")
             return
+        self._challenge(parse(_Hello, data, what="greeting", limit=MAX_GREETING_NBYTES))
+
+    def _challenge(self, hello: _Hello) -> None:
         if hello.target != self.local.incarnation:
             self.refuse("another incarnation", "restarted")
             return
@@ -143,6 +158,8 @@ def greet(local: Local, sock: socket.socket, record: AgentRecord, *, probe: int,
     Raises:
         PeerRestarted, PeerLost, ConfigError, TransferTimeout: as the backend contract says.
     """
+    if is_alien(local, sock):
+        raise _other_user(record)
     client = Identity.fresh(local.name, local.incarnation)
     hello = _Hello(
         version=GREETING_VERSION, target=record.incarnation,
@@ -172,6 +189,19 @@ def peer_pid(sock: socket.socket) -> int:
     """Return the process at the other end, as the kernel knows it."""
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(data)[0])
+
+
+def is_alien(local: Local, sock: socket.socket) -> bool:
+    """Whether the other end is another user's, and no secret is there to prove that it may come all the same."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return not _secret(local) and int(_CREDENTIALS.unpack(data)[1]) != os.geteuid()
+
+
+def _other_user(record: AgentRecord) -> ConfigError:
+    return ConfigError(
+        f"peer {record.name!r} belongs to another user of this host",
+        hint="agents of several users need one AgentConfig.secret", peer=record.name,
+    )  # fmt: skip
 
 
 def _secret(local: Local) -> bytes:
@@ -224,4 +254,10 @@ def _refusal(verdict: _Verdict, record: AgentRecord) -> RaynixlError:
         return PeerRestarted(f"peer {record.name!r} lives as another incarnation", peer=record.name)
     if verdict.kind == "secret":
         return _stranger(record)
+    if verdict.kind == "user":
+        return _other_user(record)
+    if verdict.kind == "version":
+        return ConfigError(
+            f"peer {record.name!r} runs another version of raynixl", hint="run one version everywhere", peer=record.name
+        )
     return PeerLost(f"peer {record.name!r} refused the connection: {verdict.refusal}", peer=record.name)

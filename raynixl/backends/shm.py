@@ -95,6 +95,11 @@ class ShmBackend:
             check_sealed(fds[0], remote.nbytes)
             mapping: mmap.mmap = map_shared(fds[0], remote.nbytes)
             return Binding(remote, link, self._local.native.Gate(), "mapped", address_of(mapping), mapping)
+        if "arena" in key:
+            raise BackendUnavailable(
+                f"the descriptor of {remote.label} did not arrive", hint="this process has no more: ulimit -n",
+                peer=link.peer,
+            )  # fmt: skip
         address = key.get("address")
         if not isinstance(address, int) or address + remote.nbytes > 1 << 64:
             raise BackendUnavailable(f"{remote.label} has no usable shm key", peer=link.peer)
@@ -152,7 +157,9 @@ class ShmBackend:
         if not self._local.config.process_vm:
             return "it is switched off here: AgentConfig.process_vm"
         seen = np.zeros(32, np.uint8)
-        table = np.array([[probe, seen.ctypes.data, 32]], np.uint64)
+        # Two halves: a single small block would go by the process's memory file, which other rules apply to.
+        at = seen.ctypes.data
+        table = np.array([[probe, at, 16], [probe + 16, at + 16, 16]], np.uint64)
         result = self._local.engine.program(VM_READ, pid, table, []).run(GREETING_SECONDS)
         if not isinstance(result, int):  # with inline_nbytes=0 even this is a job
             result.wait_settled(GREETING_SECONDS)
