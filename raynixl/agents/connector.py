@@ -118,13 +118,25 @@ class Connector:
             if not self._is_closed and waiting is not None:
                 waiting.append((prepared, transfer))
                 return
-            if not self._is_closed:
-                self._pending[prepared.peer] = [(prepared, transfer)]
-                thread = threading.Thread(target=self._work, args=(prepared.peer,), name="raynixl-connect", daemon=True)
-                self._threads.add(thread)
-                thread.start()
-                return
-        transfer.failed(self._closed())
+            error = self._closed() if self._is_closed else self._start(prepared, transfer)
+        if error is not None:
+            transfer.failed(error)
+
+    def _start(self, prepared: Prepared, transfer: Transfer) -> RaynixlError | None:
+        """Give a peer its thread, or return why there is none; _lock is held."""
+        thread = threading.Thread(target=self._work, args=(prepared.peer,), name="raynixl-connect", daemon=True)
+        self._pending[prepared.peer] = [(prepared, transfer)]
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError as exc:  # the process may have no more threads
+            del self._pending[prepared.peer]
+            self._threads.discard(thread)
+            return BackendUnavailable(
+                f"{prepared.summary} got no thread: {exc}", hint="raise the limit of threads (ulimit -u, pids.max)",
+                peer=prepared.peer,
+            )  # fmt: skip
+        return None
 
     def bind(self, prepared: Prepared, deadline: float) -> list[Binding]:
         """Connect the peer of an operation, bind its regions, and return the bindings. Blocks.

@@ -296,10 +296,19 @@ class Control:
         elif crowded:
             self._refuse(link, message, TransferTimeout(f"{self._agent.name!r} is overloaded", hint="retry later"))
         elif threaded:
-            name = f"raynixl-{message.topic}"[:15]
-            threading.Thread(target=self._run, args=(handler, message, link, True), name=name, daemon=True).start()
+            self._start(handler, message, link)
         else:
             self._run(handler, message, link, False)
+
+    def _start(self, handler: Handler, message: Message, link: Link) -> None:
+        """Run a handler on a thread of its own, for which _busy has been counted."""
+        name = f"raynixl-{message.topic}"[:15]
+        try:
+            threading.Thread(target=self._run, args=(handler, message, link, True), name=name, daemon=True).start()
+        except RuntimeError as exc:  # the process may have no more threads
+            with self._lock:
+                self._busy -= 1
+            self._refuse(link, message, TransferTimeout(f"{self._agent.name!r}: {exc}", hint="retry later"))
 
     def _run(self, handler: Handler, message: Message, link: Link, threaded: bool) -> None:
         try:
