@@ -35,13 +35,17 @@ _DONE = Stage.DONE  # looked up a million times a second
 
 @dataclass(frozen=True, slots=True)
 class TransferStatistics:
-    """What one transfer did; `seconds` from post to the end, or until now."""
+    """What one transfer did.
+
+    `seconds` counts from the post to the end, or until now; None if it ended inside the post of a prepared
+    operation, which reads no clock.
+    """
 
     peer: str
     backend: str
     nbytes: int
     blocks: int
-    seconds: float
+    seconds: float | None
     stage: Stage
 
 
@@ -96,9 +100,9 @@ class Transfer:
     @property
     def stats(self) -> TransferStatistics:
         """What it did so far."""
-        end = self._ended or (self._posted if self._stage is Stage.DONE else time.monotonic())
+        seconds = (self._ended or time.monotonic()) - self._posted if self._posted else None
         plan = self._prepared
-        return TransferStatistics(plan.peer, plan.backend, plan.nbytes, plan.count, end - self._posted, self._stage)
+        return TransferStatistics(plan.peer, plan.backend, plan.nbytes, plan.count, seconds, self._stage)
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the end; the waiting thread helps to copy. `timeout` bounds this wait, not the transfer.

@@ -26,6 +26,19 @@ def test_each_post_moves_what_the_memory_holds_then(pair: tuple[Agent, Agent]) -
     assert (statistics.transfers, statistics.nbytes, statistics.failures) == (200, 200 * N, 0)
 
 
+def test_a_post_that_ends_at_once_is_not_timed_and_one_that_takes_longer_is(pair: tuple[Agent, Agent]) -> None:
+    alice, bob = pair
+    plan = alice.prepare("write", alice.register(np.zeros(N, np.uint8)), bob.empty(N).describe())
+    first = plan.post()  # connects
+    first.wait(PATIENCE)
+    assert first.stats.seconds is not None
+    assert 0 < first.stats.seconds < PATIENCE
+    assert [plan.post().stats.seconds for _ in range(3)] == [None] * 3
+    notified = plan.post(notify=b"here")
+    notified.wait(PATIENCE)
+    assert notified.stats.seconds is not None
+
+
 def test_threads_post_to_several_peers_at_once(new_agent: Callable[..., Agent], backend: str) -> None:
     """Each of 9 threads has its own rows at each of 3 peers; every row ends with the value that was last written."""
     alice = new_agent("alice", backends=(backend,), copy_threads=2)

@@ -66,6 +66,7 @@ def test_done_after_the_end_and_wait_again_is_free(pair: tuple[Agent, Agent]) ->
     stats = transfer.stats
     assert (stats.peer, stats.nbytes, stats.blocks, stats.stage) == ("bob", N, 1, Stage.DONE)
     assert stats.backend in ("loopback", "shm")
+    assert stats.seconds is not None
     assert 0 <= stats.seconds < PATIENCE
 
 
