@@ -114,9 +114,20 @@ def footprint() -> Iterator[str]:
     """What an agent costs."""
     (row,) = bench("agent")
     yield "`raynixl bench agent`\n"
-    yield from table(
-        ("", ""), [(key.replace("_", " "), f"{value}") for key, value in row.items() if key not in ("bench", "impl")]
-    )
+    cells = [
+        ("making one; the first of a process", f"{row['create_ms']:.1f} ms; {row['create_first_ms']:.0f} ms"),
+        (
+            "first transfer to a new peer; the first of a process",
+            f"{row['first_transfer_ms']:.1f} ms; {row['first_transfer_max_ms']:.1f} ms",
+        ),
+        ("idle, connected", f"{row['idle_cpu_percent']:.2f} % of a core"),
+        (
+            "memory added to a bare interpreter; where numpy is loaded",
+            f"{row['rss_mib']:.0f} MiB; {row['rss_over_numpy_mib']:.0f} MiB",
+        ),
+        (f"finding a peer among {row['records']:,} records in the GCS", f"{row['find_ms']:.2f} ms"),
+    ]
+    yield from table(("an agent", ""), cells)
 
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {

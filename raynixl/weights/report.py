@@ -55,7 +55,7 @@ class PushReport:
         return f"<pre>{text}</pre>"
 
     def raise_for_excluded(self) -> None:
-        """Raise the first error of an excluded target, if there is one."""
+        """Raise the first error of an excluded target or source, if there is one."""
         for error in self.excluded.values():
             raise error
 

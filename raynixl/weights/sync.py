@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import operator
 import secrets
 import threading
@@ -11,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from raynixl.errors import ConfigError, IntegrityError, RaynixlError, TransferTimeout
+from raynixl.errors import ConfigError, IntegrityError, RaynixlError, RegionUnknown, TransferTimeout
 from raynixl.weights.conversation import ask_all
 from raynixl.weights.protocol import Answer, Flip, Freeze, Frozen, Match, Pull, Release, Wire, check_weights_name, topic
 from raynixl.weights.report import PushReport, RankReport
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Wire)
 _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
@@ -215,6 +218,8 @@ class WeightSync:
         now.seconds = time.monotonic() - now.began
         if now.flipped:
             self._version = now.version
+        else:
+            logger.warning("version %d of %r reached nobody: %s", now.version, self.name, now.excluded)
         if failed and not self._exclude_failed:
             raise next(iter(failed.values()))
 
@@ -234,7 +239,17 @@ class WeightSync:
         until = min(now.began + _GRACE_SECONDS, now.deadline(share / 2)) if new else 0.0
         answers = ask_all(self._agent, topic(self.name, phase), payloads, now.deadline(share), until=until)
         self._heard.update(name for name, answer in answers.items() if isinstance(answer, bytes))
-        return answers
+        return {name: self._explain(name, phase, answer) for name, answer in answers.items()}
+
+    def _explain(self, name: str, phase: str, answer: bytes | RaynixlError) -> bytes | RaynixlError:
+        """Say in the words of weight sync that a rank does not take part."""
+        if not isinstance(answer, RegionUnknown):
+            return answer
+        does, call = ("publish", "publish") if phase == "freeze" else ("subscribe to", "subscribe")
+        return RegionUnknown(
+            f"{name!r} does not {does} the weights {self.name!r}",
+            hint=f"call rx.{call}({self.name!r}, module) there, and keep what it returns open", peer=name,
+        )  # fmt: skip
 
     def _answers(self, answers: Mapping[str, bytes | RaynixlError], now: _Round) -> dict[str, Answer]:
         """Return the answers of targets that did well; exclude the others."""

@@ -28,6 +28,7 @@ def test_targets_that_are_not_there_are_excluded_and_found_when_they_come(fleet)
     report = sync.push(1, timeout=1.0)
     assert isinstance(report.excluded["late"], PeerUnknown)
     assert isinstance(report.excluded["idle"], RegionUnknown)
+    assert "does not subscribe to the weights 'policy'" in str(report.excluded["idle"])
     assert list(report.ranks) == ["rollout-0"]
     late, target = fleet("late"), Policy().eval()
     with subscribe(late, "policy", target), subscribe(idle, "policy", Policy()):
