@@ -30,13 +30,13 @@ class Peer:
     @property
     def is_connected(self) -> bool:
         """Whether a connection stands now."""
-        connection = self._agent.connector.current(self.name)
-        return connection is not None and connection.lost is None
+        return self.incarnation != ""
 
     @property
     def incarnation(self) -> str:
-        """The incarnation that we are or would be connected to."""
-        return self.connect()
+        """The incarnation that we are connected to, or '' while we are not; `connect` finds it."""
+        connection = self._agent.connector.current(self.name)
+        return "" if connection is None or connection.lost is not None else connection.incarnation
 
     def connect(self, timeout: float | None = None) -> str:
         """Connect now instead of at first use; return the peer's incarnation."""

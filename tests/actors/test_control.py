@@ -116,9 +116,9 @@ def test_attach_gives_an_agent_to_an_actor_of_others_once(make: Make, kind: Any,
     handle = make(kind, options=options)
     name = rx.attach(handle, name="attached")
     assert name == "attached"
-    incarnation = rx.agent().peer("attached").incarnation
+    incarnation = rx.agent().peer("attached").connect()
     assert rx.attach(handle) == "attached"
-    assert rx.agent().peer("attached").incarnation == incarnation
+    assert rx.agent().peer("attached").connect() == incarnation
     assert get(handle.name.remote()) == "attached"
 
 

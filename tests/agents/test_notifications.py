@@ -200,3 +200,15 @@ def test_a_peer_is_named_by_its_name_or_by_itself(pair: tuple[Agent, Agent]) -> 
     assert alice.lost(peer) is None
     bob.close()
     eventually(lambda: alice.lost(peer), "the loss")
+
+
+def test_looking_at_a_peer_does_not_connect_it(pair: tuple[Agent, Agent]) -> None:
+    alice, bob = pair
+    peer = alice.peer("bob")
+    assert (peer.incarnation, peer.is_connected) == ("", False)
+    assert "not connected" in repr(peer)
+    assert alice.connector.current("bob") is None
+    assert peer.connect(PATIENCE) == bob.incarnation
+    assert (peer.incarnation, peer.is_connected) == (bob.incarnation, True)
+    bob.close()
+    eventually(lambda: not peer.incarnation, "the loss")
