@@ -21,7 +21,7 @@ def process_state(pid: int) -> str:
 
 
 def is_frozen(pid: int) -> bool:
-    """Whether a process is stopped by a signal, a debugger or the freezer."""
+    """Whether a process is stopped by a signal or a debugger."""
     return process_state(pid) in ("T", "t")
 
 

@@ -77,7 +77,12 @@ class ShmBackend:
 
     def connect(self, record: AgentRecord, deadline: float) -> Link:
         """Connect to the agent's socket and greet it."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as exc:
+            raise BackendUnavailable(
+                f"no socket for peer {record.name!r}: {exc.strerror}", hint="raise ulimit -n", peer=record.name
+            ) from exc
         try:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             _knock(sock, record, deadline)
@@ -93,7 +98,13 @@ class ShmBackend:
         key = remote.record.keys.get(self.name, {})
         if "arena" in key and fds:
             check_sealed(fds[0], remote.nbytes)
-            mapping: mmap.mmap = map_shared(fds[0], remote.nbytes)
+            try:
+                mapping: mmap.mmap = map_shared(fds[0], remote.nbytes)
+            except OSError as exc:
+                raise BackendUnavailable(
+                    f"{remote.label} cannot be mapped: {exc.strerror}", hint="free memory, or raise vm.max_map_count",
+                    peer=link.peer,
+                ) from exc  # fmt: skip
             return Binding(remote, link, self._local.native.Gate(), "mapped", address_of(mapping), mapping)
         if "arena" in key:
             raise BackendUnavailable(

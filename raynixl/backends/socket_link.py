@@ -139,9 +139,9 @@ class SocketLink:
                 self._sock.send(packet, _SEND_FLAGS)
         except BlockingIOError:
             return False
-        except OSError:
+        except OSError as exc:
             self._local.reactor.call_soon(self._on_hangup)
-            raise PeerLost(f"peer {self.peer!r} is gone", peer=self.peer) from None
+            raise PeerLost(f"peer {self.peer!r} is gone: {exc.strerror}", peer=self.peer) from exc
         return True
 
     def _check_room(self, nbytes: int) -> None:
