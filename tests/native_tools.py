@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from raynixl.native import COPY, Engine, Gate, Program
+from raynixl.native import COPY, PENDING, Engine, Gate, Job, Program
 
 KIB = 1 << 10
 MIB = 1 << 20
 INLINE = 256 * KIB
+BIG = 64 * MIB
 
 
 def table(*rows: tuple[int, int, int]) -> np.ndarray:
@@ -50,3 +51,12 @@ def finish(result: Any, timeout: float = 30.0) -> int:
         return result
     assert result.wait(timeout)
     return int(result.code)
+
+
+def started(program: object) -> Job:
+    """A job of which at least one piece is complete."""
+    job = program.run(60.0)  # type: ignore[attr-defined]
+    while job.nbytes_done == 0 and job.code == PENDING:
+        time.sleep(0.001)
+    assert job.code == PENDING
+    return job

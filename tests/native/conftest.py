@@ -6,10 +6,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
-from native_tools import INLINE, wait_threads_gone
+from native_tools import BIG, INLINE, address_of, random_bytes, table, wait_threads_gone
 
-from raynixl.native import Engine, Native, load
+from raynixl.native import COPY, Engine, Native, load
 
 
 @pytest.fixture(params=["native", "ctypes"])
@@ -41,3 +42,19 @@ def make_engine(core: Native) -> Iterator[Callable[..., Engine]]:
 def engine(make_engine: Callable[..., Engine]) -> Engine:
     """An engine of two threads that copies up to 256 KiB inline."""
     return make_engine()
+
+
+@pytest.fixture(scope="module")
+def big() -> tuple[np.ndarray, np.ndarray]:
+    """A source and a target that take milliseconds to copy."""
+    return random_bytes(BIG), np.zeros(BIG, dtype=np.uint8)
+
+
+@pytest.fixture
+def long_program(core: Native, engine: Engine, big: tuple[np.ndarray, np.ndarray]) -> Iterator[tuple]:
+    """A program of about a second (the same bytes again and again), with its gate."""
+    gate = core.Gate()
+    source, target = big
+    row = (address_of(source), address_of(target), BIG)
+    yield engine.program(COPY, 0, table(*[row] * 200), [gate]), gate
+    assert gate.drain(30.0)
