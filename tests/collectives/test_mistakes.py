@@ -10,7 +10,7 @@ from raynixl import Agent, InMemoryDirectory
 from raynixl.collectives import Group
 from raynixl.collectives.registrations import KEPT_NBYTES
 from raynixl.errors import ConfigError, PeerLost, RangeError, RaynixlError
-from tests.collectives.members import in_threads
+from tests.collectives.members import DEADLINE, in_threads
 
 
 def error_of(operation):
@@ -157,8 +157,11 @@ def test_large_buffers_are_not_kept_and_small_ones_are():
 
 
 def test_a_killed_member_is_named_even_by_those_who_wait_for_another():
+    through = threading.Barrier(4)  # whoever leaves while others are in a step fails those that need nothing of it
+
     def work(group):
         group.barrier()
+        through.wait(DEADLINE)
         if group.rank == 3:
             group._agent.close()
             return None
