@@ -187,14 +187,18 @@ def greet(local: Local, sock: socket.socket, record: AgentRecord, *, probe: int,
 
 def peer_pid(sock: socket.socket) -> int:
     """Return the process at the other end, as the kernel knows it."""
-    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(data)[0])
+    return _credentials(sock)[0]
 
 
 def is_alien(local: Local, sock: socket.socket) -> bool:
     """Whether the other end is another user's, and no secret is there to prove that it may come all the same."""
-    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return not _secret(local) and int(_CREDENTIALS.unpack(data)[1]) != os.geteuid()
+    return not _secret(local) and _credentials(sock)[1] != os.geteuid()
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Return process, user and group of the other end."""
+    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(pid), int(uid), int(gid)
 
 
 def _other_user(record: AgentRecord) -> ConfigError:

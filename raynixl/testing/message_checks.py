@@ -26,25 +26,24 @@ def notifies_after_the_data(scene: Scene) -> None:
 def keeps_messages_in_order(scene: Scene) -> None:
     """Many messages, none lost or twice or out of turn, both ways."""
     _need_messages(scene)
-    sent = [b"%d" % number for number in range(1000)]
-    for payload in sent:
-        scene.near.notify("far", payload)
-    expect(scene.far.ask("hear", len(sent)) == sent, "messages to the far side are not those sent, or out of order")
-    scene.far.ask("notify", "near", sent)
-    heard = [scene.near.wait_notification(PATIENCE).payload for _ in sent]
-    expect(heard == sent, "messages from the far side are not those sent, or out of order")
+    _exchange(scene, [b"%d" % number for number in range(1000)], "messages")
 
 
 def carries_large_messages(scene: Scene) -> None:
     """Messages of any size up to the configured one, among small ones."""
     _need_messages(scene)
-    sent = [pattern(nbytes, nbytes).tobytes() for nbytes in (0, 1, 59_999, 60_000, 60_001, 5 * _MIB + 1, 3, 0)]
+    sizes = (0, 1, 59_999, 60_000, 60_001, 5 * _MIB + 1, 3, 0)
+    _exchange(scene, [pattern(nbytes, nbytes).tobytes() for nbytes in sizes], "large messages")
+
+
+def _exchange(scene: Scene, sent: list[bytes], what: str) -> None:
+    """Send messages both ways; each side must hear just these, in this order."""
     for payload in sent:
         scene.near.notify("far", payload)
-    expect(scene.far.ask("hear", len(sent)) == sent, "large messages to the far side are not those sent")
+    expect(scene.far.ask("hear", len(sent)) == sent, f"{what} to the far side are not those sent, or out of order")
     scene.far.ask("notify", "near", sent)
     heard = [scene.near.wait_notification(PATIENCE).payload for _ in sent]
-    expect(heard == sent, "large messages from the far side are not those sent")
+    expect(heard == sent, f"{what} from the far side are not those sent, or out of order")
 
 
 def answers_requests(scene: Scene) -> None:
