@@ -166,6 +166,9 @@ def _names(path: Path) -> list[str]:
         found = os.listdir(path)
     except OSError:
         return []
-    return sorted(
-        found, key=lambda name: [(len(part), part) for part in re.split(r"(?<=\D)(?=\d)|(?<=\d)(?=\D)", name)]
-    )
+    return sorted(found, key=_natural)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Return what sorts mlx5_10 behind mlx5_9."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]

@@ -73,9 +73,10 @@ def nearest(nics: Sequence[Nic], place: Place) -> Choice:
     return Choice(tuple(nic.device for nic in chosen), _reason(far, chosen[0], place))
 
 
-def _order(nic: Nic, place: Place) -> tuple[Distance, int, float, bool]:
-    """Return what rails must have in common, better ones first; no rails over two fabrics."""
-    return distance(nic, place), -_shared(nic, place), -nic.speed_gbps, nic.link_layer != "InfiniBand"
+def _order(nic: Nic, place: Place) -> tuple[Distance, int, float, bool, str]:
+    """Return what rails must have in common, better ones first; the last two since no rails lie in two fabrics."""
+    is_foreign = nic.link_layer != "InfiniBand"
+    return distance(nic, place), -_shared(nic, place), -nic.speed_gbps, is_foreign, nic.link_layer
 
 
 def _reason(far: Distance, nic: Nic, place: Place) -> str:
