@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Annotated
 
@@ -70,6 +71,10 @@ class AgentConfig(BaseModel):
     """Reach plain memory of peers by process_vm, and let peers of the same user reach ours: where Yama's ptrace_scope
     is 1, the process then allows all processes of its user what it otherwise allows its ancestors. False: arenas only.
     """
+    ucx: dict[str, str] = Field(default_factory=dict)
+    """Options of UCX without the prefix UCX_, as {"TLS": "cma,tcp"}; they win over the user's UCX_* variables, which
+    UCX itself reads. In RAYNIXL_UCX they are separated by semicolons: TLS=cma,tcp;NET_DEVICES=eth0.
+    """
     transfer_timeout: Seconds = 30.0
     """Deadline of a transfer that names none."""
     connect_timeout: Seconds = 10.0
@@ -90,6 +95,27 @@ class AgentConfig(BaseModel):
     """Shared secret that peers must prove to know; the Ray layer fills in the job's."""
 
 
+def parse_options(texts: Iterable[str]) -> dict[str, str]:
+    """Return the options of UCX that texts such as TLS=cma,tcp name; a prefix UCX_ is dropped.
+
+    Raises:
+        ConfigError: one has no name or no `=`.
+    """
+    options = {}
+    for text in texts:
+        name, is_set, value = text.strip().partition("=")
+        if not name or not is_set:
+            raise ConfigError(f"{text!r:.80} is no option of UCX", hint="write NAME=VALUE, as TLS=cma,tcp")
+        options[name.removeprefix("UCX_")] = value
+    return options
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "backends": lambda text: tuple(text.split(",")),
+    "ucx": lambda text: parse_options(part for part in text.split(";") if part.strip()),
+}
+
+
 def from_env(base: AgentConfig | None = None) -> AgentConfig:
     """Return `base` (or the defaults) overridden by RAYNIXL_* variables, e.g. RAYNIXL_COPY_THREADS=2.
 
@@ -102,7 +128,7 @@ def from_env(base: AgentConfig | None = None) -> AgentConfig:
     for name in AgentConfig.model_fields:
         text = os.environ.get(_PREFIX + name.upper())
         if text is not None:
-            values[name] = tuple(text.split(",")) if name == "backends" else text
+            values[name] = _PARSERS.get(name, str)(text)
     try:
         return AgentConfig.model_validate(values)
     except ValidationError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,10 +29,21 @@ class Layout:
     is_random: bool
     seed: int = 1
 
+    @staticmethod
+    def of(numbers: Sequence[int]) -> Layout:
+        """Return the layout that another process has described by its `numbers`."""
+        block_nbytes, blocks, is_random, seed = numbers
+        return Layout(block_nbytes, blocks, bool(is_random), seed)
+
     @property
     def nbytes(self) -> int:
         """Bytes that one transfer moves."""
         return self.block_nbytes * self.blocks
+
+    @property
+    def numbers(self) -> list[int]:
+        """What another process derives the same layout from, by `of`."""
+        return [self.block_nbytes, self.blocks, int(self.is_random), self.seed]
 
     @property
     def is_contiguous(self) -> bool:

@@ -39,6 +39,7 @@ def plot_transfer(rows: Sequence[Row], path: Path) -> None:
 
 def _draw(axes: Any, rows: Sequence[Row]) -> None:
     sizes = sorted({row["block_nbytes"] for row in rows})
+    rows = [row for row in rows if not row["busy"]]
     others = iter(_OTHERS)
     for impl in dict.fromkeys(row["impl"] for row in rows):
         mine = sorted((row["block_nbytes"], row["gbps"]) for row in rows if row["impl"] == impl)

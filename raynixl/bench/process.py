@@ -8,8 +8,9 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 import raynixl
@@ -22,6 +23,11 @@ _LEAVE_SECONDS = 5.0
 _ROOT = str(Path(raynixl.__file__).parents[1])
 # What -m does, without the working directory on the path: a file of the user's there may have any module's name.
 _RUN = "import runpy, sys; sys.path.append(sys.argv[2]); runpy.run_module(sys.argv[1], run_name='__main__')"
+
+
+def with_environment(variables: Mapping[str, str]) -> list[str]:
+    """Return the start of a command that adds variables to the environment it inherits."""
+    return ["env", *(f"{name}={value}" for name, value in variables.items())]
 
 
 class Asked(Protocol):
@@ -37,12 +43,15 @@ class Asked(Protocol):
 class TargetProcess:
     """A child process that runs a module which answers requests; ends with this object or with this process.
 
-    It is in a session of its own, so that Ctrl-C reaches the measuring side alone, which then ends it.
+    It is in a session of its own, so that Ctrl-C reaches the measuring side alone, which then ends it. `environment`
+    is added to what it inherits.
     """
 
-    def __init__(self, module: str = "raynixl.bench.target") -> None:
+    def __init__(
+        self, module: str = "raynixl.bench.target", environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _RUN, module, _ROOT],
+            [*with_environment(environment), sys.executable, "-P", "-c", _RUN, module, _ROOT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._pending = b""

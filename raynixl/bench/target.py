@@ -92,8 +92,7 @@ class Target:
         view = self._regions[name].array()
         if moved is None:
             return {"digest": digest(view)}
-        block_nbytes, blocks, is_random, seed = moved
-        return {"digest": Layout(block_nbytes, blocks, bool(is_random), seed).digest_moved(view)}
+        return {"digest": Layout.of(moved).digest_moved(view)}
 
     def do_echo(self, peer: str) -> Fields:
         """Send back every notification from now on."""

@@ -11,7 +11,7 @@ import typer
 from raynixl.backends import table
 from raynixl.bench.sizes import format_size, parse_size, parse_sizes
 from raynixl.cli.screen import FriendlyGroup, progress, report
-from raynixl.config import default_copy_threads
+from raynixl.config import default_copy_threads, parse_options
 from raynixl.errors import ConfigError
 
 bench_app = typer.Typer(
@@ -61,19 +61,29 @@ def transfer(  # noqa: PLR0913 - a command's options
     pattern: Annotated[Pattern, typer.Option(help="How the blocks lie at both ends.")] = Pattern.SEQUENTIAL,
     threads: Annotated[int, typer.Option(min=0, max=256, help="Threads for all; 0: the default.")] = 0,
     rounds: Rounds = 7,
-    baseline: Annotated[list[str] | None, typer.Option(help="memcpy or process_vm; repeatable.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="memcpy, process_vm, ucx_perftest or nixl; repeatable.")
+    ] = None,
+    ucx: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of UCX, as TLS=cma,tcp; repeatable.")
+    ] = None,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="Measure also beside a busy Python thread in the initiator.")
+    ] = False,
     verify: Verify = True,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of GB/s over block size.")] = None,
     is_json: Json = False,
 ) -> None:
     """Reads or writes between two processes: GB/s, and microseconds from post to done."""
-    from raynixl.bench.transfer import TransferSpec, run_transfer
+    from raynixl.bench.spec import TransferSpec
+    from raynixl.bench.transfer import run_transfer
 
     _check_backend(backend)
     spec = TransferSpec(
         sizes=tuple(parse_sizes(sizes)), backend=backend, op=op.value, memory=memory.value, blocks=blocks,
         is_random=pattern is Pattern.RANDOM, threads=threads or default_copy_threads(), rounds=rounds,
-        baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify,
+        baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify, is_busy=busy,
+        ucx=parse_options(ucx or ()),
     )  # fmt: skip
     title = f"{op} over {backend}, {memory} memory, {pattern} blocks, at most {spec.threads} threads"
     with progress("transfer", rounds * len(spec.sizes)) as step:

@@ -79,6 +79,8 @@ def show_rows(rows: Sequence[Row], title: str) -> None:
 def _cell(name: str, value: Any) -> str:
     if name.endswith("nbytes"):
         return format_size(value)
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -111,7 +113,7 @@ def report(rows: Iterable[Row], title: str, *, is_json: bool, is_verified: bool 
             emit(row)
     if not is_json:
         show_rows(kept, title)
-    if is_verified and not all(row.get("verified", True) for row in kept):
+    if is_verified and any(row.get("verified") is False for row in kept):
         say("[bold red]error:[/] some bytes were not what they should be")
         raise typer.Exit(1)
     return kept

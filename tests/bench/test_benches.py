@@ -12,14 +12,15 @@ from raynixl.bench.footprint import run_agent
 from raynixl.bench.notify import NotifySpec, run_notify
 from raynixl.bench.plot import plot_transfer
 from raynixl.bench.process import TargetProcess
+from raynixl.bench.spec import TransferSpec
 from raynixl.bench.timing import measure
-from raynixl.bench.transfer import TransferBench, TransferSpec, run_transfer
+from raynixl.bench.transfer import TransferBench, run_transfer
 from raynixl.errors import ConfigError, PeerLost
 
 CONTRACT = {
     "bench": str, "impl": str, "backend": str, "op": str, "memory": str, "block_nbytes": int, "blocks": int,
     "pattern": str, "gbps": float, "p50_us": float, "p99_us": float, "prepare_us_per_block": float,
-    "post_us_per_block": float, "verified": bool,
+    "post_us_per_block": float, "verified": bool, "lane": str, "busy": bool,
 }  # fmt: skip
 
 

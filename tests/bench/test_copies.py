@@ -1,18 +1,18 @@
-"""The baselines move the same bytes as ours, whatever the layout and the number of threads."""
+"""The copying baselines move the same bytes as ours, whatever the layout and the number of threads."""
 
 import os
 
 import numpy as np
 import pytest
 
-from raynixl.bench import baselines
+from raynixl.bench import copies
 from raynixl.bench.layout import Layout, digest, fill
 from raynixl.errors import PeerLost, RaynixlError
 
 
 @pytest.fixture
 def team(request):
-    made = baselines.ThreadTeam.start(request.param)
+    made = copies.ThreadTeam.start(request.param)
     yield made
     made.close()
 
@@ -30,7 +30,7 @@ def _memory(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memcpy_moves_every_byte(layout, team):
     source, target = _memory(layout)
-    runner = baselines.memcpy(layout, source, target, team)
+    runner = copies.memcpy(layout, source, target, team)
     target[:] = 0
     assert len(runner.sample(2)) == 2
     assert digest(target) == layout.digest_moved(source)
@@ -42,8 +42,8 @@ def test_memcpy_moves_every_byte(layout, team):
 def test_process_vm_moves_every_byte(layout, team, is_write):
     source, target = _memory(layout)
     ours, theirs = (source, target) if is_write else (target, source)
-    place = baselines.Foreign(os.getpid(), theirs.ctypes.data)
-    runner = baselines.process_vm(layout, ours, place, is_write=is_write, team=team)
+    place = copies.Foreign(os.getpid(), theirs.ctypes.data)
+    runner = copies.process_vm(layout, ours, place, is_write=is_write, team=team)
     target[:] = 0
     runner.sample(1)
     assert digest(target) == layout.digest_moved(source)
@@ -53,6 +53,6 @@ def test_process_vm_moves_every_byte(layout, team, is_write):
 def test_process_vm_says_what_went_wrong(team):
     layout, ours = Layout(64, 1, False), np.zeros(64, np.uint8)
     with pytest.raises(PeerLost, match="gone"):
-        baselines.process_vm(layout, ours, baselines.Foreign(2**22 + 1, 4096), is_write=False, team=team).sample(1)
+        copies.process_vm(layout, ours, copies.Foreign(2**22 + 1, 4096), is_write=False, team=team).sample(1)
     with pytest.raises(RaynixlError, match="failed"):
-        baselines.process_vm(layout, ours, baselines.Foreign(os.getpid(), 8), is_write=False, team=team).sample(1)
+        copies.process_vm(layout, ours, copies.Foreign(os.getpid(), 8), is_write=False, team=team).sample(1)

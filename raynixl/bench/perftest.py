@@ -1,0 +1,213 @@
+"""The baseline `ucx_perftest`: UCX's own benchmark from the libucx wheel, server and client on this host.
+
+One run of its client a round. With one block at most one operation is outstanding, so that its median is from post
+to done as ours is; with many blocks it streams as many messages of that size with its ordinary window, since it knows
+no list of scattered blocks: the average message, times the blocks. Its buffers are its own, and it checks no bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import re
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from raynixl.bench.process import with_environment
+from raynixl.bench.scene import Contender, Scene
+from raynixl.bench.sizes import parse_size
+from raynixl.bench.spec import TransferSpec
+from raynixl.bench.timing import ROUND_SECONDS
+from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
+
+RUN_SECONDS = 60.0
+"""No run takes longer: it is ended and reported."""
+_START_SECONDS = 10.0
+_LEAVE_SECONDS = 5.0
+_FEW = 3
+_MANY = 100_000
+_ATTEMPTS = 3
+_PROTOCOL = re.compile(r"\|\s+(\w+)\.\.(\w+) \|\s*(.+?)\s*\|\s*(\S+)\s*\|\s*$")
+
+
+def ucx_environment(options: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that give another process's UCX the settings of our agents.
+
+    Without RNDV_THRESH endpoints with error handling emulate puts and gets by active messages.
+    """
+    return {"UCX_RNDV_THRESH": "inf", **{f"UCX_{name}": value for name, value in options.items()}}
+
+
+def find_libucx() -> Path:
+    """Return the directory of the libucx wheel.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    found = importlib.util.find_spec("libucx")
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError("ucx_perftest is not here", hint="pip install 'raynixl[ucx]': the libucx wheel brings it")
+    return Path(found.submodule_search_locations[0])
+
+
+class Perftest:
+    """Runs ucx_perftest with the settings of the measured agents."""
+
+    def __init__(self, spec: TransferSpec) -> None:
+        root = find_libucx()
+        variables = {"LD_LIBRARY_PATH": str(root / "lib"), **ucx_environment(spec.ucx)}
+        self._command = [*with_environment(variables), str(root / "bin" / "ucx_perftest")]
+
+    def contend(self, scene: Scene) -> list[Contender]:
+        """Return the runner for messages of the block size; its bytes cannot be checked."""
+        runner = PerftestRunner(self._command, scene)
+        return [Contender(runner, lambda: None, runner.find_lane())]
+
+    def close(self) -> None:
+        """Nothing is kept between runs."""
+
+
+class PerftestRunner:
+    """One size and direction; every sample is a run of its own, long enough for one round."""
+
+    impl = "ucx_perftest"
+    prepare_seconds = 0.0
+
+    def __init__(self, command: list[str], scene: Scene) -> None:
+        self._command, self._blocks = command, scene.layout.blocks
+        self._nbytes = scene.layout.block_nbytes
+        self._test = "ucp_put_bw" if scene.is_write else "ucp_get"
+        self._nanoseconds = 1e3 + self._nbytes  # a guess to begin with: 1 us and 1 GB/s
+
+    def sample(self, count: int) -> list[int]:
+        """Run it once; return the nanoseconds of one transfer."""
+        times = int(min(_MANY, max(_FEW, ROUND_SECONDS * 1e9 / self._nanoseconds)))
+        median, average = parse_result(self._run(times))
+        self._nanoseconds = median if self._blocks == 1 else average
+        return [math.ceil(self._nanoseconds * self._blocks)]
+
+    def find_lane(self) -> str:
+        """Return by which protocol and transport it moves these messages, as UCX tells it."""
+        self._command.insert(1, "UCX_PROTO_INFO=y")
+        try:
+            return parse_lane(self._run(_FEW), self._nbytes)
+        finally:
+            del self._command[1]
+
+    def _run(self, times: int) -> str:
+        """Return what the client of one run prints."""
+        warm = max(1, min(times // 10, 1000))
+        arguments = ["-t", self._test, "-s", str(self._nbytes), "-n", str(times), "-w", str(warm), "-e", "-f", "-v"]
+        if self._blocks == 1:
+            arguments += ["-O", "1"]
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(BackendUnavailable):  # somebody else took the port
+                return self._run_pair(arguments)
+        return self._run_pair(arguments)
+
+    def _run_pair(self, arguments: list[str]) -> str:
+        port = _free_port()
+        command = [*self._command, "-p", str(port), *arguments]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as server:
+            try:
+                _wait_listening(server, port)
+                return _run_client([command[0], *command[1:], "127.0.0.1"])
+            finally:
+                _end(server)
+
+
+def _run_client(command: list[str]) -> str:
+    """Return its output; it is killed when it takes too long or this process is interrupted."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    except subprocess.TimeoutExpired as exc:
+        raise RaynixlError(f"ucx_perftest did not end within {RUN_SECONDS:g} s", hint="see `raynixl doctor`") from exc
+    if done.returncode != 0:
+        raise RaynixlError(f"ucx_perftest failed: {_last_line(done.stderr)}", hint="see the options given by --ucx")
+    return done.stdout
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it does not say why"
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _wait_listening(server: subprocess.Popen[str], port: int) -> None:
+    """Wait until the server listens; it says so only in a buffer, and takes any connection for its client.
+
+    Raises:
+        BackendUnavailable: it ended.
+        RaynixlError: it does not begin.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    assert server.stderr is not None
+    while not _is_listening(port):
+        if server.poll() is not None:
+            raise BackendUnavailable(f"ucx_perftest failed: {_last_line(server.stderr.read())}", hint="see its options")
+        if time.monotonic() > deadline:
+            raise RaynixlError(f"ucx_perftest does not listen after {_START_SECONDS:g} s", hint="see `raynixl doctor`")
+        select.select([], [], [], 0.002)
+
+
+def _is_listening(port: int) -> bool:
+    ending, listening = f":{port:04X}", "0A"
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{name}", encoding="ascii") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[1].endswith(ending) and fields[3] == listening:
+                    return True
+    return False
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """End the server if it has not ended by itself, which it does after its client."""
+    try:
+        server.wait(_LEAVE_SECONDS if server.poll() is None else 0.0)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait(_LEAVE_SECONDS)
+
+
+def parse_result(output: str) -> tuple[float, float]:
+    """Return the median and the average nanoseconds of a message from what ucx_perftest -v -f prints.
+
+    Raises:
+        RaynixlError: that is not there.
+    """
+    rows = [line.split(",") for line in output.splitlines() if line.count(",") >= 7]
+    for names, values in itertools.pairwise(rows):
+        if "overall_lat" in names:
+            named = dict(zip(names, values, strict=True))
+            median = next(value for name, value in named.items() if name.endswith("percentile_lat"))
+            return float(median) * 1e3, float(named["overall_lat"]) * 1e3
+    raise RaynixlError("ucx_perftest printed no result", hint="libucx 1.19 to 1.21 are known to")
+
+
+def parse_lane(output: str, nbytes: int) -> str:
+    """Return protocol and transport of a message of `nbytes` from the last table of UCX_PROTO_INFO; '' if none."""
+    lane = ""
+    for line in output.splitlines():
+        found = _PROTOCOL.search(line)
+        if found and int(_bound(found[1])) <= nbytes <= _bound(found[2]):
+            lane = f"{found[3]} {found[4]}"
+    return lane
+
+
+def _bound(text: str) -> float:
+    return math.inf if text == "inf" else 0 if text == "0" else parse_size(text)
