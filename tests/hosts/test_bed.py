@@ -144,6 +144,15 @@ def test_hosts_reach_each_other_and_are_apart_in_all_else() -> None:
     assert links_here() == before
 
 
+def test_two_beds_at_a_time_have_the_same_addresses_and_nothing_else_in_common(bed: Bed) -> None:
+    with Bed() as other:
+        assert [host.address for host in bed] == [host.address for host in other]
+        with receiver(bed.hosts[1]) as takes, receiver(other.hosts[1]) as takes_too:
+            bed.cut(bed.hosts[0])
+            assert not takes.hears(bed.hosts[0])
+            takes_too.seconds_for(MIB, other.hosts[0])
+
+
 def test_a_process_is_waited_for_and_signalled_from_here(bed: Bed) -> None:
     first, _ = bed
     process = first.run(["sleep", "60"])
