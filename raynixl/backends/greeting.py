@@ -1,11 +1,9 @@
-"""The greeting on a Unix socket: who are you, prove it, and can we read each other's memory."""
+"""The greeting on a new connection: who are you, prove it, and can we read each other's memory."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-import struct
 import time
 from collections.abc import Callable
 from typing import Annotated, TypeVar
@@ -14,17 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raynixl.authentication import Identity, is_proof, prove
 from raynixl.backends.base import Local
+from raynixl.backends.wire import MAX_GREETING_NBYTES, Wire
 from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError, TransferTimeout
 from raynixl.reactor import Timer
 from raynixl.record import AgentRecord, Incarnation, Name, Unsigned, parse
 
 GREETING_VERSION = 1
-MAX_GREETING_NBYTES = 4096
 GREETING_TIMEOUT = 5.0
 MAX_STRANGERS = 256
 """Connections that have not proved themselves yet; more are refused."""
 
-_CREDENTIALS = struct.Struct("3i")
 _Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
 
 
@@ -66,28 +63,31 @@ class _Verdict(_Greeting):
 
 
 class Newcomer:
-    """Someone who has connected, from the first byte to the proof."""
+    """Someone who has connected, from the first byte to the proof; then the socket is the one's who admits them."""
 
-    def __init__(self, local: Local, sock: socket.socket, probe: int, admit: Callable[[Newcomer], None]) -> None:
+    def __init__(self, local: Local, wire: Wire, probe: int, admit: Callable[[Newcomer], None]) -> None:
         self.local = local
-        self.sock = sock
-        self.pid = peer_pid(sock)
-        self._is_alien = is_alien(local, sock)
         self.peer_probe = 0
         self.client: Identity | None = None
         self._server = Identity.fresh(local.name, local.incarnation)
+        self._wire = wire
         self._probe = probe
         self._admit = admit
         self._timer: Timer = local.reactor.call_later(GREETING_TIMEOUT, self.refuse)
         self.is_open = True
-        sock.setblocking(False)
-        local.reactor.add(sock.fileno(), self._on_event)
+        self.sock.setblocking(False)
+        local.reactor.add(self.sock.fileno(), self._on_event)
+
+    @property
+    def sock(self) -> socket.socket:
+        """The connection."""
+        return self._wire.sock
 
     def refuse(self, reason: str = "timeout", kind: str = "") -> None:
         """Send them away and count it."""
         if self.is_open:
             with contextlib.suppress(OSError):
-                self.sock.send(_dump(_Verdict(refusal=reason, kind=kind)), socket.MSG_NOSIGNAL)
+                self._wire.send(_dump(_Verdict(refusal=reason, kind=kind)))
             self.leave()
             self.sock.close()
             self.local.events.message_dropped(f"greeting: {reason}")
@@ -100,23 +100,29 @@ class Newcomer:
 
     def _on_event(self, _mask: int) -> None:
         try:
-            data = self.sock.recv(MAX_GREETING_NBYTES, socket.MSG_DONTWAIT)
+            data = self._wire.receive()
         except BlockingIOError:
             return
+        except IntegrityError:
+            self.refuse("malformed")
+            return
         except OSError:
-            data = b""
-        if not data:
             self.refuse("hung up")
             return
+        if data is None:
+            return
         try:
-            if self._is_alien:
-                self.refuse("another user", "user")
-            elif self.client is None:
-                self._listen(data)
-            else:
-                self._judge(parse(_Answer, data, what="answer", limit=MAX_GREETING_NBYTES), self.client)
+            self._hear(data)
         except (IntegrityError, OSError):
             self.refuse("malformed")
+
+    def _hear(self, data: bytes) -> None:
+        if self.client is not None:
+            self._judge(parse(_Answer, data, what="answer", limit=MAX_GREETING_NBYTES), self.client)
+        elif _is_alien(self.local, self._wire):
+            self.refuse("another user", "user")
+        else:
+            self._listen(data)
 
     def _listen(self, data: bytes) -> None:
         """Take the first words; those of another version may say more than we understand."""
@@ -132,49 +138,44 @@ class Newcomer:
         self.client = Identity(hello.name, hello.incarnation, hello.nonce)
         proof = prove(_secret(self.local), "server", self.client, self._server)
         server = self._server
-        self.sock.send(
-            _dump(
-                _Challenge(
-                    name=server.name, incarnation=server.incarnation, nonce=server.nonce,
-                    proof=proof, probe=self._probe,
-                )
-            ),
-            socket.MSG_NOSIGNAL,
-        )  # fmt: skip
+        challenge = _Challenge(
+            name=server.name, incarnation=server.incarnation, nonce=server.nonce, proof=proof, probe=self._probe
+        )
+        self._wire.send(_dump(challenge))
 
     def _judge(self, answer: _Answer, client: Identity) -> None:
         if not is_proof(_secret(self.local), answer.proof, "client", client, self._server):
             self.refuse("wrong secret", "secret")
             return
         self.peer_probe = answer.probe
-        self.sock.send(_dump(_Verdict()), socket.MSG_NOSIGNAL)  # fails if they left: then they are refused
+        self._wire.send(_dump(_Verdict()))  # fails if they left: then they are refused
         self.leave()
         self._admit(self)
 
 
-def greet(local: Local, sock: socket.socket, record: AgentRecord, *, probe: int, deadline: float) -> int:
-    """Prove ourselves on a connected socket and hear the peer's proof; return the peer's probe address.
+def greet(local: Local, wire: Wire, record: AgentRecord, *, probe: int, deadline: float) -> int:
+    """Prove ourselves on a connected wire and hear the peer's proof; return the peer's probe address.
 
     Raises:
         PeerRestarted, PeerLost, ConfigError, TransferTimeout: as the backend contract says.
     """
-    if is_alien(local, sock):
-        raise _other_user(record)
     client = Identity.fresh(local.name, local.incarnation)
     hello = _Hello(
         version=GREETING_VERSION, target=record.incarnation,
         name=client.name, incarnation=client.incarnation, nonce=client.nonce,
     )  # fmt: skip
     try:
-        _send(sock, hello, deadline)
-        challenge = _expect(sock, _Challenge, record, deadline)
+        _send(wire, hello, deadline)
+        challenge = _expect(wire, _Challenge, record, deadline)
+        if _is_alien(local, wire):  # not before they have answered: until it is accepted a connection is nobody's
+            raise _other_user(record)
         server = Identity(challenge.name, challenge.incarnation, challenge.nonce)
         if server.incarnation != record.incarnation or not is_proof(
             _secret(local), challenge.proof, "server", client, server
         ):
             raise _stranger(record)
-        _send(sock, _Answer(proof=prove(_secret(local), "client", client, server), probe=probe), deadline)
-        _expect(sock, _Verdict, record, deadline)
+        _send(wire, _Answer(proof=prove(_secret(local), "client", client, server), probe=probe), deadline)
+        _expect(wire, _Verdict, record, deadline)
     except TimeoutError as exc:
         raise TransferTimeout(
             f"peer {record.name!r} (pid {record.pid}) did not answer the greeting in time",
@@ -185,26 +186,15 @@ def greet(local: Local, sock: socket.socket, record: AgentRecord, *, probe: int,
     return challenge.probe
 
 
-def peer_pid(sock: socket.socket) -> int:
-    """Return the process at the other end, as the kernel knows it."""
-    return _credentials(sock)[0]
-
-
-def is_alien(local: Local, sock: socket.socket) -> bool:
+def _is_alien(local: Local, wire: Wire) -> bool:
     """Whether the other end is another user's, and no secret is there to prove that it may come all the same."""
-    return not _secret(local) and _credentials(sock)[1] != os.geteuid()
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Return process, user and group of the other end."""
-    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(pid), int(uid), int(gid)
+    return not _secret(local) and not wire.is_own_user()
 
 
 def _other_user(record: AgentRecord) -> ConfigError:
     return ConfigError(
-        f"peer {record.name!r} belongs to another user of this host",
-        hint="agents of several users need one AgentConfig.secret", peer=record.name,
+        f"peer {record.name!r} belongs to another user of this host, or is on another host",
+        hint="agents of several users or hosts need one AgentConfig.secret", peer=record.name,
     )  # fmt: skip
 
 
@@ -230,27 +220,31 @@ def _remaining(deadline: float) -> float:
     return remaining
 
 
-def _send(sock: socket.socket, greeting: _Greeting, deadline: float) -> None:
-    sock.settimeout(_remaining(deadline))
-    sock.send(_dump(greeting), socket.MSG_NOSIGNAL)
+def _send(wire: Wire, greeting: _Greeting, deadline: float) -> None:
+    wire.sock.settimeout(_remaining(deadline))
+    wire.send(_dump(greeting))
 
 
 _G = TypeVar("_G", bound=_Greeting)
 
 
-def _expect(sock: socket.socket, model: type[_G], record: AgentRecord, deadline: float) -> _G:
-    sock.settimeout(_remaining(deadline))
-    data = sock.recv(MAX_GREETING_NBYTES)
-    if not data:
-        raise ConnectionResetError
+def _expect(wire: Wire, model: type[_G], record: AgentRecord, deadline: float) -> _G:
+    try:
+        data = None
+        while data is None:
+            wire.sock.settimeout(_remaining(deadline))
+            data = wire.receive()
+        return _parse(data, model, record)
+    except IntegrityError as exc:
+        raise PeerLost(f"peer {record.name!r} answered nonsense", peer=record.name) from exc
+
+
+def _parse(data: bytes, model: type[_G], record: AgentRecord) -> _G:
     with contextlib.suppress(ValidationError):
         verdict = _Verdict.model_validate_json(data)
         if verdict.refusal:
             raise _refusal(verdict, record)
-    try:
-        return parse(model, data, what="greeting", limit=MAX_GREETING_NBYTES)
-    except IntegrityError as exc:
-        raise PeerLost(f"peer {record.name!r} answered nonsense", peer=record.name) from exc
+    return parse(model, data, what="greeting", limit=MAX_GREETING_NBYTES)
 
 
 def _refusal(verdict: _Verdict, record: AgentRecord) -> RaynixlError:

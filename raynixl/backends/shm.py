@@ -6,18 +6,19 @@ import ctypes
 import logging
 import mmap
 import os
-import select
 import socket
-import threading
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
+from raynixl.backends.acceptor import Acceptor
 from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
-from raynixl.backends.greeting import MAX_STRANGERS, Newcomer, greet, peer_pid
+from raynixl.backends.greeting import Newcomer, greet
+from raynixl.backends.link import Links
 from raynixl.backends.permission import allow_same_user
 from raynixl.backends.socket_link import SocketLink
+from raynixl.backends.wire import PacketWire, peer_pid
 from raynixl.blocks import Segments, refuse_overlap
 from raynixl.errors import BackendUnavailable, PeerLost, TransferTimeout
 from raynixl.memory import Memory, MemoryKind, address_of, check_sealed, map_shared
@@ -42,19 +43,17 @@ class ShmBackend:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._word = ctypes.create_string_buffer(local.incarnation.encode())  # what peers read to try process_vm
-        self._lock = threading.Lock()  # protects _links
-        self._links: set[SocketLink] = set()
-        self._strangers: list[Newcomer] = []  # on the reactor's thread; the oldest first
-        self._is_closed = False
+        self._links = Links(local)
         if local.config.process_vm:
             refusal = allow_same_user()
             if refusal:
                 logger.warning("peers cannot reach the plain memory of agent %r: %s", local.name, refusal)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(_address(local.incarnation))
-        self._listener.listen(1024)
-        self._listener.setblocking(False)
-        local.reactor.add(self._listener.fileno(), self._on_knock)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(_address(local.incarnation))
+        listener.listen(1024)
+        self._acceptor = Acceptor(
+            local, [listener], wire=PacketWire, probe=ctypes.addressof(self._word), admit=self._admit
+        )
 
     def local_metadata(self) -> dict[str, str | int]:
         """Peers find the socket by the incarnation alone."""
@@ -86,7 +85,8 @@ class ShmBackend:
         try:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             _knock(sock, record, deadline)
-            probe = greet(self._local, sock, record, probe=ctypes.addressof(self._word), deadline=deadline)
+            word = ctypes.addressof(self._word)
+            probe = greet(self._local, PacketWire(sock), record, probe=word, deadline=deadline)
             return self._open(sock, record.name, record.incarnation, probe)
         except BaseException:
             sock.close()
@@ -135,17 +135,9 @@ class ShmBackend:
 
     def close(self) -> None:
         """Stop listening and close every link."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._local.reactor.remove(self._listener.fileno())
-        self._listener.close()
-        for newcomer in list(self._strangers):
-            newcomer.refuse("closing")
-        with self._lock:
-            links = list(self._links)
-        for link in links:
-            link.close(PeerLost("this agent was closed", peer=link.peer))
+        if not self._acceptor.is_closed:
+            self._acceptor.close()
+            self._links.close()
 
     def _program(self, request: Request, rows: np.ndarray[tuple[int], np.dtype[np.bool_]] | None, mode: int) -> Program:
         link = request.remote[0].link
@@ -158,8 +150,7 @@ class ShmBackend:
     def _open(self, sock: socket.socket, peer: str, incarnation: str, probe: int) -> SocketLink:
         link = SocketLink(self._local, sock, peer=peer, incarnation=incarnation, pid=peer_pid(sock))
         link.vm_refusal = self._try_process_vm(link.pid, probe, incarnation)
-        with self._lock:
-            self._links = {other for other in self._links if other.lost is None} | {link}
+        self._links.add(link)
         link.open()
         return link
 
@@ -179,47 +170,13 @@ class ShmBackend:
             return f"process_vm_readv fails with errno {-result}"
         return "" if seen.tobytes() == incarnation.encode() else "the process id means another process here"
 
-    def _on_knock(self, _mask: int) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as exc:
-            self._pause(exc)
-            return
-        self._strangers = [other for other in self._strangers if other.is_open]
-        if len(self._strangers) >= MAX_STRANGERS:  # a friend greets within a millisecond: the slowest is none
-            self._strangers.pop(0).refuse("too many at once")
-        self._strangers.append(Newcomer(self._local, sock, ctypes.addressof(self._word), self._admit))
-
-    def _pause(self, error: OSError) -> None:
-        """Look away from those who knock while there are no descriptors for them: epoll would ask again at once."""
-        if self._is_closed:
-            return
-        logger.warning("agent %r cannot accept connections: %s", self._local.name, error)
-        self._local.events.message_dropped("greeting: no descriptors")
-        self._local.reactor.modify(self._listener.fileno(), 0)
-        self._local.reactor.call_later(PAUSE_SECONDS, self._resume)
-
-    def _resume(self) -> None:
-        if not self._is_closed:
-            self._local.reactor.modify(self._listener.fileno(), select.EPOLLIN)
-
     def _admit(self, newcomer: Newcomer) -> None:
-        """Let a peer in; if its earlier link is down, not before the agent has heard of that: else it lost both."""
         assert newcomer.client is not None
-        incarnation = newcomer.client.incarnation
-        with self._lock:
-            earlier = [link for link in self._links if link.incarnation == incarnation]
-        ended = [link for link in earlier if link.has_ended()]  # each is asked
-        if ended:
-            self._local.reactor.call_soon(lambda: self._take_in(newcomer))
-        else:
-            self._take_in(newcomer)
+        self._links.admit(newcomer.client.incarnation, lambda: self._take_in(newcomer))
 
     def _take_in(self, newcomer: Newcomer) -> None:
         assert newcomer.client is not None
-        if self._is_closed:
+        if self._acceptor.is_closed:
             newcomer.sock.close()
             return
         client = newcomer.client
@@ -227,7 +184,6 @@ class ShmBackend:
 
 
 GREETING_SECONDS = 1.0
-PAUSE_SECONDS = 0.2
 _VM_MODE = {Op.READ: VM_READ, Op.WRITE: VM_WRITE}
 
 

@@ -16,6 +16,7 @@ from agent_tools import make_agent
 
 from raynixl import Agent, ConfigError
 from raynixl.backends.greeting import GREETING_VERSION, greet
+from raynixl.backends.wire import PacketWire
 from raynixl.record import AgentRecord
 
 PEER = """
@@ -93,4 +94,4 @@ def test_another_version_is_named_whatever_else_it_says(owner: Agent) -> None:
         theirs.send(verdict)  # what the newer one's client would hear
         record = AgentRecord.from_bytes(owner.record())
         with pytest.raises(ConfigError, match="another version"):
-            greet(owner.backends[0]._local, ours, record, probe=0, deadline=time.monotonic() + 10)
+            greet(owner.backends[0]._local, PacketWire(ours), record, probe=0, deadline=time.monotonic() + 10)
