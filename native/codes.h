@@ -3,6 +3,6 @@
 
 namespace raynixl {
 
-enum Code : int { DONE = 0, PENDING = 1, TIMEOUT = 2, CANCELLED = 3, CLOSED = 4 };
+enum Code : int { DONE = 0, PENDING = 1, TIMEOUT = 2, CANCELLED = 3, CLOSED = 4, LOST = 6, RESET = 8 };
 
 }  // namespace raynixl

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "python.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -16,12 +17,7 @@ namespace raynixl {
 
 namespace {
 
-constexpr uint64_t kKeepGil = 16 << 10;  // releasing and taking the lock costs as much as copying this
 constexpr double kExitTimeout = 2.0;
-
-struct PyGate {
-  std::shared_ptr<Gate> gate = std::make_shared<Gate>();
-};
 
 // Keeps an engine open as long as Python holds it, a program or a job of it.
 struct Owner {
@@ -69,10 +65,6 @@ void watch(const std::shared_ptr<Engine>& engine) {
   if (engines.empty()) nb::module_::import_("atexit").attr("register")(nb::cpp_function(close_engines));
   std::erase_if(engines, [](const auto& weak) { return weak.expired(); });
   engines.push_back(engine);
-}
-
-void check_signals() {
-  if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
 void gate_close(PyGate& self, int code, bool abort) {
@@ -151,45 +143,21 @@ nb::object program_run(const PyProgram& self, double timeout, bool out_of_line) 
   return nb::cast(PyJob{self.owner, std::move(job)});
 }
 
-template <typename Wait>
-bool wait_for(double timeout, Wait wait) {
-  int64_t deadline = deadline_after(timeout);
-  for (;;) {
-    Job::Waited waited;
-    {
-      nb::gil_scoped_release release;
-      waited = wait(deadline);
-    }
-    if (waited != Job::Waited::look_up) return waited == Job::Waited::ended;
-    check_signals();
-  }
-}
-
 bool job_wait(PyJob& self, double timeout) {
   std::shared_ptr<Job> job = self.job;
   if (job->code() != PENDING) return true;
   if (!(timeout > 0)) return false;
-  return wait_for(timeout, [&](int64_t deadline) { return job->wait(deadline); });
+  return wait_for<Job>(timeout, [&](int64_t deadline) { return job->wait(deadline); });
 }
 
 bool job_wait_settled(PyJob& self, double timeout) {
   std::shared_ptr<Job> job = self.job;
-  return wait_for(timeout, [&](int64_t deadline) { return job->wait_settled(deadline); });
+  return wait_for<Job>(timeout, [&](int64_t deadline) { return job->wait_settled(deadline); });
 }
 
 bool job_cancel(PyJob& self, int code) {
   if (code < 2) throw nb::value_error("the code of a cancelled job is 2 or more");
   return self.job->end(code);
-}
-
-bool job_arm(PyJob& self, int fd) {
-  try {
-    return self.job->arm(fd);
-  } catch (const std::system_error& error) {
-    errno = error.code().value();
-    PyErr_SetFromErrno(PyExc_OSError);
-    throw nb::python_error();
-  }
 }
 
 void copy_range(uint64_t destination, uint64_t source, uint64_t nbytes) {
@@ -227,7 +195,7 @@ void bind_job(nb::module_& m) {
       .def("wait", job_wait, "timeout"_a)
       .def("wait_settled", job_wait_settled, "timeout"_a)
       .def("cancel", job_cancel, "code"_a)
-      .def("arm", job_arm, "fd"_a)
+      .def("arm", [](PyJob& self, int fd) { return arm(*self.job, fd); }, "fd"_a)
       .def_prop_ro("code", [](PyJob& self) { return self.job->code(); })
       .def_prop_ro("nbytes_done", [](PyJob& self) { return self.job->nbytes_done(); })
       .def_prop_ro("settled", [](PyJob& self) { return self.job->settled(); });
@@ -243,6 +211,7 @@ NB_MODULE(_native, m) {
   raynixl::bind_gate(m);
   raynixl::bind_engine(m);
   raynixl::bind_job(m);
+  raynixl::bind_ucx(m);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);
 }

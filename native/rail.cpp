@@ -1,0 +1,158 @@
+#include "rail.h"
+
+#include <cerrno>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "clock.h"
+#include "endpoint.h"
+#include "job.h"
+#include "rma.h"
+
+namespace raynixl {
+
+namespace {
+
+constexpr int kIdleSweeps = 20;
+
+}  // namespace
+
+void fail_with(const std::string& what, ucp::Status status) {
+  throw std::runtime_error(what + ": " + ucp::library().status_string(status));
+}
+
+Rail::Rail(ucp::Context context, ucp::Worker worker, int bell)
+    : context_(context),
+      worker_(worker),
+      bell_(fcntl(bell, F_DUPFD_CLOEXEC, 0)),
+      generation_(fork_generation()) {
+  if (bell_ < 0) throw std::system_error(errno, std::generic_category(), "dup");
+  ucp::library();
+}
+
+Rail::~Rail() { ::close(bell_); }
+
+bool Rail::usable() const { return !closed_.load(std::memory_order_acquire) && generation_ == fork_generation(); }
+
+std::string Rail::address() const {
+  void* packed = nullptr;
+  size_t nbytes = 0;
+  if (auto status = ucp::library().worker_get_address(worker_, &packed, &nbytes); status != ucp::kOk)
+    fail_with("UCX gives no worker address", status);
+  std::string copied(static_cast<const char*>(packed), nbytes);
+  ucp::library().worker_release_address(worker_, packed);
+  return copied;
+}
+
+std::shared_ptr<Endpoint> Rail::connect(const std::string& address) {
+  if (!usable()) throw std::runtime_error("the rail is closed");
+  auto endpoint = Endpoint::create(shared_from_this(), address);
+  {
+    std::lock_guard guard(lock_);
+    std::erase_if(endpoints_, [](const auto& weak) { return weak.expired(); });
+    endpoints_.push_back(endpoint);
+  }
+  if (!usable()) endpoint->close(CLOSED);  // closed meanwhile
+  return endpoint;
+}
+
+void Rail::ring() const {
+  const uint64_t one = 1;
+  // A full eventfd (EAGAIN) is readable already: nothing is lost.
+  if (write(bell_, &one, sizeof one) < 0) errno = 0;
+}
+
+void Rail::add(const std::shared_ptr<RmaJob>& job) {
+  {
+    std::lock_guard guard(lock_);
+    job->place_ = jobs_.insert(jobs_.end(), job);
+    job->is_listed_ = true;
+  }
+  if (job->settled()) remove(*job);  // it ended before it was in the list
+  if (!watched_.exchange(true)) ring();
+}
+
+void Rail::remove(RmaJob& job) {
+  std::shared_ptr<RmaJob> dropped;  // released after the lock
+  std::lock_guard guard(lock_);
+  if (!job.is_listed_) return;
+  job.is_listed_ = false;
+  dropped = std::move(*job.place_);
+  jobs_.erase(job.place_);
+}
+
+bool Rail::sweep(int64_t grace_ns) {
+  std::vector<std::shared_ptr<RmaJob>> jobs;
+  {
+    std::lock_guard guard(lock_);
+    jobs.assign(jobs_.begin(), jobs_.end());
+  }
+  int64_t now = now_ns();
+  for (const auto& job : jobs) {
+    if (job->code() == PENDING)
+      if (int code = job->plan().closed()) job->end(code);
+    if (job->code() == PENDING || job->settled() || now - job->ended_ns() < grace_ns) continue;
+    for (const auto& endpoint : job->plan().endpoints()) endpoint->close(RESET);
+  }
+  idle_sweeps_ = jobs.empty() ? idle_sweeps_ + 1 : 0;
+  if (idle_sweeps_ < kIdleSweeps) return true;
+  idle_sweeps_ = 0;
+  watched_.store(false);
+  std::lock_guard guard(lock_);
+  return !jobs_.empty() && !watched_.exchange(true);  // one has come meanwhile, and has not rung
+}
+
+std::vector<std::shared_ptr<Endpoint>> Rail::endpoints() {
+  std::vector<std::shared_ptr<Endpoint>> alive;
+  std::lock_guard guard(lock_);
+  for (const auto& weak : endpoints_)
+    if (auto endpoint = weak.lock()) alive.push_back(std::move(endpoint));
+  return alive;
+}
+
+bool Rail::close(int64_t deadline_ns) {
+  if (generation_ != fork_generation()) return false;  // the worker is the parent's
+  closed_.store(true);
+  for (const auto& endpoint : endpoints()) endpoint->close(CLOSED);
+  for (;;) {
+    bool any = false;
+    for (const auto& endpoint : endpoints()) any |= !endpoint->is_gone();
+    if (!any) return true;
+    if (now_ns() >= deadline_ns) return false;
+    if (progress() == 0) usleep(100);
+  }
+}
+
+Mapping::Mapping(std::shared_ptr<Rail> rail, uint64_t address, uint64_t nbytes, int memory_type)
+    : rail_(std::move(rail)), address_(address), nbytes_(nbytes), memory_type_(memory_type) {
+  if (!rail_->usable()) throw std::runtime_error("the rail is closed");
+  ucp::MemMapParams params{};
+  params.field_mask = ucp::kMapAddress | ucp::kMapLength | ucp::kMapMemoryType;
+  params.address = reinterpret_cast<void*>(address);
+  params.length = nbytes;
+  params.memory_type = memory_type;
+  if (auto status = ucp::library().mem_map(rail_->context(), &params, &memh_); status != ucp::kOk)
+    fail_with("UCX does not map " + std::to_string(nbytes) + " bytes", status);
+}
+
+std::string Mapping::key() const {
+  void* packed = nullptr;
+  size_t nbytes = 0;
+  if (memh_ == nullptr) throw std::runtime_error("the mapping is gone");
+  if (auto status = ucp::library().rkey_pack(rail_->context(), memh_, &packed, &nbytes); status != ucp::kOk)
+    fail_with("UCX packs no key", status);
+  std::string copied(static_cast<const char*>(packed), nbytes);
+  ucp::library().rkey_buffer_release(packed);
+  return copied;
+}
+
+void Mapping::unmap() {
+  ucp::Memh memh = std::exchange(memh_, nullptr);
+  if (memh != nullptr && rail_->usable()) ucp::library().mem_unmap(rail_->context(), memh);
+}
+
+}  // namespace raynixl

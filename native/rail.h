@@ -1,0 +1,93 @@
+// Rail: one UCX worker of this process, the memory mapped for it, and the endpoints to peers made on it.
+#pragma once
+
+#include <cstdint>
+
+#include <atomic>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "codes.h"
+#include "ucp_abi.h"
+
+namespace raynixl {
+
+class Endpoint;
+class RmaJob;
+
+class Rail : public std::enable_shared_from_this<Rail> {
+ public:
+  // The handles stay the caller's, and must live until `close` has returned true. `bell` is an eventfd that is rung
+  // when a job needs looking after and when an endpoint has failed; it is duplicated.
+  Rail(ucp::Context context, ucp::Worker worker, int bell);
+  Rail(const Rail&) = delete;
+  ~Rail();
+
+  std::string address() const;
+  std::shared_ptr<Endpoint> connect(const std::string& address);
+
+  ucp::Context context() const { return context_; }
+  ucp::Worker worker() const { return worker_; }
+  bool usable() const;
+  unsigned progress() const { return ucp::library().worker_progress(worker_); }
+  void signal() const { ucp::library().worker_signal(worker_); }
+  void ring() const;
+
+  // A job that goes on after its caller has left; one that has settled.
+  void add(const std::shared_ptr<RmaJob>& job);
+  void remove(RmaJob& job);
+
+  // End jobs whose deadline has passed or whose gates were closed with abort, and reset the endpoints of those that
+  // were ended longer than `grace` ago and still go on. False once there have been no jobs for many sweeps: the bell
+  // rings when there are some again.
+  bool sweep(int64_t grace_ns);
+
+  // Close every endpoint, unmap nothing; true once all endpoints are gone, so that the worker may be destroyed.
+  bool close(int64_t deadline_ns);
+
+  void forget(Endpoint& endpoint);
+
+ private:
+  std::vector<std::shared_ptr<Endpoint>> endpoints();
+
+  const ucp::Context context_;
+  const ucp::Worker worker_;
+  const int bell_;
+  const uint32_t generation_;
+  std::atomic<bool> closed_{false};
+  std::atomic<bool> watched_{false};  // whether somebody sweeps
+  int idle_sweeps_ = 0;               // of whoever sweeps
+  std::mutex lock_;  // protects what follows; held for list operations only
+  std::list<std::shared_ptr<RmaJob>> jobs_;
+  std::vector<std::weak_ptr<Endpoint>> endpoints_;
+};
+
+// Memory of this process that UCX may read and write, on one rail.
+class Mapping {
+ public:
+  Mapping(std::shared_ptr<Rail> rail, uint64_t address, uint64_t nbytes, int memory_type);
+  Mapping(const Mapping&) = delete;
+  ~Mapping() { unmap(); }
+
+  std::string key() const;
+  void unmap();
+  bool holds(uint64_t address, uint64_t nbytes) const {
+    return address >= address_ && nbytes <= nbytes_ && address - address_ <= nbytes_ - nbytes;
+  }
+  ucp::Memh memh() const { return memh_; }
+  int memory_type() const { return memory_type_; }
+
+ private:
+  const std::shared_ptr<Rail> rail_;
+  const uint64_t address_, nbytes_;
+  const int memory_type_;
+  ucp::Memh memh_ = nullptr;
+};
+
+// Throws what UCX answered as std::runtime_error.
+[[noreturn]] void fail_with(const std::string& what, ucp::Status status);
+
+}  // namespace raynixl

@@ -1,0 +1,341 @@
+#include "rma.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <stdexcept>
+#include <system_error>
+
+#include <fcntl.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include "job.h"
+
+namespace raynixl {
+
+namespace {
+
+constexpr uint64_t kPiece = 8 << 20;           // what one operation moves at most, so that a cancel waits for little
+constexpr uint64_t kWindowNbytes = 64 << 20;   // bytes, and
+constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a time: each costs it some 500 bytes
+constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns
+constexpr int64_t kLook = 100'000;             // how long a waiter looks before it sleeps, in ns: waking takes half of it
+
+}  // namespace
+
+RmaPlan::RmaPlan(bool is_write, std::vector<RmaPath> paths, std::vector<RmaRow> rows,
+                 std::vector<std::shared_ptr<Gate>> gates)
+    : is_write_(is_write), count_(rows.size()), paths_(std::move(paths)), gates_(std::move(gates)) {
+  if (rows.empty() || paths_.empty()) throw std::invalid_argument("a program needs at least one segment");
+  for (const RmaRow& row : rows) {
+    if (row.path >= paths_.size()) throw std::invalid_argument("a segment without a path");
+    if (row.nbytes == 0) throw std::invalid_argument("a segment of 0 bytes");
+    if (!paths_[row.path].local->holds(row.local, row.nbytes))
+      throw std::invalid_argument("a segment outside our memory");
+    if (!paths_[row.path].remote->holds(row.remote, row.nbytes))
+      throw std::invalid_argument("a segment outside the peer's memory");
+    nbytes_ += row.nbytes;
+    for (uint64_t at = 0; at < row.nbytes; at += kPiece)
+      rows_.push_back({row.path, row.local + at, row.remote + at, std::min(kPiece, row.nbytes - at)});
+  }
+  for (const RmaPath& path : paths_) {
+    const auto& endpoint = path.remote->endpoint();
+    if (std::find(endpoints_.begin(), endpoints_.end(), endpoint) == endpoints_.end()) endpoints_.push_back(endpoint);
+    if (std::find(rails_.begin(), rails_.end(), endpoint->rail()) == rails_.end()) rails_.push_back(endpoint->rail());
+  }
+  window_ = std::clamp<int64_t>(int64_t(kWindowNbytes / (nbytes_ / rows_.size() + 1)), 4, kWindowRows);
+}
+
+bool RmaPlan::usable() const {
+  return std::all_of(rails_.begin(), rails_.end(), [](const auto& rail) { return rail->usable(); });
+}
+
+int RmaPlan::enter() const {
+  for (size_t i = 0; i < gates_.size(); ++i) {
+    int code = gates_[i]->enter();
+    if (code == 0) continue;
+    while (i > 0) gates_[--i]->leave();
+    return code;
+  }
+  return 0;
+}
+
+void RmaPlan::leave() const {
+  for (const auto& gate : gates_) gate->leave();
+}
+
+int RmaPlan::closed() const {
+  for (const auto& gate : gates_)
+    if (int code = gate->aborted()) return code;
+  return 0;
+}
+
+RmaJob::RmaJob(std::shared_ptr<const RmaPlan> plan, int64_t deadline_ns)
+    : plan_(std::move(plan)), deadline_ns_(deadline_ns), generation_(fork_generation()) {}
+
+RmaJob::~RmaJob() {
+  for (int fd : armed_) close(fd);
+}
+
+bool RmaJob::is_forked() const { return generation_ != fork_generation(); }
+
+void RmaJob::pump() {
+  const int64_t low = plan_->window() / 2;
+  for (;;) {
+    if (all_posted_.load() || pumping_.exchange(true)) return;
+    bool is_over = all_posted_.load();
+    bool is_mine = !is_over && post_rows();
+    if (is_mine) all_posted_.store(true);
+    pumping_.store(false);
+    if (is_mine) release();
+    if (is_over || is_mine) return;
+    // The window is full. Those that completed while we held the flag have called in vain: look once more.
+    if (outstanding_.load() - 1 > low) return;
+  }
+}
+
+bool RmaJob::run_few(int looks) {
+  // Nobody else posts: the hold is ours. UCX completes a flush at once if all is done, and only at its next progress
+  // if it is asked before.
+  all_posted_.store(true);
+  bool is_open = enter_endpoints();
+  if (is_open) {
+    for (const RmaRow& row : plan_->rows()) post(row);
+    while (outstanding_.load() > 1 && looks-- > 0)
+      for (const auto& rail : plan_->rails()) rail->progress();
+    if (plan_->is_write()) post_flushes();
+    leave_endpoints();
+  }
+  release();
+  for (; looks > 0 && !settled(); --looks)
+    for (const auto& rail : plan_->rails()) rail->progress();
+  return settled();
+}
+
+bool RmaJob::enter_endpoints() {
+  const auto& endpoints = plan_->endpoints();
+  for (size_t i = 0; i < endpoints.size(); ++i) {
+    int code = endpoints[i]->enter();
+    if (code == 0) continue;
+    while (i > 0) endpoints[--i]->leave();
+    fail(code);
+    return false;
+  }
+  return true;
+}
+
+void RmaJob::leave_endpoints() {
+  for (const auto& endpoint : plan_->endpoints()) endpoint->leave();
+}
+
+// Post until the window is full (false) or nothing more is to be posted (true).
+bool RmaJob::post_rows() {
+  const auto& rows = plan_->rows();
+  if (!enter_endpoints()) return true;
+  bool is_over = false;
+  while (!is_over && outstanding_.load(std::memory_order_relaxed) <= plan_->window()) {
+    is_over = cursor_ == rows.size() || error_.load(std::memory_order_relaxed) != 0 ||
+              code_.load(std::memory_order_relaxed) != PENDING;
+    if (!is_over) post(rows[cursor_++]);
+  }
+  // Also after an error: what has left this process must have landed before anyone may believe that it is over.
+  if (is_over && plan_->is_write() && cursor_ > 0) post_flushes();
+  leave_endpoints();
+  return is_over;
+}
+
+void RmaJob::post(const RmaRow& row) {
+  const RmaPath& path = plan_->path(row.path);
+  const Endpoint& endpoint = *path.remote->endpoint();
+  if (endpoint.is_refused()) return fail(endpoint.code());
+  const ucp::Library& ucp = ucp::library();
+  ucp::RequestParam param{};
+  param.op_attr_mask = ucp::kFieldCallback | ucp::kFieldUserData | ucp::kFieldMemh | ucp::kFieldMemoryType;
+  if (plan_->rows().size() > 1) param.op_attr_mask |= ucp::kMultiSend;
+  param.send = on_done;
+  param.user_data = this;
+  param.memory_type = path.local->memory_type();
+  param.memh = path.local->memh();
+  outstanding_.fetch_add(1);
+  auto* local = reinterpret_cast<void*>(row.local);
+  take(plan_->is_write()
+           ? ucp.put_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param)
+           : ucp.get_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param));
+}
+
+void RmaJob::post_flushes() {
+  ucp::RequestParam param{};
+  param.op_attr_mask = ucp::kFieldCallback | ucp::kFieldUserData;
+  param.send = on_done;
+  param.user_data = this;
+  for (const auto& endpoint : plan_->endpoints()) {
+    if (endpoint->is_refused()) {
+      fail(endpoint->code());
+      continue;
+    }
+    outstanding_.fetch_add(1);
+    take(ucp::library().ep_flush_nbx(endpoint->handle(), &param));
+  }
+}
+
+// Hear what a call that was counted returned: done at once, failed at once, or later by on_done.
+void RmaJob::take(ucp::StatusPtr result) {
+  if (result != nullptr && !ucp::is_error(result)) return;
+  if (result != nullptr) failed(ucp::error_of(result));
+  operations_done_.fetch_add(1, std::memory_order_relaxed);
+  outstanding_.fetch_sub(1);  // not the last: whoever posts holds one
+}
+
+void RmaJob::on_done(void* request, ucp::Status status, void* self) {
+  ucp::library().request_free(request);
+  auto* job = static_cast<RmaJob*>(self);
+  if (status != ucp::kOk) job->failed(status);
+  job->operations_done_.fetch_add(1, std::memory_order_relaxed);
+  // Once it has let go, the completions of another rail may end the job and drop it.
+  std::shared_ptr<RmaJob> kept = job->all_posted_.load() ? nullptr : job->shared_from_this();
+  int64_t left = job->outstanding_.fetch_sub(1) - 1;
+  if (left == 0) return job->settle();
+  if (kept && left - 1 <= job->plan_->window() / 2) job->pump();
+}
+
+void RmaJob::release() {
+  if (outstanding_.fetch_sub(1) == 1) settle();
+}
+
+// The first error is the one that counts. What an endpoint that we closed says is not UCX's word but ours.
+void RmaJob::failed(ucp::Status status) {
+  for (const auto& endpoint : plan_->endpoints())
+    if (int code = endpoint->code()) return fail(code);
+  switch (status) {
+    case ucp::kNoMemory: return fail(-ENOMEM);
+    case ucp::kUnsupported: return fail(-EOPNOTSUPP);
+    case ucp::kInvalidAddress: return fail(-EFAULT);
+    default: break;
+  }
+  for (const auto& endpoint : plan_->endpoints()) endpoint->failed(status);
+  fail(LOST);
+}
+
+void RmaJob::fail(int code) {
+  int none = 0;
+  error_.compare_exchange_strong(none, code);
+}
+
+void RmaJob::settle() {
+  std::shared_ptr<RmaJob> self = shared_from_this();
+  plan_->leave();
+  settled_.store(true);
+  int error = error_.load();
+  announce(error != 0 ? error : int(DONE));
+  wake();
+  plan_->rails().front()->remove(*this);
+}
+
+bool RmaJob::announce(int code) {
+  std::vector<int> armed;
+  {
+    std::lock_guard guard(armed_lock_);
+    if (code_.load(std::memory_order_relaxed) != PENDING) return false;
+    ended_ns_.store(now_ns(), std::memory_order_release);
+    code_.store(code);
+    armed.swap(armed_);
+  }
+  wake();
+  const uint64_t one = 1;
+  for (int fd : armed) {
+    if (write(fd, &one, sizeof one) < 0) errno = 0;  // full: it is readable already
+    close(fd);
+  }
+  return true;
+}
+
+bool RmaJob::end(int code) {
+  if (is_forked() || !announce(code)) return false;
+  plan_->rails().front()->ring();  // if UCX does not let go of it soon, its endpoints are reset
+  return true;
+}
+
+int RmaJob::code() {
+  int code = code_.load(std::memory_order_acquire);
+  if (code != PENDING) return code;
+  if (is_forked()) return CLOSED;
+  if (now_ns() >= deadline_ns_) end(TIMEOUT);
+  return code_.load(std::memory_order_acquire);
+}
+
+uint64_t RmaJob::nbytes_done() const {
+  size_t done = std::min<size_t>(size_t(operations_done_.load()), plan_->rows().size());
+  uint64_t nbytes = 0;
+  for (size_t i = 0; i < done; ++i) nbytes += plan_->rows()[i].nbytes;
+  return nbytes;
+}
+
+void RmaJob::hand_over() {
+  plan_->rails().front()->add(shared_from_this());
+  for (const auto& rail : plan_->rails()) rail->signal();
+}
+
+bool RmaJob::progress(int64_t patience_ns, int64_t deadline_ns) {
+  int64_t quiet_since = 0;
+  while (!settled()) {
+    unsigned events = 0;
+    for (const auto& rail : plan_->rails()) events += rail->progress();
+    if (events != 0) {
+      quiet_since = 0;
+      if (now_ns() >= deadline_ns) return settled();
+      continue;
+    }
+    int64_t now = now_ns();
+    if (quiet_since == 0) quiet_since = now;
+    if (now - quiet_since >= patience_ns || now >= deadline_ns) return settled();
+  }
+  return true;
+}
+
+RmaJob::Waited RmaJob::wait(int64_t deadline_ns) {
+  return wait_until(deadline_ns, [this] { return code() != PENDING; });
+}
+
+RmaJob::Waited RmaJob::wait_settled(int64_t deadline_ns) {
+  return wait_until(deadline_ns, [this] { return code() != PENDING && (settled() || is_forked()); });
+}
+
+// UCX is in the hands of its own thread: one that waits leaves it the lock, and looks for a moment before it sleeps.
+template <typename Ready>
+RmaJob::Waited RmaJob::wait_until(int64_t deadline_ns, Ready is_ready) {
+  for (int64_t now = now_ns(), until = std::min(deadline_ns, now + kLook); now < until; now = now_ns()) {
+    if (is_ready()) return Waited::ended;
+    sched_yield();
+  }
+  for (;;) {
+    waiters_.fetch_add(1);
+    uint32_t seen = changed_.value();
+    int64_t now = now_ns();
+    bool is_over = is_ready() || now >= deadline_ns;
+    int64_t until = std::min(deadline_ns, now + kLookUp);
+    if (code_.load() == PENDING) until = std::min(until, deadline_ns_);
+    bool is_quiet = is_over || changed_.wait(seen, until);
+    waiters_.fetch_sub(1);
+    if (is_over) return is_ready() ? Waited::ended : Waited::timeout;
+    if (!is_quiet) return Waited::look_up;
+  }
+}
+
+void RmaJob::wake() {
+  if (waiters_.load() > 0) changed_.wake();
+}
+
+bool RmaJob::arm(int fd) {
+  if (code() != PENDING) return false;
+  int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  if (copy < 0) throw std::system_error(errno, std::generic_category(), "dup");
+  std::lock_guard guard(armed_lock_);
+  if (code_.load(std::memory_order_acquire) == PENDING) {
+    armed_.push_back(copy);
+    return true;
+  }
+  close(copy);
+  return false;
+}
+
+}  // namespace raynixl

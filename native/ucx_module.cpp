@@ -1,0 +1,184 @@
+// Python's view of the UCX part of the core. raynixl/native/ucx.py says what each name promises.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "endpoint.h"
+#include "python.h"
+#include "rail.h"
+#include "rma.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace raynixl {
+
+namespace {
+
+constexpr size_t kFewRows = 4;            // what is posted and, if UCX is quick, completed with the lock held
+constexpr int kFewLooks = 16;             // how often UCX is then asked before the lock is released
+constexpr int64_t kPatience = 20'000;     // how long a post stays with a transfer of which nothing is heard, in ns
+constexpr int64_t kStay = 10'000'000;     // and how long in all
+
+struct PyRail {
+  std::shared_ptr<Rail> rail;
+};
+struct PyMapping {
+  std::shared_ptr<Mapping> mapping;
+};
+struct PyEndpoint {
+  std::shared_ptr<Endpoint> endpoint;
+};
+struct PyRemoteKey {
+  std::shared_ptr<RemoteKey> key;
+};
+struct PyRma {
+  std::shared_ptr<const RmaPlan> plan;
+  uint64_t inline_nbytes;
+};
+struct PyRmaJob {
+  std::shared_ptr<RmaJob> job;
+};
+
+std::string to_string(const nb::bytes& bytes) { return {bytes.c_str(), bytes.size()}; }
+nb::bytes to_bytes(const std::string& text) { return nb::bytes(text.data(), text.size()); }
+
+void rail_init(PyRail* self, uint64_t context, uint64_t worker, int bell) {
+  new (self) PyRail{std::make_shared<Rail>(reinterpret_cast<void*>(context), reinterpret_cast<void*>(worker), bell)};
+}
+
+PyMapping rail_map(PyRail& self, uint64_t address, uint64_t nbytes, int memory_type) {
+  nb::gil_scoped_release release;
+  return {std::make_shared<Mapping>(self.rail, address, nbytes, memory_type)};
+}
+
+PyEndpoint rail_connect(PyRail& self, const nb::bytes& address) {
+  std::string copied = to_string(address);
+  nb::gil_scoped_release release;
+  return {self.rail->connect(copied)};
+}
+
+bool rail_sweep(PyRail& self, double grace) {
+  nb::gil_scoped_release release;
+  return self.rail->sweep(int64_t(grace * 1e9));
+}
+
+bool rail_close(PyRail& self, double timeout) {
+  nb::gil_scoped_release release;
+  return self.rail->close(deadline_after(timeout));
+}
+
+PyRemoteKey endpoint_unpack(PyEndpoint& self, const nb::bytes& key, uint64_t address, uint64_t nbytes) {
+  return {std::make_shared<RemoteKey>(self.endpoint, to_string(key), address, nbytes)};
+}
+
+std::string endpoint_status(PyEndpoint& self) {
+  ucp::Status status = self.endpoint->status();
+  return status == ucp::kOk ? "" : ucp::library().status_string(status);
+}
+
+using Rows = nb::ndarray<const uint64_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
+
+PyRma make_rma(bool is_write, nb::sequence paths, const Rows& rows, nb::sequence gates, uint64_t inline_nbytes) {
+  static_assert(sizeof(RmaRow) == 4 * sizeof(uint64_t));
+  std::vector<RmaPath> ways;
+  for (nb::handle path : paths) {
+    auto pair = nb::cast<nb::tuple>(path);
+    ways.push_back({nb::cast<PyMapping&>(pair[0], false).mapping, nb::cast<PyRemoteKey&>(pair[1], false).key});
+  }
+  auto* first = reinterpret_cast<const RmaRow*>(rows.data());
+  std::vector<RmaRow> copied(first, first + rows.shape(0));
+  std::vector<std::shared_ptr<Gate>> doors;
+  for (nb::handle gate : gates) doors.push_back(nb::cast<PyGate&>(gate, false).gate);
+  auto plan = std::make_shared<const RmaPlan>(is_write, std::move(ways), std::move(copied), std::move(doors));
+  return {std::move(plan), inline_nbytes};
+}
+
+nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
+  const RmaPlan& plan = *self.plan;
+  if (!plan.usable()) return nb::int_(int(CLOSED));
+  if (int code = plan.enter()) return nb::int_(code);
+  auto job = std::make_shared<RmaJob>(self.plan, deadline_after(timeout));
+  bool is_few = plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows;
+  if (is_few && job->run_few(kFewLooks) && !out_of_line) return nb::int_(job->code());
+  {
+    nb::gil_scoped_release release;
+    if (!is_few) job->pump();
+    bool is_inline = plan.nbytes() <= self.inline_nbytes && !out_of_line;
+    if (!is_inline || !job->progress(kPatience, now_ns() + kStay)) job->hand_over();
+  }
+  if (!out_of_line && job->settled()) return nb::int_(job->code());
+  return nb::cast(PyRmaJob{std::move(job)});
+}
+
+bool rma_job_wait(PyRmaJob& self, double timeout) {
+  std::shared_ptr<RmaJob> job = self.job;
+  if (job->code() != PENDING) return true;
+  if (!(timeout > 0)) return false;
+  return wait_for<RmaJob>(timeout, [&](int64_t deadline) { return job->wait(deadline); });
+}
+
+bool rma_job_wait_settled(PyRmaJob& self, double timeout) {
+  std::shared_ptr<RmaJob> job = self.job;
+  return wait_for<RmaJob>(timeout, [&](int64_t deadline) { return job->wait_settled(deadline); });
+}
+
+bool rma_job_cancel(PyRmaJob& self, int code) {
+  if (code < 2) throw nb::value_error("the code of a cancelled job is 2 or more");
+  return self.job->end(code);
+}
+
+void bind_rail(nb::module_& m) {
+  nb::class_<PyRail>(m, "Rail")
+      .def("__init__", rail_init, "context"_a, "worker"_a, "bell"_a)
+      .def_prop_ro("address", [](PyRail& self) { return to_bytes(self.rail->address()); })
+      .def("map", rail_map, "address"_a, "nbytes"_a, "memory_type"_a)
+      .def("connect", rail_connect, "address"_a)
+      .def("sweep", rail_sweep, "grace"_a)
+      .def("close", rail_close, "timeout"_a);
+  nb::class_<PyMapping>(m, "Mapping")
+      .def_prop_ro("key", [](PyMapping& self) { return to_bytes(self.mapping->key()); })
+      .def("unmap", [](PyMapping& self) { self.mapping->unmap(); });
+}
+
+void bind_endpoint(nb::module_& m) {
+  nb::class_<PyEndpoint>(m, "Endpoint")
+      .def("unpack", endpoint_unpack, "key"_a, "address"_a, "nbytes"_a)
+      .def("close", [](PyEndpoint& self, int code) { self.endpoint->close(code); }, "code"_a)
+      .def_prop_ro("code", [](PyEndpoint& self) { return self.endpoint->code(); })
+      .def_prop_ro("status", endpoint_status)
+      .def_prop_ro("is_gone", [](PyEndpoint& self) { return self.endpoint->is_gone(); })
+      .def_prop_ro("transports", [](PyEndpoint& self) { return self.endpoint->transports(); });
+  nb::class_<PyRemoteKey>(m, "RemoteKey").def("destroy", [](PyRemoteKey& self) { self.key->destroy(); });
+}
+
+void bind_rma(nb::module_& m) {
+  nb::class_<PyRma>(m, "Rma")
+      .def("run", rma_run, "timeout"_a, "out_of_line"_a = false)
+      .def_prop_ro("nbytes", [](PyRma& self) { return self.plan->nbytes(); })
+      .def_prop_ro("count", [](PyRma& self) { return self.plan->count(); });
+  nb::class_<PyRmaJob>(m, "RmaJob")
+      .def("wait", rma_job_wait, "timeout"_a)
+      .def("wait_settled", rma_job_wait_settled, "timeout"_a)
+      .def("cancel", rma_job_cancel, "code"_a)
+      .def("arm", [](PyRmaJob& self, int fd) { return arm(*self.job, fd); }, "fd"_a)
+      .def_prop_ro("code", [](PyRmaJob& self) { return self.job->code(); })
+      .def_prop_ro("nbytes_done", [](PyRmaJob& self) { return self.job->nbytes_done(); })
+      .def_prop_ro("settled", [](PyRmaJob& self) { return self.job->code() != PENDING && self.job->settled(); });
+  m.def("rma", make_rma, "is_write"_a, "paths"_a, nb::arg("rows").noconvert(), "gates"_a, "inline_nbytes"_a);
+}
+
+}  // namespace
+
+void bind_ucx(nb::module_& m) {
+  bind_rail(m);
+  bind_endpoint(m);
+  bind_rma(m);
+}
+
+}  // namespace raynixl
