@@ -128,13 +128,18 @@ def from_env(base: AgentConfig | None = None) -> AgentConfig:
     for name in AgentConfig.model_fields:
         text = os.environ.get(_PREFIX + name.upper())
         if text is not None:
-            values[name] = _PARSERS.get(name, str)(text)
+            try:
+                values[name] = _PARSERS.get(name, str)(text)
+            except ConfigError as exc:
+                raise _unusable(name, exc.message) from exc
     try:
         return AgentConfig.model_validate(values)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "?"
-        raise ConfigError(
-            f"setting {name!r} is not usable: {first['msg']}",
-            hint=f"mend it in AgentConfig or in {_PREFIX}{name.upper()}",
-        ) from exc
+        raise _unusable(str(first["loc"][0]) if first["loc"] else "?", first["msg"]) from exc
+
+
+def _unusable(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"setting {name!r} is not usable: {reason}", hint=f"mend it in AgentConfig or in {_PREFIX}{name.upper()}"
+    )

@@ -27,12 +27,15 @@ GOOD: list[tuple[str, str, Any]] = [
     ("HEARTBEAT_TIMEOUT", "7", 7.0),
     ("LEASE_SECONDS", "60", 60.0),
     ("MAX_MESSAGE_NBYTES", "4096", 4096),
+    ("UCX", "TLS=cma,tcp; UCX_NET_DEVICES=eth0;", {"TLS": "cma,tcp", "NET_DEVICES": "eth0"}),
+    ("UCX", "", {}),
 ]
 BAD = [
     ("COPY_THREADS", "0"), ("COPY_THREADS", "many"), ("COPY_THREADS", "2.5"), ("COPY_THREADS", ""),
     ("INLINE_NBYTES", "-1"), ("INLINE_NBYTES", str(1 << 30)), ("NATIVE", "perhaps"), ("TRANSFER_TIMEOUT", "0"),
     ("TRANSFER_TIMEOUT", "-1"), ("TRANSFER_TIMEOUT", "nan"), ("TRANSFER_TIMEOUT", "inf"), ("LEASE_SECONDS", "1e6"),
     ("HEARTBEAT_INTERVAL", "soon"), ("MAX_MESSAGE_NBYTES", "100"),
+    ("UCX", "TLS"), ("UCX", "=cma"),
 ]  # fmt: skip
 
 

@@ -33,10 +33,18 @@ class NixlSide:
         self._memory: Bytes = np.empty(0, np.uint8)
         self._peer, self._there = "", 0
         self._handles: list[Any] = []
+        self._errors: tuple[type[Exception], ...] = ()
 
     def ask(self, do: str, **fields: Any) -> Fields:
-        """Answer one request."""
-        answer: Fields = getattr(self, f"do_{do}")(**fields)
+        """Answer one request.
+
+        Raises:
+            RaynixlError: NIXL has failed; it names no more than a code, and says the rest on standard error.
+        """
+        try:
+            answer: Fields = getattr(self, f"do_{do}")(**fields)
+        except self._errors as exc:
+            raise BackendUnavailable(f"NIXL cannot {do}: {exc}", hint="see what it wrote above, and --ucx") from exc
         return answer
 
     def close(self) -> None:
@@ -47,10 +55,12 @@ class NixlSide:
     def do_start(self, name: str, package: str, nbytes: int, memory: str) -> Fields:
         """Make an agent over UCX and register memory; answer with what the other side needs to know."""
         try:
-            nixl = importlib.import_module(package)
-            self._agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
-        except (ImportError, RuntimeError) as exc:
-            raise BackendUnavailable(f"NIXL does not start: {exc}", hint=f"pip install --force {package}") from exc
+            nixl, core = importlib.import_module(package), importlib.import_module(f"{package}._bindings")
+        except ImportError as exc:
+            hint = "pip install --force-reinstall --no-deps nixl-cu13"
+            raise BackendUnavailable(f"NIXL cannot be loaded: {exc}", hint=hint) from exc
+        self._errors = tuple(value for key, value in vars(core).items() if key.endswith("Error"))
+        self._agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
         if "UCX" not in self._agent.backends:
             raise BackendUnavailable("this NIXL has no UCX", hint="pip install nixl-cu13")
         self._memory = _arena(nbytes) if memory == "arena" else user_memory(nbytes)

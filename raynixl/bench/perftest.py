@@ -67,41 +67,43 @@ class Perftest:
     def contend(self, scene: Scene) -> list[Contender]:
         """Return the runner for messages of the block size; its bytes cannot be checked."""
         runner = PerftestRunner(self._command, scene)
-        return [Contender(runner, lambda: None, runner.find_lane())]
+        return [Contender(runner, lambda: None, runner.lane)]
 
     def close(self) -> None:
         """Nothing is kept between runs."""
 
 
 class PerftestRunner:
-    """One size and direction; every sample is a run of its own, long enough for one round."""
+    """One size and direction; every sample is a run as long as a round. `lane` is what UCX says it takes."""
 
     impl = "ucx_perftest"
     prepare_seconds = 0.0
 
     def __init__(self, command: list[str], scene: Scene) -> None:
-        self._command, self._blocks = command, scene.layout.blocks
+        self._command, self._blocks = [*command], scene.layout.blocks
         self._nbytes = scene.layout.block_nbytes
         self._test = "ucp_put_bw" if scene.is_write else "ucp_get"
-        self._nanoseconds = 1e3 + self._nbytes  # a guess to begin with: 1 us and 1 GB/s
+        self._nanoseconds = 0.0
+        self._command.insert(1, "UCX_PROTO_INFO=y")
+        try:
+            self.lane = parse_lane(self._measure(_FEW), self._nbytes)
+        finally:
+            del self._command[1]
 
     def sample(self, count: int) -> list[int]:
         """Run it once; return the nanoseconds of one transfer."""
         times = int(min(_MANY, max(_FEW, ROUND_SECONDS * 1e9 / self._nanoseconds)))
-        median, average = parse_result(self._run(times))
-        self._nanoseconds = median if self._blocks == 1 else average
+        self._measure(times)
         return [math.ceil(self._nanoseconds * self._blocks)]
 
-    def find_lane(self) -> str:
-        """Return by which protocol and transport it moves these messages, as UCX tells it."""
-        self._command.insert(1, "UCX_PROTO_INFO=y")
-        try:
-            return parse_lane(self._run(_FEW), self._nbytes)
-        finally:
-            del self._command[1]
+    def _measure(self, times: int) -> str:
+        """Note what one message takes; return all that the client prints."""
+        output = self._run(times)
+        median, average = parse_result(output)
+        self._nanoseconds = median if self._blocks == 1 else average
+        return output
 
     def _run(self, times: int) -> str:
-        """Return what the client of one run prints."""
         warm = max(1, min(times // 10, 1000))
         arguments = ["-t", self._test, "-s", str(self._nbytes), "-n", str(times), "-w", str(warm), "-e", "-f", "-v"]
         if self._blocks == 1:
@@ -115,11 +117,15 @@ class PerftestRunner:
         port = _free_port()
         command = [*self._command, "-p", str(port), *arguments]
         with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            ["timeout", f"{RUN_SECONDS:g}", *command],  # it waits for a client for ever, should we be killed now
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         ) as server:
             try:
                 _wait_listening(server, port)
-                return _run_client([command[0], *command[1:], "127.0.0.1"])
+                return _run_client([*command, "127.0.0.1"])
             finally:
                 _end(server)
 
@@ -131,13 +137,16 @@ def _run_client(command: list[str]) -> str:
     except subprocess.TimeoutExpired as exc:
         raise RaynixlError(f"ucx_perftest did not end within {RUN_SECONDS:g} s", hint="see `raynixl doctor`") from exc
     if done.returncode != 0:
-        raise RaynixlError(f"ucx_perftest failed: {_last_line(done.stderr)}", hint="see the options given by --ucx")
+        reason = _reason(done.stdout + done.stderr)
+        raise RaynixlError(f"ucx_perftest failed: {reason}", hint="see the options given by --ucx, and UCX_*")
     return done.stdout
 
 
-def _last_line(text: str) -> str:
+def _reason(text: str) -> str:
+    """Return the first error that UCX logs, without where in its source it was; or the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it does not say why"
+    errors = [line.partition("ERROR")[2].strip() for line in lines if " ERROR " in line]
+    return next(iter(errors), lines[-1] if lines else "it does not say why")
 
 
 def _free_port() -> int:
@@ -158,7 +167,7 @@ def _wait_listening(server: subprocess.Popen[str], port: int) -> None:
     assert server.stderr is not None
     while not _is_listening(port):
         if server.poll() is not None:
-            raise BackendUnavailable(f"ucx_perftest failed: {_last_line(server.stderr.read())}", hint="see its options")
+            raise BackendUnavailable(f"ucx_perftest failed: {_reason(server.stderr.read())}", hint="see its options")
         if time.monotonic() > deadline:
             raise RaynixlError(f"ucx_perftest does not listen after {_START_SECONDS:g} s", hint="see `raynixl doctor`")
         select.select([], [], [], 0.002)
@@ -180,7 +189,7 @@ def _end(server: subprocess.Popen[str]) -> None:
     try:
         server.wait(_LEAVE_SECONDS if server.poll() is None else 0.0)
     except subprocess.TimeoutExpired:
-        server.kill()
+        server.terminate()  # which `timeout` passes on
         server.wait(_LEAVE_SECONDS)
 
 

@@ -10,8 +10,6 @@ from raynixl.errors import ConfigError
 from raynixl.memory import available_nbytes
 
 BASELINES = ("memcpy", "process_vm", "ucx_perftest", "nixl")
-_COPIES = {"memcpy": 1, "process_vm": 0, "ucx_perftest": 2, "nixl": 2}
-"""How many times a baseline needs the memory of one side for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,9 @@ class TransferSpec:
                 raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
         if "process_vm" in self.baselines and self.backend == "loopback":
             raise ConfigError("process_vm moves bytes between processes", hint="leave it out with loopback")
-        need = max(self.sizes) * self.blocks * (2 + max((_COPIES[name] for name in self.baselines), default=0))
+        block, layout = max(self.sizes), max(self.sizes) * self.blocks
+        own = {"memcpy": layout, "process_vm": 0, "ucx_perftest": 4 * block, "nixl": 2 * layout}
+        need = 2 * layout + sum(own[name] for name in self.baselines)
         if need > available_nbytes() * 0.8:
             raise ConfigError(
                 f"{need / 1e9:.1f} GB are needed but only {available_nbytes() / 1e9:.1f} are free",

@@ -43,6 +43,7 @@ class Pattern(enum.StrEnum):
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the bytes, outside the timed region.")]
 Rounds = Annotated[int, typer.Option(min=1, max=1000, help="Rounds; in each, everything is measured in turn.")]
+Ucx = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of UCX, as TLS=cma,tcp; repeatable.")]
 
 
 def _check_backend(name: str) -> None:
@@ -64,9 +65,7 @@ def transfer(  # noqa: PLR0913 - a command's options
     baseline: Annotated[
         list[str] | None, typer.Option(help="memcpy, process_vm, ucx_perftest or nixl; repeatable.")
     ] = None,
-    ucx: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of UCX, as TLS=cma,tcp; repeatable.")
-    ] = None,
+    ucx: Ucx = None,
     busy: Annotated[
         bool, typer.Option("--busy", help="Measure also beside a busy Python thread in the initiator.")
     ] = False,
@@ -141,3 +140,20 @@ def agent(
     with progress("agent", 4) as step:
         rows = run_agent(peers, idle_seconds, records, step)
     report(rows, "an agent's cost", is_json=is_json)
+
+
+@bench_app.command()
+def peers(
+    count: Annotated[int, typer.Option("--peers", min=1, max=1000, help="Peers to connect to one process.")] = 64,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that the peers are spread over.")] = 4,
+    backend: Annotated[str, typer.Option(help="Backend that carries the bytes.")] = "shm",
+    ucx: Ucx = None,
+    is_json: Json = False,
+) -> None:
+    """What many peers cost one process: time to connect and read from each, memory, descriptors, threads."""
+    from raynixl.bench.peers import PeersSpec, run_peers
+
+    _check_backend(backend)
+    spec = PeersSpec(count, processes, backend, parse_options(ucx or ()))
+    with progress("peers", count) as step:
+        report(run_peers(spec, step), f"{count} peers of one process over {backend}", is_json=is_json)

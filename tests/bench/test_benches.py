@@ -52,6 +52,13 @@ def test_transfer_rows_keep_the_contract(backend, op, memory, blocks, is_random)
         assert row["gbps"] == pytest.approx(row["block_nbytes"] * blocks / row["p50_us"] / 1e3, rel=1e-3)
 
 
+def test_a_busy_interpreter_is_a_row_of_its_own():
+    rows = list(run_transfer(TransferSpec((8, 4096), rounds=1, is_busy=True)))
+    assert [(row["block_nbytes"], row["busy"]) for row in rows] == [(8, False), (8, True), (4096, False), (4096, True)]
+    assert all(row["verified"] is True for row in rows)
+    assert not [one for one in threading.enumerate() if one.name == "bench-busy"]
+
+
 def test_repeated_benches_leave_no_descriptor():
     """Closing an agent used to leave the descriptors of links that were closed a moment before."""
     list(run_transfer(TransferSpec((8,), rounds=1)))

@@ -9,11 +9,13 @@ import time
 
 import psutil
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import raynixl
 from raynixl.cli import app
 from raynixl.cli.doctor import examine
+from raynixl.cli.screen import report
 
 RUN = [sys.executable, "-m", "raynixl"]
 BENCH = ("bench", "transfer", "--sizes", "8,4K", "--rounds", "1", "--baseline", "memcpy")
@@ -67,12 +69,28 @@ def test_without_json_a_table_and_a_picture_come(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_peers_are_one_row():
+    shown = _invoke("bench", "peers", "--peers", "2", "--processes", "2", "--json")
+    (line,) = shown.stdout.splitlines()
+    row = json.loads(line)
+    assert (row["bench"], row["peers"], row["verified"]) == ("peers", 2, True)
+
+
+def test_unchecked_bytes_are_neither_right_nor_wrong(capsys):
+    rows = [{"impl": "ucx_perftest", "verified": None}]
+    assert report(rows, "a", is_json=False) == rows
+    assert "-" in capsys.readouterr().out
+    with pytest.raises(typer.Exit):
+        report([*rows, {"impl": "raynixl", "verified": False}], "a", is_json=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--sizes", "4Q"), "not a size"),
         (("--backend", "pigeon"), "no backend 'pigeon'"),
         (("--baseline", "hope"), "no baseline 'hope'"),
+        (("--ucx", "TLS"), "'TLS' is no option of UCX"),
         (("--sizes", "1000000G"), "are needed"),
     ],
 )
@@ -127,7 +145,9 @@ def test_doctor_finds_every_backend_working_here():
     verdicts = {one["name"]: one["verdict"] for one in seen["findings"] if one["area"] == "backend"}
     for name in ("loopback, arenas", "loopback, plain memory", "shm, arenas"):
         assert verdicts[name] == "works"
-    assert {"versions", "memory", "huge pages", "core", "process_vm"} <= {one["area"] for one in seen["findings"]}
+    assert {"versions", "memory", "huge pages", "core", "ucx", "process_vm"} <= {
+        one["area"] for one in seen["findings"]
+    }
 
 
 def test_doctor_says_that_the_core_is_switched_off(monkeypatch):
