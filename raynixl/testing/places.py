@@ -7,12 +7,15 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from raynixl.backends.table import Factory
 from raynixl.config import AgentConfig
 from raynixl.errors import ConfigError, RaynixlError
 from raynixl.testing.far import PATIENCE, FarAgent
+
+Launch = Callable[..., "subprocess.Popen[bytes]"]
 
 
 class Place(enum.Enum):
@@ -69,9 +72,14 @@ class FarHere:
 
 
 class FarProcess:
-    """An agent of another process, started at first use and again after it was killed."""
+    """An agent of another process, started at first use and again after it was killed.
 
-    def __init__(self, factory: Factory, config: AgentConfig, *, is_busy: bool) -> None:
+    `launch` starts it in the way of `subprocess.Popen`, by default here, else wherever that is.
+    """
+
+    def __init__(
+        self, factory: Factory, config: AgentConfig, *, is_busy: bool, launch: Launch = subprocess.Popen
+    ) -> None:
         try:
             self._task = pickle.dumps((factory, config))
         except (pickle.PicklingError, AttributeError, TypeError) as exc:
@@ -80,6 +88,7 @@ class FarProcess:
                 hint="define it at the top of a module, or check with places=(Place.HERE,)",
             ) from exc
         self._is_busy = is_busy
+        self._launch = launch
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -133,7 +142,7 @@ class FarProcess:
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs:
             code = f"from raynixl.testing.far import main; main({theirs.fileno()})"
-            self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
+            self._process = self._launch([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
         self._pipe.send((sys.path, self._is_busy))
         self._pipe.send_bytes(self._task)
 

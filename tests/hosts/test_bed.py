@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from agent_tools import eventually
-from hosts_tools import PATIENCE, Bed, Host, environment
+from hosts_tools import PATIENCE, Bed, Host, environment, why_no_hosts
 
 from raynixl.host import process_state
 
@@ -58,7 +58,7 @@ MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing(nothing_left: Callable[[], list[str]]) -> None:
+def _leaves_nothing(_hosts_allowed: None, nothing_left: Callable[[], list[str]]) -> None:
     """Every test of this file is held to it."""
 
 
@@ -142,6 +142,13 @@ def test_hosts_reach_each_other_and_are_apart_in_all_else() -> None:
             takes.seconds_for(MIB, second)
         assert links_here() == before
     assert links_here() == before
+
+
+def test_a_machine_that_allows_no_hosts_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "ip, tc, nsenter, unshare (packages iproute2" in why_no_hosts.__wrapped__()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "need root" in why_no_hosts.__wrapped__()
 
 
 def test_two_beds_at_a_time_have_the_same_addresses_and_nothing_else_in_common(bed: Bed) -> None:
