@@ -17,12 +17,13 @@ from raynixl.native.codes import (
     DONE,
     LOST,
     PENDING,
-    RESTARTED,
+    RESET,
     STALE,
     TIMEOUT,
     VM_READ,
     VM_WRITE,
 )
+from raynixl.native.ucx import MakeRma, RailMaker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ __all__ = [
     "INLINE_NBYTES",
     "LOST",
     "PENDING",
-    "RESTARTED",
+    "RESET",
     "STALE",
     "TIMEOUT",
     "VM_READ",
@@ -168,6 +169,14 @@ class Native(Protocol):
     @property
     def Engine(self) -> EngineMaker:  # noqa: N802 - a class
         """Make an engine."""
+
+    @property
+    def Rail(self) -> RailMaker:  # noqa: N802 - a class
+        """Use a worker of UCX; see raynixl.native.ucx."""
+
+    @property
+    def rma(self) -> MakeRma:
+        """Make a program of one-sided operations over UCX; see raynixl.native.ucx."""
 
     def copy(self, dst_addr: int, src_addr: int, nbytes: int) -> None:
         """Copy between two ranges of this process, GIL released."""

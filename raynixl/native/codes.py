@@ -20,8 +20,8 @@ STALE: Final = 5
 """The region was deregistered."""
 LOST: Final = 6
 """The peer is gone."""
-RESTARTED: Final = 7
-"""The peer lives again as another incarnation."""
+RESET: Final = 8
+"""The path to the peer was reset while the operation was in flight."""
 
 COPY: Final = 0
 """Both ends are mapped in this process."""
