@@ -90,7 +90,7 @@ RemoteKey::RemoteKey(std::shared_ptr<Endpoint> endpoint, const std::string& pack
 
 void RemoteKey::destroy() {
   ucp::Rkey rkey = std::exchange(rkey_, nullptr);
-  if (rkey != nullptr && endpoint_->rail()->usable()) ucp::library().rkey_destroy(rkey);
+  if (rkey != nullptr && endpoint_->rail()->alive()) ucp::library().rkey_destroy(rkey);
 }
 
 }  // namespace raynixl

@@ -38,6 +38,8 @@ Rail::~Rail() { ::close(bell_); }
 
 bool Rail::usable() const { return !closed_.load(std::memory_order_acquire) && generation_ == fork_generation(); }
 
+bool Rail::alive() const { return !released_.load(std::memory_order_acquire) && generation_ == fork_generation(); }
+
 std::string Rail::address() const {
   void* packed = nullptr;
   size_t nbytes = 0;
@@ -152,7 +154,7 @@ std::string Mapping::key() const {
 
 void Mapping::unmap() {
   ucp::Memh memh = std::exchange(memh_, nullptr);
-  if (memh != nullptr && rail_->usable()) ucp::library().mem_unmap(rail_->context(), memh);
+  if (memh != nullptr && rail_->alive()) ucp::library().mem_unmap(rail_->context(), memh);
 }
 
 }  // namespace raynixl

@@ -45,8 +45,11 @@ class Rail : public std::enable_shared_from_this<Rail> {
   // rings when there are some again.
   bool sweep(int64_t grace_ns);
 
-  // Close every endpoint, unmap nothing; true once all endpoints are gone, so that the worker may be destroyed.
+  // Post nothing more and close every endpoint; true once all are gone. Keys and mappings can still be given back.
   bool close(int64_t deadline_ns);
+  // The worker is about to be destroyed: touch it no more.
+  void release() { released_.store(true); }
+  bool alive() const;
 
   void forget(Endpoint& endpoint);
 
@@ -58,6 +61,7 @@ class Rail : public std::enable_shared_from_this<Rail> {
   const int bell_;
   const uint32_t generation_;
   std::atomic<bool> closed_{false};
+  std::atomic<bool> released_{false};
   std::atomic<bool> watched_{false};  // whether somebody sweeps
   int idle_sweeps_ = 0;               // of whoever sweeps
   std::mutex lock_;  // protects what follows; held for list operations only

@@ -50,6 +50,10 @@ bool RmaPlan::usable() const {
   return std::all_of(rails_.begin(), rails_.end(), [](const auto& rail) { return rail->usable(); });
 }
 
+bool RmaPlan::is_refused() const {
+  return std::any_of(endpoints_.begin(), endpoints_.end(), [](const auto& endpoint) { return endpoint->is_refused(); });
+}
+
 int RmaPlan::enter() const {
   for (size_t i = 0; i < gates_.size(); ++i) {
     int code = gates_[i]->enter();

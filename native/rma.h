@@ -43,6 +43,8 @@ class RmaPlan {
   // The rails that it uses; the first keeps the list of its jobs.
   const std::vector<std::shared_ptr<Rail>>& rails() const { return rails_; }
   bool usable() const;
+  // Whether an endpoint was closed, so that the way must be made anew.
+  bool is_refused() const;
   // How many operations UCX may have at a time.
   int64_t window() const { return window_; }
 

@@ -102,6 +102,7 @@ PyRma make_rma(bool is_write, nb::sequence paths, const Rows& rows, nb::sequence
 nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
   const RmaPlan& plan = *self.plan;
   if (!plan.usable()) return nb::int_(int(CLOSED));
+  if (plan.is_refused()) return nb::int_(int(LOST));
   if (int code = plan.enter()) return nb::int_(code);
   auto job = std::make_shared<RmaJob>(self.plan, deadline_after(timeout));
   bool is_few = plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows;
@@ -140,7 +141,8 @@ void bind_rail(nb::module_& m) {
       .def("map", rail_map, "address"_a, "nbytes"_a, "memory_type"_a)
       .def("connect", rail_connect, "address"_a)
       .def("sweep", rail_sweep, "grace"_a)
-      .def("close", rail_close, "timeout"_a);
+      .def("close", rail_close, "timeout"_a)
+      .def("release", [](PyRail& self) { self.rail->release(); });
   nb::class_<PyMapping>(m, "Mapping")
       .def_prop_ro("key", [](PyMapping& self) { return to_bytes(self.mapping->key()); })
       .def("unmap", [](PyMapping& self) { self.mapping->unmap(); });

@@ -84,7 +84,13 @@ class Rail(Protocol):
         """
 
     def close(self, timeout: float) -> bool:
-        """Close every endpoint; True once UCX has let go of all, so that the worker may be destroyed."""
+        """Run nothing more and close every endpoint; True once UCX has let go of all.
+
+        Keys and mappings can still be given back, until `release`.
+        """
+
+    def release(self) -> None:
+        """Touch the worker no more: it is about to be destroyed."""
 
 
 class RailMaker(Protocol):
@@ -108,6 +114,8 @@ class MakeRma(Protocol):
         inline_nbytes: int,
     ) -> Program:
         """Compile rows of (path, our address, the peer's address, nbytes) into a program like those of an engine.
+
+        A run returns CLOSED after its rail was closed, and LOST after its endpoint was: a new one is to be made.
 
         A job of it cannot be stopped piece by piece: one that is cancelled or late ends at once for whoever looks, but
         is settled only when UCX has let go of the memory, which `Rail.sweep` enforces.
