@@ -25,9 +25,7 @@ class Stranger:
     def __init__(self, agent: Agent, *, name: str = "stranger") -> None:
         self.agent = agent
         self.me = Identity.fresh(name, secrets.token_hex(16))
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.settimeout(PATIENCE)
-        self.sock.connect(address(agent))
+        self.sock = self._connect()
 
     def __enter__(self) -> Stranger:
         return self
@@ -36,6 +34,12 @@ class Stranger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.sock.close()
+
+    def _connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(PATIENCE)
+        sock.connect(address(self.agent))
+        return sock
 
     def hello(self, **changes: Any) -> dict[str, Any]:
         """What a greeting begins with."""

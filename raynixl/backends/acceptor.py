@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from raynixl.backends.base import Local
+from raynixl.backends.forks import close_in_children
 from raynixl.backends.greeting import MAX_STRANGERS, Newcomer
 from raynixl.backends.wire import Wire
 
@@ -42,6 +43,7 @@ class Acceptor:
         self.is_closed = False
         for one in self._sockets:
             one.setblocking(False)
+            close_in_children(one)
             local.reactor.add(one.fileno(), lambda _mask, one=one: self._on_knock(one))  # type: ignore[misc]
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from raynixl.backends.base import Local
+from raynixl.backends.forks import close_in_children
 from raynixl.errors import PeerLost, RaynixlError
 from raynixl.host import is_ending, is_frozen
 
@@ -42,6 +43,7 @@ class BaseLink(ABC):
         self._backlog_nbytes = 0
         self._said_bye = False
         self._pidfd = -1
+        close_in_children(sock)
 
     def __repr__(self) -> str:
         state = "open" if self.lost is None else f"lost: {self.lost}"

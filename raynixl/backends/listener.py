@@ -237,8 +237,8 @@ def _listen_on(host: str, port: int) -> socket.socket:
     family, target = _resolve((host, port))
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if port:  # also while connections of an earlier process linger
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Both an earlier process's sockets and this one must say so, for its port to be had while connections linger.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # IPv4 addresses have sockets of their own
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,11 @@ _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _JOIN_NBYTES = 1 << 16
 """Up to here, copying a message behind its header is cheaper than a second call."""
 _BUFFER_NBYTES = 1 << 16
+_MAX_KEEPALIVE_SECONDS = 32_767  # the kernel takes no more
 _TURN_NBYTES = 1 << 14
 """What is received in one turn of small messages: more would keep other peers waiting."""
 _TCP_INFO_HEAD = struct.Struct("=8B13I")  # linux/tcp.h: struct tcp_info up to tcpi_last_data_recv and last_ack_recv
 _RETRANSMITS, _PROBES, _LAST_ACK_MS = 2, 3, 20
-_KEEPALIVE_PROBES = 3
 
 OnControl = Callable[["StreamLink", bytes], None]
 
@@ -88,15 +89,16 @@ class StreamLink(BaseLink):
 
     def open(self) -> None:
         """Start to receive, and to look after the peer's host."""
-        idle = max(1, round(self._local.config.heartbeat_timeout))
+        config = self._local.config
+        often = min(max(1, round(config.heartbeat_interval)), _MAX_KEEPALIVE_SECONDS)
         for level, option, value in (
             (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle), (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, often), (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, often),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, min(127, math.ceil(config.heartbeat_timeout / often) + 3)),
         ):  # fmt: skip
             self._sock.setsockopt(level, option, value)
         super().open()
-        self._local.reactor.call_later(self._local.config.heartbeat_interval, self._look)
+        self._local.reactor.call_later(config.heartbeat_interval, self._look)
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message, or queue what the kernel does not take."""
@@ -160,7 +162,7 @@ class StreamLink(BaseLink):
     def _look(self) -> None:
         """End the link when the peer's host does not answer even the kernel's own probes.
 
-        Not by TCP_USER_TIMEOUT, which also ends connections with hosts that answer, but whose process does not read.
+        The kernel would do that by TCP_USER_TIMEOUT, but also when the host answers and its process does not read.
         """
         if self.lost is not None:
             return
