@@ -16,7 +16,7 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 PATIENCE = 20.0
-NETWORK = "10.77"  # exists inside the hosts only
+NETWORK, NETWORK6 = "10.77", "fd77"  # exist inside the hosts only
 _NEWPID = 0x20000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -71,6 +71,10 @@ class Host:
     def address_on(self, rail: int) -> str:
         """The address on a rail, whose interface is called eth0, eth1, ..."""
         return f"{NETWORK}.{rail}.{self.number}"
+
+    def address6_on(self, rail: int) -> str:
+        """The IPv6 address on a rail."""
+        return f"{NETWORK6}:{rail + 1}::{self.number}"
 
     def run(self, argv: Sequence[str], *, cwd: str | Path = ".", **options: Any) -> subprocess.Popen[Any]:
         """Start a process in the host: `subprocess.Popen` with its options. It is killed when the host goes."""
@@ -194,8 +198,9 @@ class Bed:
         for host in self.hosts:
             host.configure(
                 "ip",
-                f"link set eth{rail} addrgenmode none",  # IPv6 addresses would be tentative for a second
+                f"link set eth{rail} addrgenmode none",  # a link-local address would be tentative for a second
                 f"addr add {host.address_on(rail)}/24 dev eth{rail}",
+                f"addr add {host.address6_on(rail)}/64 dev eth{rail} nodad",
                 f"link set eth{rail} up",
             )
         self.rails += 1
