@@ -55,7 +55,7 @@ def nearest(nics: Sequence[Nic], place: Place) -> Choice:
     """Choose the devices for a place: the nearest active RDMA ports that are equally near and equally fast.
 
     Several are rails. None are named where there is no RDMA, or where several are at a distance that is not known:
-    then UCX chooses.
+    then UCX chooses. Give only devices that UCX can open: a container sees in sysfs those of others, too.
     """
     usable = [nic for nic in nics if nic.kind is NicKind.RDMA and nic.is_active]
     if not usable:

@@ -43,35 +43,36 @@ def stripe(nbytes: ArrayLike, rails: int, *, min_nbytes: int, align: int, first:
         raise ConfigError(f"{rails} rails, at least {min_nbytes} bytes each, cut at multiples of {align}: all are >= 1")
     total = _total(lengths)
     used = max(1, min(rails, total // max(min_nbytes, align)))
-    ends = np.cumsum(lengths)
-    cuts = _cuts(lengths, ends, np.array([total * i // used for i in range(1, used)], np.uint64), align)
-    bounds = _distinct(np.concatenate([np.zeros(1, np.uint64), ends, cuts]))
-    starts = bounds[:-1]
-    block = np.searchsorted(ends, starts, side="right")
-    rail = np.searchsorted(cuts, starts, side="right")
-    return Stripes(block, starts - (ends[block] - lengths[block]), bounds[1:] - starts, (rail + first) % rails)
+    block = np.flatnonzero(lengths)
+    sizes = lengths[block]
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    cuts = _cuts(starts, ends, np.array([total * i // used for i in range(1, used)], np.uint64), align)
+    cut_block = np.searchsorted(ends, cuts)
+    is_inside = ends[cut_block] != cuts
+    inside, cut_block = cuts[is_inside], cut_block[is_inside]
+    rows = np.insert(np.arange(len(block)), cut_block + 1, cut_block)  # blocks again, those with a cut more than once
+    pieces = np.insert(starts, cut_block + 1, inside)
+    rail = np.zeros(len(rows), np.int64)
+    rail[np.searchsorted(pieces, cuts)] = 1
+    pieces_nbytes = np.diff(pieces, append=np.uint64(total))
+    return Stripes(block[rows], pieces - starts[rows], pieces_nbytes, (np.cumsum(rail) + first) % rails)
 
 
 def _cuts(
-    lengths: NDArray[np.uint64], ends: NDArray[np.uint64], at: NDArray[np.uint64], align: int
+    starts: NDArray[np.uint64], ends: NDArray[np.uint64], at: NDArray[np.uint64], align: int
 ) -> NDArray[np.uint64]:
-    """Move cuts of the stream of all blocks to the nearest multiple of `align` within their block, or to its end."""
+    """Move cuts of the stream of all blocks to the nearest multiple of `align` within their block, or to its end.
+
+    They are at least `align` apart before, so no two meet.
+    """
     if not len(at):
         return at
     block = np.searchsorted(ends, at, side="right")
-    begin = ends[block] - lengths[block]
     step = np.uint64(align)
-    into = (at - begin + step // np.uint64(2)) // step * step
-    moved: NDArray[np.uint64] = begin + np.minimum(into, lengths[block])
+    into = (at - starts[block] + step // np.uint64(2)) // step * step
+    moved: NDArray[np.uint64] = np.minimum(starts[block] + into, ends[block])
     return moved
-
-
-def _distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the values sorted, each once."""
-    ordered: NDArray[np.uint64] = np.sort(values)
-    is_first = np.ones(len(ordered), np.bool_)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[is_first]
 
 
 def _total(lengths: NDArray[np.uint64]) -> int:

@@ -35,6 +35,7 @@ def test_rails_get_equal_shares_of_neighbouring_bytes(nbytes: list[int], rails: 
     shares = per_rail(stripes, used)
     assert sum(shares) == sum(nbytes)
     assert max(shares) - min(shares) <= 2 * align
+    assert min(shares) > 0 or used == 1
     assert (np.diff(stripes.rail) >= 0).all()
     assert len(stripes) <= sum(length > 0 for length in nbytes) + used - 1
     cut = stripes.offset[stripes.offset > 0]
