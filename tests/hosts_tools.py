@@ -228,6 +228,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**others, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", **more}
 
 
+def processes_of(host: Host) -> list[int]:
+    """The processes of a host, by their ids here."""
+    space, found = os.readlink(f"/proc/{host.pid}/ns/pid"), []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            if os.readlink(f"/proc/{name}/ns/pid") == space:
+                found.append(int(name))
+    return found
+
+
 def _port(host: Host, rail: int) -> str:
     """The switch's end of a cable."""
     return f"{host.name}r{rail}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from agent_tools import eventually
-from hosts_tools import PATIENCE, Bed, Host, environment, why_no_hosts
+from hosts_tools import PATIENCE, Bed, Host, environment, processes_of, why_no_hosts
 
 from raynixl.host import process_state
 
@@ -278,7 +278,7 @@ def test_a_host_ends_with_all_its_processes_and_the_others_go_on() -> None:
         assert process.stdout is not None
         with process.stdout as told:
             told.readline()
-            inside = [pid for pid in _processes_of(first) if pid != first.pid]
+            inside = [pid for pid in processes_of(first) if pid != first.pid]
             assert len(inside) == 2
             first.close()
             assert process.wait(PATIENCE) == -signal.SIGKILL
@@ -310,13 +310,3 @@ def test_nothing_outlives_a_killed_owner() -> None:
         owner.wait(PATIENCE)
     eventually(lambda: {process_state(pid) for pid in pids} <= {"", "Z"}, "all its processes are dead")
     assert links_here() == before
-
-
-def _processes_of(host: Host) -> list[int]:
-    """The processes of a host, by their ids here."""
-    space, found = os.readlink(f"/proc/{host.pid}/ns/pid"), []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            if os.readlink(f"/proc/{name}/ns/pid") == space:
-                found.append(int(name))
-    return found
