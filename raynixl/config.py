@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from typing import Annotated
 
@@ -51,13 +53,20 @@ def default_copy_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0))))
 
 
+def default_backends() -> tuple[str, ...]:
+    """Return the backends of an agent whose configuration names none."""
+    return ("loopback", "shm", "ucx") if importlib.util.find_spec("ucxx") is not None else ("loopback", "shm")
+
+
 class AgentConfig(BaseModel):
     """How an agent behaves. Every wait it makes is bounded by one of these deadlines."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backends: tuple[str, ...] = Field(default=("loopback", "shm"), min_length=1)
-    """Backends in order of preference; the first that can carry a transfer takes it."""
+    backends: tuple[str, ...] = Field(default_factory=default_backends, min_length=1)
+    """Backends in order of preference; the first that can carry a transfer takes it. By default those that serve one
+    host, and `ucx` where ucxx is installed.
+    """
     native: bool = True
     """Use the compiled core where it is installed; False forces its ctypes twin."""
     copy_threads: int = Field(default_factory=default_copy_threads, ge=1, le=256)
@@ -74,6 +83,16 @@ class AgentConfig(BaseModel):
     ucx: dict[str, str] = Field(default_factory=dict)
     """Options of UCX without the prefix UCX_, as {"TLS": "cma,tcp"}; they win over the user's UCX_* variables, which
     UCX itself reads. In RAYNIXL_UCX they are separated by semicolons: TLS=cma,tcp;NET_DEVICES=eth0.
+    """
+    interfaces: tuple[str, ...] = ()
+    """Interfaces on which peers on the network are heard and whose addresses they are told; empty: all that are up.
+    Without a secret it is the loopback interface only.
+    """
+    listen_port: int = Field(default=0, ge=0, le=65_535)
+    """Port on which peers on the network are heard; 0: any that is free."""
+    rails: tuple[str, ...] = Field(default=(), max_length=16)
+    """Network devices, as UCX names them (mlx5_0:1, eth1), over which large transfers are striped. Empty: the RDMA
+    devices near the memory, where there are several, else whatever UCX chooses.
     """
     transfer_timeout: Seconds = 30.0
     """Deadline of a transfer that names none."""
@@ -112,8 +131,28 @@ def parse_options(texts: Iterable[str]) -> dict[str, str]:
 
 _PARSERS: dict[str, Callable[[str], object]] = {
     "backends": lambda text: tuple(text.split(",")),
+    "interfaces": lambda text: tuple(text.split(",")),
+    "rails": lambda text: tuple(text.split(",")),
     "ucx": lambda text: parse_options(part for part in text.split(";") if part.strip()),
 }
+
+
+def variables(prefix: str) -> dict[str, str]:
+    """Return the environment's variables whose names begin so."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def kept_variables(prefix: str) -> Iterator[None]:
+    """Undo what is done meanwhile to the environment's variables whose names begin so: some imports write them."""
+    before = variables(prefix)
+    try:
+        yield
+    finally:
+        for name in variables(prefix):
+            if name not in before:
+                del os.environ[name]
+        os.environ.update(before)
 
 
 def from_env(base: AgentConfig | None = None) -> AgentConfig:

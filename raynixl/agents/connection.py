@@ -78,9 +78,14 @@ class Connection:
         with self.lock:
             if self.lost is not None:
                 raise self.lost
-            if self.withdrawals == withdrawals:
-                self.bindings[binding.remote.id, binding.remote.generation] = binding
-            return self.withdrawals == withdrawals
+            if self.withdrawals != withdrawals:
+                return False
+            key = (binding.remote.id, binding.remote.generation)
+            old, self.bindings[key] = self.bindings.get(key), binding
+        if old is not None:
+            old.gate.close(LOST)
+            _release([old])
+        return True
 
     def lose(self, error: RaynixlError) -> None:
         """Close every gate to the peer, end what is in flight, and unmap its memory."""

@@ -163,7 +163,7 @@ class Connector:
             held = connection.bindings
             found = [held.get((remote.id, remote.generation)) for remote in prepared.remote]
         wanted = zip(prepared.remote, found, strict=True)
-        bindings = [binding for remote, binding in wanted if binding is not None and binding.remote == remote]
+        bindings = [one for remote, one in wanted if one is not None and one.is_usable and one.remote == remote]
         if len(bindings) < len(found):
             return None
         return prepared.bind(bindings)
@@ -257,7 +257,7 @@ class Connector:
         key = (remote.id, remote.generation)
         with connection.lock:
             held = connection.bindings.get(key)
-        if held is not None:
+        if held is not None and held.is_usable:
             check_descriptor(remote, held.remote.record)
             return held
         while True:

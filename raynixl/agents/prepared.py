@@ -27,7 +27,7 @@ from raynixl.errors import (
     TransferTimeout,
 )
 from raynixl.messages import check_payload
-from raynixl.native import CANCELLED, CLOSED, DONE, LOST, STALE, TIMEOUT, Job, Program
+from raynixl.native import CANCELLED, CLOSED, DONE, LOST, RESET, STALE, TIMEOUT, Job, Program
 from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import RouteCounter
 
@@ -247,6 +247,11 @@ class Prepared:
         if code == LOST:
             lost = None if link is None else link.lost
             return lost or PeerLost(f"peer {self.peer!r} is lost", peer=self.peer)
+        if code == RESET:
+            return PeerLost(
+                f"the path to {self.peer!r} was reset while {self.summary} was in flight",
+                hint="post it again: the next transfer makes a new path", peer=self.peer,
+            )  # fmt: skip
         if code == CLOSED:
             return AgentClosed(f"agent {self.agent.name!r} was closed", hint="make a new one")
         if code == CANCELLED:

@@ -105,6 +105,11 @@ class Binding:
     address: int = 0
     state: Any = field(default=None, repr=False)
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether a transfer may be compiled for it; if not, the region is bound anew."""
+        return self.gate.code == 0
+
     def release(self) -> None:
         """Let go of mappings; nobody is inside the gate any more."""
         state, self.state = self.state, None

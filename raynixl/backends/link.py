@@ -35,6 +35,8 @@ class BaseLink(ABC):
         self.incarnation = incarnation
         self.pid = pid
         self.lost: RaynixlError | None = None
+        self.has_hung_up = False
+        """Whether the other end said itself that it is over: its process has ended, or its agent."""
         self._local = local
         self._sock = sock
         self._fd = sock.fileno()
@@ -175,6 +177,7 @@ class BaseLink(ABC):
         self._on_hangup()
 
     def _on_hangup(self, reason: str = "") -> None:
+        self.has_hung_up = self.lost is None
         process = f" (pid {self.pid})" if self.pid else ""
         self.close(PeerLost(f"peer {self.peer!r}{process} {self._ending(reason)}", peer=self.peer))
 

@@ -138,8 +138,11 @@ class StreamLink(BaseLink):
             nbytes = self._sock.recv_into(self._view, limit)
         except BlockingIOError:
             return False
-        except OSError as exc:
+        except ConnectionError as exc:
             nbytes, reason = 0, str(exc.strerror)
+        except OSError as exc:  # its host has not been heard for long, or cannot be reached: the process may live on
+            self.close(PeerLost(f"peer {self.peer!r} is out of reach: {exc.strerror}", peer=self.peer))
+            return False
         if not nbytes:
             self._on_hangup(reason)
             return False

@@ -1,0 +1,73 @@
+"""Answers: tells peers how UCX reaches our regions, starting UCX and pinning memory when the first one asks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from raynixl.backends.base import Local
+from raynixl.backends.ucx_exports import Exports
+from raynixl.backends.ucx_lane import UcxLink
+from raynixl.backends.ucx_wireup import Answer, Ask, Refusal, pack
+from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
+
+logger = logging.getLogger(__name__)
+
+MAX_AT_A_TIME = 64
+
+
+class Answers:
+    """Answers on the reactor's thread what needs no work, and the rest on short-lived threads, so many at most."""
+
+    def __init__(self, local: Local, exports: Exports, workers: Callable[[], Sequence[bytes]]) -> None:
+        self._local = local
+        self._exports = exports
+        self._workers = workers
+        self._lock = threading.Lock()  # protects _running
+        self._running = 0
+
+    def give(self, link: UcxLink, ask: Ask) -> None:
+        """Answer a peer, now or later."""
+        if self._exports.is_mapped(ask.region):
+            self._answer(link, ask)
+            return
+        with self._lock:
+            is_crowded = self._running >= MAX_AT_A_TIME
+            self._running += not is_crowded
+        if is_crowded:
+            self._refuse(link, ask, TransferTimeout(f"{self._local.name!r} is overloaded", hint="retry later"))
+            return
+        try:
+            threading.Thread(target=self._work, args=(link, ask), name="raynixl-key", daemon=True).start()
+        except RuntimeError as exc:  # the process may have no more threads
+            with self._lock:
+                self._running -= 1
+            self._refuse(link, ask, TransferTimeout(f"{self._local.name!r}: {exc}", hint="retry later"))
+
+    def _work(self, link: UcxLink, ask: Ask) -> None:
+        try:
+            self._answer(link, ask)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _answer(self, link: UcxLink, ask: Ask) -> None:
+        try:
+            sealed = self._exports.sealed(ask.region, link)
+            workers = tuple(pack(address) for address in self._workers())
+            self._reply(link, Answer(number=ask.number, sealed=pack(sealed), workers=workers))
+        except RaynixlError as exc:
+            self._refuse(link, ask, exc)
+
+    def _refuse(self, link: UcxLink, ask: Ask, error: RaynixlError) -> None:
+        refusal = Refusal(
+            number=ask.number, error=type(error).__name__, message=error.message[:4000], hint=error.hint[:1000]
+        )
+        self._reply(link, refusal)
+
+    def _reply(self, link: UcxLink, message: Answer | Refusal) -> None:
+        try:
+            link.send_control(message.model_dump_json().encode())
+        except PeerLost as exc:
+            logger.debug("could not answer %s: %s", link.peer, exc)

@@ -1,0 +1,145 @@
+"""Lanes: how one link's peer is reached over UCX, by one endpoint on each of our rails."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raynixl.backends.base import Binding, Local
+from raynixl.backends.stream_link import StreamLink
+from raynixl.backends.ucx_key import Keys
+from raynixl.backends.ucx_options import Lanes
+from raynixl.errors import BackendUnavailable, RaynixlError
+from raynixl.native import LOST, PENDING, RESET, Job, Program
+from raynixl.native.ucx import Endpoint, Mapping, Rail, RemoteKey
+
+
+class Lane:
+    """The endpoints to one peer. One that fails takes the others with it; the next transfer makes a new lane."""
+
+    def __init__(self, peer: str, rails: Sequence[Rail], workers: Sequence[bytes]) -> None:
+        self._peer = peer
+        self._lock = threading.Lock()  # protects _bindings, _has_failed
+        self._bindings: weakref.WeakSet[UcxBinding] = weakref.WeakSet()
+        self._has_failed = False
+        self.endpoints: list[Endpoint] = []
+        self.partners = [number % len(workers) for number in range(len(rails))]
+        """Which of the peer's rails each endpoint leads to."""
+        try:
+            for rail, partner in zip(rails, self.partners, strict=True):
+                self.endpoints.append(rail.connect(workers[partner]))
+        except RuntimeError as exc:
+            self.fail(LOST)
+            raise BackendUnavailable(
+                f"UCX reaches {peer!r} by no transport: {exc}",
+                hint="both need a common transport and network: see UCX_TLS, UCX_NET_DEVICES, docs/networking.md",
+                peer=peer,
+            ) from exc
+        self.lanes = Lanes.of([name for endpoint in self.endpoints for name in endpoint.transports])
+        self._probe: tuple[Program, Job | None] | None = None
+
+    def __repr__(self) -> str:
+        return f"Lane({self._peer!r}, {self.lanes})"
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether transfers may still be posted to it."""
+        return not self._has_failed and all(endpoint.code == 0 for endpoint in self.endpoints)
+
+    @property
+    def needs_care(self) -> bool:
+        """Whether UCX has given an endpoint up, or the core has, and the rest must follow."""
+        if self._has_failed:
+            return False
+        return any(endpoint.code != 0 or endpoint.status for endpoint in self.endpoints)
+
+    def unpack(self, keys: Keys) -> tuple[RemoteKey, ...]:
+        """Take the keys of a peer's region, one for each endpoint.
+
+        Raises:
+            BackendUnavailable: UCX does not take them.
+        """
+        taken: list[RemoteKey] = []
+        try:
+            for endpoint, partner in zip(self.endpoints, self.partners, strict=True):
+                taken.append(endpoint.unpack(keys.packed[partner], keys.address, keys.nbytes))
+        except (RuntimeError, IndexError) as exc:
+            for key in taken:
+                key.destroy()
+            raise BackendUnavailable(f"the keys of {self._peer!r} are not usable: {exc}", peer=self._peer) from exc
+        return tuple(taken)
+
+    def add(self, binding: UcxBinding) -> None:
+        """Close the binding's gate, too, when the lane fails."""
+        with self._lock:
+            self._bindings.add(binding)
+            has_failed = self._has_failed
+        if has_failed:
+            binding.gate.close(LOST)
+
+    def fail(self, code: int = RESET) -> None:
+        """Refuse later transfers, and end those in flight with `code`. Idempotent."""
+        with self._lock:
+            self._has_failed = True
+            bindings = list(self._bindings)
+        for binding in bindings:
+            binding.gate.close(LOST)
+        for endpoint in self.endpoints:
+            endpoint.close(code)
+
+    def watch_by(self, program: Program) -> None:
+        """Take the program that reads a word of the peer's, to find out whether it is there."""
+        self._probe = (program, None)
+
+    def is_silent(self, patience: float) -> bool:
+        """Whether the read that was posted when this was last asked is still without an answer; posts the next."""
+        if self._probe is None or not self.is_usable:
+            return False
+        program, job = self._probe
+        if job is not None and job.code == PENDING:
+            return True
+        result = program.run(patience, out_of_line=True)
+        self._probe = (program, None if isinstance(result, int) else result)
+        return False
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class UcxBinding(Binding):
+    """A peer's region over a lane: one key for each of its endpoints."""
+
+    lane: Lane | None = None
+    keys: tuple[RemoteKey, ...] = ()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a transfer may be compiled for it."""
+        return self.gate.code == 0 and self.lane is not None and self.lane.is_usable
+
+    def release(self) -> None:
+        """Give the keys back; nobody is inside the gate any more."""
+        keys, self.keys = self.keys, ()
+        for key in keys:
+            key.destroy()
+
+
+class UcxLink(StreamLink):
+    """A link that has a lane once a transfer needed one."""
+
+    lane: Lane | None = None
+
+    def close(self, error: RaynixlError | None = None) -> None:
+        """Close, and end what is in flight on the lane."""
+        super().close(error)
+        lane, self.lane = self.lane, None
+        if lane is not None:
+            lane.fail(LOST)
+
+
+def probe_program(local: Local, word: Mapping, place: int, key: RemoteKey, keys: Keys) -> Program:
+    """Return the program that reads a peer's word into `place`, which `word` maps."""
+    row = np.array([[0, place, keys.address, keys.nbytes]], np.uint64)
+    return local.native.rma(False, [(word, key)], row, [], 0)

@@ -1,0 +1,205 @@
+"""UCX in this process: a context and a worker for each rail, served by a thread of ucxx that needs no Python."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raynixl.backends.base import Local
+from raynixl.backends.ucx_options import Lanes, blame, merge
+from raynixl.config import kept_variables, variables
+from raynixl.errors import BackendUnavailable
+from raynixl.native import CLOSED
+from raynixl.native.ucx import Rail
+from raynixl.topology import Nic, NicKind, nics
+
+logger = logging.getLogger(__name__)
+
+INSTALL = "pip install 'raynixl[ucx]' (with a GPU: raynixl[cu13] or [cu12])"
+_FOREVER_MS = -1
+_LEFT: list[Any] = []
+"""Workers that UCX would not let go of in time: destroying them under its feet would crash, so they stay."""
+
+
+def is_installed() -> bool:
+    """Whether ucxx can be imported; does not import it."""
+    return importlib.util.find_spec("ucxx") is not None
+
+
+def load_ucxx() -> Any:
+    """Import ucxx, and with it UCX, without what it writes into the environment.
+
+    Raises:
+        BackendUnavailable: it is not installed, or does not load.
+    """
+    try:
+        with kept_variables("UCX_"):
+            from ucxx._lib import libucxx
+    except (ImportError, OSError) as exc:
+        raise BackendUnavailable(f"ucxx does not load: {exc}", hint=INSTALL) from exc
+    return libucxx
+
+
+def library_version() -> str:
+    """Return the version of the UCX that is loaded."""
+    ucp = ctypes.CDLL("libucp.so.0")
+    ucp.ucp_get_version_string.restype = ctypes.c_char_p
+    return str(ucp.ucp_get_version_string().decode())
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """One rail with the objects of ucxx that it stands on."""
+
+    device: str
+    context: Any
+    worker: Any
+    rail: Rail
+
+
+class Runtime:
+    """The rails of one agent. Made at the first use of the network, and closed with the agent.
+
+    Raises:
+        BackendUnavailable: ucxx does not load, or the user's settings leave no usable transport.
+    """
+
+    def __init__(self, local: Local, bell: int) -> None:
+        began = time.monotonic()
+        self._local = local
+        self._ucxx = load_ucxx()
+        self.nics: list[Nic] = nics()
+        self._workers: list[_Worker] = []
+        try:
+            for device in self._devices():
+                self._workers.append(self._start(device, bell))
+            self.lanes = self._try_out()
+        except BaseException:
+            self.close(1.0)
+            raise
+        self.addresses = [one.rail.address for one in self._workers]
+        logger.debug("UCX %s started in %.2f s: %s", library_version(), time.monotonic() - began, self)
+
+    def __repr__(self) -> str:
+        return f"Runtime({', '.join(one.device or 'all devices' for one in self._workers)}; {self.lanes})"
+
+    @property
+    def rails(self) -> Sequence[Rail]:
+        """The rails; a peer's rail i is reached from ours of the same number, round and round."""
+        return [one.rail for one in self._workers]
+
+    @property
+    def devices(self) -> Sequence[str]:
+        """The network device of each rail, '' for one that may use all."""
+        return [one.device for one in self._workers]
+
+    def sweep(self, grace: float) -> bool:
+        """Look after the jobs of every rail; whether to come again."""
+        busy = [one.rail.sweep(grace) for one in self._workers]  # each one
+        return any(busy)
+
+    def close(self, timeout: float) -> bool:
+        """Close every endpoint; False if UCX did not let go of all: then the workers stay for good."""
+        deadline = time.monotonic() + timeout
+        closed = [one.rail.close(max(0.0, deadline - time.monotonic())) for one in self._workers]  # each one
+        return all(closed)
+
+    def destroy(self) -> None:
+        """Destroy the workers; keys and mappings have been given back."""
+        while self._workers:
+            one = self._workers.pop()
+            one.rail.release()
+            one.worker.stop_progress_thread()
+
+    def abandon(self) -> None:
+        """Leave the workers as they are, for as long as the process lives."""
+        logger.error("UCX does not let go of an endpoint of agent %r: its worker stays", self._local.name)
+        _LEFT.extend(self._workers)
+        self._workers.clear()
+
+    def _devices(self) -> Sequence[str]:
+        """Return what each rail is restricted to: the configured devices, or several RDMA devices, or nothing."""
+        given, environment = self._local.config, variables("UCX_")
+        if given.rails:
+            return given.rails
+        if "NET_DEVICES" in given.ucx or "UCX_NET_DEVICES" in environment or not self._has_secret:
+            return ("",)
+        usable = [nic for nic in self.nics if nic.kind is NicKind.RDMA and nic.is_active]
+        fastest = max((nic.speed_gbps for nic in usable), default=0.0)
+        fast = [nic.device for nic in usable if 2 * nic.speed_gbps >= fastest]
+        offered = self._offered() if len(fast) > 1 else frozenset()
+        rails = [device for device in fast if device in offered]
+        return rails if len(rails) > 1 else ("",)
+
+    def _offered(self) -> frozenset[str]:
+        """Return the names of network devices that this UCX has a transport for (the wheel has none for RDMA)."""
+        context = self._make_context("")
+        return frozenset(line.rpartition("/")[2].strip() for line in str(context.info).splitlines() if "--" in line)
+
+    @property
+    def _has_secret(self) -> bool:
+        return bool(self._local.config.secret.get_secret_value())
+
+    def _start(self, device: str, bell: int) -> _Worker:
+        context = self._make_context(device)
+        try:
+            worker = self._ucxx.UCXWorker(context)
+        except self._errors() as exc:
+            raise self._unusable(device, exc) from exc
+        worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
+        return _Worker(device, context, worker, self._local.native.Rail(context.handle, worker.handle, bell))
+
+    def _make_context(self, device: str) -> Any:
+        feature = self._ucxx.Feature
+        features = (feature.RMA, feature.AM, feature.WAKEUP)
+        options = self._options(device)
+        try:
+            return self._ucxx.UCXContext(options, feature_flags=features)
+        except self._errors() as exc:
+            raise self._unusable(device, exc) from exc
+
+    def _options(self, device: str) -> dict[str, str]:
+        environment = variables("UCX_")
+        options = merge(self._local.config.ucx, environment, device=device, is_local=not self._has_secret)
+        level = options.pop("LOG_LEVEL", "")  # not an option of a context, but of the whole library
+        if level:
+            _set_global("LOG_LEVEL", level)
+        return options
+
+    def _try_out(self) -> Lanes:
+        """Make an endpoint to ourselves: with settings that leave no usable transport UCX refuses it."""
+        found: list[str] = []
+        for one in self._workers:
+            try:
+                endpoint = one.rail.connect(one.rail.address)
+            except RuntimeError as exc:
+                raise self._unusable(one.device, exc) from exc
+            found += endpoint.transports
+            endpoint.close(CLOSED)
+        return Lanes.of(found)
+
+    def _unusable(self, device: str, error: Exception) -> BackendUnavailable:
+        said = blame(merge(self._local.config.ucx, variables("UCX_"), device=device, is_local=False), variables("UCX_"))
+        return BackendUnavailable(
+            f"{said} leaves UCX no usable transport: {error}",
+            hint="TLS must name tcp or an InfiniBand transport (cma alone has no error handling), and NET_DEVICES an "
+            "interface that exists; `raynixl doctor` lists what there is",
+        )
+
+    def _errors(self) -> tuple[type[Exception], ...]:
+        from ucxx import exceptions
+
+        return (exceptions.UCXError, RuntimeError, ValueError, KeyError)
+
+
+def _set_global(name: str, value: str) -> None:
+    """Set an option of the whole library, which UCX reads from the environment when it is loaded."""
+    ucs = ctypes.CDLL("libucs.so.0", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    if hasattr(ucs, "ucs_global_opts_set_value"):
+        ucs.ucs_global_opts_set_value(name.encode(), value.encode())
