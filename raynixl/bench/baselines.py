@@ -11,9 +11,9 @@ import numpy as np
 
 from raynixl.bench import copies
 from raynixl.bench.layout import Bytes
+from raynixl.bench.pages import user_memory
 from raynixl.bench.scene import Contender, Scene
 from raynixl.bench.spec import TransferSpec
-from raynixl.bench.target import user_memory
 from raynixl.memory import map_shared
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from raynixl.agents import Agent
 from raynixl.bench.layout import digest, fill
-from raynixl.bench.target import Fields, answer_requests, user_memory
+from raynixl.bench.pages import user_memory
+from raynixl.bench.target import Fields, answer_requests
 from raynixl.collectives import Group
 
 STEP_SECONDS = 60.0

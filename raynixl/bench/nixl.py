@@ -1,13 +1,14 @@
 """The baseline `nixl`: NVIDIA NIXL over its UCX, in two processes of its own, asked in turn with ours.
 
-NIXL brings a UCX of its own, which must not meet ours: neither this process nor the target ever loads it.
+NIXL brings a UCX of its own, which must not meet ours: neither this process nor the target ever loads it. Its progress
+threads never rest, so both processes are stopped while it is not their turn: two cores for all would not do.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from raynixl.bench.perftest import ucx_environment
 from raynixl.bench.process import TargetProcess
@@ -31,55 +32,86 @@ def find_nixl() -> str:
     raise ConfigError("NIXL is not installed", hint="pip install 'raynixl[bench]', or nixl-cu13")
 
 
-class Nixl:
-    """An initiator and a target, each with memory for the largest layout, registered once."""
+class Pair:
+    """An initiator and a target, which run only inside `awake`."""
 
-    def __init__(self, spec: TransferSpec) -> None:
-        package = find_nixl()
-        variables = {"NIXL_LOG_LEVEL": "ERROR", **ucx_environment(spec.ucx)}
-        self._is_busy, self._stack = spec.is_busy, ExitStack()
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._stack, self._depth = ExitStack(), 0
         try:
-            self._initiator, self._target = (
+            self.initiator, self.target = (
                 self._stack.enter_context(TargetProcess("raynixl.bench.nixl_process", variables)) for _ in range(2)
             )
-            sides = {"initiator": self._initiator, "target": self._target}
-            nbytes = max(spec.sizes) * spec.blocks
-            for name, side in sides.items():
-                side.tell("start", name=name, package=package, nbytes=nbytes, memory=spec.memory)
-            made = {name: side.hear("start") for name, side in sides.items()}
-            self._initiator.ask("connect", metadata=made["target"]["metadata"], address=made["target"]["address"])
         except BaseException:
             self._stack.close()
             raise
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let both run meanwhile."""
+        self._depth += 1
+        if self._depth == 1:
+            self.initiator.resume()
+            self.target.resume()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self.initiator.pause()
+                self.target.pause()
+
+    def close(self) -> None:
+        """End both."""
+        self._stack.close()
+
+
+class Nixl:
+    """NIXL with the settings of the measured agents; memory of the same kind is made for each scene."""
+
+    def __init__(self, spec: TransferSpec) -> None:
+        package = find_nixl()
+        self._is_busy = spec.is_busy
+        self._pair = Pair({"NIXL_LOG_LEVEL": "ERROR", **ucx_environment(spec.ucx)})
+        try:
+            with self._pair.awake():
+                self._pair.initiator.ask("start", name="initiator", package=package)
+                self._pair.target.ask("start", name="target", package=package)
+        except BaseException:
+            self._pair.close()
+            raise
+
     def contend(self, scene: Scene) -> list[Contender]:
         """Prepare the layout over there; return its runner, and a busy one where that is measured."""
-        prepared = self._initiator.ask("prepare", layout=scene.layout.numbers, is_write=scene.is_write)
-        idle = NixlRunner(self._initiator, prepared["seconds"], is_busy=False)
+        initiator, target = self._pair.initiator, self._pair.target
+        with self._pair.awake():
+            for side in (initiator, target):
+                side.ask("memory", nbytes=scene.layout.nbytes, memory=scene.memory)
+            initiator.ask("connect", **target.ask("metadata"))
+            seconds = initiator.ask("prepare", layout=scene.layout.numbers, is_write=scene.is_write)["seconds"]
+        idle = NixlRunner(self._pair, seconds, is_busy=False)
 
         def check() -> bool:
             return self._check(scene, idle)
 
         contenders = [Contender(idle, check)]
         if self._is_busy:
-            busy = NixlRunner(self._initiator, prepared["seconds"], is_busy=True)
-            contenders.append(Contender(busy, check, is_busy=True))
+            contenders.append(Contender(NixlRunner(self._pair, seconds, is_busy=True), check, is_busy=True))
         return contenders
 
     def close(self) -> None:
         """End both processes."""
-        self._stack.close()
+        self._pair.close()
 
     def _check(self, scene: Scene, runner: NixlRunner) -> bool:
         """Move known bytes once over cleared memory; whether the digests agree."""
-        ends = (self._initiator, self._target) if scene.is_write else (self._target, self._initiator)
-        source, into = ends
-        layout: dict[str, Any] = {"layout": scene.layout.numbers}
-        source.ask("fill", seed=_SEED, **layout)
-        into.ask("fill", seed=0, **layout)
-        runner.sample(1)
-        there: dict[str, Any] = into.ask("digest", is_moved=False, **layout)
-        return bool(there == source.ask("digest", is_moved=True, **layout))
+        ends = (self._pair.initiator, self._pair.target)
+        source, into = ends if scene.is_write else reversed(ends)
+        with self._pair.awake():
+            source.ask("fill", seed=_SEED)
+            into.ask("fill", seed=0)
+            runner.sample(1)
+            there = into.ask("digest", moved=None)
+            return bool(there == source.ask("digest", moved=scene.layout.numbers))
 
 
 class NixlRunner:
@@ -87,11 +119,12 @@ class NixlRunner:
 
     impl = "nixl"
 
-    def __init__(self, initiator: TargetProcess, prepare_seconds: float, *, is_busy: bool) -> None:
+    def __init__(self, pair: Pair, prepare_seconds: float, *, is_busy: bool) -> None:
         self.prepare_seconds = prepare_seconds
-        self._initiator, self._is_busy = initiator, is_busy
+        self._pair, self._is_busy = pair, is_busy
 
     def sample(self, count: int) -> list[int]:
         """Run it `count` times; return the nanoseconds of each, timed over there."""
-        times: list[int] = self._initiator.ask("run", count=count, is_busy=self._is_busy)["times"]
+        with self._pair.awake():
+            times: list[int] = self._pair.initiator.ask("run", count=count, is_busy=self._is_busy)["times"]
         return times

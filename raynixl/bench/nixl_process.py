@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import importlib
 import os
+import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter_ns
 from typing import Any
@@ -15,7 +18,8 @@ from numpy.typing import NDArray
 
 from raynixl.bench.busy import busy_thread
 from raynixl.bench.layout import Bytes, Layout, digest, fill
-from raynixl.bench.target import Fields, answer_requests, user_memory
+from raynixl.bench.pages import huge_memory, user_memory
+from raynixl.bench.target import Fields, answer_requests
 from raynixl.bench.timing import quiet
 from raynixl.errors import BackendUnavailable, PeerLost, TransferTimeout
 from raynixl.memory import allocate
@@ -30,6 +34,7 @@ class NixlSide:
 
     def __init__(self) -> None:
         self._agent: Any = None
+        self._registered: Any = None
         self._memory: Bytes = np.empty(0, np.uint8)
         self._peer, self._there = "", 0
         self._handles: list[Any] = []
@@ -52,25 +57,37 @@ class NixlSide:
         while self._handles:
             self._handles.pop().release()
 
-    def do_start(self, name: str, package: str, nbytes: int, memory: str) -> Fields:
-        """Make an agent over UCX and register memory; answer with what the other side needs to know."""
+    def do_start(self, name: str, package: str) -> Fields:
+        """Make an agent over UCX."""
         try:
             nixl, core = importlib.import_module(package), importlib.import_module(f"{package}._bindings")
         except ImportError as exc:
             hint = "pip install --force-reinstall --no-deps nixl-cu13"
             raise BackendUnavailable(f"NIXL cannot be loaded: {exc}", hint=hint) from exc
+        _die_with_parent()
         self._errors = tuple(value for key, value in vars(core).items() if key.endswith("Error"))
         self._agent = nixl.nixl_agent(name, nixl.nixl_agent_config(backends=["UCX"]))
         if "UCX" not in self._agent.backends:
             raise BackendUnavailable("this NIXL has no UCX", hint="pip install nixl-cu13")
-        self._memory = _arena(nbytes) if memory == "arena" else user_memory(nbytes)
+        return {}
+
+    def do_memory(self, nbytes: int, memory: str) -> Fields:
+        """Register memory in place of what there was."""
+        self.close()
+        if self._registered is not None:
+            self._agent.deregister_memory(self._registered)
+        self._memory = _MAKERS[memory](nbytes)
         span = [(self._memory.ctypes.data, nbytes, 0, "")]
-        self._agent.register_memory(self._agent.get_reg_descs(span, "DRAM"))
+        self._registered = self._agent.register_memory(self._agent.get_reg_descs(span, "DRAM"))
+        return {}
+
+    def do_metadata(self) -> Fields:
+        """Answer with what the other side needs to know."""
         metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
         return {"metadata": metadata, "address": self._memory.ctypes.data}
 
     def do_connect(self, metadata: str, address: int) -> Fields:
-        """Learn of the other side."""
+        """Learn of the other side's present memory."""
         self._peer = self._agent.add_remote_agent(base64.b64decode(metadata))
         self._there = address
         return {}
@@ -122,16 +139,20 @@ class NixlSide:
         if state != "DONE":
             raise PeerLost("a transfer of NIXL failed; it does not say why", hint="see --ucx", peer="target")
 
-    def do_fill(self, seed: int, layout: list[int]) -> Fields:
-        """Fill the part of the memory that a layout uses; seed 0 clears it."""
-        fill(self._memory[: Layout.of(layout).nbytes], seed)
+    def do_fill(self, seed: int) -> Fields:
+        """Fill the memory; seed 0 clears it."""
+        fill(self._memory, seed)
         return {}
 
-    def do_digest(self, layout: list[int], is_moved: bool) -> Fields:
-        """Answer with the digest of that part, or with the one that moving it must give."""
-        made = Layout.of(layout)
-        view = self._memory[: made.nbytes]
-        return {"digest": made.digest_moved(view) if is_moved else digest(view)}
+    def do_digest(self, moved: list[int] | None) -> Fields:
+        """Answer with the digest of the memory, or with the one that moving it by a layout must give."""
+        return {"digest": digest(self._memory) if moved is None else Layout.of(moved).digest_moved(self._memory)}
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the measuring one ends: stopped as it may be, it would not notice."""
+    pdeathsig = 1
+    ctypes.CDLL(None).prctl(pdeathsig, signal.SIGKILL)
 
 
 def _arena(nbytes: int) -> Bytes:
@@ -139,6 +160,9 @@ def _arena(nbytes: int) -> Bytes:
     memory = allocate(nbytes)
     os.close(memory.fd)
     return np.frombuffer(memory.owner, np.uint8, nbytes)
+
+
+_MAKERS: dict[str, Callable[[int], Bytes]] = {"arena": _arena, "user": user_memory, "huge": huge_memory}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 One run of its client a round. With one block at most one operation is outstanding, so that its median is from post
 to done as ours is; with many blocks it streams as many messages of that size with its ordinary window, since it knows
-no list of scattered blocks: the average message, times the blocks. Its buffers are its own, and it checks no bytes.
+no list of scattered blocks: the average message, times the blocks. Its buffers are its own, in pages of the same
+size as ours, and it checks no bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from raynixl.bench.pages import is_huge
 from raynixl.bench.process import with_environment
 from raynixl.bench.scene import Contender, Scene
 from raynixl.bench.sizes import parse_size
@@ -66,7 +68,8 @@ class Perftest:
 
     def contend(self, scene: Scene) -> list[Contender]:
         """Return the runner for messages of the block size; its bytes cannot be checked."""
-        runner = PerftestRunner(self._command, scene)
+        pages = "thp,heap" if is_huge(scene.memory, scene.layout.nbytes) else "heap"
+        runner = PerftestRunner(["env", f"UCX_ALLOC_PRIO={pages}", *self._command], scene)
         return [Contender(runner, lambda: None, runner.lane)]
 
     def close(self) -> None:

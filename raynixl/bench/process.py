@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -97,8 +98,17 @@ class TargetProcess:
             raise kind(reply["message"], hint=reply["hint"])
         return reply
 
+    def pause(self) -> None:
+        """Stop it, so that it uses no processor until it is resumed; only what may be asked nothing meanwhile."""
+        self._child.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._child.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
         """End the process: by closing its input, then by force."""
+        self.resume()
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 try:

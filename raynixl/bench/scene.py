@@ -30,6 +30,7 @@ class Scene:
 
     layout: Layout
     is_write: bool
+    memory: str
     ours: Bytes
     target: Asked
     pid: int

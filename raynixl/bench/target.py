@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
-
 from raynixl.agents import Agent
-from raynixl.bench.layout import Bytes, Layout, digest, fill
+from raynixl.bench.layout import Layout, digest, fill
+from raynixl.bench.pages import huge_memory, user_memory
 from raynixl.config import from_env
 from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.region import Region
@@ -26,18 +25,11 @@ Fields = dict[str, Any]
 ECHO_SECONDS = 0.2  # how often the echo looks whether it shall stop
 
 
-def user_memory(nbytes: int) -> Bytes:
-    """Return plain touched memory, such as an application has."""
-    memory = np.empty(nbytes, np.uint8)
-    memory[:] = 0
-    return memory
-
-
 def make_region(agent: Agent, nbytes: int, *, memory: str, name: str = "") -> Region:
-    """Return a region of an arena or of plain memory."""
+    """Return a region of an arena or of plain memory, in huge pages where that is asked for."""
     if memory == "arena":
         return agent.empty(nbytes, name=name)
-    return agent.register(user_memory(nbytes), name=name)
+    return agent.register((huge_memory if memory == "huge" else user_memory)(nbytes), name=name)
 
 
 class Target:

@@ -91,7 +91,7 @@ class TransferBench:
         ours = make_region(self._agent, layout.nbytes, memory=spec.memory)
         far = self._target.ask("region", name=REGION, nbytes=layout.nbytes, memory=spec.memory)
         try:
-            scene = Scene(layout, spec.is_write, ours.array(), self._target, self._pid, far)
+            scene = Scene(layout, spec.is_write, spec.memory, ours.array(), self._target, self._pid, far)
             contenders = self._ours(scene, (ours, self._peer.region(REGION)))
             for baseline in self._baselines:
                 contenders += baseline.contend(scene)

@@ -31,6 +31,7 @@ class Kind(enum.StrEnum):
 
     ARENA = "arena"
     USER = "user"
+    HUGE = "huge"
 
 
 class Pattern(enum.StrEnum):
@@ -56,7 +57,9 @@ def transfer(  # noqa: PLR0913 - a command's options
     *,
     backend: Annotated[str, typer.Option(help="Backend that carries the bytes.")] = "shm",
     op: Annotated[Op, typer.Option(help="Direction, seen from the measuring process.")] = Op.WRITE,
-    memory: Annotated[Kind, typer.Option(help="arena: agent.empty(); user: registered.")] = Kind.ARENA,
+    memory: Annotated[
+        Kind, typer.Option(help="arena: agent.empty(); user: registered; huge: in huge pages.")
+    ] = Kind.ARENA,
     sizes: Annotated[str, typer.Option(help="Block sizes, as 4K,1M.")] = "4K,64K,1M,16M,64M",
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of each transfer.")] = 1,
     pattern: Annotated[Pattern, typer.Option(help="How the blocks lie at both ends.")] = Pattern.SEQUENTIAL,
