@@ -49,6 +49,7 @@ class End:
         self.controls: list[bytes] = []
         self.opened: list[StreamLink] = []
         self.lost: list[RaynixlError] = []
+        self.history: list[str] = []  # "opened" and "lost", in the order in which they came
         self.flushes = 0
         self.on_message: Callable[[Link, bytes], None] = lambda _link, message: self.heard.append(message)
         self.on_control: Callable[[StreamLink, bytes], None] = lambda _link, body: self.controls.append(body)
@@ -119,6 +120,7 @@ class End:
             if self.listener.is_closed:
                 newcomer.sock.close()
             else:
+                self.history.append("opened")
                 self.opened.append(self._open(newcomer.sock, client.name, client.incarnation))
 
         self.links.admit(client.incarnation, take_in)
@@ -135,6 +137,7 @@ class End:
 
     def link_lost(self, link: Link, error: RaynixlError) -> None:
         """Note it."""
+        self.history.append("lost")
         self.lost.append(error)
         self.reactor.wake()
 

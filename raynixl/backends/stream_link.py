@@ -20,9 +20,9 @@ _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _JOIN_NBYTES = 1 << 16
 """Up to here, copying a message behind its header is cheaper than a second call."""
 _BUFFER_NBYTES = 1 << 16
-_MAX_KEEPALIVE_SECONDS = 32_767  # the kernel takes no more
 _TURN_NBYTES = 1 << 14
 """What is received in one turn of small messages: more would keep other peers waiting."""
+_MAX_KEEPALIVE_SECONDS = 32_767  # the kernel takes no more
 _TCP_INFO_HEAD = struct.Struct("=8B13I")  # linux/tcp.h: struct tcp_info up to tcpi_last_data_recv and last_ack_recv
 _RETRANSMITS, _PROBES, _LAST_ACK_MS = 2, 3, 20
 
@@ -71,6 +71,7 @@ class Frames:
 class StreamLink(BaseLink):
     """One authenticated connection with a peer on any host; frames of (length, channel, body) on a TCP stream.
 
+    Who the peer is was proved when it connected; what follows is neither signed nor encrypted.
     `pid` is 0 for a peer on another host. `probe`, where the backend sets it, says of such a peer whether it left
     a one-sided read without an answer for a whole heartbeat. What comes on the backend's own channel goes to
     `on_control`, on the reactor's thread; an IntegrityError that it raises ends the link. Descriptors do not travel.

@@ -298,7 +298,7 @@ def test_a_peer_that_comes_back_before_its_last_words_were_heard_keeps_its_new_l
             rude.sock.close()
             again.say({"proof": again.proof(challenge, b""), "probe": 0})
         eventually(lambda: len(bob.opened) == 2, "the new link")
-        assert len(bob.lost) == 1
+        assert bob.history == ["opened", "lost", "opened"]
         assert bob.heard == [b"last words"]
         assert bob.opened[1].lost is None
 
