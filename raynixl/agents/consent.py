@@ -119,7 +119,8 @@ class Consent:
                 reply.wait()
             except RaynixlError as exc:  # it is gone, or frozen: its connection is about to be closed in any case
                 logger.debug("peer %r did not let go of our regions: %s", reply.connection.name, exc)
-                stuck.append(reply.connection)
+                if not any(getattr(link, "has_hung_up", False) for link in reply.connection.links):
+                    stuck.append(reply.connection)  # who hangs up has let go of everything
         return stuck
 
     # What we answer, on the reactor's thread
