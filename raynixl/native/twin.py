@@ -16,8 +16,10 @@ from raynixl.native import syscalls
 from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
 from raynixl.native.syscalls import copy, mapped
 from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
+from raynixl.native.twin_rma import rma
+from raynixl.native.twin_ucx import Rail
 
-__all__ = ["NAME", "Engine", "Gate", "Job", "Program", "copy", "mapped"]
+__all__ = ["NAME", "Engine", "Gate", "Job", "Program", "Rail", "copy", "mapped", "rma"]
 
 NAME = "ctypes"
 
