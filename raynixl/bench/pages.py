@@ -24,7 +24,8 @@ def user_memory(nbytes: int) -> Bytes:
 
 def huge_memory(nbytes: int) -> Bytes:
     """Return plain touched memory in huge pages, even for a small size, where the kernel has them."""
-    mapping = mmap.mmap(-1, -(-nbytes // _HUGE_NBYTES) * _HUGE_NBYTES + _HUGE_NBYTES)
+    size = -(-nbytes // _HUGE_NBYTES) * _HUGE_NBYTES + _HUGE_NBYTES
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a shared one would be shared memory
     mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(mapping, np.uint8)
     start = -whole.ctypes.data % _HUGE_NBYTES
