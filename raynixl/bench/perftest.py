@@ -20,12 +20,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from raynixl.backends.ucx_options import PREFIX, merge
 from raynixl.bench.pages import is_huge
 from raynixl.bench.process import with_environment
 from raynixl.bench.scene import Contender, Scene
 from raynixl.bench.sizes import parse_size
 from raynixl.bench.spec import TransferSpec
 from raynixl.bench.timing import ROUND_SECONDS
+from raynixl.config import variables
 from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
 
 RUN_SECONDS = 60.0
@@ -39,11 +41,11 @@ _PROTOCOL = re.compile(r"\|\s+(\w+)\.\.(\w+) \|\s*(.+?)\s*\|\s*(\S+)\s*\|\s*$")
 
 
 def ucx_environment(options: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that give another process's UCX the settings of our agents.
-
-    Without RNDV_THRESH endpoints with error handling emulate puts and gets by active messages.
-    """
-    return {"UCX_RNDV_THRESH": "inf", **{f"UCX_{name}": value for name, value in options.items()}}
+    """Return the variables that give another process's UCX the settings of our agents, but let it say what is wrong."""
+    merged = merge(options, variables(PREFIX), device="", is_local=True)
+    if "LOG_LEVEL" not in options:
+        merged.pop("LOG_LEVEL", None)
+    return {PREFIX + name: value for name, value in merged.items()}
 
 
 def find_libucx() -> Path:

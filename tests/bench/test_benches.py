@@ -15,6 +15,7 @@ from raynixl.bench.process import TargetProcess
 from raynixl.bench.spec import TransferSpec
 from raynixl.bench.timing import measure
 from raynixl.bench.transfer import TransferBench, run_transfer
+from raynixl.config import AgentConfig
 from raynixl.errors import ConfigError, PeerLost
 
 CONTRACT = {
@@ -50,6 +51,18 @@ def test_transfer_rows_keep_the_contract(backend, op, memory, blocks, is_random)
         assert row["verified"] is True
         assert 0 < row["p50_us"] <= row["p99_us"]
         assert row["gbps"] == pytest.approx(row["block_nbytes"] * blocks / row["p50_us"] / 1e3, rel=1e-3)
+
+
+@pytest.mark.skipif("ucx" not in AgentConfig().backends, reason="ucxx is not installed")
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_rows_over_ucx_tell_the_lane_that_the_options_leave(op):
+    (row,) = run_transfer(
+        TransferSpec((4096,), backend="ucx", op=op, memory="huge", blocks=40, is_random=True, rounds=1,
+                     ucx={"TLS": "tcp"})
+    )  # fmt: skip
+    assert {name: type(value) for name, value in row.items()} == CONTRACT
+    assert row["verified"] is True
+    assert row["lane"].startswith("tcp")
 
 
 def test_a_busy_interpreter_is_a_row_of_its_own():

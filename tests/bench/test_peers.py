@@ -3,12 +3,14 @@
 import pytest
 
 from raynixl.bench.peers import PeersSpec, run_peers
+from raynixl.config import AgentConfig
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_every_peer_is_met_and_counted():
+@pytest.mark.parametrize("backend", [name for name in AgentConfig().backends if name != "loopback"])
+def test_every_peer_is_met_and_counted(backend):
     steps = []
-    (row,) = run_peers(PeersSpec(peers=7, processes=3), lambda: steps.append(1))
+    (row,) = run_peers(PeersSpec(7, 3, backend), lambda: steps.append(1))
     assert len(steps) == row["peers"] == 7
     assert row["verified"] is True
     assert 0 < row["p50_ms"] <= row["max_ms"] <= row["seconds"] * 1e3
