@@ -12,7 +12,7 @@ from typing import Any
 
 from hosts_tools import Bed, Host, environment
 
-START_SECONDS = 60.0
+PATIENCE = 100.0  # each worker imports torch, on a machine that others share
 DRIVERS = Path(__file__).parent / "hosts" / "drivers"
 _PORT = 6379
 _TEMP = "/dev/shm/ray"  # each host has its own /dev/shm, which ends with it; short, as paths of sockets must be
@@ -58,7 +58,7 @@ class RayHosts:
         )  # fmt: skip
 
     def run(
-        self, argv: list[str], *, cwd: str | Path = ".", timeout: float = START_SECONDS
+        self, argv: list[str], *, cwd: str | Path = ".", timeout: float = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         """Run a program on the first host to its end."""
         process = self.start(argv, cwd=cwd)
@@ -70,7 +70,7 @@ class RayHosts:
             raise
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
-    def drive(self, name: str, *arguments: str, timeout: float = START_SECONDS) -> str:
+    def drive(self, name: str, *arguments: str, timeout: float = PATIENCE) -> str:
         """Run one of tests/hosts/drivers to its end, which must be good; return what it printed."""
         ended = self.run([sys.executable, str(DRIVERS / f"{name}.py"), *arguments], timeout=timeout)
         assert ended.returncode == 0, f"the driver {name!r} ended with {ended.returncode}: {ended.stdout}{ended.stderr}"
