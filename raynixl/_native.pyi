@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raynixl.native.ucx import MakeRma, RailMaker
+
 NAME: str
 
 class Gate:
@@ -42,6 +44,9 @@ class Engine:
     def threads(self) -> int: ...
     def program(self, mode: int, pid: int, segments: npt.NDArray[np.uint64], gates: Sequence[Any]) -> Program: ...
     def close(self, timeout: float) -> bool: ...
+
+Rail: RailMaker
+rma: MakeRma
 
 def copy(dst_addr: int, src_addr: int, nbytes: int) -> None: ...
 def mapped(address: int, nbytes: int) -> bool: ...

@@ -153,5 +153,5 @@ class RemoteKey:
     def destroy(self) -> None:
         """Let go of it. Idempotent."""
         handle, self.handle = self.handle, None
-        if handle is not None and self.endpoint.rail.is_usable:
+        if handle is not None and self.endpoint.rail.is_alive:
             self.endpoint.rail.ucp.rkey_destroy(handle)

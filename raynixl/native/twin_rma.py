@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raynixl.native import twin_ucp as ucp
-from raynixl.native.codes import CLOSED
+from raynixl.native.codes import CLOSED, LOST
 from raynixl.native.twin_endpoint import RemoteKey
 from raynixl.native.twin_job import Gate, deadline_after
 from raynixl.native.twin_rma_job import RmaJob
@@ -58,8 +58,10 @@ class Rma:
         keeper = self.rails[0]
         if not self.is_usable:
             return CLOSED
+        if any(endpoint.code for endpoint in self.endpoints):
+            return LOST
         keeper.enlist(job)
-        refused = self._enter() if self.is_usable else CLOSED  # closing waits for the jobs it sees
+        refused = self._enter() if self.is_usable else CLOSED  # closing waits for the jobs that it sees
         if refused:
             keeper.retire(job)
             return refused

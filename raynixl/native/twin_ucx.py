@@ -69,6 +69,7 @@ class Rail:
         self._forks = fork_generation()
         self._bell = os.dup(bell)
         self._closed = False
+        self._released = False
         self._watched = False
         self._idle_sweeps = 0
         self._tokens = itertools.count(1)
@@ -97,6 +98,11 @@ class Rail:
     def is_usable(self) -> bool:
         """Whether it has not been closed, and this is the process that made it."""
         return not self._closed and self._forks == fork_generation()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether keys and mappings can be given back."""
+        return not self._released and self._forks == fork_generation()
 
     @property
     def is_forked(self) -> bool:
@@ -138,7 +144,7 @@ class Rail:
             return self._watched
 
     def close(self, timeout: float) -> bool:
-        """Close every endpoint; True once UCX has let go of all."""
+        """Run nothing more and close every endpoint; True once UCX has let go of all."""
         if self.is_forked:
             return False
         deadline = deadline_after(timeout)
@@ -160,6 +166,10 @@ class Rail:
             os.close(bell)
         atexit.unregister(self.close)
         return True
+
+    def release(self) -> None:
+        """Touch the worker no more: it is about to be destroyed."""
+        self._released = True
 
     def check_usable(self) -> None:
         """Raise RuntimeError if it has been closed."""
@@ -276,5 +286,5 @@ class Mapping:
     def unmap(self) -> None:
         """Let UCX forget it. Idempotent."""
         memh, self.memh = self.memh, None
-        if memh is not None and self.rail.is_usable:
+        if memh is not None and self.rail.is_alive:
             self.rail.ucp.mem_unmap(self.rail.context, memh)

@@ -100,8 +100,6 @@ class RailMaker(Protocol):
         """Use a context and a worker of UCX by their handles; `bell` is duplicated."""
 
 
-
-
 class MakeRma(Protocol):
     """The function `rma` of an implementation."""
 
@@ -124,5 +122,3 @@ class MakeRma(Protocol):
             ValueError: no rows, a row of 0 bytes, without a path, or outside the memory of its path.
             TypeError: not a C-contiguous (N, 4) array of uint64, or something else than paths and gates.
         """
-
-

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from native_tools import BIG, INLINE, address_of, random_bytes, table, wait_threads_gone
+from native_tools import BIG, INLINE, MIB, address_of, random_bytes, table, wait_threads_gone
+from ucx_tools import Side, Target
 
 from raynixl.native import COPY, Engine, Native, load
 
@@ -58,3 +60,34 @@ def long_program(core: Native, engine: Engine, big: tuple[np.ndarray, np.ndarray
     row = (address_of(source), address_of(target), BIG)
     yield engine.program(COPY, 0, table(*[row] * 200), [gate]), gate
     assert gate.drain(30.0)
+
+
+# UCX
+
+
+@pytest.fixture
+def make_side(core: Native) -> Iterator[Callable[[str], Side]]:
+    """Rails of this process; they must close, and give everything back, when the test ends."""
+    sides: list[Side] = []
+
+    def make(tls: str) -> Side:
+        sides.append(Side(core, tls))
+        return sides[-1]
+
+    yield make
+    for side in sides:
+        side.close()
+
+
+@pytest.fixture
+def make_target(tmp_path: Path) -> Iterator[Callable[[str], Target]]:
+    """Processes to be read and written, that a test may stop or kill."""
+    targets: list[Target] = []
+
+    def make(tls: str, nbytes: int = 16 * MIB) -> Target:
+        targets.append(Target(tmp_path / f"memory{len(targets)}", nbytes, tls))
+        return targets[-1]
+
+    yield make
+    for target in targets:
+        target.close()
