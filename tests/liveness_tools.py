@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from agent_tools import PATIENCE, eventually, make_config
 
-from raynixl import Agent, RaynixlError, Region, RemoteRegion
+from raynixl import Agent, AgentConfig, RaynixlError, Region, RemoteRegion
 from raynixl.backends.shm import ShmBackend
+from raynixl.backends.table import Factory
 from raynixl.host import is_frozen
 from raynixl.testing.far import make_agent, pattern
 from raynixl.testing.places import FarProcess
@@ -27,10 +28,10 @@ N = 8192
 class World:
     """Three agents of three processes that know each other: near (here), victim and bystander."""
 
-    def __init__(self) -> None:
-        self.near: Agent = make_agent("near", ShmBackend, QUICK)
-        self.victim = FarProcess(ShmBackend, QUICK, is_busy=False)
-        self.bystander = FarProcess(ShmBackend, QUICK, is_busy=False)
+    def __init__(self, factory: Factory = ShmBackend, config: AgentConfig = QUICK) -> None:
+        self.near: Agent = make_agent("near", factory, config)
+        self.victim = FarProcess(factory, config, is_busy=False)
+        self.bystander = FarProcess(factory, config, is_busy=False)
         self.open(self.bystander, "bystander")
         self.open(self.victim, "victim")
         self.is_stopped = False

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from raynixl.agents import Agent
+from raynixl.agents import Agent, Transfer
 from raynixl.backends.table import Factory, offered
 from raynixl.config import AgentConfig
+from raynixl.errors import RaynixlError
 from raynixl.region import Region
 
 BACKEND = "under-test"
@@ -38,6 +39,7 @@ class FarAgent:
     def __init__(self, factory: Factory, config: AgentConfig, name: str) -> None:
         self.agent = make_agent(name, factory, config)
         self._regions: dict[str, Region] = {}
+        self._flood: list[Transfer] = []
         self.agent.serve("echo", lambda _peer, payload: payload, threaded=False)
         self._withdrawn: list[Any] = []  # a backend that still writes there shall fail the check, not crash it
         self._silence = threading.Event()
@@ -88,6 +90,22 @@ class FarAgent:
         ours, remote = self._regions[mine], self.agent.peer(peer)[theirs]
         source, target = (remote, ours) if op == "read" else (ours, remote)
         self.agent.prepare(op, source, target).post().wait(PATIENCE)
+
+    def flood(self, mine: str, peer: str, theirs: str, count: int) -> None:
+        """Start to write the whole of a region to a peer's, so many times, and wait for none of it."""
+        plan = self.agent.prepare("write", self._regions[mine], self.agent.peer(peer)[theirs])
+        self._flood = [plan.post(timeout=PATIENCE) for _ in range(count)]
+
+    def flood_ends(self) -> list[str]:
+        """Wait for the end of each; return how it ended: the class of its error, or ''."""
+        ends = []
+        for transfer in self._flood:
+            try:
+                transfer.wait(PATIENCE)
+                ends.append("")
+            except RaynixlError as exc:
+                ends.append(type(exc).__name__)
+        return ends
 
     def notify(self, peer: str, payloads: list[bytes]) -> None:
         """Send notifications."""
