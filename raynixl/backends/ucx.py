@@ -19,6 +19,7 @@ from raynixl.backends.listener import Listener, dial
 from raynixl.backends.shm import addresses as address_table
 from raynixl.backends.ucx_answers import Answers
 from raynixl.backends.ucx_exports import Exports
+from raynixl.backends.ucx_guard import Guard, own_sources, sources
 from raynixl.backends.ucx_key import Keys
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
 from raynixl.backends.ucx_rails import RailChoice, cut
@@ -62,6 +63,7 @@ class UcxBackend:
         self._lock = threading.Lock()  # protects _is_closed
         self._starting = threading.Lock()  # held while UCX is started, so that it is started once
         self._runtime: Runtime | None = None
+        self._guard = Guard(local.name)
         self._is_closed = False
         self._is_sweeping = False  # on the reactor's thread
         self._has_warned = False
@@ -171,6 +173,7 @@ class UcxBackend:
             self._is_closed = True
         self._local.reactor.remove(self._bell)
         self._listener.close()
+        self._guard.close()
         self._links.close()
         with self._starting:
             runtime, self._runtime = self._runtime, None
@@ -191,7 +194,7 @@ class UcxBackend:
             if self._is_closed:
                 raise AgentClosed(f"agent {self._local.name!r} is closed")
             if self._runtime is None:
-                self._runtime = Runtime(self._local, self._bell)
+                self._runtime = Runtime(self._local, self._bell, self._guard)
             return self._runtime
 
     def _rails(self) -> Sequence[Rail]:
@@ -206,6 +209,7 @@ class UcxBackend:
             runtime.destroy()
         else:
             runtime.abandon()
+            self._guard.sever()
 
     # Links and lanes
 
@@ -243,8 +247,9 @@ class UcxBackend:
 
     def _take_in(self, link: UcxLink) -> None:
         self._links.add(link)
+        link.guard = self._guard
         link.open()
-        hello = Hello(host=self._local.host, pid=os.getpid())
+        hello = Hello(host=self._local.host, pid=os.getpid(), addresses=own_sources(self._addresses))
         link.send_control(hello.model_dump_json().encode())
 
     def _ask(self, link: UcxLink, region: int, deadline: float) -> Answer:
@@ -273,6 +278,7 @@ class UcxBackend:
         lane = link.lane
         if lane is not None and lane.is_usable:
             return lane
+        self._await_hello(link, deadline)
         lane = Lane(link.peer, self._rails(), [unpack(text) for text in answer.workers])
         link.lane = lane
         if link.lost is not None:
@@ -282,6 +288,12 @@ class UcxBackend:
         if not link.pid:
             self._watch(link, lane, deadline)
         return lane
+
+    def _await_hello(self, link: UcxLink, deadline: float) -> None:
+        """Wait until the peer is admitted to our own ports: its UCX may connect, too, when ours does."""
+        self._local.reactor.run_until(lambda: link.is_introduced or link.lost is not None, deadline)
+        if not link.is_introduced:
+            raise link.lost or TransferTimeout(f"peer {link.peer!r} did not introduce itself", peer=link.peer)
 
     def _watch(self, link: UcxLink, lane: Lane, deadline: float) -> None:
         """Find out later whether a silent peer of another host is there: by reading a word of its memory."""
@@ -304,9 +316,11 @@ class UcxBackend:
     def _on_control(self, link: object, body: bytes) -> None:
         assert isinstance(link, UcxLink)
         match parse_wireup(body):
-            case Hello(host=host, pid=pid):
-                if host == self._local.host:
-                    link.watch_process(pid)
+            case Hello() as hello:
+                is_here = hello.host == self._local.host
+                link.admit(sources(hello.addresses, link.remote, is_here=is_here))
+                if is_here:
+                    link.watch_process(hello.pid)
             case Ask() as ask:
                 self._answers.give(link, ask)
             case Answer() | Refusal() as answer:

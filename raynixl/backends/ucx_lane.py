@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import numpy as np
 
 from raynixl.backends.base import Binding, Local
 from raynixl.backends.stream_link import StreamLink
+from raynixl.backends.ucx_filter import IpAddress
+from raynixl.backends.ucx_guard import Guard
 from raynixl.backends.ucx_key import Keys
 from raynixl.backends.ucx_options import Lanes
 from raynixl.errors import BackendUnavailable, RaynixlError
@@ -127,9 +130,28 @@ class UcxBinding(Binding):
 
 
 class UcxLink(StreamLink):
-    """A link that has a lane once a transfer needed one."""
+    """A link that has a lane once a transfer needed one; while it stands, its peer is admitted to UCX's ports."""
 
     lane: Lane | None = None
+    guard: Guard | None = None
+    is_introduced = False
+    """Whether the peer has said its Hello and was admitted."""
+
+    def admit(self, addresses: Iterable[IpAddress]) -> None:
+        """Let the peer's UCX connect from these addresses."""
+        assert self.guard is not None
+        self.guard.admit(self, addresses)
+        if self.lost is not None:  # meanwhile
+            self.guard.dismiss(self)
+        self.is_introduced = True
+
+    @property
+    def remote(self) -> IpAddress | None:
+        """The address at the other end, None if there is none any more."""
+        try:
+            return ip_address(self._sock.getpeername()[0].partition("%")[0])
+        except OSError:
+            return None
 
     def close(self, error: RaynixlError | None = None) -> None:
         """Close, and end what is in flight on the lane."""
@@ -137,6 +159,8 @@ class UcxLink(StreamLink):
         lane, self.lane = self.lane, None
         if lane is not None:
             lane.fail(LOST)
+        if self.guard is not None:
+            self.guard.dismiss(self)
 
 
 def probe_program(local: Local, word: Mapping, place: int, key: RemoteKey, keys: Keys) -> Program:

@@ -12,11 +12,14 @@ TUNED = {
     "USE_MT_MUTEX": "y",
     "CMA_TX_QUOTA": "16",
     "TCP_TX_SEG_SIZE": "64K",
+    "TCP_CONN_NB": "y",
     "LOG_LEVEL": "fatal",
 }
 """Ours where the user says nothing: a waiter sleeps instead of spinning while another thread is in UCX; of many small
 blocks 16 are copied between two looks at the sockets (10,000 of 4 KiB: half the time); reads over TCP come in pieces
-of 64 KiB (twice the speed of the 8 KiB of UCX); what UCX says of a dead peer comes as a typed error, not in print.
+of 64 KiB (twice the speed of the 8 KiB of UCX); a host that does not answer to a connection stops nothing else, where
+UCX would wait for it with its worker locked, for minutes; what UCX says of a dead peer comes as a typed error, not in
+print.
 """
 
 PREFIX = "UCX_"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raynixl.backends.base import Local
+from raynixl.backends.ucx_guard import Guard
 from raynixl.backends.ucx_options import Lanes, blame, merge
 from raynixl.config import kept_variables, variables
 from raynixl.errors import BackendUnavailable
@@ -70,9 +71,10 @@ class Runtime:
         BackendUnavailable: ucxx does not load, or the user's settings leave no usable transport.
     """
 
-    def __init__(self, local: Local, bell: int) -> None:
+    def __init__(self, local: Local, bell: int, guard: Guard) -> None:
         began = time.monotonic()
         self._local = local
+        self._guard = guard
         self._ucxx = load_ucxx()
         self.nics: list[Nic] = nics()
         self._workers: list[_Worker] = []
@@ -139,8 +141,7 @@ class Runtime:
 
     def _offered(self) -> frozenset[str]:
         """Return the names of network devices that this UCX has a transport for (the wheel has none for RDMA)."""
-        context = self._make_context("")
-        return frozenset(line.rpartition("/")[2].strip() for line in str(context.info).splitlines() if "--" in line)
+        return frozenset(name.partition("/")[2] for name in _resources(self._make_context("")))
 
     @property
     def _has_secret(self) -> bool:
@@ -148,12 +149,15 @@ class Runtime:
 
     def _start(self, device: str, bell: int) -> _Worker:
         context = self._make_context(device)
-        try:
-            worker = self._ucxx.UCXWorker(context)
-        except self._errors() as exc:
-            raise self._unusable(device, exc) from exc
-        worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
-        return _Worker(device, context, worker, self._local.native.Rail(context.handle, worker.handle, bell))
+        with self._guard.watch() as adopt:
+            try:
+                worker = self._ucxx.UCXWorker(context)
+            except self._errors() as exc:
+                raise self._unusable(device, exc) from exc
+            worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
+            rail = self._local.native.Rail(context.handle, worker.handle, bell)
+            adopt(rail.address, sum(name.startswith("tcp/") for name in _resources(context)))
+        return _Worker(device, context, worker, rail)
 
     def _make_context(self, device: str) -> Any:
         feature = self._ucxx.Feature
@@ -175,14 +179,19 @@ class Runtime:
     def _try_out(self) -> Lanes:
         """Make an endpoint to ourselves: with settings that leave no usable transport UCX refuses it."""
         found: list[str] = []
-        for one in self._workers:
-            try:
-                endpoint = one.rail.connect(one.rail.address)
-            except RuntimeError as exc:
-                raise self._unusable(one.device, exc) from exc
-            found += endpoint.transports
-            endpoint.close(CLOSED)
+        with self._guard.open_to_ourselves():
+            for one in self._workers:
+                found += self._transports_of(one)
         return Lanes.of(found)
+
+    def _transports_of(self, one: _Worker) -> list[str]:
+        try:
+            endpoint = one.rail.connect(one.rail.address)
+        except RuntimeError as exc:
+            raise self._unusable(one.device, exc) from exc
+        found = endpoint.transports
+        endpoint.close(CLOSED)
+        return found
 
     def _unusable(self, device: str, error: Exception) -> BackendUnavailable:
         said = blame(merge(self._local.config.ucx, variables("UCX_"), device=device, is_local=False), variables("UCX_"))
@@ -196,6 +205,11 @@ class Runtime:
         from ucxx import exceptions
 
         return (exceptions.UCXError, RuntimeError, ValueError, KeyError)
+
+
+def _resources(context: Any) -> list[str]:
+    """Return the transports of a context with their devices, as 'tcp/eth0'."""
+    return [line.rpartition(" ")[2] for line in str(context.info).splitlines() if " resource " in line]
 
 
 def _set_global(name: str, value: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import itertools
 import threading
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from raynixl import errors
 from raynixl.backends.ucx_key import MAX_KEY_NBYTES, MAX_RAILS
@@ -15,6 +16,7 @@ from raynixl.errors import IntegrityError, RaynixlError
 from raynixl.record import Unsigned
 
 MAX_WIREUP_NBYTES = 1 << 20
+MAX_ADDRESSES = 64
 _Bytes = Annotated[str, Field(max_length=2 * MAX_RAILS * MAX_KEY_NBYTES)]
 
 
@@ -22,12 +24,26 @@ class _Wireup(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _is_address(text: str) -> str:
+    if "%" in text:
+        raise ValueError("a scope means nothing on another host")
+    ip_address(text)
+    return text
+
+
 class Hello(_Wireup):
-    """Where the sender runs, so that a peer on the same host can see its process."""
+    """Where the sender runs, so that a peer on the same host can see its process, and from where its UCX may connect.
+
+    Sent before anything else: whoever has it has admitted the sender to the ports of his own UCX.
+    """
 
     kind: Literal["hello"] = "hello"
     host: Annotated[str, Field(max_length=200)]
     pid: Unsigned
+    addresses: Annotated[
+        tuple[Annotated[str, Field(max_length=45), AfterValidator(_is_address)], ...],
+        Field(strict=False, max_length=MAX_ADDRESSES),
+    ] = ()
 
 
 class Ask(_Wireup):
