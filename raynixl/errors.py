@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class RaynixlError(Exception):
@@ -22,6 +22,10 @@ class RaynixlError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}"
+
+    def afresh(self) -> Self:
+        """Return its like, to be raised: one that is remembered would hold on to the frames of all who raised it."""
+        return type(self)(self.message, hint=self.hint, peer=self.peer)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.hint, self.peer))

@@ -270,7 +270,8 @@ class Agent:
     def lost(self, peer: str | Peer) -> RaynixlError | None:
         """Return why the connection with a peer was lost, or None while it stands or was never made."""
         connection = self.connector.current(name_of(peer))
-        return None if connection is None else connection.lost
+        lost = None if connection is None else connection.lost
+        return None if lost is None else lost.afresh()
 
     # Life
 

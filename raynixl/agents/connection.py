@@ -42,7 +42,7 @@ class Connection:
             for link in self.links:
                 if link.lost is None:
                     return link
-        raise self.lost or PeerLost(f"peer {self.name!r} is lost", peer=self.name)
+        raise self.lost.afresh() if self.lost else PeerLost(f"peer {self.name!r} is lost", peer=self.name)
 
     @property
     def is_awake(self) -> bool:
@@ -77,7 +77,7 @@ class Connection:
         """
         with self.lock:
             if self.lost is not None:
-                raise self.lost
+                raise self.lost.afresh()
             if self.withdrawals != withdrawals:
                 return False
             key = (binding.remote.id, binding.remote.generation)

@@ -217,7 +217,7 @@ class Connector:
         connection = self._take(link, record)
         if link.lost is not None:
             connection.lose(link.lost)
-            raise link.lost
+            raise link.lost.afresh()
         return connection
 
     def _take(self, link: Link, record: AgentRecord) -> Connection:
@@ -307,7 +307,7 @@ class Connector:
         if not connection.add_link(link):
             error = connection.lost or PeerLost(f"peer {connection.name!r} is lost", peer=connection.name)
             link.close(error)
-            raise error
+            raise error.afresh()
         return link
 
     def _work(self, name: str) -> None:

@@ -191,7 +191,7 @@ class Control:
             connection.lose(error)
         for number, reply in list(self._replies.items()):
             if link in reply.connection.links:
-                self._end(number, reply.connection.lost or error)
+                self._end(number, (reply.connection.lost or error).afresh())
         self._agent.regions.forget_importer(link)
         self._agent.publisher.suspect(link.peer)
         self._wake_inboxes()

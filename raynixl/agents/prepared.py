@@ -246,7 +246,7 @@ class Prepared:
             )
         if code == LOST:
             lost = None if link is None else link.lost
-            return lost or PeerLost(f"peer {self.peer!r} is lost", peer=self.peer)
+            return lost.afresh() if lost else PeerLost(f"peer {self.peer!r} is lost", peer=self.peer)
         if code == RESET:
             return PeerLost(
                 f"the path to {self.peer!r} was reset while {self.summary} was in flight",

@@ -232,7 +232,7 @@ class Transfer:
         if self._link.flushed():
             self._end_locked(None)
         elif self._link.lost is not None:
-            self._end_locked(self._link.lost)
+            self._end_locked(self._link.lost.afresh())
 
     def _timeout(self) -> TransferTimeout:
         seconds = self._deadline - self._posted

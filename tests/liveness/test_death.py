@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from agent_tools import PATIENCE, eventually
 from liveness_tools import World, ends_with, mapped_arenas, pattern
 
 from raynixl import PeerLost, PeerRestarted, RaynixlError, Region, RemoteRegion
+from raynixl.agents.reply import Reply
 
 MIB = 1 << 20
 
@@ -52,6 +56,28 @@ def test_kill_9_ends_requests_and_is_heard_by_every_survivor(world: World) -> No
     with pytest.raises(PeerLost):
         world.near.notify("victim", b"hello?")
     world.check_bystander()
+
+
+class Mark:
+    """Something that lives in the frame of who waits."""
+
+
+def mark_of_waiting(request: Reply) -> weakref.ref[Mark]:
+    """Wait for what a dead peer will not answer; return what a frame of ours held meanwhile."""
+    mark = Mark()
+    with contextlib.suppress(PeerLost):
+        request.wait()
+    return weakref.ref(mark)
+
+
+def test_the_error_that_is_remembered_of_the_dead_holds_on_to_nobody_who_waited(world: World) -> None:
+    requests = [world.near.ask("victim", "silence", timeout=PATIENCE) for _ in range(3)]
+    world.victim.vanish()
+    marks = [mark_of_waiting(request) for request in requests]
+    requests.clear()
+    gc.collect()
+    assert [mark() for mark in marks] == [None] * 3
+    assert isinstance(world.near.lost("victim"), PeerLost)
 
 
 def hears_of_the_loss(world: World) -> bool:
