@@ -34,6 +34,7 @@ void Endpoint::failed(ucp::Status status) {
 }
 
 void Endpoint::close(int code) {
+  if (rail_->forked()) return;
   int open = 0;
   if (!code_.compare_exchange_strong(open, code, std::memory_order_acq_rel)) return;
   uint32_t before = posters_.fetch_or(kClosed, std::memory_order_acq_rel);
@@ -72,7 +73,7 @@ std::vector<std::string> Endpoint::transports() const {
   attr.transports = {entries, kMost, sizeof entries[0]};
   std::vector<std::string> names;
   auto* self = const_cast<Endpoint*>(this);
-  if (self->enter() != 0) return names;
+  if (rail_->forked() || self->enter() != 0) return names;
   if (ucp::library().ep_query(handle(), &attr) == ucp::kOk)
     for (unsigned i = 0; i < attr.transports.num_entries; ++i)
       names.push_back(std::string(entries[i].transport) + "/" + entries[i].device);
@@ -82,7 +83,7 @@ std::vector<std::string> Endpoint::transports() const {
 
 RemoteKey::RemoteKey(std::shared_ptr<Endpoint> endpoint, const std::string& packed, uint64_t address, uint64_t nbytes)
     : endpoint_(std::move(endpoint)), address_(address), nbytes_(nbytes) {
-  if (endpoint_->enter() != 0) throw std::runtime_error("the endpoint is closed");
+  if (!endpoint_->rail()->usable() || endpoint_->enter() != 0) throw std::runtime_error("the endpoint is closed");
   auto status = ucp::library().ep_rkey_unpack(endpoint_->handle(), packed.data(), &rkey_);
   endpoint_->leave();
   if (status != ucp::kOk) fail_with("UCX does not take the peer's key", status);

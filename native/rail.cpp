@@ -36,9 +36,11 @@ Rail::Rail(ucp::Context context, ucp::Worker worker, int bell)
 
 Rail::~Rail() { ::close(bell_); }
 
-bool Rail::usable() const { return !closed_.load(std::memory_order_acquire) && generation_ == fork_generation(); }
+bool Rail::usable() const { return !closed_.load(std::memory_order_acquire) && !forked(); }
 
-bool Rail::alive() const { return !released_.load(std::memory_order_acquire) && generation_ == fork_generation(); }
+bool Rail::alive() const { return !released_.load(std::memory_order_acquire) && !forked(); }
+
+bool Rail::forked() const { return generation_ != fork_generation(); }
 
 std::string Rail::address() const {
   void* packed = nullptr;
@@ -72,7 +74,7 @@ void Rail::add(const std::shared_ptr<RmaJob>& job) {
   {
     std::lock_guard guard(lock_);
     job->place_ = jobs_.insert(jobs_.end(), job);
-    job->is_listed_ = true;
+    job->is_listed_.store(true);
   }
   if (job->settled()) remove(*job);  // it ended before it was in the list
   if (!watched_.exchange(true)) ring();
@@ -81,13 +83,13 @@ void Rail::add(const std::shared_ptr<RmaJob>& job) {
 void Rail::remove(RmaJob& job) {
   std::shared_ptr<RmaJob> dropped;  // released after the lock
   std::lock_guard guard(lock_);
-  if (!job.is_listed_) return;
-  job.is_listed_ = false;
+  if (!job.is_listed_.exchange(false)) return;
   dropped = std::move(*job.place_);
   jobs_.erase(job.place_);
 }
 
 bool Rail::sweep(int64_t grace_ns) {
+  if (forked()) return false;
   std::vector<std::shared_ptr<RmaJob>> jobs;
   {
     std::lock_guard guard(lock_);
@@ -117,7 +119,7 @@ std::vector<std::shared_ptr<Endpoint>> Rail::endpoints() {
 }
 
 bool Rail::close(int64_t deadline_ns) {
-  if (generation_ != fork_generation()) return false;  // the worker is the parent's
+  if (forked()) return false;
   closed_.store(true);
   for (const auto& endpoint : endpoints()) endpoint->close(CLOSED);
   for (;;) {

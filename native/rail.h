@@ -32,6 +32,8 @@ class Rail : public std::enable_shared_from_this<Rail> {
   ucp::Context context() const { return context_; }
   ucp::Worker worker() const { return worker_; }
   bool usable() const;
+  // Whether this is a fork of the process that made it: UCX's sockets and locks are the parent's.
+  bool forked() const;
   unsigned progress() const { return ucp::library().worker_progress(worker_); }
   void signal() const { ucp::library().worker_signal(worker_); }
   void ring() const;

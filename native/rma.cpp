@@ -19,7 +19,7 @@ constexpr uint64_t kPiece = 8 << 20;           // what one operation moves at mo
 constexpr uint64_t kWindowNbytes = 64 << 20;   // bytes, and
 constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a time: each costs it some 500 bytes
 constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns
-constexpr int64_t kLook = 100'000;             // how long a waiter looks before it sleeps, in ns: waking takes half of it
+constexpr int64_t kLook = 50'000;              // how long a waiter looks for news before it sleeps: waking takes as long
 
 }  // namespace
 
@@ -226,13 +226,14 @@ void RmaJob::fail(int code) {
 }
 
 void RmaJob::settle() {
+  // Whoever sees that it has settled may drop it.
   std::shared_ptr<RmaJob> self = shared_from_this();
   plan_->leave();
   settled_.store(true);
   int error = error_.load();
   announce(error != 0 ? error : int(DONE));
   wake();
-  plan_->rails().front()->remove(*this);
+  if (is_listed_.load()) plan_->rails().front()->remove(*this);
 }
 
 bool RmaJob::announce(int code) {
@@ -240,7 +241,7 @@ bool RmaJob::announce(int code) {
   {
     std::lock_guard guard(armed_lock_);
     if (code_.load(std::memory_order_relaxed) != PENDING) return false;
-    ended_ns_.store(now_ns(), std::memory_order_release);
+    if (!settled()) ended_ns_.store(now_ns(), std::memory_order_release);
     code_.store(code);
     armed.swap(armed_);
   }
@@ -301,16 +302,18 @@ RmaJob::Waited RmaJob::wait(int64_t deadline_ns) {
 }
 
 RmaJob::Waited RmaJob::wait_settled(int64_t deadline_ns) {
-  return wait_until(deadline_ns, [this] { return code() != PENDING && (settled() || is_forked()); });
+  return wait_until(deadline_ns, [this] { return has_settled(); });
 }
 
-// UCX is in the hands of its own thread: one that waits leaves it the lock, and looks for a moment before it sleeps.
+// A waiter drives UCX as long as something moves: UCX's own thread would first have to wake, and then to wake us.
 template <typename Ready>
 RmaJob::Waited RmaJob::wait_until(int64_t deadline_ns, Ready is_ready) {
-  for (int64_t now = now_ns(), until = std::min(deadline_ns, now + kLook); now < until; now = now_ns()) {
-    if (is_ready()) return Waited::ended;
-    sched_yield();
-  }
+  int64_t look_up = now_ns() + kLookUp;
+  int64_t until = std::min(deadline_ns, look_up);
+  if (code() == PENDING) until = std::min(until, deadline_ns_);
+  if (plan_->usable()) progress(kLook, until);
+  if (is_ready()) return Waited::ended;
+  if (now_ns() >= look_up) return Waited::look_up;
   for (;;) {
     waiters_.fetch_add(1);
     uint32_t seen = changed_.value();

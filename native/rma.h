@@ -84,6 +84,8 @@ class RmaJob : public std::enable_shared_from_this<RmaJob> {
 
   int code();
   bool settled() const { return settled_.load(std::memory_order_acquire); }
+  // Whether that is so, and everybody can see with what it has ended.
+  bool has_settled() { return code() != PENDING && (settled() || is_forked()); }
   // Bytes of the operations that are complete, taken to be the first ones.
   uint64_t nbytes_done() const;
   int64_t deadline_ns() const { return deadline_ns_; }
@@ -134,7 +136,7 @@ class RmaJob : public std::enable_shared_from_this<RmaJob> {
   std::mutex armed_lock_;
   std::vector<int> armed_;
   std::list<std::shared_ptr<RmaJob>>::iterator place_;
-  bool is_listed_ = false;
+  std::atomic<bool> is_listed_{false};  // set before the job is handed over; place_ is the rail's
 };
 
 }  // namespace raynixl

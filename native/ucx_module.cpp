@@ -84,19 +84,37 @@ std::string endpoint_status(PyEndpoint& self) {
 
 using Rows = nb::ndarray<const uint64_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
 
+RmaPath to_path(nb::handle path) {
+  if (!nb::isinstance<nb::tuple>(path) || nb::len(path) != 2 || !nb::isinstance<PyMapping>(path[0]) ||
+      !nb::isinstance<PyRemoteKey>(path[1]))
+    throw nb::type_error("a path is a mapping and a remote key of this core");
+  return {nb::cast<PyMapping&>(path[0], false).mapping, nb::cast<PyRemoteKey&>(path[1], false).key};
+}
+
+std::shared_ptr<Gate> to_gate(nb::handle gate) {
+  if (!nb::isinstance<PyGate>(gate)) throw nb::type_error("gates must be gates of this core");
+  return nb::cast<PyGate&>(gate, false).gate;
+}
+
 PyRma make_rma(bool is_write, nb::sequence paths, const Rows& rows, nb::sequence gates, uint64_t inline_nbytes) {
   static_assert(sizeof(RmaRow) == 4 * sizeof(uint64_t));
   std::vector<RmaPath> ways;
-  for (nb::handle path : paths) {
-    auto pair = nb::cast<nb::tuple>(path);
-    ways.push_back({nb::cast<PyMapping&>(pair[0], false).mapping, nb::cast<PyRemoteKey&>(pair[1], false).key});
-  }
+  for (nb::handle path : paths) ways.push_back(to_path(path));
   auto* first = reinterpret_cast<const RmaRow*>(rows.data());
   std::vector<RmaRow> copied(first, first + rows.shape(0));
   std::vector<std::shared_ptr<Gate>> doors;
-  for (nb::handle gate : gates) doors.push_back(nb::cast<PyGate&>(gate, false).gate);
+  for (nb::handle gate : gates) doors.push_back(to_gate(gate));
   auto plan = std::make_shared<const RmaPlan>(is_write, std::move(ways), std::move(copied), std::move(doors));
   return {std::move(plan), inline_nbytes};
+}
+
+// Post, unless that was done with the lock held, and stay with a small transfer for as long as it moves.
+void carry(RmaJob& job, bool is_inline, bool is_posted) {
+  if (!is_posted && is_inline && job.plan().rows().size() <= kFewRows)
+    job.run_few(kFewLooks);
+  else if (!is_posted)
+    job.pump();
+  if (!is_inline || !job.progress(kPatience, now_ns() + kStay)) job.hand_over();
 }
 
 nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
@@ -105,15 +123,15 @@ nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
   if (plan.is_refused()) return nb::int_(int(LOST));
   if (int code = plan.enter()) return nb::int_(code);
   auto job = std::make_shared<RmaJob>(self.plan, deadline_after(timeout));
-  bool is_few = plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows;
-  if (is_few && job->run_few(kFewLooks) && !out_of_line) return nb::int_(job->code());
+  bool is_inline = plan.nbytes() <= self.inline_nbytes && !out_of_line;
+  bool keeps_lock = is_inline && plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows;
+  if (keeps_lock && job->run_few(kFewLooks)) return nb::int_(job->code());
   {
     nb::gil_scoped_release release;
-    if (!is_few) job->pump();
-    bool is_inline = plan.nbytes() <= self.inline_nbytes && !out_of_line;
-    if (!is_inline || !job->progress(kPatience, now_ns() + kStay)) job->hand_over();
+    carry(*job, is_inline, keeps_lock);
   }
-  if (!out_of_line && job->settled()) return nb::int_(job->code());
+  // UCX's thread may be about to say with what it ends: then it is a job like others.
+  if (!out_of_line && job->has_settled()) return nb::int_(job->code());
   return nb::cast(PyRmaJob{std::move(job)});
 }
 
@@ -171,7 +189,7 @@ void bind_rma(nb::module_& m) {
       .def("arm", [](PyRmaJob& self, int fd) { return arm(*self.job, fd); }, "fd"_a)
       .def_prop_ro("code", [](PyRmaJob& self) { return self.job->code(); })
       .def_prop_ro("nbytes_done", [](PyRmaJob& self) { return self.job->nbytes_done(); })
-      .def_prop_ro("settled", [](PyRmaJob& self) { return self.job->code() != PENDING && self.job->settled(); });
+      .def_prop_ro("settled", [](PyRmaJob& self) { return self.job->has_settled(); });
   m.def("rma", make_rma, "is_write"_a, "paths"_a, nb::arg("rows").noconvert(), "gates"_a, "inline_nbytes"_a);
 }
 
