@@ -110,7 +110,7 @@ def on_lane(command: str) -> Iterator[str]:
 
 def many_on_lanes() -> Iterator[str]:
     """UCX, 10,000 random blocks: microseconds a block beside ucx_perftest's stream and NIXL."""
-    command = "--backend ucx --memory user --sizes 4K --blocks 10000 --pattern random --threads 1"
+    command = "--backend ucx --memory huge --sizes 4K --blocks 10000 --pattern random --threads 1"
     options = f"{command} --baseline ucx_perftest --baseline nixl"
     yield f"`raynixl bench transfer {options} --ucx TLS=...`\n"
     cells = []
@@ -219,8 +219,8 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "Small writes": latency,
     "User memory, write": lambda: speed("--memory user --sizes 1M,16M,64M,256M --threads 1", "process_vm"),
     "User memory, read": lambda: speed("--memory user --op read --sizes 1M,16M,64M,256M --threads 1", "process_vm"),
-    "UCX over CMA": lambda: on_lane("--memory user --sizes 64K,1M,16M,64M,256M,1G --ucx TLS=cma,tcp"),
-    "UCX over TCP, on one host": lambda: on_lane("--memory user --sizes 64K,1M,16M,64M,256M --ucx TLS=tcp"),
+    "UCX over CMA": lambda: on_lane("--memory huge --sizes 64K,1M,16M,64M,256M,1G --ucx TLS=cma,tcp"),
+    "UCX over TCP, on one host": lambda: on_lane("--memory huge --sizes 64K,1M,16M,64M,256M --ucx TLS=tcp"),
     "UCX, 10,000 random blocks": many_on_lanes,
     "UCX, small writes": small_on_lane,
     "UCX beside a busy thread": busy,

@@ -62,6 +62,17 @@ def test_options_that_leave_no_lane_are_an_error_with_its_reason():
         list(run_transfer(spec))
 
 
+def test_its_buffers_are_filled_and_in_the_pages_that_are_asked_for():
+    small, large = 1 << 20, 1 << 21
+    for nbytes in (small, large):
+        plain = perftest.memory_environment(nbytes, is_in_huge_pages=False)
+        assert plain == {"UCX_ALLOC_PRIO": "heap", "GLIBC_TUNABLES": "glibc.malloc.perturb=85"}
+    assert perftest.memory_environment(small, is_in_huge_pages=True) == {"UCX_ALLOC_PRIO": "thp,heap"}
+    huge = perftest.memory_environment(large, is_in_huge_pages=True)
+    assert huge["UCX_ALLOC_PRIO"] == "heap"
+    assert {"glibc.malloc.perturb=85", "glibc.malloc.hugetlb=1"} == set(huge["GLIBC_TUNABLES"].split(":"))
+
+
 def test_without_the_wheel_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="not here") as caught:
