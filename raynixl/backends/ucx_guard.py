@@ -136,6 +136,7 @@ class Guard:
 
     def _apply(self) -> None:
         """Replace the filter of every listening socket; _lock is held."""
+        self._listening = [one for one in self._listening if _is_open(one)]
         if not self._listening or self.reason:
             return
         try:
@@ -252,6 +253,11 @@ def _duplicate(one: _Socket) -> Iterator[socket.socket | None]:
         return
     with sock:
         yield sock if os.fstat(sock.fileno()).st_ino == one.inode else None
+
+
+def _is_open(one: _Socket) -> bool:
+    with _duplicate(one) as sock:
+        return sock is not None
 
 
 def _set(one: _Socket, option: int, value: bytes) -> None:

@@ -7,11 +7,12 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raynixl.backends.base import Local
+from raynixl.backends.ucx_devices import check_names, check_ports, network_devices, setting, tcp_devices
 from raynixl.backends.ucx_guard import Guard
 from raynixl.backends.ucx_options import Lanes, blame, merge
 from raynixl.config import kept_variables, variables
@@ -83,7 +84,10 @@ class Runtime:
                 self._workers.append(self._start(device, bell))
             self.lanes = self._try_out()
         except BaseException:
-            self.close(1.0)
+            if self.close(1.0):
+                self.destroy()
+            else:
+                self.abandon()
             raise
         self.addresses = [one.rail.address for one in self._workers]
         logger.debug("UCX %s started in %.2f s: %s", library_version(), time.monotonic() - began, self)
@@ -141,14 +145,16 @@ class Runtime:
 
     def _offered(self) -> frozenset[str]:
         """Return the names of network devices that this UCX has a transport for (the wheel has none for RDMA)."""
-        return frozenset(name.partition("/")[2] for name in _resources(self._make_context("")))
+        return frozenset(network_devices(_resources(self._make_context(self._options("")))))
 
     @property
     def _has_secret(self) -> bool:
         return bool(self._local.config.secret.get_secret_value())
 
     def _start(self, device: str, bell: int) -> _Worker:
-        context = self._make_context(device)
+        options = self._options(device)
+        context = self._make_context(options)
+        listening = self._check(device, options, context)
         with self._guard.watch() as adopt:
             try:
                 worker = self._ucxx.UCXWorker(context)
@@ -156,17 +162,28 @@ class Runtime:
                 raise self._unusable(device, exc) from exc
             worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
             rail = self._local.native.Rail(context.handle, worker.handle, bell)
-            adopt(rail.address, sum(name.startswith("tcp/") for name in _resources(context)))
+            adopt(rail.address, len(listening))
         return _Worker(device, context, worker, rail)
 
-    def _make_context(self, device: str) -> Any:
+    def _check(self, device: str, options: Mapping[str, str], context: Any) -> Sequence[str]:
+        """Refuse settings under which UCX would hang or have no network; return the interfaces it will listen on."""
+        resources, environment = _resources(context), variables("UCX_")
+        check_names(
+            (device, f"rails={device!r}") if device else setting("NET_DEVICES", options, environment),
+            resources,
+            lambda: _resources(self._make_context({**options, "NET_DEVICES": "all"})),
+        )
+        devices = tcp_devices(resources)
+        check_ports(setting("TCP_PORT_RANGE", options, environment), devices)
+        return devices
+
+    def _make_context(self, options: Mapping[str, str]) -> Any:
         feature = self._ucxx.Feature
         features = (feature.RMA, feature.AM, feature.WAKEUP)
-        options = self._options(device)
         try:
-            return self._ucxx.UCXContext(options, feature_flags=features)
+            return self._ucxx.UCXContext(dict(options), feature_flags=features)
         except self._errors() as exc:
-            raise self._unusable(device, exc) from exc
+            raise self._unusable(options.get("NET_DEVICES", ""), exc) from exc
 
     def _options(self, device: str) -> dict[str, str]:
         environment = variables("UCX_")
