@@ -62,11 +62,13 @@ class Side:
         self.core = core
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.rail = core.Rail(self._context.handle, self._worker.handle, self.bell)
+        self._arrays: list[np.ndarray] = []
         self._mappings: list[Mapping] = []
         self._keys: list[RemoteKey] = []
 
     def map(self, array: np.ndarray) -> Mapping:
-        """Make an array reachable on the rail."""
+        """Make an array reachable on the rail, and keep it."""
+        self._arrays.append(array)
         self._mappings.append(self.rail.map(address_of(array), array.nbytes, HOST_MEMORY))
         return self._mappings[-1]
 

@@ -66,7 +66,8 @@ class Rma:
             keeper.retire(job)
             return refused
         job.start(self.nbytes <= self.inline_nbytes and not out_of_line)
-        return job.code if job.is_settled and not out_of_line else job
+        # The rail's thread may be about to say with what it ends: then it is a job like others.
+        return job.code if job.settled and not out_of_line else job
 
     def leave(self) -> None:
         """Leave all gates."""
