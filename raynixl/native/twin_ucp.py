@@ -147,7 +147,7 @@ _SIZE = ctypes.c_size_t
 _OUT = ctypes.c_void_p  # where a result is written: byref is taken too
 _RMA = (_POINTER, _POINTER, _SIZE, ctypes.c_uint64, _POINTER, _POINTER)
 
-_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ucp_worker_get_address": (_STATUS, (_POINTER, _OUT, _OUT)),
     "ucp_worker_release_address": (None, (_POINTER, _POINTER)),
     "ucp_worker_progress": (ctypes.c_uint, (_POINTER,)),
@@ -182,7 +182,7 @@ class Library:
             ucp, holding = ctypes.CDLL("libucp.so.0", mode=mode), ctypes.PyDLL("libucp.so.0", mode=mode)
         except OSError as exc:
             raise RuntimeError("libucp.so.0 is not loaded") from exc
-        found = {name: _find(ucp, name, *signature) for name, signature in _SIGNATURES.items()}
+        found = {name: _find(ucp, name, *signature) for name, signature in SIGNATURES.items()}
         self.worker_get_address = found["ucp_worker_get_address"]
         self.worker_release_address = found["ucp_worker_release_address"]
         self.worker_progress = found["ucp_worker_progress"]
