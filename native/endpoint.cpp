@@ -51,11 +51,8 @@ void Endpoint::close_handle() {
   param.send = on_closed;
   param.user_data = this;
   ucp::StatusPtr request = ucp::library().ep_close_nbx(ep, &param);
-  if (request != nullptr && !ucp::is_error(request)) {
-    rail_->signal();
-    return;
-  }
-  on_closed(nullptr, ucp::kOk, this);
+  rail_->signal();  // even if it is closed at once, UCX ends what was in flight only at its next progress
+  if (request == nullptr || ucp::is_error(request)) on_closed(nullptr, ucp::kOk, this);
 }
 
 void Endpoint::on_closed(void* request, ucp::Status, void* self) {

@@ -1,11 +1,14 @@
 #include "rail.h"
 
 #include <cerrno>
+#include <csignal>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
 
 #include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include "clock.h"
@@ -18,6 +21,8 @@ namespace raynixl {
 namespace {
 
 constexpr int kIdleSweeps = 20;
+constexpr int64_t kLook = 100'000;  // how long the thread looks for more after the last that happened, in ns
+constexpr int64_t kPark = 200'000;  // how long it keeps out of the way of one who drives before it looks again
 
 }  // namespace
 
@@ -34,7 +39,66 @@ Rail::Rail(ucp::Context context, ucp::Worker worker, int bell)
   ucp::library();
 }
 
-Rail::~Rail() { ::close(bell_); }
+Rail::~Rail() {
+  release();
+  ::close(bell_);
+}
+
+void Rail::release() {
+  if (!alive()) return;
+  stopping_.store(true);
+  if (thread_) {
+    signal();
+    pthread_join(*thread_, nullptr);
+    thread_.reset();
+  }
+  released_.store(true);
+}
+
+void Rail::signal() {
+  parked_.wake();
+  ucp::library().worker_signal(worker_);
+}
+
+bool Rail::serve() {
+  if (ucp::library().worker_get_efd(worker_, &efd_) != ucp::kOk) return false;
+  sigset_t all, before;
+  sigfillset(&all);  // signals belong to the threads that Python knows
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  pthread_t thread;
+  int error = pthread_create(&thread, nullptr, thread_main, this);
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (error != 0) return false;
+  pthread_setname_np(thread, "raynixl-ucx");
+  thread_ = thread;
+  return true;
+}
+
+void* Rail::thread_main(void* self) {
+  static_cast<Rail*>(self)->run();  // release() joins before the rail goes
+  return nullptr;
+}
+
+void Rail::run() {
+  const ucp::Library& ucp = ucp::library();
+  int64_t happened = now_ns();
+  while (!stopping_.load()) {
+    if (drivers_.load() > 0) {
+      uint32_t seen = parked_.value();
+      if (!stopping_.load()) parked_.wait(seen, now_ns() + kPark);
+      continue;
+    }
+    if (progress() != 0) {
+      happened = now_ns();
+    } else if (now_ns() - happened < kLook) {
+      sched_yield();
+    } else if (ucp.worker_arm(worker_) != ucp::kBusy) {
+      pollfd event{efd_, POLLIN, 0};
+      if (!stopping_.load()) poll(&event, 1, -1);
+      happened = now_ns();
+    }
+  }
+}
 
 bool Rail::usable() const { return !closed_.load(std::memory_order_acquire) && !forked(); }
 

@@ -7,9 +7,13 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include <pthread.h>
+
+#include "clock.h"
 #include "codes.h"
 #include "ucp_abi.h"
 
@@ -35,8 +39,23 @@ class Rail : public std::enable_shared_from_this<Rail> {
   // Whether this is a fork of the process that made it: UCX's sockets and locks are the parent's.
   bool forked() const;
   unsigned progress() const { return ucp::library().worker_progress(worker_); }
-  void signal() const { ucp::library().worker_signal(worker_); }
+  void signal();
   void ring() const;
+
+  // Start the thread that serves peers and what was handed over. It sleeps while nothing happens, and looks for a
+  // moment before it does: waking takes longer than an answer over TCP. False if it cannot be started.
+  bool serve();
+
+  // Whoever is inside progresses the worker himself: the thread keeps out of his way.
+  class Driver {
+   public:
+    explicit Driver(Rail& rail) : rail_(rail) { rail_.drivers_.fetch_add(1); }
+    Driver(const Driver&) = delete;
+    ~Driver() { rail_.drivers_.fetch_sub(1); }
+
+   private:
+    Rail& rail_;
+  };
 
   // A job that goes on after its caller has left; one that has settled.
   void add(const std::shared_ptr<RmaJob>& job);
@@ -49,13 +68,15 @@ class Rail : public std::enable_shared_from_this<Rail> {
 
   // Post nothing more and close every endpoint; true once all are gone. Keys and mappings can still be given back.
   bool close(int64_t deadline_ns);
-  // The worker is about to be destroyed: touch it no more.
-  void release() { released_.store(true); }
+  // The worker is about to be destroyed: touch it no more. Joins the thread.
+  void release();
   bool alive() const;
 
   void forget(Endpoint& endpoint);
 
  private:
+  static void* thread_main(void* self);
+  void run();
   std::vector<std::shared_ptr<Endpoint>> endpoints();
 
   const ucp::Context context_;
@@ -66,6 +87,11 @@ class Rail : public std::enable_shared_from_this<Rail> {
   std::atomic<bool> released_{false};
   std::atomic<bool> watched_{false};  // whether somebody sweeps
   int idle_sweeps_ = 0;               // of whoever sweeps
+  std::atomic<int> drivers_{0};
+  std::atomic<bool> stopping_{false};
+  Futex parked_;  // the thread sleeps here while somebody drives
+  int efd_ = -1;  // UCX's, readable when there is something to progress
+  std::optional<pthread_t> thread_;
   std::mutex lock_;  // protects what follows; held for list operations only
   std::list<std::shared_ptr<RmaJob>> jobs_;
   std::vector<std::weak_ptr<Endpoint>> endpoints_;

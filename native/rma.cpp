@@ -21,6 +21,18 @@ constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a t
 constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns
 constexpr int64_t kLook = 50'000;              // how long a waiter looks for news before it sleeps: waking takes as long
 
+// Drives every rail of a plan for as long as it lives; nearly always it is one.
+class Drivers {
+ public:
+  explicit Drivers(const std::vector<std::shared_ptr<Rail>>& rails) : first_(*rails.front()) {
+    for (size_t i = 1; i < rails.size(); ++i) others_.push_back(std::make_unique<Rail::Driver>(*rails[i]));
+  }
+
+ private:
+  Rail::Driver first_;
+  std::vector<std::unique_ptr<Rail::Driver>> others_;
+};
+
 }  // namespace
 
 RmaPlan::RmaPlan(bool is_write, std::vector<RmaPath> paths, std::vector<RmaRow> rows,
@@ -99,6 +111,7 @@ void RmaJob::pump() {
 }
 
 bool RmaJob::run_few(int looks) {
+  Drivers drivers(plan_->rails());
   // Nobody else posts: the hold is ours. UCX completes a flush at once if all is done, and only at its next progress
   // if it is asked before.
   all_posted_.store(true);
@@ -281,6 +294,7 @@ void RmaJob::hand_over() {
 }
 
 bool RmaJob::progress(int64_t patience_ns, int64_t deadline_ns) {
+  Drivers drivers(plan_->rails());
   int64_t quiet_since = 0;
   while (!settled()) {
     unsigned events = 0;

@@ -25,6 +25,8 @@ Library load() {
   find(ucp, "ucp_worker_release_address", l.worker_release_address);
   find(ucp, "ucp_worker_progress", l.worker_progress);
   find(ucp, "ucp_worker_signal", l.worker_signal);
+  find(ucp, "ucp_worker_arm", l.worker_arm);
+  find(ucp, "ucp_worker_get_efd", l.worker_get_efd);
   find(ucp, "ucp_mem_map", l.mem_map);
   find(ucp, "ucp_mem_unmap", l.mem_unmap);
   find(ucp, "ucp_rkey_pack", l.rkey_pack);

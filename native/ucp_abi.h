@@ -13,7 +13,7 @@ namespace raynixl::ucp {
 
 using Status = int8_t;  // ucs_status_t: 0 well, negative an error
 
-enum : Status { kOk = 0, kNoMemory = -4, kInvalidAddress = -7, kCanceled = -16, kUnsupported = -22 };
+enum : Status { kOk = 0, kNoMemory = -4, kInvalidAddress = -7, kBusy = -15, kCanceled = -16, kUnsupported = -22 };
 
 using Context = void*;
 using Worker = void*;
@@ -112,6 +112,8 @@ struct Library {
   void (*worker_release_address)(Worker, void*);
   unsigned (*worker_progress)(Worker);
   Status (*worker_signal)(Worker);
+  Status (*worker_arm)(Worker);
+  Status (*worker_get_efd)(Worker, int*);
   Status (*mem_map)(Context, const MemMapParams*, Memh*);
   Status (*mem_unmap)(Context, Memh);
   Status (*rkey_pack)(Context, Memh, void**, size_t*);

@@ -22,7 +22,7 @@ namespace {
 
 constexpr size_t kFewRows = 4;            // what is posted and, if UCX is quick, completed with the lock held
 constexpr int kFewLooks = 16;             // how often UCX is then asked before the lock is released
-constexpr int64_t kPatience = 20'000;     // how long a post stays with a transfer of which nothing is heard, in ns
+constexpr int64_t kPatience = 50'000;     // how long a post stays with a transfer of which nothing is heard, in ns
 constexpr int64_t kStay = 10'000'000;     // and how long in all
 
 struct PyRail {
@@ -160,7 +160,11 @@ void bind_rail(nb::module_& m) {
       .def("connect", rail_connect, "address"_a)
       .def("sweep", rail_sweep, "grace"_a)
       .def("close", rail_close, "timeout"_a)
-      .def("release", [](PyRail& self) { self.rail->release(); });
+      .def("serve", [](PyRail& self) { return self.rail->serve(); })
+      .def("release", [](PyRail& self) {
+        nb::gil_scoped_release release;
+        self.rail->release();
+      });
   nb::class_<PyMapping>(m, "Mapping")
       .def_prop_ro("key", [](PyMapping& self) { return to_bytes(self.mapping->key()); })
       .def("unmap", [](PyMapping& self) { self.mapping->unmap(); });

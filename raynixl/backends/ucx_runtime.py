@@ -63,6 +63,7 @@ class _Worker:
     context: Any
     worker: Any
     rail: Rail
+    is_served_by_ucxx: bool
 
 
 class Runtime:
@@ -121,7 +122,8 @@ class Runtime:
         while self._workers:
             one = self._workers.pop()
             one.rail.release()
-            one.worker.stop_progress_thread()
+            if one.is_served_by_ucxx:
+                one.worker.stop_progress_thread()
 
     def abandon(self) -> None:
         """Leave the workers as they are, for as long as the process lives."""
@@ -160,10 +162,12 @@ class Runtime:
                 worker = self._ucxx.UCXWorker(context)
             except self._errors() as exc:
                 raise self._unusable(device, exc) from exc
-            worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
             rail = self._local.native.Rail(context.handle, worker.handle, bell)
+            has_thread = rail.serve()
+            if not has_thread:
+                worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
             adopt(rail.address, len(listening))
-        return _Worker(device, context, worker, rail)
+        return _Worker(device, context, worker, rail, not has_thread)
 
     def _check(self, device: str, options: Mapping[str, str], context: Any) -> Sequence[str]:
         """Refuse settings under which UCX would hang or have no network; return the interfaces it will listen on."""

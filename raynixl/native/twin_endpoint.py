@@ -129,11 +129,11 @@ class Endpoint:
         ep, self.handle = self.handle, None
         param = ucp.RequestParam(op_attr_mask=ucp.FIELD_FLAGS, flags=ucp.CLOSE_FORCE)
         request = self.rail.ucp.ep_close_nbx(ep, ctypes.byref(param))
+        self.rail.signal()  # even if it is closed at once, UCX ends what was in flight only at its next progress
         if request is None or ucp.error_of(request) != ucp.OK:
             self._let_go()
         else:
             self._closing = request
-            self.rail.signal()
 
     def _let_go(self) -> None:
         self._closing = None

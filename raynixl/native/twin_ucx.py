@@ -167,6 +167,10 @@ class Rail:
         atexit.unregister(self.close)
         return True
 
+    def serve(self) -> bool:
+        """This core has no thread of its own: in Python it would serve nobody while Python is busy."""
+        return False
+
     def release(self) -> None:
         """Touch the worker no more: it is about to be destroyed."""
         self._released = True

@@ -77,6 +77,12 @@ class Rail(Protocol):
     def connect(self, address: bytes) -> Endpoint:
         """Make an endpoint to a peer's worker; does not wait for the peer. RuntimeError: no transport reaches it."""
 
+    def serve(self) -> bool:
+        """Serve peers and what was handed over on a thread of the core's own, until `release`.
+
+        False: this core has none, and a progress thread of ucxx must do it.
+        """
+
     def sweep(self, grace: float) -> bool:
         """Look after the jobs that were handed over: apply deadlines and closed gates, and reset the endpoints of those
         that ended more than `grace` seconds ago and that UCX has not let go of. To be called now and then after the
