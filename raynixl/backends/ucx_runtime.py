@@ -155,8 +155,15 @@ class Runtime:
 
     def _start(self, device: str, bell: int) -> _Worker:
         options = self._options(device)
-        context = self._make_context(options)
-        listening = self._check(device, options, context)
+        try:
+            context = self._make_context(options)
+        except BackendUnavailable:
+            self._check_names(device, options, [])
+            raise
+        resources = _resources(context)
+        self._check_names(device, options, resources)
+        listening = tcp_devices(resources)
+        check_ports(setting("TCP_PORT_RANGE", options, variables("UCX_")), listening)
         with self._guard.watch() as adopt:
             try:
                 worker = self._ucxx.UCXWorker(context)
@@ -169,17 +176,15 @@ class Runtime:
             adopt(rail.address, len(listening))
         return _Worker(device, context, worker, rail, not has_thread)
 
-    def _check(self, device: str, options: Mapping[str, str], context: Any) -> Sequence[str]:
-        """Refuse settings under which UCX would hang or have no network; return the interfaces it will listen on."""
-        resources, environment = _resources(context), variables("UCX_")
-        check_names(
-            (device, f"rails={device!r}") if device else setting("NET_DEVICES", options, environment),
-            resources,
-            lambda: _resources(self._make_context({**options, "NET_DEVICES": "all"})),
-        )
-        devices = tcp_devices(resources)
-        check_ports(setting("TCP_PORT_RANGE", options, environment), devices)
-        return devices
+    def _check_names(self, device: str, options: Mapping[str, str], resources: Sequence[str]) -> None:
+        said = (device, f"rails={device!r}") if device else setting("NET_DEVICES", options, variables("UCX_"))
+        check_names(said, resources, lambda: self._all_resources(options))
+
+    def _all_resources(self, options: Mapping[str, str]) -> Sequence[str]:
+        try:
+            return _resources(self._make_context({**options, "NET_DEVICES": "all"}))
+        except BackendUnavailable:  # it is not the devices
+            return ()
 
     def _make_context(self, options: Mapping[str, str]) -> Any:
         feature = self._ucxx.Feature
