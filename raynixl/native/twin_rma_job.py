@@ -282,10 +282,10 @@ class RmaJob:
 
     def _settle(self) -> None:
         self._program.leave()
-        self.is_settled = True
-        self._announce(self._error if self._error != 0 else DONE)
         with self._ended:
+            self.is_settled = True
             self._ended.notify_all()
+        self._announce(self._error if self._error != 0 else DONE)
         self._program.rails[0].retire(self)
 
     def _end(self, code: int) -> bool:

@@ -117,6 +117,7 @@ class Rail:
     def connect(self, address: bytes) -> Endpoint:
         """Make an endpoint to a peer's worker; does not wait for the peer."""
         self.check_usable()
+        self._reap()
         endpoint = Endpoint(self, next(self._tokens))
         endpoint.create(address)
         if not self.is_usable:  # closed meanwhile
@@ -129,6 +130,7 @@ class Rail:
             return False
         with self._lock:
             jobs = list(self._jobs)
+        self._reap()
         now = time.monotonic()
         for job in jobs:
             if job.code == PENDING:
@@ -151,7 +153,7 @@ class Rail:
         self._closed = True
         for endpoint in self._living():
             endpoint.close(CLOSED)
-        while self._jobs or not all(endpoint.is_gone for endpoint in self._living()):
+        while not self._reap() or self._jobs:
             if time.monotonic() >= deadline:
                 return False
             if self.progress() == 0:
@@ -228,6 +230,10 @@ class Rail:
     def _living(self) -> list[Endpoint]:
         with self._lock:
             return list(self._endpoints.values())
+
+    def _reap(self) -> bool:
+        """Let go of the endpoints that UCX has let go of; whether none is left."""
+        return not sum(not endpoint.is_gone for endpoint in self._living())
 
     def _failed(self, token: int, _ep: int, status: int) -> None:
         """Hear from UCX, inside it, that an endpoint has failed."""

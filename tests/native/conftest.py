@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_tools import BIG, INLINE, MIB, address_of, random_bytes, table, wait_threads_gone
-from ucx_tools import Side, Target
+from rail_tools import Side, Target
 
 from raynixl.native import COPY, Engine, Native, load
 

@@ -91,6 +91,7 @@ CONSTANTS: list[tuple[str, int | None, str]] = [
     ("", twin_ucp.IN_PROGRESS, "UCS_INPROGRESS"),
     ("kNoMemory", twin_ucp.NO_MEMORY, "UCS_ERR_NO_MEMORY"),
     ("kInvalidAddress", twin_ucp.INVALID_ADDRESS, "UCS_ERR_INVALID_ADDR"),
+    ("kBusy", None, "UCS_ERR_BUSY"),
     ("kCanceled", None, "UCS_ERR_CANCELED"),
     ("kUnsupported", twin_ucp.UNSUPPORTED, "UCS_ERR_UNSUPPORTED"),
     ("kFieldCallback", twin_ucp.FIELD_CALLBACK, "UCP_OP_ATTR_FIELD_CALLBACK"),
@@ -122,9 +123,24 @@ template <> struct Erase<ucs_status_t> { using type = ucp::Status; };
 template <typename R, typename... A> struct Shape {};
 template <typename R, typename... A>
 Shape<typename Erase<R>::type, typename Erase<A>::type...> shape(R (*)(A...));
+template <typename Ours, typename R, typename... A>
+constexpr bool is_shaped(R (*)(A...)) {
+  return std::is_same_v<Ours, Shape<typename Erase<R>::type, typename Erase<A>::type...>>;
+}
 #define SAME(member, function) \
   static_assert(std::is_same_v<decltype(shape(ucp::Library{}.member)), decltype(shape(&function))>, #function)
 """
+
+
+# What our ctypes functions take, in C++; every pointer is one of these two.
+TYPES = {
+    None: "void",
+    ctypes.c_void_p: "void*",
+    ctypes.c_char_p: "void*",
+    ctypes.c_size_t: "size_t",
+    ctypes.c_int8: "ucp::Status",
+    ctypes.c_uint: "unsigned",
+}
 
 
 def headers() -> Path:
@@ -170,6 +186,9 @@ def assertions() -> list[str]:
             lines.append(f"static_assert(int64_t({value}ull) == int64_t({theirs}));" if value >= 0 else
                          f"static_assert({value} == int64_t({theirs}));")  # fmt: skip
     lines += [f"SAME({member}, {name});" for member, name in loaded_functions()]
+    for name, (restype, argtypes) in twin_ucp.SIGNATURES.items():
+        shape = ", ".join(TYPES[kind] for kind in (restype, *argtypes))
+        lines.append(f'static_assert(is_shaped<Shape<{shape}>>(&{name}), "{name} in ctypes");')
     lines.append("static_assert(sizeof(ucs_status_t) == 1 && sizeof(ucp::Status) == 1);")
     lines.append("static_assert(uintptr_t(-100) == uintptr_t(UCS_ERR_LAST));")
     return lines
@@ -196,6 +215,6 @@ def test_every_member_is_compared() -> None:
     assert structures - {"Library"} == {ours for ours, *_ in STRUCTURES}
 
 
-def test_both_cores_use_the_same_functions() -> None:
+def test_both_cores_use_the_same_functions_but_for_a_thread_of_their_own() -> None:
     ours = {name for _, name in loaded_functions()}
-    assert ours == set(twin_ucp.SIGNATURES)
+    assert ours == set(twin_ucp.SIGNATURES) | {"ucp_worker_arm", "ucp_worker_get_efd"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_tools import KIB, MIB, address_of, finish, random_bytes
-from ucx_tools import INLINE, Side, Target, Way, rma_rows
+from rail_tools import INLINE, Side, Target, Way, rma_rows
 
 from raynixl.backends.ucx_runtime import is_installed
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, STALE

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from native_tools import KIB, MIB, finish, random_bytes
-from ucx_tools import TIMEOUT as PATIENCE
-from ucx_tools import Side, Target, moving, until
+from rail_tools import TIMEOUT as PATIENCE
+from rail_tools import Side, Target, Way, moving, until
 
 from raynixl.backends.ucx_runtime import is_installed
-from raynixl.native import CANCELLED, CLOSED, DONE, LOST, PENDING, RESET, STALE, TIMEOUT, Native
+from raynixl.native import CANCELLED, CLOSED, DONE, LOST, PENDING, RESET, STALE, TIMEOUT, Gate, Native
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")
 
@@ -225,11 +227,61 @@ def test_a_rail_closes_although_a_peer_is_frozen(make_side: MakeSide, make_targe
     assert finish(job) == CLOSED
 
 
+@both
+def test_threads_that_post_are_refused_by_a_closed_endpoint(
+    make_side: MakeSide, make_target: MakeTarget, tls: str
+) -> None:
+    side, target = make_side(tls), make_target(tls, BLOCK)
+    for _ in range(3):
+        post_until_closed(side, side.reach(target.export))
+
+
+def post_until_closed(side: Side, way: Way) -> None:
+    """Close an endpoint over which several threads post, and see what they are told."""
+    gate = side.core.Gate()
+    with posting(side, way, gate) as codes:
+        assert until(lambda: all(DONE in seen for seen in codes))
+        way.endpoint.close(RESET)
+    assert set().union(*codes) <= {DONE, RESET, LOST}
+    assert all(seen[-1] == LOST for seen in codes)
+    assert gate.drain(PATIENCE)
+    assert until(lambda: way.endpoint.is_gone)
+
+
+def test_threads_that_post_are_refused_by_a_closed_rail(make_side: MakeSide, make_target: MakeTarget) -> None:
+    side, target = make_side("cma,tcp"), make_target("cma,tcp", BLOCK)
+    way, gate = side.reach(target.export), side.core.Gate()
+    with posting(side, way, gate) as codes:
+        assert until(lambda: all(DONE in seen for seen in codes))
+        assert side.rail.close(10.0)
+    assert set().union(*codes) <= {DONE, CLOSED, LOST}
+    assert gate.inflight == 0
+
+
+@contextlib.contextmanager
+def posting(side: Side, way: Way, gate: Gate) -> Iterator[list[list[int]]]:
+    """Three threads that run programs of several sizes until one is refused; the value is the codes of each."""
+    codes: list[list[int]] = [[], [], []]
+    programs = [side.writer(random_bytes(nbytes), way, [gate]) for nbytes in (8, 200 * KIB, 4 * MIB)]
+
+    def post(number: int) -> None:
+        while not codes[number] or codes[number][-1] == DONE:
+            codes[number].append(finish(programs[number].run(PATIENCE)))
+        codes[number].append(finish(programs[number].run(PATIENCE)))
+
+    threads = [threading.Thread(target=post, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    yield codes
+    for thread in threads:
+        thread.join()
+
+
 SCRIPT = """
 import os, sys
 import numpy as np
 sys.path.insert(0, {tests!r})
-from ucx_tools import Side, moving
+from rail_tools import Side, moving
 from native_tools import random_bytes
 from raynixl.native import CLOSED, DONE, PENDING, load
 side = Side(load({native}), "cma,tcp")
