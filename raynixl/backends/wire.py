@@ -9,15 +9,13 @@ import socket
 import struct
 from typing import Protocol
 
+from raynixl.backends.socket_owner import owner
 from raynixl.errors import IntegrityError
 
 MAX_GREETING_NBYTES = 4096
 
 _CREDENTIALS = struct.Struct("3i")
 _LENGTH = struct.Struct("<I")
-_ESTABLISHED = b"01"
-_LOOKS = 3
-"""The kernel's table is no snapshot: a line may be missed while others come and go."""
 
 
 class Wire(Protocol):
@@ -71,6 +69,8 @@ class StreamWire:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        with contextlib.suppress(OSError):  # it has been reset already
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for the next one
         self._data = b""
         self._wanted = _LENGTH.size
 
@@ -100,7 +100,7 @@ class StreamWire:
         with contextlib.suppress(OSError):
             theirs, ours = self.sock.getpeername(), self.sock.getsockname()
             if ipaddress.ip_address(theirs[0].partition("%")[0]).is_loopback:
-                return _owner(self.sock.family, theirs, ours) == os.geteuid()
+                return owner(self.sock.family, theirs[:2], ours[:2]) == os.geteuid()
         return False
 
 
@@ -113,22 +113,3 @@ def _credentials(sock: socket.socket) -> tuple[int, int, int]:
     """Return process, user and group of the other end."""
     pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return int(pid), int(uid), int(gid)
-
-
-def _owner(family: int, end: tuple[str, int], other: tuple[str, int]) -> int | None:
-    """Return the user of the local end of a connection, None if it is not there or not established any more."""
-    table = "/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp"
-    line = b" ".join((_entry(family, end), _entry(family, other), _ESTABLISHED, b""))
-    for _ in range(_LOOKS):
-        with open(table, "rb") as file:
-            _, found, rest = file.read().partition(line)
-        if found:
-            return int(rest.split(None, 4)[3])
-    return None
-
-
-def _entry(family: int, end: tuple[str, int]) -> bytes:
-    """Return an address and a port as the kernel's table writes them: words of the host's byte order."""
-    packed = socket.inet_pton(family, end[0].partition("%")[0])
-    words = struct.unpack(f"={len(packed) // 4}I", packed)
-    return ("".join(f"{word:08X}" for word in words) + f":{end[1]:04X}").encode()
