@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import numpy as np
-from agent_tools import MIB, PATIENCE
+from agent_tools import PATIENCE
 from liveness_tools import QUICK, World
 
-from raynixl import Agent, AgentConfig, Region, RemoteRegion, Transfer
+from raynixl import AgentConfig, Region, RemoteRegion, Transfer
 from raynixl.backends.ucx import UcxBackend
+from raynixl.testing.places import FarProcess
 
 CMA, TCP = LANES = ("cma,tcp", "tcp")
 SECRET = b"of this job"
@@ -29,8 +28,26 @@ class LaneWorld(World):
     """Near, victim and bystander, which reach each other by the same lane."""
 
     def __init__(self, config: AgentConfig) -> None:
-        super().__init__(UcxBackend, config)
         self.tls = config.ucx["TLS"]
+        super().__init__(UcxBackend, config)
+
+    def open(self, far: FarProcess, name: str) -> None:
+        """Start an agent in a process; the bystander not before it is needed: UCX takes a second of a core."""
+        if far is self.bystander:
+            return
+        far.open(name)
+        self.introduce(far)
+
+    def meet_bystander(self) -> None:
+        """Start the bystander, and exchange a message with it."""
+        self.bystander.open("bystander")
+        self.introduce(self.bystander)
+        self.check_bystander()
+
+    def introduce(self, far: FarProcess) -> None:
+        """Make a far agent and the near one known to each other."""
+        self.near.peer(far.ask("record"))
+        far.ask("meet", self.near.record())
 
     def gigabytes(self, op: str, mine: Region, theirs: RemoteRegion) -> list[Transfer]:
         """Start to move the same regions again and again: more than will be through before anything happens."""

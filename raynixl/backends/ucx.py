@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -20,14 +21,14 @@ from raynixl.backends.shm import addresses as address_table
 from raynixl.backends.ucx_answers import Answers
 from raynixl.backends.ucx_exports import Exports
 from raynixl.backends.ucx_guard import Guard, own_sources, sources
-from raynixl.backends.ucx_key import Keys
+from raynixl.backends.ucx_key import Keys, unseal_workers
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
 from raynixl.backends.ucx_rails import RailChoice, cut
 from raynixl.backends.ucx_runtime import INSTALL, Runtime, is_installed
 from raynixl.backends.ucx_wireup import Answer, Ask, Hello, Questions, Refusal, parse_wireup, unpack
 from raynixl.backends.wire import StreamWire
 from raynixl.blocks import refuse_overlap
-from raynixl.errors import AgentClosed, BackendUnavailable, RaynixlError, TransferTimeout
+from raynixl.errors import AgentClosed, BackendUnavailable, PeerLost, RaynixlError, TransferTimeout
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Program
 from raynixl.native.ucx import Rail
@@ -233,24 +234,28 @@ class UcxBackend:
 
     def _admit(self, newcomer: Newcomer) -> None:
         """Take in a peer that has connected and proved itself."""
+        assert newcomer.client is not None
+        self._links.admit(newcomer.client.incarnation, lambda: self._welcome(newcomer))
+
+    def _welcome(self, newcomer: Newcomer) -> None:
         client = newcomer.client
         assert client is not None
+        if self._listener.is_closed:
+            newcomer.sock.close()
+            return
         link = UcxLink(
             self._local, newcomer.sock, peer=client.name, incarnation=client.incarnation, on_control=self._on_control
         )
-
-        def take_in() -> None:
-            self._take_in(link)
-            self._local.events.link_opened(link)
-
-        self._links.admit(client.incarnation, take_in)
+        self._take_in(link)
+        self._local.events.link_opened(link)
 
     def _take_in(self, link: UcxLink) -> None:
         self._links.add(link)
         link.guard = self._guard
         link.open()
         hello = Hello(host=self._local.host, pid=os.getpid(), addresses=own_sources(self._addresses))
-        link.send_control(hello.model_dump_json().encode())
+        with contextlib.suppress(PeerLost):  # they have left already: the link is about to hear of it
+            link.send_control(hello.model_dump_json().encode())
 
     def _ask(self, link: UcxLink, region: int, deadline: float) -> Answer:
         """Ask a peer for the keys of a region.
@@ -268,7 +273,9 @@ class UcxBackend:
             return question.answer
         if question.answer is not None:
             raise question.answer.to_error(link.peer)
-        raise link.lost or TransferTimeout(
+        if link.lost is not None:
+            raise link.lost.afresh()
+        raise TransferTimeout(
             f"peer {link.peer!r} did not say in time how UCX reaches its region {region}",
             hint="it is frozen or overloaded", peer=link.peer,
         )  # fmt: skip
@@ -279,11 +286,13 @@ class UcxBackend:
         if lane is not None and lane.is_usable:
             return lane
         self._await_hello(link, deadline)
-        lane = Lane(link.peer, self._rails(), [unpack(text) for text in answer.workers])
+        workers = unseal_workers(unpack(answer.workers), incarnation=link.incarnation)
+        lane = Lane(link.peer, self._rails(), workers)
         link.lane = lane
         if link.lost is not None:
+            link.lane = None
             lane.fail()
-            raise link.lost
+            raise link.lost.afresh()
         self._local.reactor.call_soon(lambda: self._open.add(link))
         if not link.pid:
             self._watch(link, lane, deadline)
@@ -292,8 +301,10 @@ class UcxBackend:
     def _await_hello(self, link: UcxLink, deadline: float) -> None:
         """Wait until the peer is admitted to our own ports: its UCX may connect, too, when ours does."""
         self._local.reactor.run_until(lambda: link.is_introduced or link.lost is not None, deadline)
+        if link.lost is not None:
+            raise link.lost.afresh()
         if not link.is_introduced:
-            raise link.lost or TransferTimeout(f"peer {link.peer!r} did not introduce itself", peer=link.peer)
+            raise TransferTimeout(f"peer {link.peer!r} did not introduce itself", peer=link.peer)
 
     def _watch(self, link: UcxLink, lane: Lane, deadline: float) -> None:
         """Find out later whether a silent peer of another host is there: by reading a word of its memory."""
@@ -317,9 +328,8 @@ class UcxBackend:
         assert isinstance(link, UcxLink)
         match parse_wireup(body):
             case Hello() as hello:
-                is_here = hello.host == self._local.host
-                link.admit(sources(hello.addresses, link.remote, is_here=is_here))
-                if is_here:
+                link.admit(sources(hello.addresses, link.remote))
+                if hello.host == self._local.host:
                     link.watch_process(hello.pid)
             case Ask() as ask:
                 self._answers.give(link, ask)

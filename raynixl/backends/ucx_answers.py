@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from raynixl.backends.base import Local
 from raynixl.backends.ucx_exports import Exports
+from raynixl.backends.ucx_key import seal_workers
 from raynixl.backends.ucx_lane import UcxLink
 from raynixl.backends.ucx_wireup import Answer, Ask, Refusal, pack
 from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
@@ -55,8 +56,8 @@ class Answers:
     def _answer(self, link: UcxLink, ask: Ask) -> None:
         try:
             sealed = self._exports.sealed(ask.region, link)
-            workers = tuple(pack(address) for address in self._workers())
-            self._reply(link, Answer(number=ask.number, sealed=pack(sealed), workers=workers))
+            workers = seal_workers(self._local.incarnation, self._workers())
+            self._reply(link, Answer(number=ask.number, sealed=pack(sealed), workers=pack(workers)))
         except RaynixlError as exc:
             self._refuse(link, ask, exc)
 

@@ -124,7 +124,7 @@ class UcxBinding(Binding):
 
     def release(self) -> None:
         """Give the keys back; nobody is inside the gate any more."""
-        keys, self.keys = self.keys, ()
+        keys, self.keys, self.lane = self.keys, (), None
         for key in keys:
             key.destroy()
 
@@ -144,6 +144,10 @@ class UcxLink(StreamLink):
         if self.lost is not None:  # meanwhile
             self.guard.dismiss(self)
         self.is_introduced = True
+
+    def is_frozen(self) -> bool:
+        """Whether the peer is known to be stopped, or has not said the first of its words in all the time."""
+        return not self.is_introduced or super().is_frozen()
 
     @property
     def remote(self) -> IpAddress | None:

@@ -17,6 +17,7 @@ from raynixl.record import Unsigned
 
 MAX_WIREUP_NBYTES = 1 << 20
 MAX_ADDRESSES = 64
+MAX_PID = 1 << 22  # of Linux
 _Bytes = Annotated[str, Field(max_length=2 * MAX_RAILS * MAX_KEY_NBYTES)]
 
 
@@ -39,7 +40,7 @@ class Hello(_Wireup):
 
     kind: Literal["hello"] = "hello"
     host: Annotated[str, Field(max_length=200)]
-    pid: Unsigned
+    pid: Annotated[int, Field(ge=1, le=MAX_PID)]
     addresses: Annotated[
         tuple[Annotated[str, Field(max_length=45), AfterValidator(_is_address)], ...],
         Field(strict=False, max_length=MAX_ADDRESSES),
@@ -55,12 +56,12 @@ class Ask(_Wireup):
 
 
 class Answer(_Wireup):
-    """The sealed keys of the region, and the address of each worker that they belong to."""
+    """The sealed keys of the region, and the sealed addresses of the workers that they belong to."""
 
     kind: Literal["answer"] = "answer"
     number: Unsigned
     sealed: _Bytes
-    workers: Annotated[tuple[_Bytes, ...], Field(strict=False, min_length=1, max_length=MAX_RAILS)]
+    workers: _Bytes
 
 
 class Refusal(_Wireup):
