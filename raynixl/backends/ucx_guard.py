@@ -200,18 +200,15 @@ def own_sources(preferred: Iterable[Address]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))[:MAX_ADDRESSES]
 
 
-def sources(stated: Iterable[str], remote: IpAddress | None, *, is_here: bool) -> set[IpAddress]:
+def sources(stated: Iterable[str], remote: IpAddress | None) -> set[IpAddress]:
     """Return the addresses to admit for a peer that states its own, and whose link comes from or leads to `remote`.
 
-    Only a peer of this host comes from loopback, or from an address that this host has, too (that of docker0 is the
-    same on every host): for another these would admit nobody but the local users. Containers may share the network and
-    nothing else.
+    A peer that shares our network has one of our own addresses there, and may come by loopback, too. For any other,
+    addresses that we have as well (that of docker0 is the same on every host) would admit only users of this host.
     """
     ours = {ip_address(one.ip) for one in addresses()} | LOOPBACK
     theirs = {ip_address(text) for text in stated} | ({remote} if remote is not None else set())
-    if is_here or remote in ours:
-        return theirs | LOOPBACK
-    return theirs - ours
+    return theirs | LOOPBACK if remote in ours else theirs - ours
 
 
 def _tcp_sockets() -> Iterator[_Socket]:

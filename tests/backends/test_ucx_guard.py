@@ -233,13 +233,13 @@ def test_ports_that_are_not_found_are_reported(caplog: pytest.LogCaptureFixture)
 def test_a_peer_of_another_host_opens_nothing_to_the_users_of_this_one() -> None:
     ours = {ip_address(one.ip) for one in addresses()}
     stated = ["10.9.8.7", "127.0.0.1", *map(str, ours)]
-    assert sources(stated, ip_address("10.9.8.6"), is_here=False) == of("10.9.8.7", "10.9.8.6")
+    assert sources(stated, ip_address("10.9.8.6")) == of("10.9.8.7", "10.9.8.6")
+    assert sources(stated, None) == of("10.9.8.7"), "the link is gone already"
 
 
-def test_a_peer_of_this_host_or_of_its_network_may_come_by_loopback() -> None:
-    here = ip_address(addresses()[0].ip)
-    for remote, is_here in ((here, False), (ip_address("127.0.0.1"), False), (ip_address("10.1.2.3"), True)):
-        assert sources(["10.9.8.7"], remote, is_here=is_here) == LOOPBACK | of("10.9.8.7") | {remote}
+def test_a_peer_that_shares_our_network_may_come_by_loopback() -> None:
+    for remote in {ip_address(one.ip) for one in addresses()} | LOOPBACK:
+        assert sources(["10.9.8.7"], remote) == LOOPBACK | of("10.9.8.7") | {remote}
 
 
 def test_a_host_states_its_addresses_and_a_bounded_number_of_them() -> None:

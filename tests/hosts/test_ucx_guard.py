@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,11 @@ from raynixl.testing.places import FarProcess
 
 pytest.importorskip("ucxx", reason="the ucx backend needs ucxx")
 N = 1 << 20
-KNOCK = "import sys; from ucx_tools import is_heard; print(is_heard((sys.argv[1], int(sys.argv[2]))))"
+KNOCK = """
+import json, sys
+from ucx_tools import is_heard
+print(json.dumps([is_heard(tuple(one)) for one in json.loads(sys.argv[1])]))
+"""
 Put = Callable[..., FarProcess]
 
 
@@ -49,9 +54,10 @@ def put(three: Bed, nothing_left: Callable[[], list[str]]) -> Iterator[Put]:
         far.close()
 
 
-def is_heard_from(host: Host, target: tuple[str, int]) -> bool:
-    """Whether a process of the host gets through."""
-    return host.ask(KNOCK, target[0], str(target[1])).strip() == "True"
+def heard_from(host: Host, targets: list[tuple[str, int]]) -> list[bool]:
+    """Whether a process of the host gets through to each."""
+    answers: list[bool] = json.loads(host.ask(KNOCK, json.dumps(targets)))
+    return answers
 
 
 def open_ports(far: FarProcess) -> list[tuple[str, int]]:
@@ -72,21 +78,16 @@ def test_a_host_is_heard_from_the_moment_its_agent_has_proved_itself_until_it_ha
     check_reads(alice, "bob", 2)
     ports = open_ports(bob)
     assert [ip for ip, _ in ports] == [second.address_on(0), second.address_on(1)]
-    for port in (*ports, *open_ports(alice)):
-        assert not is_heard_from(third, port)
+    assert heard_from(third, ports + open_ports(alice)) == [False] * 4
     bob.ask("fill", "arena", 3)
     check_reads(alice, "bob", 3)
     carol = put(third, "carol", seed=4)
     carol.ask("meet", bob.ask("record"))
     check_reads(carol, "bob", 3)
-    for port in ports:
-        assert is_heard_from(third, port)
-        assert is_heard_from(first, port)
-    for port in open_ports(alice):
-        assert not is_heard_from(third, port), "carol is no peer of alice"
+    assert heard_from(first, ports) == [True, True]
+    assert heard_from(third, ports + open_ports(alice)) == [True, True, False, False], "carol is no peer of alice"
     carol.close_agent()
-    eventually(lambda: not is_heard_from(third, ports[0]), "the host to be dismissed")
-    assert not is_heard_from(third, ports[1])
+    eventually(lambda: not any(heard_from(third, ports)), "the host to be dismissed")
     bob.ask("fill", "arena", 5)
     check_reads(alice, "bob", 5)
 
@@ -118,10 +119,31 @@ def test_a_network_that_only_ucx_uses_is_admitted_too(three: Bed, put: Put) -> N
     alice, bob = put(first, "alice", seed=1, **apart), put(second, "bob", seed=2, **apart)
     alice.ask("meet", bob.ask("record"))
     check_reads(alice, "bob", 2)
-    (port,) = open_ports(bob)
-    assert port[0] == second.address_on(1)
-    assert not is_heard_from(third, port)
-    assert is_heard_from(first, port)
+    ports = open_ports(bob)
+    assert [ip for ip, _ in ports] == [second.address_on(1)]
+    assert heard_from(third, ports) == [False]
+    assert heard_from(first, ports) == [True]
+
+
+def test_a_peer_whose_ucx_cannot_be_reached_holds_up_no_other(three: Bed, put: Put) -> None:
+    first, second, third = three
+    apart = {"interfaces": ("eth0",), "ucx": {"NET_DEVICES": "eth1"}}
+    alice = put(first, "alice", seed=1, **apart)
+    bob, carol = put(second, "bob", seed=2, **apart), put(third, "carol", seed=3, **apart)
+    for far in (bob, carol):
+        alice.ask("meet", far.ask("record"))
+    carol.ask("meet", bob.ask("record"))
+    check_reads(carol, "bob", 2)  # both have started UCX
+    carol.ask("fill", "arena", 3)
+    check_reads(alice, "carol", 3)
+    three.cut(second, rail=1)
+    assert alice.ask("flood", "arena", "bob", "arena", 1) is None
+    for seed in (4, 5, 6):
+        carol.ask("fill", "arena", seed)
+        check_reads(alice, "carol", seed)
+    assert alice.ask("flood_ends") in (["TransferTimeout"], ["PeerLost"])
+    three.heal(second, rail=1)
+    check_reads(alice, "bob", 2)
 
 
 def test_ipv6_is_guarded_alike(three: Bed, put: Put) -> None:
@@ -130,10 +152,10 @@ def test_ipv6_is_guarded_alike(three: Bed, put: Put) -> None:
     alice, bob = put(first, "alice", seed=1, **six), put(second, "bob", seed=2, **six)
     alice.ask("meet", bob.ask("record"))
     check_reads(alice, "bob", 2)
-    (port,) = open_ports(bob)
-    assert port[0] == second.address6_on(0)
-    assert not is_heard_from(third, port)
-    assert is_heard_from(first, port)
+    ports = open_ports(bob)
+    assert [ip for ip, _ in ports] == [second.address6_on(0)]
+    assert heard_from(third, ports) == [False]
+    assert heard_from(first, ports) == [True]
 
 
 def _resent(far: FarProcess) -> int:
