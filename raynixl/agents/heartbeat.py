@@ -45,11 +45,18 @@ class Heartbeat:
         except RaynixlError:
             return
         if silence > config.heartbeat_timeout and link.is_frozen():
-            link.close(
-                PeerLost(
-                    f"peer {connection.name!r} is frozen: stopped, and silent for {silence:.1f} s",
-                    hint="resume it with SIGCONT; the next use connects again", peer=connection.name,
-                )
-            )  # fmt: skip
+            link.close(_unheard(connection.name, silence, is_here=getattr(link, "pid", 1) != 0))
             return
         self._agent.control.try_send(link, Message(MessageKind.PING))
+
+
+def _unheard(peer: str, silence: float, *, is_here: bool) -> PeerLost:
+    if is_here:
+        return PeerLost(
+            f"peer {peer!r} is frozen: stopped, and silent for {silence:.1f} s",
+            hint="resume it with SIGCONT; the next use connects again", peer=peer,
+        )  # fmt: skip
+    return PeerLost(
+        f"peer {peer!r} has been silent for {silence:.1f} s, and does not even answer a one-sided read",
+        hint="its process is stopped, or the network to its host is cut; the next use connects again", peer=peer,
+    )  # fmt: skip
