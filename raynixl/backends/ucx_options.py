@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from raynixl.memory import MemoryKind
 
 FORCED = {"RNDV_THRESH": "inf"}
 """With peer error handling UCX takes no zero-copy lane for one-sided operations unless rendezvous is out of the way."""
@@ -23,22 +25,17 @@ print.
 """
 
 PREFIX = "UCX_"
-_REMOTE_MEMORY = (
-    "rc_",
-    "dc_",
-    "ud_",
-    "srd",
-    "gdaki",
-    "cuda_ipc",
-    "rocm_ipc",
-    "ze_ipc",
-    "cma",
-    "knem",
-    "xpmem",
-    "ugni",
-    "gga_",
-)
-"""Transports that read and write a peer's memory without its help; ud has no such operations, but is never alone."""
+_RDMA = ("rc_mlx5", "rc_verbs", "dc_mlx5", "srd", "gga_mlx5", "ugni_rdma")
+_DIRECT = {
+    MemoryKind.DRAM: (*_RDMA, "cma", "knem", "xpmem"),
+    MemoryKind.VRAM: (*_RDMA, "cuda_ipc", "rocm_ipc"),
+}
+"""Transports that read and write a peer's memory of a kind without its help, as far as their names tell.
+
+Not ud, which has no such operations, nor rc_gda, which only kernels of a GPU can post to; sysv, posix and self reach
+only what UCX itself has allocated. What the name does not tell: the first generation of EFA has no writes by srd, and
+RDMA reaches VRAM only where GPUDirect does. UCX emulates what is lacking.
+"""
 
 
 def merge(given: Mapping[str, str], environment: Mapping[str, str], *, device: str, is_local: bool) -> dict[str, str]:
@@ -71,19 +68,25 @@ _DECIDING = ("TLS", "NET_DEVICES", "PROTOS", "SOCKADDR_TLS_PRIORITY")
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The transports of one endpoint, as 'transport/device'."""
+    """The transports of one endpoint, as 'transport/device', and the kind of memory that they shall reach."""
 
     transports: tuple[str, ...]
+    kind: MemoryKind = MemoryKind.DRAM
 
     @staticmethod
     def of(transports: Sequence[str]) -> Lanes:
-        """Return them sorted, each once."""
+        """Return them sorted, each once, as a way to host memory."""
         return Lanes(tuple(sorted(set(transports))))
+
+    def reaching(self, kind: MemoryKind) -> Lanes:
+        """Return them as a way to memory of that kind: cma reaches no GPU's, CUDA IPC no host's."""
+        return replace(self, kind=kind)
 
     @property
     def direct(self) -> tuple[str, ...]:
         """Those that reach a peer's memory without its help."""
-        return tuple(one for one in self.transports if one.startswith(_REMOTE_MEMORY))
+        names = _DIRECT.get(self.kind, ())
+        return tuple(one for one in self.transports if one.partition("/")[0] in names)
 
     @property
     def is_emulation(self) -> bool:
@@ -94,3 +97,8 @@ class Lanes:
         if self.is_emulation:
             return f"{', '.join(self.transports) or 'no transport'} (software emulation)"
         return ", ".join(one.removesuffix("/memory") for one in self.direct)
+
+    def explain(self) -> str:
+        """Say how memory is reached, and list all transports of the endpoint."""
+        how = "the peer's UCX takes part in each operation" if self.is_emulation else "without the peer's help"
+        return f"{self}: {how}; all transports: {', '.join(self.transports)}"
