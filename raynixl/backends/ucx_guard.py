@@ -9,40 +9,23 @@ for good, so it is shut down when that source is dismissed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
-import os
-import socket
-import stat
 import struct
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from ipaddress import ip_address
 
 from raynixl.backends.ucx_filter import MAX_INSTRUCTIONS, WIDTHS, IpAddress, compile_filter, count, widened
+from raynixl.backends.ucx_sockets import OwnSocket, own_sockets
 from raynixl.backends.ucx_wireup import MAX_ADDRESSES
 from raynixl.topology import Address, addresses
 
 logger = logging.getLogger(__name__)
 
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # of Linux' <asm-generic/socket.h>; the socket module lacks them
-_TCP = (socket.AF_INET, socket.AF_INET6)
 LOOPBACK: frozenset[IpAddress] = frozenset(map(ip_address, ("127.0.0.1", "::1")))
 _STARTING = threading.Lock()
 """Held while UCX makes a worker, so that sockets which appear meanwhile are not those of another agent's worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Socket:
-    """One TCP socket of this process, as it was when it was looked at: its descriptor may be another's by now."""
-
-    fd: int
-    inode: int
-    here: tuple[str, int]
-    there: str = ""
-    """The address at the other end; '' if it listens."""
 
 
 class Guard:
@@ -52,11 +35,12 @@ class Guard:
         self._name = name
         self._lock = threading.Lock()  # protects all below, and the order in which filters are replaced
         self._admitted: dict[Hashable, frozenset[IpAddress]] = {}
-        self._listening: list[_Socket] = []
+        self._listening: list[OwnSocket] = []
         self._width = WIDTHS[0]
+        self._is_refused = False
         self._is_closed = False
         self.reason = ""
-        """Why the ports are not guarded, '' if they are."""
+        """Why not all ports are guarded, '' if they are."""
 
     def __repr__(self) -> str:
         ports = ", ".join(f"{host} port {port}" for host, port in (one.here for one in self._listening))
@@ -66,10 +50,10 @@ class Guard:
     def watch(self) -> Iterator[Callable[[bytes, int], None]]:
         """Watch a worker being made. To be told its address, which names its ports, and how many it should have."""
         with _STARTING:
-            before = {(one.fd, one.inode) for one in _tcp_sockets() if not one.there}
+            before = {(one.fd, one.inode) for one in own_sockets() if not one.there}
 
             def adopt(address: bytes, expected: int) -> None:
-                new = [one for one in _tcp_sockets() if not one.there and (one.fd, one.inode) not in before]
+                new = [one for one in own_sockets() if not one.there and (one.fd, one.inode) not in before]
                 # Other threads may have begun to listen meanwhile. UCX packs a port as the network has it.
                 self._adopt([one for one in new if struct.pack("!H", one.here[1]) in address], expected)
 
@@ -124,28 +108,35 @@ class Guard:
     def _union(self) -> frozenset[IpAddress]:
         return frozenset().union(*self._admitted.values())
 
-    def _adopt(self, sockets: Sequence[_Socket], expected: int) -> None:
+    def _adopt(self, sockets: Sequence[OwnSocket], expected: int) -> None:
         with self._lock:
             self._listening += sockets
             self._apply()
             for one in sockets:
-                _empty(one)
+                one.send_away()
             self._sever()
             if len(sockets) < expected:
-                self._give_up(f"only {len(sockets)} of its {expected} ports were found")
+                self._report(f"only {len(sockets)} of its {expected} ports were found")
 
     def _apply(self) -> None:
         """Replace the filter of every listening socket; _lock is held."""
-        self._listening = [one for one in self._listening if _is_open(one)]
-        if not self._listening or self.reason:
+        self._listening = [one for one in self._listening if one.is_open]
+        if not self._listening or self._is_refused:
             return
+        width = self._width
         try:
             while not self._attach(self._program()):
                 self._widen()
         except OSError as exc:
+            self._is_refused = True
             for one in self._listening:
-                _set(one, _SO_DETACH_FILTER, bytes(4))  # a filter that cannot be replaced would keep new peers out
-            self._give_up(f"the kernel refuses a packet filter: {exc.strerror}")
+                one.detach()  # a filter that cannot be replaced would keep new peers out
+            self._report(f"the kernel refuses a packet filter: {exc.strerror}")
+        if self._width != width:
+            logger.warning(
+                "agent %r has peers at so many addresses that UCX's ports let in whole networks: /%d, of IPv6 /%d",
+                self._name, *self._width,
+            )  # fmt: skip
 
     def _program(self) -> bytes:
         """Return the narrowest program that the kernel takes; _lock is held."""
@@ -156,11 +147,9 @@ class Guard:
 
     def _attach(self, program: bytes) -> bool:
         """Put a program on every listening socket; False if the kernel finds it too large."""
-        memory = ctypes.create_string_buffer(program, len(program))
-        filter_ = struct.pack("@HP", count(program), ctypes.addressof(memory))
         try:
             for one in self._listening:
-                _set(one, _SO_ATTACH_FILTER, filter_)
+                one.attach(program)
         except OSError as exc:
             if exc.errno == errno.ENOMEM and self._width != WIDTHS[-1]:  # beyond net.core.optmem_max
                 return False
@@ -169,23 +158,17 @@ class Guard:
 
     def _widen(self) -> None:
         self._width = WIDTHS[WIDTHS.index(self._width) + 1]
-        logger.warning(
-            "agent %r has peers at so many addresses that UCX's ports let in whole networks: /%d, of IPv6 /%d",
-            self._name, *self._width,
-        )  # fmt: skip
 
     def _sever(self) -> None:
-        if not self._listening or self.reason:
+        if not self._listening or self._is_refused:
             return
         ours, admitted = {one.here for one in self._listening}, self._union()
-        for one in _tcp_sockets():
+        for one in own_sockets():
             if one.there and one.here in ours and _parsed(one.there) not in admitted:
                 logger.debug("a connection of UCX from %s is shut down", one.there)
-                with _duplicate(one) as sock:
-                    if sock is not None:
-                        _shut_down(sock)
+                one.shut_down()
 
-    def _give_up(self, reason: str) -> None:
+    def _report(self, reason: str) -> None:
         if not self.reason:
             self.reason = reason
             logger.warning(
@@ -209,75 +192,6 @@ def sources(stated: Iterable[str], remote: IpAddress | None) -> set[IpAddress]:
     ours = {ip_address(one.ip) for one in addresses()} | LOOPBACK
     theirs = {ip_address(text) for text in stated} | ({remote} if remote is not None else set())
     return theirs | LOOPBACK if remote in ours else theirs - ours
-
-
-def _tcp_sockets() -> Iterator[_Socket]:
-    """Look at the TCP sockets of this process that listen or are connected.
-
-    Nothing is duplicated: to close a duplicate of somebody's file would take his record locks away.
-    """
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed by now, or no socket
-            status = os.fstat(int(name))
-            if stat.S_ISSOCK(status.st_mode):
-                sock = socket.socket(fileno=int(name))
-                try:
-                    found = _look_at(sock, status.st_ino)
-                finally:
-                    sock.detach()
-                if found is not None:
-                    yield found
-
-
-def _look_at(sock: socket.socket, inode: int) -> _Socket | None:
-    if sock.family not in _TCP or sock.type != socket.SOCK_STREAM:
-        return None
-    is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    there = "" if is_listening else sock.getpeername()[0]
-    return _Socket(sock.fileno(), inode, sock.getsockname()[:2], there)
-
-
-@contextlib.contextmanager
-def _duplicate(one: _Socket) -> Iterator[socket.socket | None]:
-    """Hold the socket for a moment, whatever its owner does with his descriptor; None if he has closed it."""
-    try:
-        if os.fstat(one.fd).st_ino != one.inode:
-            yield None
-            return
-        sock = socket.socket(fileno=os.dup(one.fd))
-    except OSError:
-        yield None
-        return
-    with sock:
-        yield sock if os.fstat(sock.fileno()).st_ino == one.inode else None
-
-
-def _is_open(one: _Socket) -> bool:
-    with _duplicate(one) as sock:
-        return sock is not None
-
-
-def _set(one: _Socket, option: int, value: bytes) -> None:
-    """Set an option of a socket that may be closed by now.
-
-    Raises:
-        OSError: the kernel refuses.
-    """
-    with _duplicate(one) as sock:
-        if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, option, value)
-
-
-def _empty(one: _Socket) -> None:
-    """Send away who has connected before there was a filter: nobody honest knows the address yet."""
-    with _duplicate(one) as sock, contextlib.suppress(OSError):  # until there is nobody left
-        while sock is not None and not os.get_blocking(sock.fileno()):
-            sock.accept()[0].close()
-
-
-def _shut_down(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # reset already
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _parsed(text: str) -> IpAddress:

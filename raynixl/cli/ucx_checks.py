@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from raynixl.backends.ucx_sockets import why_no_filter
 from raynixl.bench.process import with_environment
 from raynixl.cli.doctor import Finding, Verdict
 
@@ -46,7 +47,18 @@ def check_ucx() -> Iterator[Finding]:
     origin = "the wheel's" if library.is_relative_to(_wheel()) else "the system's"
     yield Finding(_AREA, "libucx", Verdict.WORKS, f"{seen['version']}, {origin}: {library}")
     yield _check_transports(library)
+    yield _check_guard()
     yield _check_rdma(library)
+
+
+def _check_guard() -> Finding:
+    reason = why_no_filter()
+    if reason:
+        return Finding(
+            _AREA, "ports", Verdict.FAILS, f"the kernel refuses packet filters: {reason}",
+            "UCX's TCP ports are open to whoever reaches them: see Security in docs/networking.md",
+        )  # fmt: skip
+    return Finding(_AREA, "ports", Verdict.WORKS, "UCX's TCP ports hear the hosts of peers only")
 
 
 def _version(package: str) -> str:

@@ -38,6 +38,7 @@ def test_the_installed_ucx_is_told_with_its_version_path_and_transports():
     assert seen["ucxx"].verdict == seen["libucx"].verdict == seen["transports"].verdict == "works"
     assert "libucp.so" in seen["libucx"].detail
     assert "tcp (" in seen["transports"].detail
+    assert seen["ports"].verdict == "works"
     assert "RDMA device" in seen["RDMA"].detail or "devices:" in seen["RDMA"].detail
 
 
@@ -70,3 +71,13 @@ def test_rdma_cards_that_this_ucx_cannot_drive_are_told_with_the_remedy(tmp_path
     assert "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY" in poor.hint
     (library.parent / "ucx" / "libuct_ib.so.0").touch()
     assert ucx_checks._check_rdma(library).verdict == "works"
+
+
+def test_a_kernel_that_takes_no_packet_filters_is_told_since_ports_are_then_open(monkeypatch):
+    monkeypatch.setattr(ucx_checks, "why_no_filter", lambda: "Operation not permitted")
+    seen = _findings()
+    if "ports" not in seen:
+        pytest.skip("ucxx is not installed")
+    assert seen["ports"].verdict == "fails"
+    assert "Operation not permitted" in seen["ports"].detail
+    assert "docs/networking.md" in seen["ports"].hint
