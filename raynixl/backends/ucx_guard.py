@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from ipaddress import ip_address
 
-from raynixl.backends.ucx_filter import MAX_INSTRUCTIONS, WIDTHS, IpAddress, compile_filter, count, widened
+from raynixl.backends.ucx_filter import MAX_INSTRUCTIONS, WIDTHS, IpAddress, compile_filter, count
 from raynixl.backends.ucx_sockets import OwnSocket, own_sockets
 from raynixl.backends.ucx_wireup import MAX_ADDRESSES
 from raynixl.topology import Address, addresses
@@ -141,7 +141,7 @@ class Guard:
     def _program(self) -> bytes:
         """Return the narrowest program that the kernel takes; _lock is held."""
         addresses = self._union()
-        while count(program := compile_filter(widened(addresses, self._width))) > MAX_INSTRUCTIONS:
+        while count(program := compile_filter(addresses, self._width)) > MAX_INSTRUCTIONS:
             self._widen()
         return program
 
