@@ -72,12 +72,18 @@ class Exports:
             RegionStale: there is no such region any more.
             BackendUnavailable: UCX does not map it.
         """
-        return self._mapped(number).mappings
+        export = self._mapped(number)
+        with export.lock:
+            if export.is_gone:
+                raise self._stale(number)
+            return export.mappings
 
     def sealed(self, number: int, link: BaseLink) -> bytes:
         """Return the region's keys for a peer, and remember the peer. Raises as `mappings` does."""
         export = self._mapped(number)
         with self._lock:
+            if self._exports.get(number) is not export:  # who removes it asks its links, which this one would miss
+                raise self._stale(number)
             export.links = {one for one in export.links if one.lost is None or not one.has_hung_up} | {link}
         return export.sealed
 
@@ -104,10 +110,13 @@ class Exports:
         with self._lock:
             export = self._exports.get(number)
         if export is None:
-            raise RegionStale(f"region {number} of {self._name!r} is no longer registered")
+            raise self._stale(number)
         if not export.sealed:
             self._map(number, export)
         return export
+
+    def _stale(self, number: int) -> RegionStale:
+        return RegionStale(f"region {number} of {self._name!r} is no longer registered")
 
     def _map(self, number: int, export: Export) -> None:
         rails, memory = self._rails(), export.memory
