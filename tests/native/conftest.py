@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_tools import BIG, INLINE, MIB, address_of, random_bytes, table, wait_threads_gone
-from rail_tools import Side, Target
+from rail_tools import Side, Target, Way
 
 from raynixl.native import COPY, Engine, Native, load
 
@@ -91,3 +91,25 @@ def make_target(tmp_path: Path) -> Iterator[Callable[[str], Target]]:
     yield make
     for target in targets:
         target.close()
+
+
+@pytest.fixture(scope="module", params=["cma,tcp", "tcp"])
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """A process with 64 MiB, over one lane or the other, that all tests of a file share: they do it no harm."""
+    directory: Path = tmp_path_factory.mktemp("target")
+    target = Target(directory / "memory", 64 * MIB, request.param)
+    yield target
+    target.close()
+
+
+@pytest.fixture
+def side(target: Target, make_side: Callable[[str], Side]) -> Side:
+    """A rail that speaks what the target speaks."""
+    return make_side(target.tls)
+
+
+@pytest.fixture
+def way(side: Side, target: Target) -> Way:
+    """The way to the target."""
+    target.memory[:] = 0
+    return side.reach(target.export)

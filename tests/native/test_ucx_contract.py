@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,29 +19,6 @@ from raynixl.native.ucx import HOST_MEMORY
 pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")
 
 SPACE = 64 * MIB
-BOTH = ["cma,tcp", "tcp"]
-
-
-@pytest.fixture(scope="module", params=BOTH)
-def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A process with 64 MiB that all tests of this file share."""
-    directory: Path = tmp_path_factory.mktemp("target")
-    target = Target(directory / "memory", SPACE, request.param)
-    yield target
-    target.close()
-
-
-@pytest.fixture
-def side(target: Target, make_side: Callable[[str], Side]) -> Side:
-    """A rail that speaks what the target speaks."""
-    return make_side(target.tls)
-
-
-@pytest.fixture
-def way(side: Side, target: Target) -> Way:
-    """The way to the target."""
-    target.memory[:] = 0
-    return side.reach(target.export)
 
 
 @pytest.fixture

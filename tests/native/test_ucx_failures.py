@@ -130,9 +130,7 @@ def test_a_target_killed_after_a_transfer_rings(make_side: MakeSide, make_target
     assert finish(program.run(PATIENCE)) == LOST
 
 
-@both
-def test_an_endpoint_closed_during_a_transfer_ends_it(make_side: MakeSide, make_target: MakeTarget, tls: str) -> None:
-    side, target = make_side(tls), make_target(tls, BLOCK)
+def test_an_endpoint_closed_during_a_transfer_ends_it(side: Side, target: Target) -> None:
     way, gate = side.reach(target.export), side.core.Gate()
     program = side.writer(random_bytes(BLOCK), way, [gate], repeat=LONG)
     job = moving(program)
@@ -145,11 +143,7 @@ def test_an_endpoint_closed_during_a_transfer_ends_it(make_side: MakeSide, make_
     assert until(lambda: way.endpoint.is_gone)
 
 
-@both
-def test_a_cancelled_job_ends_at_once_and_its_endpoint_stays(
-    make_side: MakeSide, make_target: MakeTarget, tls: str
-) -> None:
-    side, target = make_side(tls), make_target(tls, BLOCK)
+def test_a_cancelled_job_ends_at_once_and_its_endpoint_stays(side: Side, target: Target) -> None:
     way, gate = side.reach(target.export), side.core.Gate()
     source = random_bytes(BLOCK)
     program = side.writer(source, way, [gate], repeat=LONG)
@@ -168,9 +162,7 @@ def test_a_cancelled_job_ends_at_once_and_its_endpoint_stays(
     os.close(bell)
 
 
-@both
-def test_a_gate_closed_during_a_transfer_ends_it(make_side: MakeSide, make_target: MakeTarget, tls: str) -> None:
-    side, target = make_side(tls), make_target(tls, BLOCK)
+def test_a_gate_closed_during_a_transfer_ends_it(side: Side, target: Target) -> None:
     first, gate = side.core.Gate(), side.core.Gate()
     way = side.reach(target.export)
     job = moving(side.writer(random_bytes(BLOCK), way, [first, gate], repeat=LONG))
@@ -204,9 +196,7 @@ def test_the_failure_of_one_peer_leaves_the_other_alone(make_side: MakeSide, mak
     assert np.array_equal(back, source)
 
 
-@both
-def test_a_rail_closed_with_work_in_flight_ends_it(make_side: MakeSide, make_target: MakeTarget, tls: str) -> None:
-    side, target = make_side(tls), make_target(tls, BLOCK)
+def test_a_rail_closed_with_work_in_flight_ends_it(side: Side, target: Target) -> None:
     way, gate = side.reach(target.export), side.core.Gate()
     program = side.writer(random_bytes(BLOCK), way, [gate], repeat=LONG)
     jobs = [moving(program), program.run(PATIENCE), program.run(PATIENCE)]
@@ -227,11 +217,7 @@ def test_a_rail_closes_although_a_peer_is_frozen(make_side: MakeSide, make_targe
     assert finish(job) == CLOSED
 
 
-@both
-def test_threads_that_post_are_refused_by_a_closed_endpoint(
-    make_side: MakeSide, make_target: MakeTarget, tls: str
-) -> None:
-    side, target = make_side(tls), make_target(tls, BLOCK)
+def test_threads_that_post_are_refused_by_a_closed_endpoint(side: Side, target: Target) -> None:
     for _ in range(3):
         post_until_closed(side, side.reach(target.export))
 
@@ -248,8 +234,7 @@ def post_until_closed(side: Side, way: Way) -> None:
     assert until(lambda: way.endpoint.is_gone)
 
 
-def test_threads_that_post_are_refused_by_a_closed_rail(make_side: MakeSide, make_target: MakeTarget) -> None:
-    side, target = make_side("cma,tcp"), make_target("cma,tcp", BLOCK)
+def test_threads_that_post_are_refused_by_a_closed_rail(side: Side, target: Target) -> None:
     way, gate = side.reach(target.export), side.core.Gate()
     with posting(side, way, gate) as codes:
         assert until(lambda: all(DONE in seen for seen in codes))
@@ -331,8 +316,7 @@ def test_a_dead_target_is_refused_or_lost(make_side: MakeSide, make_target: Make
     assert finish(side.writer(random_bytes(KIB), way).run(PATIENCE)) == LOST
 
 
-def test_an_idle_rail_uses_no_processor(make_side: MakeSide, make_target: MakeTarget) -> None:
-    side, target = make_side("cma,tcp"), make_target("cma,tcp", BLOCK)
+def test_an_idle_rail_uses_no_processor(side: Side, target: Target) -> None:
     way = side.reach(target.export)
     assert finish(side.writer(random_bytes(BLOCK), way).run(PATIENCE)) == DONE
     before, cpu = time.monotonic(), time.process_time()
