@@ -3,8 +3,6 @@
 #include <stdexcept>
 #include <utility>
 
-
-
 namespace raynixl {
 
 std::shared_ptr<Endpoint> Endpoint::create(std::shared_ptr<Rail> rail, const std::string& address) {

@@ -57,6 +57,10 @@ class Rail : public std::enable_shared_from_this<Rail> {
     Rail& rail_;
   };
 
+  // Count jobs from their first operation to the last that UCX has completed.
+  void begin() { inflight_.fetch_add(1); }
+  void end() { inflight_.fetch_sub(1); }
+
   // A job that goes on after its caller has left; one that has settled.
   void add(const std::shared_ptr<RmaJob>& job);
   void remove(RmaJob& job);
@@ -66,7 +70,7 @@ class Rail : public std::enable_shared_from_this<Rail> {
   // rings when there are some again.
   bool sweep(int64_t grace_ns);
 
-  // Post nothing more and close every endpoint; true once all are gone. Keys and mappings can still be given back.
+  // Post nothing more and close every endpoint; true once all are gone and no job is left. Keys and mappings can still be given back.
   bool close(int64_t deadline_ns);
   // The worker is about to be destroyed: touch it no more. Joins the thread.
   void release();
@@ -88,6 +92,7 @@ class Rail : public std::enable_shared_from_this<Rail> {
   std::atomic<bool> watched_{false};  // whether somebody sweeps
   int idle_sweeps_ = 0;               // of whoever sweeps
   std::atomic<int> drivers_{0};
+  std::atomic<int> inflight_{0};
   std::atomic<bool> stopping_{false};
   Futex parked_;  // the thread sleeps here while somebody drives
   int efd_ = -1;  // UCX's, readable when there is something to progress

@@ -87,7 +87,9 @@ int RmaPlan::closed() const {
 }
 
 RmaJob::RmaJob(std::shared_ptr<const RmaPlan> plan, int64_t deadline_ns)
-    : plan_(std::move(plan)), deadline_ns_(deadline_ns), generation_(fork_generation()) {}
+    : plan_(std::move(plan)), deadline_ns_(deadline_ns), generation_(fork_generation()) {
+  plan_->rails().front()->begin();
+}
 
 RmaJob::~RmaJob() {
   for (int fd : armed_) close(fd);
@@ -242,6 +244,7 @@ void RmaJob::settle() {
   // Whoever sees that it has settled may drop it.
   std::shared_ptr<RmaJob> self = shared_from_this();
   plan_->leave();
+  plan_->rails().front()->end();
   settled_.store(true);
   int error = error_.load();
   announce(error != 0 ? error : int(DONE));
