@@ -150,7 +150,7 @@ def test_a_region_that_goes_just_after_it_was_mapped_is_stale(
 def test_a_region_that_goes_while_ucx_starts_is_never_mapped(stand: Stand) -> None:
     exports = Exports(fake_local(stand.reactor), lambda: (exports.remove(ONE), stand.rails)[1])  # type: ignore[arg-type,return-value]
     exports.add(ONE, make_memory()[0])
-    with pytest.raises(RegionStale, match="no longer registered|meanwhile"):
+    with pytest.raises(RegionStale, match="meanwhile"):
         exports.mappings(ONE)
     assert stand.mapped == [0, 0]
 

@@ -1,4 +1,4 @@
-"""Wire-up messages: what agents send is understood, whatever else arrives is refused, and only the asked one answers."""
+"""Wire-up messages: what agents send is understood, all else is refused, and only who was asked answers."""
 
 from __future__ import annotations
 
@@ -51,8 +51,7 @@ def refused_or_sound(body: bytes) -> None:
     """What is understood says the same again; all else is an IntegrityError."""
     try:
         message = parse_wireup(body)
-    except IntegrityError as exc:
-        assert exc.hint
+    except IntegrityError:
         return
     assert parse_wireup(message.model_dump_json().encode()) == message
 
@@ -89,8 +88,9 @@ def test_a_flipped_byte_is_never_more_than_an_integrity_error(message: BaseModel
     ids=lambda body: repr(body[:30]),
 )  # fmt: skip
 def test_malformed_messages_are_refused(body: bytes) -> None:
-    with pytest.raises(IntegrityError, match="malformed"):
+    with pytest.raises(IntegrityError, match="malformed") as caught:
         parse_wireup(body)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
