@@ -23,6 +23,7 @@ from raynixl.backends.ucx_exports import Exports
 from raynixl.backends.ucx_guard import Guard, own_sources, sources
 from raynixl.backends.ucx_key import Keys, unseal_workers
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
+from raynixl.backends.ucx_options import Lanes
 from raynixl.backends.ucx_rails import RailChoice, cut
 from raynixl.backends.ucx_runtime import INSTALL, Runtime, is_installed
 from raynixl.backends.ucx_wireup import Answer, Ask, Hello, Questions, Refusal, parse_wireup, unpack
@@ -31,9 +32,9 @@ from raynixl.blocks import refuse_overlap
 from raynixl.errors import AgentClosed, BackendUnavailable, PeerLost, RaynixlError, TransferTimeout
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Program
-from raynixl.native.ucx import Rail
+from raynixl.native.ucx import HOST_MEMORY, Rail
 from raynixl.record import AgentRecord
-from raynixl.region import RemoteRegion
+from raynixl.region import Region, RemoteRegion
 from raynixl.topology import Address, addresses, by_nearness, parse_address
 
 logger = logging.getLogger(__name__)
@@ -137,11 +138,12 @@ class UcxBackend:
             unpack(answer.sealed), incarnation=remote.incarnation, region=remote.id, nbytes=remote.nbytes
         )
         lane = self._lane(link, answer, deadline)
+        lanes = lane.lanes.reaching(remote.kind)
         binding = UcxBinding(
-            remote, link, self._local.native.Gate(), str(lane.lanes), keys.address, None, lane, lane.unpack(keys)
+            remote, link, self._local.native.Gate(), str(lanes), keys.address, None, lane, lane.unpack(keys)
         )
         lane.add(binding)
-        self._warn_once(link, lane)
+        self._warn_once(link, lanes)
         return binding
 
     def prepare(self, request: Request) -> list[Program]:
@@ -159,12 +161,33 @@ class UcxBackend:
             ours, theirs = table[:, 1], table[:, 0]
             mine, far = request.segments.target_region, request.segments.source_region
         runtime = self._run()
-        rails = self._choice.rails_for(request.local[0].memory, runtime.devices, runtime.nics)
+        keys = [binding.keys for binding in bindings]
+        connected = sorted(set(keys[0]).intersection(*keys[1:]))
+        if not connected:  # released meanwhile
+            raise PeerLost(f"the connection with {link.peer!r} was lost meanwhile", peer=link.peer)
+        rails = self._choice.rails_for(request.local[0].memory, runtime.devices, runtime.nics, connected=connected)
         rows, paths = cut(np.column_stack((mine, far, ours, theirs, table[:, 2])).astype(np.uint64), rails)
         mappings = [self._exports.mappings(region.id) for region in request.local]
-        ways = [(mappings[region][rail], bindings[binding].keys[rail]) for region, binding, rail in paths.tolist()]
+        ways = [(mappings[region][rail], keys[binding][rail]) for region, binding, rail in paths.tolist()]
         native, limit = self._local.native, self._local.config.inline_nbytes
         return [native.rma(request.op is Op.WRITE, ways, rows, request.gates, limit)]
+
+    def describe(self, local: Region, binding: Binding) -> str:
+        """Say which rails carry a region's bytes and why, whether UCX emulates, and list all transports."""
+        runtime, lane = self._run(), _own(binding).lane
+        if lane is None:
+            return ""
+        connected = [way.rail for way in lane.ways]
+        rails = self._choice.describe(local.memory, runtime.devices, runtime.nics, connected=connected)
+        return f"{rails}; {lane.lanes.reaching(binding.remote.kind).explain()}"
+
+    def own_lanes(self) -> Lanes:
+        """Start UCX, and return by which transports it reaches this very process.
+
+        Raises:
+            BackendUnavailable: it does not start, or the user's settings leave no usable transport.
+        """
+        return self._run().lanes
 
     def close(self) -> None:
         """Stop listening, close every link and let UCX go."""
@@ -205,7 +228,7 @@ class UcxBackend:
         return self._run().addresses
 
     def _end(self, runtime: Runtime) -> None:
-        if runtime.close(CLOSE_SECONDS):
+        if runtime.close(CLOSE_SECONDS) and self._guard.cut(CLOSE_SECONDS):
             self._exports.unmap_all()
             runtime.destroy()
         else:
@@ -310,16 +333,17 @@ class UcxBackend:
         """Find out later whether a silent peer of another host is there: by reading a word of its memory."""
         answer = self._ask(link, _WORD, deadline)
         keys = Keys.unseal(unpack(answer.sealed), incarnation=link.incarnation, region=_WORD, nbytes=len(self._word))
-        here = self._rails()[0].map(ctypes.addressof(self._heard), len(self._heard), 0)
-        lane.watch_by(probe_program(self._local, here, ctypes.addressof(self._heard), lane.unpack(keys)[0], keys))
+        rail, key = next(iter(lane.unpack(keys).items()))
+        here = self._rails()[rail].map(ctypes.addressof(self._heard), len(self._heard), HOST_MEMORY)
+        lane.watch_by(probe_program(self._local, here, ctypes.addressof(self._heard), key, keys))
         link.probe = lambda: lane.is_silent(self._local.config.heartbeat_timeout)
 
-    def _warn_once(self, link: UcxLink, lane: Lane) -> None:
-        if lane.lanes.is_emulation and not self._has_warned:
+    def _warn_once(self, link: UcxLink, lanes: Lanes) -> None:
+        if lanes.is_emulation and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "UCX reaches %r over %s: the peer's UCX thread takes part in each operation; see docs/networking.md",
-                link.peer, lane.lanes,
+                link.peer, lanes,
             )  # fmt: skip
 
     # What comes in, on the reactor's thread

@@ -13,6 +13,7 @@ import errno
 import logging
 import struct
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from ipaddress import ip_address
 
@@ -24,6 +25,7 @@ from raynixl.topology import Address, addresses
 logger = logging.getLogger(__name__)
 
 LOOPBACK: frozenset[IpAddress] = frozenset(map(ip_address, ("127.0.0.1", "::1")))
+_LOOK_SECONDS = 0.001
 _STARTING = threading.Lock()
 """Held while UCX makes a worker, so that sockets which appear meanwhile are not those of another agent's worker."""
 
@@ -89,6 +91,25 @@ class Guard:
         """Shut down the connections that UCX has accepted from addresses that are not admitted."""
         with self._lock:
             self._sever()
+
+    def cut(self, timeout: float) -> bool:
+        """Shut down every connection that UCX has accepted, and wait until it has let go of them; False if it does not.
+
+        A worker that is destroyed while it still has answers to send to a peer's read aborts the process.
+        """
+        deadline = time.monotonic() + timeout
+        while accepted := self._accepted():
+            for one in accepted:
+                one.shut_down()
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
+    def _accepted(self) -> list[OwnSocket]:
+        with self._lock:
+            ours = {one.here for one in self._listening}
+        return [one for one in own_sockets() if one.there and one.here in ours] if ours else []
 
     def _change(self, who: Hashable, addresses: frozenset[IpAddress]) -> None:
         with self._lock:

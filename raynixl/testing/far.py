@@ -91,9 +91,10 @@ class FarAgent:
         source, target = (remote, ours) if op == "read" else (ours, remote)
         self.agent.prepare(op, source, target).post().wait(PATIENCE)
 
-    def flood(self, mine: str, peer: str, theirs: str, count: int) -> None:
-        """Start to write the whole of a region to a peer's, so many times, and wait for none of it."""
-        plan = self.agent.prepare("write", self._regions[mine], self.agent.peer(peer)[theirs])
+    def flood(self, op: str, mine: str, peer: str, theirs: str, count: int) -> None:
+        """Start to read or write the whole of a region of a peer, so many times, and wait for none of it."""
+        ours, remote = self._regions[mine], self.agent.peer(peer)[theirs]
+        plan = self.agent.prepare(op, *((remote, ours) if op == "read" else (ours, remote)))
         self._flood = [plan.post(timeout=PATIENCE) for _ in range(count)]
 
     def flood_ends(self) -> list[str]:

@@ -108,7 +108,7 @@ def test_an_initiator_killed_during_writes_leaves_the_target_unharmed(world: Lan
     mine = world.mine(64 * MIB, name="ours")
     world.victim.ask("make", "v", 64 * MIB, "user", 1)
     world.victim.ask("copy", "write", "v", "near", "ours")
-    world.victim.ask("flood", "v", "near", "ours", (2 << 30) // mine.nbytes)
+    world.victim.ask("flood", "write", "v", "near", "ours", (2 << 30) // mine.nbytes)
     kill(world)
     began = time.monotonic()
     world.near.deregister(mine)

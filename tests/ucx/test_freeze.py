@@ -85,7 +85,7 @@ def test_memory_of_a_stopped_writer_is_kept_until_it_has_ended(world: LaneWorld)
     region = world.near.register(np.zeros(LONG, np.uint8), name="ours")
     address = region.memory.address
     world.victim.ask("make", "v", LONG, "user", 1)
-    world.victim.ask("flood", "v", "near", "ours", 64)
+    world.victim.ask("flood", "write", "v", "near", "ours", 64)
     world.stop()
     began = time.monotonic()
     world.near.deregister(region)
