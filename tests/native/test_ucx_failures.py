@@ -97,20 +97,15 @@ def test_a_target_killed_before_the_first_transfer_is_lost(
 
 
 @both
-@pytest.mark.parametrize("is_write", [True, False], ids=["write", "read"])
-def test_a_target_killed_during_a_transfer_is_lost(
-    make_side: MakeSide, make_target: MakeTarget, tls: str, is_write: bool
-) -> None:
+def test_a_target_killed_during_transfers_is_lost(make_side: MakeSide, make_target: MakeTarget, tls: str) -> None:
     side, target = make_side(tls), make_target(tls, BLOCK)
     way, gate = side.reach(target.export), side.core.Gate()
-    make = side.writer if is_write else side.reader
-    job = moving(make(random_bytes(BLOCK), way, [gate], repeat=LONG))
+    jobs = [moving(make(random_bytes(BLOCK), way, [gate], repeat=LONG)) for make in (side.writer, side.reader)]
     target.kill()
-    assert job.wait(PATIENCE)
-    assert job.code == LOST
+    assert [finish(job) for job in jobs] == [LOST] * 2
     assert way.endpoint.status
     assert select.select([side.bell], [], [], PATIENCE)[0]
-    assert side.settle(job)
+    assert all(side.settle(job) for job in jobs)
     assert gate.inflight == 0
     way.endpoint.close(LOST)
     assert until(lambda: way.endpoint.is_gone)
@@ -305,9 +300,8 @@ def test_a_forked_child_is_refused_and_does_the_parent_no_harm(core: Native) -> 
     assert run_script(core, FORK) == 0
 
 
-@both
-def test_a_dead_target_is_refused_or_lost(make_side: MakeSide, make_target: MakeTarget, tls: str) -> None:
-    side, target = make_side(tls), make_target(tls)
+def test_a_dead_target_is_refused_or_lost(make_side: MakeSide, make_target: MakeTarget) -> None:
+    side, target = make_side("cma,tcp"), make_target("cma,tcp")
     target.kill()
     try:
         way = side.reach(target.export)
