@@ -91,9 +91,16 @@ def _nixl(spec: TransferSpec) -> Baseline:
     return Nixl(spec)
 
 
+def _stream(spec: TransferSpec) -> Baseline:
+    from raynixl.bench.stream import Stream
+
+    return Stream(spec)
+
+
 MAKERS: Mapping[str, Callable[[TransferSpec], Baseline]] = {
     "memcpy": Memcpy,
     "process_vm": ProcessVm,
     "ucx_perftest": _perftest,
     "nixl": _nixl,
+    "socket": _stream,
 }

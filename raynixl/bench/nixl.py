@@ -7,7 +7,7 @@ threads never rest, so both processes are stopped while it is not their turn: tw
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from raynixl.bench.perftest import ucx_environment
@@ -35,11 +35,12 @@ def find_nixl() -> str:
 class Pair:
     """An initiator and a target, which run only inside `awake`."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
+    def __init__(self, variables: Mapping[str, str], launch: Sequence[str] = ()) -> None:
         self._stack, self._depth = ExitStack(), 0
         try:
             self.initiator, self.target = (
-                self._stack.enter_context(TargetProcess("raynixl.bench.nixl_process", variables)) for _ in range(2)
+                self._stack.enter_context(TargetProcess("raynixl.bench.nixl_process", variables, launch=prefix))
+                for prefix in ((), launch)
             )
         except BaseException:
             self._stack.close()
@@ -71,7 +72,9 @@ class Nixl:
     def __init__(self, spec: TransferSpec) -> None:
         package = find_nixl()
         self._is_busy = spec.is_busy
-        self._pair = Pair({"NIXL_LOG_LEVEL": "ERROR", **ucx_environment(spec.ucx)})
+        self._pair = Pair(
+            {"NIXL_LOG_LEVEL": "ERROR", **ucx_environment(spec.ucx, is_local=not spec.launch)}, spec.launch
+        )
         try:
             with self._pair.awake():
                 self._pair.initiator.ask("start", name="initiator", package=package)

@@ -1,4 +1,4 @@
-"""The baseline `ucx_perftest`: UCX's own benchmark from the libucx wheel, server and client on this host.
+"""The baseline `ucx_perftest`: UCX's own benchmark from the libucx wheel, its server where the target is.
 
 One run of its client a round. With one block at most one operation is outstanding, so that its median is from post
 to done as ours is; with many blocks it streams as many messages of that size with its ordinary window, since it knows
@@ -14,15 +14,15 @@ import itertools
 import math
 import re
 import select
-import socket
+import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raynixl.backends.ucx_options import PREFIX, merge
 from raynixl.bench.pages import HUGE_NBYTES, is_huge
-from raynixl.bench.process import with_environment
+from raynixl.bench.process import Asked, signal_all, start, with_environment
 from raynixl.bench.scene import Contender, Scene
 from raynixl.bench.sizes import parse_size
 from raynixl.bench.spec import TransferSpec
@@ -42,9 +42,9 @@ _ATTEMPTS = 3
 _PROTOCOL = re.compile(r"\|\s+(\w+)\.\.(\w+) \|\s*(.+?)\s*\|\s*(\S+)\s*\|\s*$")
 
 
-def ucx_environment(options: Mapping[str, str]) -> dict[str, str]:
+def ucx_environment(options: Mapping[str, str], *, is_local: bool = True) -> dict[str, str]:
     """Return the variables that give another process's UCX the settings of our agents, but let it say what is wrong."""
-    merged = merge(options, variables(PREFIX), device="", is_local=True)
+    merged = merge(options, variables(PREFIX), device="", is_local=is_local)
     if "LOG_LEVEL" not in options:
         merged.pop("LOG_LEVEL", None)
     quiet = {} if PREFIX + _UNUSED in variables(PREFIX) else {_UNUSED: "n"}  # NIXL's UCX does not know all of ours
@@ -83,14 +83,16 @@ class Perftest:
 
     def __init__(self, spec: TransferSpec) -> None:
         root = find_libucx()
-        variables = {"LD_LIBRARY_PATH": str(root / "lib"), **ucx_environment(spec.ucx)}
+        options = ucx_environment(spec.ucx, is_local=not spec.launch)
+        variables = {"LD_LIBRARY_PATH": str(root / "lib"), **options}
+        self._launch = spec.launch
         self._command = [*with_environment(variables), str(root / "bin" / "ucx_perftest")]
 
     def contend(self, scene: Scene) -> list[Contender]:
         """Return the runner for messages of the block size; its bytes cannot be checked."""
         is_in_huge_pages = is_huge(scene.memory, scene.layout.nbytes)
         memory = memory_environment(scene.layout.block_nbytes, is_in_huge_pages=is_in_huge_pages)
-        runner = PerftestRunner([*with_environment(memory), *self._command], scene)
+        runner = PerftestRunner([*with_environment(memory), *self._command], scene, self._launch)
         return [Contender(runner, lambda: None, runner.lane)]
 
     def close(self) -> None:
@@ -103,8 +105,9 @@ class PerftestRunner:
     impl = "ucx_perftest"
     prepare_seconds = 0.0
 
-    def __init__(self, command: list[str], scene: Scene) -> None:
+    def __init__(self, command: list[str], scene: Scene, launch: Sequence[str]) -> None:
         self._command, self._blocks = [*command], scene.layout.blocks
+        self._launch, self._target, self._address = launch, scene.target, scene.address
         self._nbytes = scene.layout.block_nbytes
         self._test = "ucp_put_bw" if scene.is_write else "ucp_get"
         self._nanoseconds = 0.0
@@ -140,18 +143,15 @@ class PerftestRunner:
         return self._run_pair(arguments)
 
     def _run_pair(self, arguments: list[str]) -> str:
-        port = _free_port()
+        port = self._target.ask("free_port")["port"]
         command = [*self._command, "-p", str(port), *arguments]
-        with subprocess.Popen(
-            ["timeout", f"{RUN_SECONDS:g}", *command],  # it waits for a client for ever, should we be killed now
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as server:
+        with start(
+            [*self._launch, "timeout", f"{RUN_SECONDS:g}", *command],  # it waits for ever, should we be killed now
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ) as server:  # fmt: skip
             try:
-                _wait_listening(server, port)
-                return _run_client([*command, "127.0.0.1"])
+                _wait_listening(server, self._target, port)
+                return _run_client([*command, self._address])
             finally:
                 _end(server)
 
@@ -175,14 +175,7 @@ def _reason(text: str) -> str:
     return next(iter(errors), lines[-1] if lines else "it does not say why")
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def _wait_listening(server: subprocess.Popen[str], port: int) -> None:
+def _wait_listening(server: subprocess.Popen[str], target: Asked, port: int) -> None:
     """Wait until the server listens; it says so only in a buffer, and takes any connection for its client.
 
     Raises:
@@ -191,7 +184,7 @@ def _wait_listening(server: subprocess.Popen[str], port: int) -> None:
     """
     deadline = time.monotonic() + _START_SECONDS
     assert server.stderr is not None
-    while not _is_listening(port):
+    while not target.ask("listens", port=port)["listens"]:
         if server.poll() is not None:
             raise BackendUnavailable(f"ucx_perftest failed: {_reason(server.stderr.read())}", hint="see its options")
         if time.monotonic() > deadline:
@@ -199,23 +192,12 @@ def _wait_listening(server: subprocess.Popen[str], port: int) -> None:
         select.select([], [], [], 0.002)
 
 
-def _is_listening(port: int) -> bool:
-    ending, listening = f":{port:04X}", "0A"
-    for name in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{name}", encoding="ascii") as lines:
-            for line in lines:
-                fields = line.split()
-                if fields[1].endswith(ending) and fields[3] == listening:
-                    return True
-    return False
-
-
 def _end(server: subprocess.Popen[str]) -> None:
     """End the server if it has not ended by itself, which it does after its client."""
     try:
         server.wait(_LEAVE_SECONDS if server.poll() is None else 0.0)
     except subprocess.TimeoutExpired:
-        server.terminate()  # which `timeout` passes on
+        signal_all(server, signal.SIGTERM)  # which `timeout` passes on
         server.wait(_LEAVE_SECONDS)
 
 

@@ -9,26 +9,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 import raynixl
 from raynixl import errors
-from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
+from raynixl.errors import ConfigError, PeerLost, RaynixlError, TransferTimeout
 
 ASK_SECONDS = 120.0
 """Filling and digesting gigabytes takes a while; nothing asked takes longer."""
 _LEAVE_SECONDS = 5.0
 _ROOT = str(Path(raynixl.__file__).parents[1])
-# What -m does, without the working directory on the path: a file of the user's there may have any module's name.
-_RUN = "import runpy, sys; sys.path.append(sys.argv[2]); runpy.run_module(sys.argv[1], run_name='__main__')"
+_START = str(Path(__file__).with_name("start.py"))
 
 
 def with_environment(variables: Mapping[str, str]) -> list[str]:
     """Return the start of a command that adds variables to the environment it inherits."""
     return ["env", *(f"{name}={value}" for name, value in variables.items())]
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """Start a command in a session of its own: `subprocess.Popen` with its options.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    try:
+        return subprocess.Popen(command, start_new_session=True, **options)
+    except OSError as exc:
+        raise ConfigError(f"{command[0]!r} does not start: {exc.strerror}", hint="see --launch") from exc
+
+
+def signal_all(leader: subprocess.Popen[Any], number: int) -> None:
+    """Send a signal to a process that `start` started and to those that it has started, while it is not reaped."""
+    if leader.poll() is None:
+        os.killpg(leader.pid, number)
 
 
 class Asked(Protocol):
@@ -45,15 +62,22 @@ class TargetProcess:
     """A child process that runs a module which answers requests; ends with this object or with this process.
 
     It is in a session of its own, so that Ctrl-C reaches the measuring side alone, which then ends it. `environment`
-    is added to what it inherits.
+    is added to what it inherits. `launch` is a command that runs a command elsewhere and stands before it; whatever it
+    puts between us and the target, the end of its standard input ends the target, and the signals go to all of the
+    session that runs here.
     """
 
     def __init__(
-        self, module: str = "raynixl.bench.target", environment: Mapping[str, str] = MappingProxyType({})
+        self,
+        module: str = "raynixl.bench.target",
+        environment: Mapping[str, str] = MappingProxyType({}),
+        *,
+        launch: Sequence[str] = (),
     ) -> None:
-        self._child = subprocess.Popen(
-            [*with_environment(environment), sys.executable, "-P", "-c", _RUN, module, _ROOT],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        command = [*launch, *with_environment(environment), sys.executable, "-P", _START, module, _ROOT]
+        self._child = start(
+            command,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._pending = b""
 
@@ -100,11 +124,11 @@ class TargetProcess:
 
     def pause(self) -> None:
         """Stop it, so that it uses no processor until it is resumed; only what may be asked nothing meanwhile."""
-        self._child.send_signal(signal.SIGSTOP)
+        signal_all(self._child, signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let it go on."""
-        self._child.send_signal(signal.SIGCONT)
+        signal_all(self._child, signal.SIGCONT)
 
     def close(self) -> None:
         """End the process: by closing its input, then by force."""
@@ -118,7 +142,7 @@ class TargetProcess:
         try:
             self._child.wait(_LEAVE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._child.kill()
+            signal_all(self._child, signal.SIGKILL)
             self._child.wait(_LEAVE_SECONDS)
 
     def _read_line(self, do: str) -> bytes:

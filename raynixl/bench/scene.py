@@ -35,6 +35,8 @@ class Scene:
     target: Asked
     pid: int
     far: dict[str, Any]
+    address: str = "127.0.0.1"
+    """The target's address in the network, as our agent has found it."""
 
     def check(self, run: Callable[[], object]) -> bool:
         """Run once over cleared memory; whether the bytes of one side are then at the other."""

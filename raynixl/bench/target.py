@@ -14,9 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from pydantic import SecretBytes
+
 from raynixl.agents import Agent
 from raynixl.bench.layout import Layout, digest, fill
 from raynixl.bench.pages import huge_memory, user_memory
+from raynixl.bench.ports import free_port, is_listening
+from raynixl.bench.stream import Served
 from raynixl.config import from_env
 from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.region import Region
@@ -57,8 +61,10 @@ class Target:
         self._agents.clear()
 
     def do_agent(self, name: str, config: Fields) -> Fields:
-        """Make an agent; answer with its record."""
-        agent = Agent(name, config=from_env().model_copy(update={**config, "backends": tuple(config["backends"])}))
+        """Make an agent; answer with its record. A secret comes through the pipe, where nobody else sees it."""
+        secret = {"secret": SecretBytes(bytes.fromhex(config["secret"]))} if "secret" in config else {}
+        settings = {**config, "backends": tuple(config["backends"]), **secret}
+        agent = Agent(name, config=from_env().model_copy(update=settings))
         self._agents.append(agent)
         return {"record": base64.b64encode(agent.record()).decode(), "core": agent.native_name}
 
@@ -98,6 +104,19 @@ class Target:
         sock.connect(address)
         threading.Thread(target=_echo_packets, args=(sock,), daemon=True).start()
         return {}
+
+    def do_stream(self, name: str, is_write: bool, address: str) -> Fields:
+        """Take or give a region over a plain TCP connection; answer with how to get it."""
+        served = Served(self._regions[name].array(), address, is_write=is_write)
+        return {"port": served.port, "token": served.token.hex()}
+
+    def do_free_port(self) -> Fields:
+        """Answer with a port that nobody has on this side."""
+        return {"port": free_port()}
+
+    def do_listens(self, port: int) -> Fields:
+        """Answer whether somebody listens on a port on this side."""
+        return {"listens": is_listening(port)}
 
     def do_usage(self) -> Fields:
         """Answer with the processor time used so far."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from time import perf_counter_ns
 from typing import Any
+
+from pydantic import SecretBytes
 
 from raynixl.agents import Agent, Peer, Prepared
 from raynixl.bench import baselines
@@ -21,6 +24,7 @@ from raynixl.bench.spec import TransferSpec
 from raynixl.bench.target import Target, make_region
 from raynixl.bench.timing import Nanoseconds, measure, median_us, percentile_us, rounded
 from raynixl.config import from_env
+from raynixl.errors import ConfigError
 from raynixl.region import Region, RemoteRegion
 
 Row = dict[str, Any]
@@ -71,14 +75,17 @@ class TransferBench:
 
     def _start(self) -> None:
         spec, stack = self.spec, self._stack
-        self._target: Asked = Target() if spec.backend == "loopback" else TargetProcess()
+        self._target: Asked = Target() if spec.backend == "loopback" else TargetProcess(launch=spec.launch)
         stack.callback(self._target.close)
         config = from_env()
         ucx = {**config.ucx, **spec.ucx}
         settings = {"backends": (spec.backend,), "copy_threads": spec.threads, "ucx": ucx}
-        self._agent = Agent(f"bench-{os.getpid()}", config=config.model_copy(update=settings))
+        secret = config.secret.get_secret_value() or (secrets.token_bytes(16) if spec.launch else b"")
+        own = {**settings, "secret": SecretBytes(secret)}
+        self._agent = Agent(f"bench-{os.getpid()}", config=config.model_copy(update=own))
         stack.callback(self._agent.close)
-        made = self._target.ask("agent", name=f"bench-target-{os.getpid()}", config=settings)
+        theirs = {**settings, "secret": secret.hex()}
+        made = self._target.ask("agent", name=f"bench-target-{os.getpid()}", config=theirs)
         self._peer: Peer = self._agent.peer(base64.b64decode(made["record"]))
         self._pid = self._target.ask("word")["pid"]
         makers = [baselines.MAKERS[name] for name in spec.baselines]
@@ -91,8 +98,10 @@ class TransferBench:
         ours = make_region(self._agent, layout.nbytes, memory=spec.memory)
         far = self._target.ask("region", name=REGION, nbytes=layout.nbytes, memory=spec.memory)
         try:
-            scene = Scene(layout, spec.is_write, spec.memory, ours.array(), self._target, self._pid, far)
-            contenders = self._ours(scene, (ours, self._peer.region(REGION)))
+            ends = (ours, self._peer.region(REGION))
+            address = self._address(ends)
+            scene = Scene(layout, spec.is_write, spec.memory, ours.array(), self._target, self._pid, far, address)
+            contenders = self._ours(scene, ends)
             for baseline in self._baselines:
                 contenders += baseline.contend(scene)
             times = measure([one.runner for one in contenders], spec.rounds, step)
@@ -102,6 +111,17 @@ class TransferBench:
         finally:
             self._agent.deregister(ours)
             self._target.ask("drop", name=REGION)
+
+    def _address(self, ends: Ends) -> str:
+        """Return the target's address, as our agent has found it."""
+        if not self.spec.launch:
+            return "127.0.0.1"
+        plan = self._agent.prepare("write", ends[0], ends[1])
+        (binding,) = self._agent.connector.bind(plan, time.monotonic() + self._agent.config.connect_timeout)
+        remote = getattr(binding.link, "remote", None)
+        if remote is None:
+            raise ConfigError(f"{self.spec.backend} reaches the target over no network", hint="leave --launch out")
+        return str(remote)
 
     def _ours(self, scene: Scene, ends: Ends) -> list[Contender]:
         """Return our transfer, and the same beside a busy thread where that is asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -66,12 +67,15 @@ def transfer(  # noqa: PLR0913 - a command's options
     threads: Annotated[int, typer.Option(min=0, max=256, help="Threads for all; 0: the default.")] = 0,
     rounds: Rounds = 7,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="memcpy, process_vm, ucx_perftest or nixl; repeatable.")
+        list[str] | None, typer.Option(help="memcpy, process_vm, ucx_perftest, nixl or socket; repeatable.")
     ] = None,
     ucx: Ucx = None,
     busy: Annotated[
         bool, typer.Option("--busy", help="Measure also beside a busy Python thread in the initiator.")
     ] = False,
+    launch: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Start the target elsewhere, as 'ip netns exec far' or 'ssh host'.")
+    ] = "",
     verify: Verify = True,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of GB/s over block size.")] = None,
     is_json: Json = False,
@@ -85,7 +89,7 @@ def transfer(  # noqa: PLR0913 - a command's options
         sizes=tuple(parse_sizes(sizes)), backend=backend, op=op.value, memory=memory.value, blocks=blocks,
         is_random=pattern is Pattern.RANDOM, threads=threads or default_copy_threads(), rounds=rounds,
         baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify, is_busy=busy,
-        ucx=parse_options(ucx or ()),
+        ucx=parse_options(ucx or ()), launch=tuple(shlex.split(launch)),
     )  # fmt: skip
     title = f"{op} over {backend}, {memory} memory, {pattern} blocks, at most {spec.threads} threads"
     with progress("transfer", rounds * len(spec.sizes)) as step:
