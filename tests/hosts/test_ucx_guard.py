@@ -137,7 +137,7 @@ def test_a_peer_whose_ucx_cannot_be_reached_holds_up_no_other(three: Bed, put: P
     carol.ask("fill", "arena", 3)
     check_reads(alice, "carol", 3)
     three.cut(second, rail=1)
-    assert alice.ask("flood", "arena", "bob", "arena", 1) is None
+    assert alice.ask("flood", "write", "arena", "bob", "arena", 1) is None
     for seed in (4, 5, 6):
         carol.ask("fill", "arena", seed)
         check_reads(alice, "carol", seed)
