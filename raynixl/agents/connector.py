@@ -166,7 +166,10 @@ class Connector:
         bindings = [one for remote, one in wanted if one is not None and one.is_usable and one.remote == remote]
         if len(bindings) < len(found):
             return None
-        return prepared.bind(bindings)
+        try:
+            return prepared.bind(bindings)
+        except PeerLost:  # meanwhile
+            return None
 
     def close(self, timeout: float) -> None:
         """Take no more work, lose every connection, and wait for those that are being made."""

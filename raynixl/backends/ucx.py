@@ -25,7 +25,7 @@ from raynixl.backends.ucx_key import Keys, unseal_workers
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
 from raynixl.backends.ucx_options import Lanes
 from raynixl.backends.ucx_rails import RailChoice, cut
-from raynixl.backends.ucx_runtime import INSTALL, Runtime, is_installed
+from raynixl.backends.ucx_runtime import INSTALL, Runtime, has_cuda, is_installed
 from raynixl.backends.ucx_wireup import Answer, Ask, Hello, Questions, Refusal, parse_wireup, unpack
 from raynixl.backends.wire import StreamWire
 from raynixl.blocks import refuse_overlap
@@ -58,7 +58,7 @@ class UcxBackend:
         if not is_installed():
             raise BackendUnavailable("the backend 'ucx' needs the package ucxx", hint=INSTALL)
         self._local = local
-        kinds = (MemoryKind.DRAM, MemoryKind.VRAM) if _has_cuda() else (MemoryKind.DRAM,)
+        kinds = (MemoryKind.DRAM, MemoryKind.VRAM) if has_cuda() else (MemoryKind.DRAM,)
         self.capabilities = Capabilities(kinds=frozenset(product(kinds, kinds)), messages=True)
         self._has_secret = bool(local.config.secret.get_secret_value())
         self._addresses = self._own_addresses()
@@ -397,12 +397,3 @@ def _own(binding: Binding) -> UcxBinding:
 
 def _memory_of(buffer: ctypes.Array[ctypes.c_char]) -> Memory:
     return Memory(MemoryKind.DRAM, 0, ctypes.addressof(buffer), len(buffer), True, buffer)
-
-
-def _has_cuda() -> bool:
-    """Whether this host has a driver for NVIDIA GPUs; loads nothing else."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True

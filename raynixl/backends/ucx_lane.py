@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 import numpy as np
@@ -21,32 +21,48 @@ from raynixl.native import LOST, PENDING, RESET, Job, Program
 from raynixl.native.ucx import Endpoint, Mapping, Rail, RemoteKey
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One endpoint of a lane: the number of our rail, and of the peer's that it leads to."""
+
+    rail: int
+    partner: int
+    endpoint: Endpoint
+
+
 class Lane:
-    """The endpoints to one peer. One that fails takes the others with it; the next transfer makes a new lane."""
+    """The endpoints to one peer, on those of our rails that reach one of its. One that fails takes the others with it;
+    the next transfer makes a new lane.
+    """
 
     def __init__(self, peer: str, rails: Sequence[Rail], workers: Sequence[bytes]) -> None:
         self._peer = peer
         self._lock = threading.Lock()  # protects _bindings, _has_failed
         self._bindings: weakref.WeakSet[UcxBinding] = weakref.WeakSet()
         self._has_failed = False
-        self.endpoints: list[Endpoint] = []
-        self.partners = [number % len(workers) for number in range(len(rails))]
-        """Which of the peer's rails each endpoint leads to."""
-        try:
-            for rail, partner in zip(rails, self.partners, strict=True):
-                self.endpoints.append(rail.connect(workers[partner]))
-        except RuntimeError as exc:
-            self.fail(LOST)
+        self.ways: list[Way] = []
+        refused: RuntimeError | None = None
+        for number, rail in enumerate(rails):
+            try:
+                self.ways.append(_connect(number, rail, workers))
+            except RuntimeError as exc:
+                refused = exc
+        if not self.ways:
             raise BackendUnavailable(
-                f"UCX reaches {peer!r} by no transport: {exc}",
+                f"UCX reaches {peer!r} by no transport: {refused}",
                 hint="both need a common transport and network: see UCX_TLS, UCX_NET_DEVICES, docs/networking.md",
                 peer=peer,
-            ) from exc
+            ) from refused
         self.lanes = Lanes.of([name for endpoint in self.endpoints for name in endpoint.transports])
         self._probe: tuple[Program, Job | None] | None = None
 
     def __repr__(self) -> str:
         return f"Lane({self._peer!r}, {self.lanes})"
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The endpoints."""
+        return [way.endpoint for way in self.ways]
 
     @property
     def is_usable(self) -> bool:
@@ -60,21 +76,21 @@ class Lane:
             return False
         return any(endpoint.code != 0 or endpoint.status for endpoint in self.endpoints)
 
-    def unpack(self, keys: Keys) -> tuple[RemoteKey, ...]:
-        """Take the keys of a peer's region, one for each endpoint.
+    def unpack(self, keys: Keys) -> dict[int, RemoteKey]:
+        """Take the keys of a peer's region, one for each endpoint, by the number of our rail.
 
         Raises:
             BackendUnavailable: UCX does not take them.
         """
-        taken: list[RemoteKey] = []
+        taken: dict[int, RemoteKey] = {}
         try:
-            for endpoint, partner in zip(self.endpoints, self.partners, strict=True):
-                taken.append(endpoint.unpack(keys.packed[partner], keys.address, keys.nbytes))
+            for way in self.ways:
+                taken[way.rail] = way.endpoint.unpack(keys.packed[way.partner], keys.address, keys.nbytes)
         except (RuntimeError, IndexError) as exc:
-            for key in taken:
+            for key in taken.values():
                 key.destroy()
             raise BackendUnavailable(f"the keys of {self._peer!r} are not usable: {exc}", peer=self._peer) from exc
-        return tuple(taken)
+        return taken
 
     def add(self, binding: UcxBinding) -> None:
         """Close the binding's gate, too, when the lane fails."""
@@ -112,10 +128,10 @@ class Lane:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class UcxBinding(Binding):
-    """A peer's region over a lane: one key for each of its endpoints."""
+    """A peer's region over a lane: one key for each of its endpoints, by the number of our rail."""
 
     lane: Lane | None = None
-    keys: tuple[RemoteKey, ...] = ()
+    keys: dict[int, RemoteKey] = field(default_factory=dict)
 
     @property
     def is_usable(self) -> bool:
@@ -124,8 +140,8 @@ class UcxBinding(Binding):
 
     def release(self) -> None:
         """Give the keys back; nobody is inside the gate any more."""
-        keys, self.keys, self.lane = self.keys, (), None
-        for key in keys:
+        keys, self.keys, self.lane = self.keys, {}, None
+        for key in keys.values():
             key.destroy()
 
 
@@ -165,6 +181,22 @@ class UcxLink(StreamLink):
             lane.fail(LOST)
         if self.guard is not None:
             self.guard.dismiss(self)
+
+
+def _connect(number: int, rail: Rail, workers: Sequence[bytes]) -> Way:
+    """Make an endpoint to the peer's rail of the same number, or to the next that ours reaches.
+
+    Raises:
+        RuntimeError: it reaches none.
+    """
+    refused = RuntimeError("the peer has no rail")
+    for turn in range(len(workers)):
+        partner = (number + turn) % len(workers)
+        try:
+            return Way(number, partner, rail.connect(workers[partner]))
+        except RuntimeError as exc:
+            refused = exc
+    raise refused
 
 
 def probe_program(local: Local, word: Mapping, place: int, key: RemoteKey, keys: Keys) -> Program:

@@ -28,7 +28,7 @@ class RailChoice:
         self._choices: dict[tuple[int, int], Choice] = {}
 
     def explain(self, memory: Memory, devices: Sequence[str], nics: Sequence[Nic]) -> Choice:
-        """Return the devices for a piece of our memory, and why."""
+        """Return the devices for a piece of our memory, and why; none where one rail may use all."""
         if self._given:
             return Choice(self._given, "named in AgentConfig.rails")
         if len(devices) < 2:
@@ -38,17 +38,31 @@ class RailChoice:
             choice = self._choices.get(key)
         if choice is None:
             choice = nearest([nic for nic in nics if nic.device in devices], _place(memory))
+            if not choice.devices:  # not remembered: where memory is may be known once it was touched
+                return Choice(tuple(devices), "all there are, since none is known to be nearer to the memory")
             with self._lock:
                 if len(self._choices) >= _MAX_CHOICES:
                     self._choices.clear()
                 self._choices[key] = choice
         return choice
 
-    def rails_for(self, memory: Memory, devices: Sequence[str], nics: Sequence[Nic]) -> tuple[int, ...]:
-        """Return the numbers of the rails for a piece of our memory; never none."""
+    def rails_for(
+        self, memory: Memory, devices: Sequence[str], nics: Sequence[Nic], *, connected: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Return the numbers of the rails for a piece of our memory, of those that reach the peer; never none."""
         wanted = self.explain(memory, devices, nics).devices
-        chosen = tuple(number for number, device in enumerate(devices) if device in wanted)
-        return chosen or tuple(range(len(devices)))
+        chosen = tuple(number for number in connected if devices[number] in wanted)
+        return chosen or tuple(connected)
+
+    def describe(self, memory: Memory, devices: Sequence[str], nics: Sequence[Nic], *, connected: Sequence[int]) -> str:
+        """Say which rails carry a piece of our memory to a peer, and why."""
+        choice = self.explain(memory, devices, nics)
+        if not choice.devices:
+            return choice.reason
+        used = [devices[number] for number in self.rails_for(memory, devices, nics, connected=connected)]
+        text = f"{'rail' if len(used) == 1 else 'rails'} {', '.join(used)}: {choice.reason}"
+        lacking = [device for device in choice.devices if device in devices and devices.index(device) not in connected]
+        return f"{text}; {', '.join(lacking)} reaches no rail of the peer" if lacking else text
 
 
 def cut(table: Rows, rails: Sequence[int]) -> tuple[Rows, NDArray[np.int64]]:

@@ -34,6 +34,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec("ucxx") is not None
 
 
+def has_cuda() -> bool:
+    """Whether this host has a driver for NVIDIA GPUs; loads nothing else."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def load_ucxx() -> Any:
     """Import ucxx, and with it UCX, without what it writes into the environment.
 
