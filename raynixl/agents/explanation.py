@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raynixl.agents.connector import kind_names, refusal
 from raynixl.agents.prepared import Prepared, Selections, as_list
-from raynixl.backends.base import Op
+from raynixl.backends.base import Binding, Describes, Op
 from raynixl.region import Region
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ class Explanation:
     paths: tuple[str, ...]
     core: str
     rejected: tuple[tuple[str, str], ...]
+    detail: str = ""
+    """What the backend says besides of its path, a line for each thing it says; '' if nothing."""
 
     def __str__(self) -> str:
         lines = [
             f"{self.op} of {self.nbytes} bytes in {self.blocks} blocks with {self.peer!r} ({self.kinds})",
             f"  taken: {self.backend}, path {' + '.join(self.paths)}, {self.core} core",
         ]
+        lines += [f"  {line}" for line in self.detail.splitlines()]
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         return "\n".join(lines)
 
@@ -64,5 +68,14 @@ def explain(agent: Agent, src: Selections, dst: Selections) -> Explanation:
     return Explanation(
         op=op.value, peer=plan.peer, nbytes=plan.nbytes, blocks=plan.count, kinds=kind_names(kinds),
         backend=plan.backend, paths=tuple(dict.fromkeys(binding.path for binding in bindings)),
-        core=agent.native_name, rejected=tuple(dict.fromkeys(rejected)),
+        core=agent.native_name, rejected=tuple(dict.fromkeys(rejected)), detail=_detail(agent, plan, bindings),
     )  # fmt: skip
+
+
+def _detail(agent: Agent, plan: Prepared, bindings: Sequence[Binding]) -> str:
+    """Return what the backend has to say of each pair of regions, everything once."""
+    backend = agent.backend(plan.backend)
+    if not isinstance(backend, Describes):
+        return ""
+    said = [backend.describe(local, binding) for local in plan.local for binding in bindings]
+    return "\n".join(dict.fromkeys(text for text in said if text))

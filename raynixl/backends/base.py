@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from raynixl.blocks import Segments
 from raynixl.config import AgentConfig
@@ -170,3 +170,11 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Close every link and let go of everything; idempotent."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """What a backend may offer besides, for `agent.explain`."""
+
+    def describe(self, local: Region, binding: Binding) -> str:
+        """Say for people how bytes go between these two, beyond the binding's path: devices, why these; or ''."""
