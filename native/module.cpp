@@ -62,7 +62,11 @@ void close_engines() {
 
 void watch(const std::shared_ptr<Engine>& engine) {
   auto& engines = open_engines();
-  if (engines.empty()) nb::module_::import_("atexit").attr("register")(nb::cpp_function(close_engines));
+  static const bool registered = [] {
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(close_engines));
+    return true;
+  }();
+  (void)registered;
   std::erase_if(engines, [](const auto& weak) { return weak.expired(); });
   engines.push_back(engine);
 }

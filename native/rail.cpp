@@ -187,7 +187,7 @@ bool Rail::close(int64_t deadline_ns) {
   closed_.store(true);
   for (const auto& endpoint : endpoints()) endpoint->close(CLOSED);
   for (;;) {
-    bool any = inflight_.load() > 0;
+    bool any = inflight_.load() > 0 || drivers_.load() > 0;
     for (const auto& endpoint : endpoints()) any |= !endpoint->is_gone();
     if (!any) return true;
     if (now_ns() >= deadline_ns) return false;

@@ -57,7 +57,7 @@ class Rail : public std::enable_shared_from_this<Rail> {
     Rail& rail_;
   };
 
-  // Count jobs from their first operation to the last that UCX has completed.
+  // Count what `close` must wait for: calls that post, and jobs up to the last operation that UCX has completed.
   void begin() { inflight_.fetch_add(1); }
   void end() { inflight_.fetch_sub(1); }
 

@@ -23,6 +23,7 @@ namespace {
 constexpr size_t kFewRows = 4;            // what is posted and, if UCX is quick, completed with the lock held
 constexpr int kFewLooks = 16;             // how often UCX is then asked before the lock is released
 constexpr int64_t kPatience = 50'000;     // how long a post stays with a transfer of which nothing is heard, in ns
+constexpr double kExitTimeout = 2.0;
 constexpr int64_t kStay = 10'000'000;     // and how long in all
 
 struct PyRail {
@@ -48,8 +49,32 @@ struct PyRmaJob {
 std::string to_string(const nb::bytes& bytes) { return {bytes.c_str(), bytes.size()}; }
 nb::bytes to_bytes(const std::string& text) { return nb::bytes(text.data(), text.size()); }
 
+// Rails that are still open when the interpreter goes: their threads must not touch what it and UCX then free.
+std::vector<std::weak_ptr<Rail>>& open_rails() {
+  static auto* rails = new std::vector<std::weak_ptr<Rail>>();
+  return *rails;
+}
+
+void close_rails() {
+  nb::gil_scoped_release release;
+  for (auto& weak : open_rails()) {
+    auto rail = weak.lock();
+    if (!rail) continue;
+    rail->close(deadline_after(kExitTimeout));
+    rail->release();
+  }
+}
+
 void rail_init(PyRail* self, uint64_t context, uint64_t worker, int bell) {
   new (self) PyRail{std::make_shared<Rail>(reinterpret_cast<void*>(context), reinterpret_cast<void*>(worker), bell)};
+  auto& rails = open_rails();
+  static const bool registered = [] {
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(close_rails));
+    return true;
+  }();
+  (void)registered;
+  std::erase_if(rails, [](const auto& weak) { return weak.expired(); });
+  rails.push_back(self->rail);
 }
 
 PyMapping rail_map(PyRail& self, uint64_t address, uint64_t nbytes, int memory_type) {
@@ -117,8 +142,20 @@ void carry(RmaJob& job, bool is_inline, bool is_posted) {
   if (!is_inline || !job.progress(kPatience, now_ns() + kStay)) job.hand_over();
 }
 
+// Keeps the rail from being closed under a call that posts.
+class Running {
+ public:
+  explicit Running(Rail& rail) : rail_(rail) { rail_.begin(); }
+  Running(const Running&) = delete;
+  ~Running() { rail_.end(); }
+
+ private:
+  Rail& rail_;
+};
+
 nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
   const RmaPlan& plan = *self.plan;
+  Running running(*plan.rails().front());
   if (!plan.usable()) return nb::int_(int(CLOSED));
   if (plan.is_refused()) return nb::int_(int(LOST));
   if (int code = plan.enter()) return nb::int_(code);
