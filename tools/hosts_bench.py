@@ -9,6 +9,7 @@ It needs root and iproute2. The namespaces exist in a mount namespace of this pr
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -42,7 +43,9 @@ def main() -> None:
     lay_cable(given.gbit)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors; the cable carries {given.gbit:g} Gbit/s\n")
     for op in given.ops.split(","):
-        print_table(op, measured(op, given), given.gbit)
+        command = bench_command(op, given)
+        print(f"`{shlex.join(['raynixl', *command[4:]])}`\n")
+        print_table(op, rows_of(command), given.gbit)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 
@@ -62,16 +65,19 @@ def lay_cable(gbit: float) -> None:
              "burst", str(burst), "latency", "20ms")  # fmt: skip
 
 
-def measured(op: str, given: argparse.Namespace) -> Iterator[Row]:
-    """Run `raynixl bench transfer` from one host to the other; yield its rows."""
+def bench_command(op: str, given: argparse.Namespace) -> list[str]:
+    """Return the `raynixl bench transfer` that measures from one host to the other."""
     options = ["--backend", "ucx", "--op", op, "--sizes", given.sizes, "--memory", given.memory]
     options += ["--rounds", given.rounds, "--launch", f"ip netns exec {FAR}", "--json"]
     for one in ("TLS=tcp", *given.ucx):
         options += ["--ucx", one]
     for name in filter(None, given.baselines.split(",")):
         options += ["--baseline", name]
-    command = [sys.executable, "-P", "-m", "raynixl", "bench", "transfer", *options, *given.rest]
-    print(f"`{shlex.join(['raynixl', *command[4:]])}`\n", flush=True)
+    return [sys.executable, "-P", "-m", "raynixl", "bench", "transfer", *options, *given.rest]
+
+
+def rows_of(command: Sequence[str]) -> Iterator[Row]:
+    """Run it on the near host; yield its rows as they come."""
     with subprocess.Popen(["ip", "netns", "exec", NEAR, *command], stdout=subprocess.PIPE, text=True) as bench:
         assert bench.stdout is not None
         yield from map(json.loads, bench.stdout)
@@ -82,10 +88,8 @@ def measured(op: str, given: argparse.Namespace) -> Iterator[Row]:
 def print_table(op: str, rows: Iterator[Row], gbit: float) -> None:
     """Print what each implementation makes of the cable."""
     print(f"| {op} of | | p50 us | Gbit/s | of the cable | of a plain socket |\n|---|---|---|---|---|---|")
-    by_size: dict[int, list[Row]] = {}
-    for row in rows:
-        by_size.setdefault(row["block_nbytes"], []).append(row)
-    for nbytes, together in by_size.items():
+    for nbytes, group in itertools.groupby(rows, lambda row: row["block_nbytes"]):
+        together = list(group)
         plain = next((row["gbps"] for row in together if row["impl"] == "socket"), None)
         for row in together:
             share = f"{row['gbps'] / plain:.0%}" if plain else ""
