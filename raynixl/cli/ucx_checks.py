@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,13 +14,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from raynixl.agents import Agent
+from raynixl.backends.ucx import UcxBackend
 from raynixl.backends.ucx_sockets import why_no_filter
 from raynixl.bench.process import with_environment
 from raynixl.cli.doctor import Finding, Verdict
+from raynixl.config import from_env
+from raynixl.errors import RaynixlError
 
 LOOK_SECONDS = 30.0
 _AREA = "ucx"
 _INSTALL = "for other hosts and GPUs: pip install 'raynixl[ucx]'"
+_EMULATION = (
+    "let UCX_TLS and RAYNIXL_UCX allow cma for this host; between hosts only RDMA does without the peer: see "
+    "docs/networking.md"
+)
 _INFINIBAND = Path("/sys/class/infiniband")
 # Loads the libraries as ucxx does, but in a process that ends: the wheel's, or the system's where the user prefers it.
 _LOOK = """
@@ -47,8 +56,24 @@ def check_ucx() -> Iterator[Finding]:
     origin = "the wheel's" if library.is_relative_to(_wheel()) else "the system's"
     yield Finding(_AREA, "libucx", Verdict.WORKS, f"{seen['version']}, {origin}: {library}")
     yield _check_transports(library)
+    yield _check_lane()
     yield _check_guard()
     yield _check_rdma(library)
+
+
+def _check_lane() -> Finding:
+    """Start UCX under the user's settings, and see by which lane it reaches this process."""
+    config = from_env().model_copy(update={"backends": (UcxBackend.name,)})
+    try:
+        with Agent(f"doctor-{os.getpid()}-lane", config=config) as agent:
+            backend = agent.backend(UcxBackend.name)
+            assert isinstance(backend, UcxBackend)
+            lanes = backend.own_lanes()
+    except RaynixlError as exc:
+        return Finding(_AREA, "lane", Verdict.FAILS, exc.message, exc.hint)
+    if lanes.is_emulation:
+        return Finding(_AREA, "lane", Verdict.SLOW, lanes.explain(), _EMULATION)
+    return Finding(_AREA, "lane", Verdict.WORKS, f"to this host by {lanes.explain()}")
 
 
 def _check_guard() -> Finding:

@@ -38,6 +38,8 @@ def test_the_installed_ucx_is_told_with_its_version_path_and_transports():
     assert seen["ucxx"].verdict == seen["libucx"].verdict == seen["transports"].verdict == "works"
     assert "libucp.so" in seen["libucx"].detail
     assert "tcp (" in seen["transports"].detail
+    assert seen["lane"].verdict in ("works", "slow")
+    assert "all transports: " in seen["lane"].detail
     assert seen["ports"].verdict == "works"
     assert "RDMA device" in seen["RDMA"].detail or "devices:" in seen["RDMA"].detail
 
@@ -81,3 +83,48 @@ def test_a_kernel_that_takes_no_packet_filters_is_told_since_ports_are_then_open
     assert seen["ports"].verdict == "fails"
     assert "Operation not permitted" in seen["ports"].detail
     assert "docs/networking.md" in seen["ports"].hint
+
+
+@pytest.fixture
+def lane(monkeypatch, nothing_left):
+    """What is found out about the lane under some settings of the user's."""
+    pytest.importorskip("ucxx", reason="ucxx is not installed")
+
+    def look(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return ucx_checks._check_lane()
+
+    return look
+
+
+def test_a_lane_that_reaches_memory_by_itself_works_and_is_named(lane):
+    found = lane(UCX_TLS="cma,tcp")
+    assert (found.area, found.name, found.verdict, found.hint) == ("ucx", "lane", "works", "")
+    assert found.detail == "to this host by cma: without the peer's help; all transports: cma/memory, tcp/lo"
+
+
+@pytest.mark.parametrize("settings", [{"UCX_TLS": "tcp"}, {"RAYNIXL_UCX": "TLS=tcp", "UCX_TLS": "cma,tcp"}])
+def test_emulation_is_told_with_what_would_do_without_it(lane, settings):
+    found = lane(**settings)
+    assert found.verdict == "slow"
+    assert "tcp/lo (software emulation)" in found.detail
+    assert "cma" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "blamed"),
+    [
+        ({"UCX_TLS": "cma"}, "UCX_TLS=cma"),
+        ({"UCX_TLS": "rc_mlx5"}, "UCX_TLS=rc_mlx5"),
+        ({"UCX_NET_DEVICES": "eth77"}, "UCX_NET_DEVICES=eth77"),
+        ({"RAYNIXL_UCX": "TLS=cma", "UCX_TLS": "all"}, "UCX_TLS=cma"),
+        ({"RAYNIXL_RAILS": "eth77", "RAYNIXL_SECRET": "of this job"}, "rails='eth77'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_that_leaves_no_lane_fails_and_is_named(lane, settings, blamed):
+    found = lane(**settings)
+    assert (found.name, found.verdict) == ("lane", "fails")
+    assert blamed in found.detail
+    assert found.hint
