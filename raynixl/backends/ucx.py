@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import logging
-import os
 import threading
-import time
 from collections.abc import Sequence
 from itertools import product
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
+from raynixl.backends.base import Binding, Capabilities, Link, Local, Request
 from raynixl.backends.greeting import Newcomer, greet
-from raynixl.backends.link import Links
 from raynixl.backends.listener import Listener, dial
-from raynixl.backends.shm import addresses as address_table
-from raynixl.backends.ucx_answers import Answers
-from raynixl.backends.ucx_exports import Exports
-from raynixl.backends.ucx_guard import Guard, own_sources, sources
-from raynixl.backends.ucx_key import Keys, unseal_workers
-from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
-from raynixl.backends.ucx_options import Lanes
-from raynixl.backends.ucx_rails import RailChoice, cut
-from raynixl.backends.ucx_runtime import INSTALL, Runtime, has_cuda, is_installed
-from raynixl.backends.ucx_wireup import Answer, Ask, Hello, Questions, Refusal, parse_wireup, unpack
+from raynixl.backends.ucx_presence import INSTALL, has_cuda, is_installed
 from raynixl.backends.wire import StreamWire
-from raynixl.blocks import refuse_overlap
-from raynixl.errors import AgentClosed, BackendUnavailable, PeerLost, RaynixlError, TransferTimeout
+from raynixl.errors import AgentClosed, BackendUnavailable, RaynixlError
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Program
-from raynixl.native.ucx import HOST_MEMORY, Rail
 from raynixl.record import AgentRecord
 from raynixl.region import Region, RemoteRegion
 from raynixl.topology import Address, addresses, by_nearness, parse_address
 
-logger = logging.getLogger(__name__)
-
-SWEEP_SECONDS = 0.05
-GRACE_SECONDS = 0.1
-"""How long UCX has to let go of an operation that was cancelled or is late, before its endpoint is closed by force."""
-CLOSE_SECONDS = 5.0
-_WORD = 0  # the number under which peers find the word that they read to see whether we are there
+if TYPE_CHECKING:
+    from raynixl.backends.ucx_network import Network
+    from raynixl.backends.ucx_options import Lanes
 
 
 class UcxBackend:
     """Endpoints of UCX to peers that have proved themselves on a TCP link, which also carries the messages.
 
-    UCX is loaded at the first use: an agent that talks to its own host only pays for a listening socket.
+    An agent that talks to its own host only pays for a listening socket: all else is loaded when the first peer on
+    the network is met, and UCX when its memory is.
     """
 
     name = "ucx"
@@ -62,30 +41,12 @@ class UcxBackend:
         self.capabilities = Capabilities(kinds=frozenset(product(kinds, kinds)), messages=True)
         self._has_secret = bool(local.config.secret.get_secret_value())
         self._addresses = self._own_addresses()
-        self._lock = threading.Lock()  # protects _is_closed
-        self._starting = threading.Lock()  # held while UCX is started, so that it is started once
-        self._runtime: Runtime | None = None
-        self._guard = Guard(local.name)
+        self._lock = threading.Lock()  # protects _memories, _network, _is_closed
+        self._memories: dict[int, Memory] = {}  # until there is a network
+        self._network: Network | None = None
         self._is_closed = False
-        self._is_sweeping = False  # on the reactor's thread
-        self._has_warned = False
-        self._word = ctypes.create_string_buffer(local.incarnation.encode(), 32)
-        self._heard = ctypes.create_string_buffer(32)
-        self._links = Links(local)
-        self._open: set[UcxLink] = set()  # those with a lane, on the reactor's thread
-        self._questions = Questions()
-        self._exports = Exports(local, self._rails)
-        self._exports.add(_WORD, _memory_of(self._word))
-        self._answers = Answers(local, self._exports, self._worker_addresses)
-        self._choice = RailChoice(local.config.rails)
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         hosts = [address.ip for address in self._addresses]
-        try:
-            self._listener = Listener(local, hosts=hosts, port=local.config.listen_port, admit=self._admit)
-        except BaseException:
-            os.close(self._bell)
-            raise
-        local.reactor.add(self._bell, self._on_bell)
+        self._listener = Listener(local, hosts=hosts, port=local.config.listen_port, admit=self._admit)
 
     def local_metadata(self) -> dict[str, str | int]:
         """Where peers find our TCP sockets: addresses with their networks, and the port of each."""
@@ -107,79 +68,45 @@ class UcxBackend:
         """Remember the memory; UCX maps it when the first peer on the network asks for it."""
         if (memory.kind, memory.kind) not in self.capabilities.kinds:
             raise BackendUnavailable(f"ucx carries host memory here, not {memory.kind.value}", hint="it finds no CUDA")
-        self._exports.add(region_id, memory)
+        with self._lock:
+            if self._network is None:
+                self._memories[region_id] = memory
+            else:
+                self._network.exports.add(region_id, memory)
         return {}
 
     def deregister(self, region_id: int) -> None:
         """Have UCX forget the memory."""
-        self._exports.remove(region_id)
+        with self._lock:
+            self._memories.pop(region_id, None)
+            network = self._network
+        if network is not None:
+            network.exports.remove(region_id)
 
     def connect(self, record: AgentRecord, deadline: float) -> Link:
         """Connect to one of the agent's addresses and greet it."""
         sock = dial(self._endpoints(record), peer=record.name, deadline=deadline)
         try:
             greet(self._local, StreamWire(sock), record, probe=0, deadline=deadline)
-            link = UcxLink(
-                self._local, sock, peer=record.name, incarnation=record.incarnation, on_control=self._on_control
-            )
-            self._take_in(link)
-            return link
+            return self.network.join(sock, record.name, record.incarnation)
         except BaseException:
             sock.close()
             raise
 
     def bind(self, link: Link, remote: RemoteRegion, fds: Sequence[int]) -> Binding:
         """Ask the peer for the region's keys and hand them to UCX; makes the lane if there is none."""
+        from raynixl.backends.ucx_lane import UcxLink
+
         assert isinstance(link, UcxLink)
-        deadline = time.monotonic() + self._local.config.connect_timeout
-        self._rails()
-        answer = self._ask(link, remote.id, deadline)
-        keys = Keys.unseal(
-            unpack(answer.sealed), incarnation=remote.incarnation, region=remote.id, nbytes=remote.nbytes
-        )
-        lane = self._lane(link, answer, deadline)
-        lanes = lane.lanes.reaching(remote.kind)
-        binding = UcxBinding(
-            remote, link, self._local.native.Gate(), str(lanes), keys.address, None, lane, lane.unpack(keys)
-        )
-        lane.add(binding)
-        self._warn_once(link, lanes)
-        return binding
+        return self.network.bind(link, remote)
 
     def prepare(self, request: Request) -> list[Program]:
         """Turn a request into one program over all rails that it uses."""
-        bindings = [_own(binding) for binding in request.remote]
-        link = request.remote[0].link
-        assert isinstance(link, UcxLink)
-        table = address_table(request)
-        if link.pid == os.getpid():
-            refuse_overlap(table)
-        if request.op is Op.WRITE:
-            ours, theirs = table[:, 0], table[:, 1]
-            mine, far = request.segments.source_region, request.segments.target_region
-        else:
-            ours, theirs = table[:, 1], table[:, 0]
-            mine, far = request.segments.target_region, request.segments.source_region
-        runtime = self._run()
-        keys = [binding.keys for binding in bindings]
-        connected = sorted(set(keys[0]).intersection(*keys[1:]))
-        if not connected:  # released meanwhile
-            raise PeerLost(f"the connection with {link.peer!r} was lost meanwhile", peer=link.peer)
-        rails = self._choice.rails_for(request.local[0].memory, runtime.devices, runtime.nics, connected=connected)
-        rows, paths = cut(np.column_stack((mine, far, ours, theirs, table[:, 2])).astype(np.uint64), rails)
-        mappings = [self._exports.mappings(region.id) for region in request.local]
-        ways = [(mappings[region][rail], keys[binding][rail]) for region, binding, rail in paths.tolist()]
-        native, limit = self._local.native, self._local.config.inline_nbytes
-        return [native.rma(request.op is Op.WRITE, ways, rows, request.gates, limit)]
+        return self.network.prepare(request)
 
     def describe(self, local: Region, binding: Binding) -> str:
         """Say which rails carry a region's bytes and why, whether UCX emulates, and list all transports."""
-        runtime, lane = self._run(), _own(binding).lane
-        if lane is None:
-            return ""
-        connected = [way.rail for way in lane.ways]
-        rails = self._choice.describe(local.memory, runtime.devices, runtime.nics, connected=connected)
-        return f"{rails}; {lane.lanes.reaching(binding.remote.kind).explain()}"
+        return self.network.describe(local, binding)
 
     def own_lanes(self) -> Lanes:
         """Start UCX, and return by which transports it reaches this very process.
@@ -187,55 +114,33 @@ class UcxBackend:
         Raises:
             BackendUnavailable: it does not start, or the user's settings leave no usable transport.
         """
-        return self._run().lanes
+        return self.network.own_lanes()
+
+    @property
+    def network(self) -> Network:
+        """What is needed once a peer is met, made at the first use.
+
+        Raises:
+            AgentClosed: it was closed.
+        """
+        with self._lock:
+            if self._network is None:
+                if self._is_closed:
+                    raise AgentClosed(f"agent {self._local.name!r} is closed")
+                from raynixl.backends.ucx_network import Network
+
+                self._network = Network(self._local, self._addresses, self._memories)
+                self._memories = {}
+            return self._network
 
     def close(self) -> None:
         """Stop listening, close every link and let UCX go."""
         with self._lock:
-            if self._is_closed:
-                return
             self._is_closed = True
-        self._local.reactor.remove(self._bell)
+            network = self._network
         self._listener.close()
-        self._guard.close()
-        self._links.close()
-        with self._starting:
-            runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            self._end(runtime)
-        self._exports.unmap_all()
-        self._exports.forget_all()
-        os.close(self._bell)
-
-    # UCX, started at the first use
-
-    def _run(self) -> Runtime:
-        """Return the runtime, started now if need be, which takes half a second."""
-        runtime = self._runtime
-        if runtime is not None:
-            return runtime
-        with self._starting:
-            if self._is_closed:
-                raise AgentClosed(f"agent {self._local.name!r} is closed")
-            if self._runtime is None:
-                self._runtime = Runtime(self._local, self._bell, self._guard)
-            return self._runtime
-
-    def _rails(self) -> Sequence[Rail]:
-        return self._run().rails
-
-    def _worker_addresses(self) -> Sequence[bytes]:
-        return self._run().addresses
-
-    def _end(self, runtime: Runtime) -> None:
-        if runtime.close(CLOSE_SECONDS) and self._guard.cut(CLOSE_SECONDS):
-            self._exports.unmap_all()
-            runtime.destroy()
-        else:
-            runtime.abandon()
-            self._guard.sever()
-
-    # Links and lanes
+        if network is not None:
+            network.close()
 
     def _own_addresses(self) -> list[Address]:
         if self._has_secret:
@@ -257,143 +162,9 @@ class UcxBackend:
 
     def _admit(self, newcomer: Newcomer) -> None:
         """Take in a peer that has connected and proved itself."""
-        assert newcomer.client is not None
-        self._links.admit(newcomer.client.incarnation, lambda: self._welcome(newcomer))
-
-    def _welcome(self, newcomer: Newcomer) -> None:
         client = newcomer.client
         assert client is not None
-        if self._listener.is_closed:
+        try:
+            self.network.admit(newcomer.sock, client.name, client.incarnation)
+        except AgentClosed:
             newcomer.sock.close()
-            return
-        link = UcxLink(
-            self._local, newcomer.sock, peer=client.name, incarnation=client.incarnation, on_control=self._on_control
-        )
-        self._take_in(link)
-        self._local.events.link_opened(link)
-
-    def _take_in(self, link: UcxLink) -> None:
-        self._links.add(link)
-        link.guard = self._guard
-        link.open()
-        hello = Hello(host=self._local.host, pid=os.getpid(), addresses=own_sources(self._addresses))
-        with contextlib.suppress(PeerLost):  # they have left already: the link is about to hear of it
-            link.send_control(hello.model_dump_json().encode())
-
-    def _ask(self, link: UcxLink, region: int, deadline: float) -> Answer:
-        """Ask a peer for the keys of a region.
-
-        Raises:
-            PeerLost, TransferTimeout, RaynixlError: no answer came, or it was no.
-        """
-        number, question = self._questions.add(link)
-        try:
-            link.send_control(Ask(number=number, region=region).model_dump_json().encode())
-            self._local.reactor.run_until(lambda: question.is_over, deadline)
-        finally:
-            self._questions.drop(number)
-        if isinstance(question.answer, Answer):
-            return question.answer
-        if question.answer is not None:
-            raise question.answer.to_error(link.peer)
-        if link.lost is not None:
-            raise link.lost.afresh()
-        raise TransferTimeout(
-            f"peer {link.peer!r} did not say in time how UCX reaches its region {region}",
-            hint="it is frozen or overloaded", peer=link.peer,
-        )  # fmt: skip
-
-    def _lane(self, link: UcxLink, answer: Answer, deadline: float) -> Lane:
-        """Return the link's lane, made now if there is none that works; one thread at a time binds a peer's regions."""
-        lane = link.lane
-        if lane is not None and lane.is_usable:
-            return lane
-        self._await_hello(link, deadline)
-        workers = unseal_workers(unpack(answer.workers), incarnation=link.incarnation)
-        lane = Lane(link.peer, self._rails(), workers)
-        link.lane = lane
-        if link.lost is not None:
-            link.lane = None
-            lane.fail()
-            raise link.lost.afresh()
-        self._local.reactor.call_soon(lambda: self._open.add(link))
-        if not link.pid:
-            self._watch(link, lane, deadline)
-        return lane
-
-    def _await_hello(self, link: UcxLink, deadline: float) -> None:
-        """Wait until the peer is admitted to our own ports: its UCX may connect, too, when ours does."""
-        self._local.reactor.run_until(lambda: link.is_introduced or link.lost is not None, deadline)
-        if link.lost is not None:
-            raise link.lost.afresh()
-        if not link.is_introduced:
-            raise TransferTimeout(f"peer {link.peer!r} did not introduce itself", peer=link.peer)
-
-    def _watch(self, link: UcxLink, lane: Lane, deadline: float) -> None:
-        """Find out later whether a silent peer of another host is there: by reading a word of its memory."""
-        answer = self._ask(link, _WORD, deadline)
-        keys = Keys.unseal(unpack(answer.sealed), incarnation=link.incarnation, region=_WORD, nbytes=len(self._word))
-        rail, key = next(iter(lane.unpack(keys).items()))
-        here = self._rails()[rail].map(ctypes.addressof(self._heard), len(self._heard), HOST_MEMORY)
-        lane.watch_by(probe_program(self._local, here, ctypes.addressof(self._heard), key, keys))
-        link.probe = lambda: lane.is_silent(self._local.config.heartbeat_timeout)
-
-    def _warn_once(self, link: UcxLink, lanes: Lanes) -> None:
-        if lanes.is_emulation and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "UCX reaches %r over %s: the peer's UCX thread takes part in each operation; see docs/networking.md",
-                link.peer, lanes,
-            )  # fmt: skip
-
-    # What comes in, on the reactor's thread
-
-    def _on_control(self, link: object, body: bytes) -> None:
-        assert isinstance(link, UcxLink)
-        match parse_wireup(body):
-            case Hello() as hello:
-                link.admit(sources(hello.addresses, link.remote))
-                if hello.host == self._local.host:
-                    link.watch_process(hello.pid)
-            case Ask() as ask:
-                self._answers.give(link, ask)
-            case Answer() | Refusal() as answer:
-                if not self._questions.take(link, answer):
-                    self._local.events.message_dropped("late answer")
-
-    def _on_bell(self, _mask: int) -> None:
-        """Hear from the core that an endpoint has failed, or that there are jobs to look after."""
-        try:
-            os.eventfd_read(self._bell)
-        except BlockingIOError:
-            return
-        self._look_after_lanes()
-        if not self._is_sweeping:
-            self._is_sweeping = True
-            self._local.reactor.call_later(SWEEP_SECONDS, self._sweep)
-
-    def _sweep(self) -> None:
-        runtime = self._runtime
-        self._is_sweeping = runtime is not None and runtime.sweep(GRACE_SECONDS)
-        self._look_after_lanes()
-        if self._is_sweeping:
-            self._local.reactor.call_later(SWEEP_SECONDS, self._sweep)
-
-    def _look_after_lanes(self) -> None:
-        """Fail the lanes of which an endpoint has failed; their links stand, and the next transfer makes new ones."""
-        for link in list(self._open):
-            lane = link.lane
-            if lane is not None and lane.needs_care:
-                logger.debug("the lane to %r has failed: %s", link.peer, [one.status for one in lane.endpoints])
-                lane.fail()
-            if lane is None or not lane.is_usable:
-                self._open.discard(link)
-
-
-def _own(binding: Binding) -> UcxBinding:
-    assert isinstance(binding, UcxBinding)
-    return binding
-
-
-def _memory_of(buffer: ctypes.Array[ctypes.c_char]) -> Memory:
-    return Memory(MemoryKind.DRAM, 0, ctypes.addressof(buffer), len(buffer), True, buffer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from raynixl.backends.base import Local
 from raynixl.backends.ucx_devices import check_names, check_ports, network_devices, setting, tcp_devices
 from raynixl.backends.ucx_guard import Guard
 from raynixl.backends.ucx_options import Lanes, blame, merge
+from raynixl.backends.ucx_presence import INSTALL
 from raynixl.config import kept_variables, variables
 from raynixl.errors import BackendUnavailable
 from raynixl.native import CLOSED
@@ -23,24 +23,9 @@ from raynixl.topology import Nic, NicKind, nics
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install 'raynixl[ucx]' (with a GPU: raynixl[cu13] or [cu12])"
 _FOREVER_MS = -1
 _LEFT: list[Any] = []
 """Workers that UCX would not let go of in time: destroying them under its feet would crash, so they stay."""
-
-
-def is_installed() -> bool:
-    """Whether ucxx can be imported; does not import it."""
-    return importlib.util.find_spec("ucxx") is not None
-
-
-def has_cuda() -> bool:
-    """Whether this host has a driver for NVIDIA GPUs; loads nothing else."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def load_ucxx() -> Any:
@@ -66,7 +51,7 @@ def library_version() -> str:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One rail with the objects of ucxx that it stands on."""
+    """One worker of UCX: a rail with the objects of ucxx that it stands on."""
 
     device: str
     context: Any
@@ -74,9 +59,19 @@ class _Worker:
     rail: Rail
     is_served_by_ucxx: bool
 
+    def destroy(self) -> None:
+        """Touch it no more; UCX destroys it when its last reference goes."""
+        self.rail.release()
+        if self.is_served_by_ucxx:
+            self.worker.stop_progress_thread()
+
 
 class Runtime:
     """The rails of one agent. Made at the first use of the network, and closed with the agent.
+
+    Each rail has two workers: one posts what we read and write, and the other serves what peers read and write here,
+    and is the one whose address they know. With one worker for both UCX joins the two directions into one connection
+    over TCP, and then crashes when an endpoint is closed by force while the peer is writing or being answered.
 
     Raises:
         BackendUnavailable: ucxx does not load, or the user's settings leave no usable transport.
@@ -89,9 +84,10 @@ class Runtime:
         self._ucxx = load_ucxx()
         self.nics: list[Nic] = nics()
         self._workers: list[_Worker] = []
+        self._servers: list[_Worker] = []
         try:
             for device in self._devices():
-                self._workers.append(self._start(device, bell))
+                self._start(device, bell)
             self.lanes = self._try_out()
         except BaseException:
             if self.close(1.0):
@@ -99,7 +95,7 @@ class Runtime:
             else:
                 self.abandon()
             raise
-        self.addresses = [one.rail.address for one in self._workers]
+        self.addresses = [one.rail.address for one in self._servers]
         logger.debug("UCX %s started in %.2f s: %s", library_version(), time.monotonic() - began, self)
 
     def __repr__(self) -> str:
@@ -123,24 +119,24 @@ class Runtime:
     def close(self, timeout: float) -> bool:
         """Close every endpoint; False if UCX did not let go of all: then the workers stay for good."""
         deadline = time.monotonic() + timeout
-        for one in self._workers:
-            one.rail.close(0.0)  # what goes over several ends when the endpoints of all are closed
-        closed = [one.rail.close(max(0.0, deadline - time.monotonic())) for one in self._workers]  # each one
+        rails = [one.rail for one in (*self._workers, *self._servers)]
+        for rail in rails:
+            rail.close(0.0)  # what goes over several ends when the endpoints of all are closed
+        closed = [rail.close(max(0.0, deadline - time.monotonic())) for rail in rails]  # each one
         return all(closed)
 
     def destroy(self) -> None:
         """Destroy the workers; keys and mappings have been given back."""
-        while self._workers:
-            one = self._workers.pop()
-            one.rail.release()
-            if one.is_served_by_ucxx:
-                one.worker.stop_progress_thread()
+        for workers in (self._workers, self._servers):
+            while workers:
+                workers.pop().destroy()
 
     def abandon(self) -> None:
         """Leave the workers as they are, for as long as the process lives."""
         logger.error("UCX does not let go of an endpoint of agent %r: its worker stays", self._local.name)
-        _LEFT.extend(self._workers)
+        _LEFT.extend((*self._workers, *self._servers))
         self._workers.clear()
+        self._servers.clear()
 
     def _devices(self) -> Sequence[str]:
         """Return what each rail is restricted to: the configured devices, or several RDMA devices, or nothing."""
@@ -164,7 +160,7 @@ class Runtime:
     def _has_secret(self) -> bool:
         return bool(self._local.config.secret.get_secret_value())
 
-    def _start(self, device: str, bell: int) -> _Worker:
+    def _start(self, device: str, bell: int) -> None:
         options = self._options(device)
         try:
             context = self._make_context(options)
@@ -174,7 +170,11 @@ class Runtime:
         resources = _resources(context)
         self._check_names(device, options, resources)
         listening = tcp_devices(resources)
-        check_ports(setting("TCP_PORT_RANGE", options, variables("UCX_")), listening)
+        for workers in (self._workers, self._servers):
+            check_ports(setting("TCP_PORT_RANGE", options, variables("UCX_")), listening)
+            workers.append(self._make_worker(context, device, bell=bell, ports=len(listening)))
+
+    def _make_worker(self, context: Any, device: str, *, bell: int, ports: int) -> _Worker:
         with self._guard.watch() as adopt:
             try:
                 worker = self._ucxx.UCXWorker(context)
@@ -184,7 +184,7 @@ class Runtime:
             has_thread = rail.serve()
             if not has_thread:
                 worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
-            adopt(rail.address, len(listening))
+            adopt(rail.address, ports)
         return _Worker(device, context, worker, rail, not has_thread)
 
     def _check_names(self, device: str, options: Mapping[str, str], resources: Sequence[str]) -> None:
@@ -217,13 +217,13 @@ class Runtime:
         """Make an endpoint to ourselves: with settings that leave no usable transport UCX refuses it."""
         found: list[str] = []
         with self._guard.open_to_ourselves():
-            for one in self._workers:
-                found += self._transports_of(one)
+            for one, server in zip(self._workers, self._servers, strict=True):
+                found += self._transports_of(one, server)
         return Lanes.of(found)
 
-    def _transports_of(self, one: _Worker) -> list[str]:
+    def _transports_of(self, one: _Worker, server: _Worker) -> list[str]:
         try:
-            endpoint = one.rail.connect(one.rail.address)
+            endpoint = one.rail.connect(server.rail.address)
         except RuntimeError as exc:
             raise self._unusable(one.device, exc) from exc
         found = endpoint.transports

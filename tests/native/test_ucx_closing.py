@@ -11,7 +11,7 @@ from native_tools import MIB
 from rail_tools import TIMEOUT as PATIENCE
 from rail_tools import Side, Target, moving, until
 
-from raynixl.backends.ucx_runtime import is_installed
+from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import LOST
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")

@@ -12,7 +12,7 @@ import pytest
 from native_tools import KIB, MIB, address_of, finish, random_bytes
 from rail_tools import INLINE, Side, Target, Way, rma_rows
 
-from raynixl.backends.ucx_runtime import is_installed
+from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, STALE
 from raynixl.native.ucx import HOST_MEMORY
 

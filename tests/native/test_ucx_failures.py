@@ -18,7 +18,7 @@ from native_tools import KIB, MIB, finish, random_bytes
 from rail_tools import TIMEOUT as PATIENCE
 from rail_tools import Side, Target, Way, moving, until
 
-from raynixl.backends.ucx_runtime import is_installed
+from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, PENDING, RESET, STALE, TIMEOUT, Gate, Native
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")

@@ -10,7 +10,7 @@ from native_tools import KIB, MIB, address_of, finish, random_bytes
 from rail_tools import INLINE, Side, Target, Way, moving, rma_rows, until
 from rail_tools import TIMEOUT as PATIENCE
 
-from raynixl.backends.ucx_runtime import is_installed
+from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import CLOSED, DONE, LOST, RESET, Gate, Program
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")

@@ -13,7 +13,7 @@ import pytest
 from native_tools import MIB, finish, random_bytes
 from rail_tools import Side, until
 
-from raynixl.backends.ucx_runtime import is_installed
+from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import DONE, RESET, load
 from raynixl.native.twin_endpoint import Endpoint
 
