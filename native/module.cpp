@@ -7,6 +7,7 @@
 #include <system_error>
 #include <vector>
 
+#include "cuda.h"
 #include "engine.h"
 #include "python.h"
 
@@ -173,6 +174,11 @@ void copy_range(uint64_t destination, uint64_t source, uint64_t nbytes) {
   stream_fence();
 }
 
+void enter_cuda_by_address(uint64_t context, uint64_t get_current, uint64_t set_current) {
+  enter_cuda({reinterpret_cast<void*>(context), reinterpret_cast<int (*)(void**)>(get_current),
+              reinterpret_cast<int (*)(void*)>(set_current)});
+}
+
 void bind_gate(nb::module_& m) {
   nb::class_<PyGate>(m, "Gate")
       .def(nb::init<>())
@@ -216,6 +222,7 @@ NB_MODULE(_native, m) {
   raynixl::bind_engine(m);
   raynixl::bind_job(m);
   raynixl::bind_ucx(m);
+  m.def("enter_cuda", raynixl::enter_cuda_by_address, "context"_a, "get_current"_a, "set_current"_a);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);
 }

@@ -15,6 +15,7 @@
 
 #include "clock.h"
 #include "codes.h"
+#include "cuda.h"
 #include "ucp_abi.h"
 
 namespace raynixl {
@@ -38,7 +39,10 @@ class Rail : public std::enable_shared_from_this<Rail> {
   bool usable() const;
   // Whether this is a fork of the process that made it: UCX's sockets and locks are the parent's.
   bool forked() const;
-  unsigned progress() const { return ucp::library().worker_progress(worker_); }
+  unsigned progress() const {
+    take_cuda_context();
+    return ucp::library().worker_progress(worker_);
+  }
   void signal();
   void ring() const;
 

@@ -132,6 +132,7 @@ bool RmaJob::run_few(int looks) {
 }
 
 bool RmaJob::enter_endpoints() {
+  take_cuda_context();
   const auto& endpoints = plan_->endpoints();
   for (size_t i = 0; i < endpoints.size(); ++i) {
     int code = endpoints[i]->enter();

@@ -178,6 +178,12 @@ class Native(Protocol):
     def rma(self) -> MakeRma:
         """Make a program of one-sided operations over UCX; see raynixl.native.ucx."""
 
+    def enter_cuda(self, context: int, get_current: int, set_current: int) -> None:
+        """Have every thread that drives UCX from now on do so in a CUDA context, unless it has one of its own.
+
+        The functions are those of the driver, by address. Once for the process: the first call counts.
+        """
+
     def copy(self, dst_addr: int, src_addr: int, nbytes: int) -> None:
         """Copy between two ranges of this process, GIL released."""
 

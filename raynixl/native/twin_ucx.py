@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from raynixl.native import twin_ucp as ucp
 from raynixl.native.codes import CLOSED, PENDING
+from raynixl.native.twin_cuda import take_cuda_context
 from raynixl.native.twin_endpoint import Endpoint
 from raynixl.native.twin_job import deadline_after, fork_generation
 
@@ -184,6 +185,7 @@ class Rail:
 
     def progress(self) -> int:
         """Let UCX do what there is to do; how much there was."""
+        take_cuda_context()
         return int(self.ucp.worker_progress(self.worker))
 
     def signal(self) -> None:
