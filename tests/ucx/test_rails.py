@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from agent_tools import MIB, PATIENCE, eventually, make_agent, make_config, random_bytes
 
 from raynixl import Agent, Region, RemoteRegion
+from raynixl.agents import Prepared
 from raynixl.backends.ucx import UcxBackend
-from raynixl.backends.ucx_lane import Lane
+from raynixl.backends.ucx_lane import Lane, UcxBinding
 from raynixl.native import RESET
 from raynixl.testing.far import pattern
 from raynixl.testing.places import FarProcess
@@ -67,20 +69,21 @@ def theirs(near: Agent) -> RemoteRegion:
     return near.peer("far")["theirs"]
 
 
-def lane_of(near: Agent) -> Lane:
-    """The lane to the only peer."""
-    (link,) = near.backend("ucx")._open  # type: ignore[attr-defined]
-    lane = link.lane
-    assert isinstance(lane, Lane)
-    return lane
+def lane_of(plan: Prepared) -> Lane:
+    """The lane that an operation takes, the one that is there if it is usable."""
+    (binding,) = plan.agent.connector.bind(plan, time.monotonic() + PATIENCE)
+    assert isinstance(binding, UcxBinding)
+    assert binding.lane is not None
+    return binding.lane
 
 
 def test_one_large_block_arrives_in_both_directions(
     near: Agent, far: FarProcess, mine: Region, theirs: RemoteRegion, rails: tuple[str, ...]
 ) -> None:
-    near.read(theirs, mine).wait(PATIENCE)
+    plan = near.prepare("read", theirs, mine)
+    plan.post().wait(PATIENCE)
     assert mine.array().tobytes() == pattern(N, 1).tobytes()
-    assert [endpoint.transports for endpoint in lane_of(near).endpoints] == [[f"tcp/{name}"] for name in rails]
+    assert [endpoint.transports for endpoint in lane_of(plan).endpoints] == [[f"tcp/{name}"] for name in rails]
     assert near.explain(theirs, mine).detail.startswith(f"rails {', '.join(rails)}: named in AgentConfig.rails;")
     mine.array()[:] = random_bytes(N, seed=2)
     near.write(mine, theirs, notify=b"all there").wait(PATIENCE)
@@ -123,14 +126,14 @@ def test_an_endpoint_that_fails_resets_the_lane_and_the_next_transfer_makes_anot
 ) -> None:
     plan = near.prepare("read", theirs, mine)
     plan.post().wait(PATIENCE)
-    lane = lane_of(near)
+    lane = lane_of(plan)
     lane.endpoints[broken].close(RESET)
     eventually(lambda: not lane.is_usable, "the lane is not used any more")
     mine.array()[:] = 0
     plan.post().wait(PATIENCE)
     assert mine.array().tobytes() == pattern(N, 1).tobytes()
-    assert lane_of(near) is not lane
-    assert [one.code for one in lane_of(near).endpoints] == [0, 0]
+    assert lane_of(plan) is not lane
+    assert [one.code for one in lane_of(plan).endpoints] == [0, 0]
     near.notify("far", b"the link stands")
     assert far.ask("hear", 1) == [b"the link stands"]
 
