@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from raynixl import IntegrityError
@@ -36,11 +36,13 @@ def unseal(data: bytes, like: Keys, **other: Any) -> Keys:
 ONE = Keys("00112233445566778899aabbccddeeff", 7, 0x7F0000001000, 4096, (b"rail 0", b"rail 1"))
 
 
+@settings(deadline=None)
 @given(keys())
 def test_keys_survive_the_way(sealed: Keys) -> None:
     assert unseal(sealed.seal(), sealed) == sealed
 
 
+@settings(deadline=None)
 @given(incarnations, parts)
 def test_worker_addresses_survive_the_way(incarnation: str, workers: tuple[bytes, ...]) -> None:
     assert unseal_workers(seal_workers(incarnation, workers), incarnation=incarnation) == workers
@@ -72,6 +74,7 @@ def test_every_truncation_is_found_out() -> None:
             unseal_workers(workers[:end], incarnation=ONE.incarnation)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=200))
 def test_every_extension_is_found_out(more: bytes) -> None:
     for data in (ONE.seal() + more, more + ONE.seal()):
@@ -79,6 +82,7 @@ def test_every_extension_is_found_out(more: bytes) -> None:
             unseal(data, ONE)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_found_out(data: bytes) -> None:
     with pytest.raises(IntegrityError):
@@ -87,6 +91,7 @@ def test_random_bytes_are_found_out(data: bytes) -> None:
         unseal_workers(data, incarnation=ONE.incarnation)
 
 
+@settings(deadline=None)
 @given(keys(), keys())
 def test_keys_of_something_else_are_refused(one: Keys, other: Keys) -> None:
     assume((one.incarnation, one.region, one.nbytes) != (other.incarnation, other.region, other.nbytes))

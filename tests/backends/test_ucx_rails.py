@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynixl import BackendUnavailable, MemoryKind
@@ -47,6 +47,7 @@ def whole(rows: np.ndarray, paths: np.ndarray) -> list[tuple[int, ...]]:
     return [tuple(one) for one in joined]
 
 
+@settings(deadline=None)
 @given(tables(), st.lists(st.integers(0, 15), min_size=1, max_size=6, unique=True))
 def test_every_byte_is_cut_once_with_the_same_place_on_both_sides(table: np.ndarray, rails: list[int]) -> None:
     before = table.copy()
@@ -61,6 +62,7 @@ def test_every_byte_is_cut_once_with_the_same_place_on_both_sides(table: np.ndar
     assert set(paths[:, 2].tolist()) <= set(rails)
 
 
+@settings(deadline=None)
 @given(tables(), st.lists(st.integers(0, 15), min_size=2, max_size=6, unique=True))
 def test_rails_share_what_is_large_and_what_is_small_stays_together(table: np.ndarray, rails: list[int]) -> None:
     rows, paths = cut(table, rails)

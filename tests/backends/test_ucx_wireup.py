@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -56,21 +56,25 @@ def refused_or_sound(body: bytes) -> None:
     assert parse_wireup(message.model_dump_json().encode()) == message
 
 
+@settings(deadline=None)
 @given(messages)
 def test_what_agents_send_is_understood(message: BaseModel) -> None:
     assert parse_wireup(message.model_dump_json().encode()) == message
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_never_more_than_an_integrity_error(body: bytes) -> None:
     refused_or_sound(body)
 
 
+@settings(deadline=None)
 @given(st.one_of(json_values, nearly))
 def test_random_json_is_never_more_than_an_integrity_error(value: Any) -> None:
     refused_or_sound(json.dumps(value).encode())
 
 
+@settings(deadline=None)
 @given(messages, st.integers(0, 10_000), st.integers(1, 255))
 def test_a_flipped_byte_is_never_more_than_an_integrity_error(message: BaseModel, at: int, mask: int) -> None:
     body = bytearray(message.model_dump_json().encode())
@@ -141,11 +145,13 @@ def test_the_largest_answer_that_an_agent_gives_is_within_the_limits() -> None:
     assert unseal_workers(unpack(heard.workers), incarnation="ab" * 16)[-1] == b"w" * MAX_KEY_NBYTES
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_bytes_survive_as_text(raw: bytes) -> None:
     assert unpack(pack(raw)) == raw
 
 
+@settings(deadline=None)
 @given(texts)
 def test_text_that_holds_no_bytes_is_an_integrity_error(text: str) -> None:
     try:
