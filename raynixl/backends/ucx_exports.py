@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +32,8 @@ class Export:
     links: set[BaseLink] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is mapped, so that it is mapped once
     is_gone: bool = False
+    died_at: float = -math.inf
+    """When it was last seen that a peer of another host had died."""
 
     def unmap(self) -> None:
         """Have UCX forget it."""
@@ -84,7 +88,10 @@ class Exports:
         with self._lock:
             if self._exports.get(number) is not export:  # who removes it asks its links, which this one would miss
                 raise self._stale(number)
-            export.links = {one for one in export.links if one.lost is None or not one.has_hung_up} | {link}
+            dead = {one for one in export.links if one.lost is not None and one.has_hung_up}
+            export.links = (export.links - dead) | {link}
+            if any(not one.pid for one in dead):
+                export.died_at = time.monotonic()
         return export.sealed
 
     def is_mapped(self, number: int) -> bool:
@@ -148,7 +155,7 @@ class Exports:
         """
         lost = [link for link in export.links if link.lost is not None and not link.pid]
         alive = sorted({link.peer for link in lost if not link.has_hung_up})
-        if not lost:
+        if not lost and time.monotonic() - export.died_at > LINGER_SECONDS:
             return
         with self._lock:
             self._kept[number] = export.memory

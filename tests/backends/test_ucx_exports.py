@@ -223,6 +223,23 @@ def test_memory_is_kept_for_a_while_after_a_peer_of_another_host_died(kept: tupl
     assert not is_held(ref)
 
 
+@pytest.mark.parametrize("was_long_ago", [False, True])
+def test_a_peer_that_died_just_now_counts_although_another_has_asked_since(
+    kept: tuple[Stand, weakref.ref[Any]], was_long_ago: bool
+) -> None:
+    stand, ref = kept
+    link = FakeLink()
+    stand.seal(link)
+    link.die(has_hung_up=True)
+    stand.seal(FakeLink("later"))
+    if was_long_ago:
+        stand.exports._exports[ONE].died_at -= LINGER_SECONDS
+    stand.exports.remove(ONE)
+    assert is_held(ref) == (not was_long_ago)
+    stand.reactor.pass_seconds(LINGER_SECONDS + 0.01)
+    assert not is_held(ref)
+
+
 def test_memory_is_kept_until_the_end_after_a_peer_that_was_given_up_alive(
     kept: tuple[Stand, weakref.ref[Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
