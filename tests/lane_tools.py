@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from agent_tools import PATIENCE
+from link_tools import End
 from liveness_tools import QUICK, World
 
-from raynixl import AgentConfig, Region, RemoteRegion, Transfer
+from raynixl import Agent, AgentConfig, Region, RemoteRegion, Transfer
+from raynixl.backends.greeting import greet
+from raynixl.backends.listener import dial
+from raynixl.backends.stream_link import StreamLink
 from raynixl.backends.ucx import UcxBackend
+from raynixl.backends.wire import StreamWire
+from raynixl.record import AgentRecord
 from raynixl.testing.places import FarProcess
 
 CMA, TCP = LANES = ("cma,tcp", "tcp")
@@ -55,6 +62,28 @@ class LaneWorld(World):
         plan = self.near.prepare(op, source, target)
         plan.post(timeout=PATIENCE).wait()
         return [plan.post(timeout=60.0) for _ in range((4 << 30) // mine.nbytes)]
+
+
+class RudePeer(End):
+    """An end that knows how to become an agent's peer, and then says what it likes."""
+
+    def meet_agent(self, agent: Agent) -> StreamLink:
+        """Connect to an agent and prove ourselves; it has taken us in afterwards."""
+        record = AgentRecord.from_bytes(agent.record())
+        deadline = time.monotonic() + PATIENCE
+        sock = dial([endpoint_of(agent)], peer=record.name, deadline=deadline)
+        try:
+            greet(self.local, StreamWire(sock), record, probe=0, deadline=deadline)
+        except BaseException:
+            sock.close()
+            raise
+        return self._open(sock, record.name, record.incarnation)
+
+
+def endpoint_of(agent: Agent) -> tuple[str, int]:
+    """Where an agent is heard by peers on the network."""
+    backend: Any = agent.backend("ucx")
+    return next(one for one in backend._listener.endpoints if one[0] == "127.0.0.1")
 
 
 def noticed_in(seconds: float, tls: str, what: str) -> None:

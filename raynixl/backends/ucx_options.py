@@ -53,8 +53,11 @@ def merge(given: Mapping[str, str], environment: Mapping[str, str], *, device: s
 
 
 def blame(options: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """Name the settings that decide which transports there are, for a message that none is usable."""
-    said = [f"{PREFIX}{name}={value}" for name, value in options.items() if name in _DECIDING]
+    """Name what was given, and what decides on the transports, for a message that none is usable."""
+    ours = TUNED | FORCED
+    said = [
+        f"{PREFIX}{name}={value}" for name, value in options.items() if name in _DECIDING or ours.get(name) != value
+    ]
     said += [
         f"{name}={value}"
         for name, value in environment.items()
