@@ -3,7 +3,7 @@
 Layer map (imports go downwards only; tests/test_layers.py holds us to it):
 
     L0  errors
-    L1  blocks, config, telemetry, memory, messages, authentication, host, native, reactor, topology
+    L1  blocks, config, telemetry, cuda, memory, messages, authentication, host, native, reactor, topology
     L2  record, region, backends, directory
     L3  agents
     L4  collectives

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from raynixl import cuda
 from raynixl.errors import ConfigError, RangeError
 
 PAGE_NBYTES = mmap.PAGESIZE
@@ -128,8 +129,9 @@ def _from_cuda(array: Any) -> Memory:
     if face.get("strides") is not None:
         raise _refuse_strided()
     nbytes = int(np.prod(face["shape"], dtype=np.int64)) * np.dtype(face["typestr"]).itemsize
-    device = int(getattr(getattr(array, "device", None), "id", 0))
-    return Memory(MemoryKind.VRAM, device, int(face["data"][0]), nbytes, not face["data"][1], array)
+    address, device = int(face["data"][0]), getattr(getattr(array, "device", None), "id", None)
+    number = cuda.device_of(address) if device is None else int(device)
+    return Memory(MemoryKind.VRAM, number, address, nbytes, not face["data"][1], array)
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Memory:

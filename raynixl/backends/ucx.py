@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from raynixl.backends.base import Binding, Capabilities, Link, Local, Request
 from raynixl.backends.greeting import Newcomer, greet
 from raynixl.backends.listener import Listener, dial
-from raynixl.backends.ucx_presence import INSTALL, has_cuda, is_installed
+from raynixl.backends.ucx_presence import INSTALL, is_installed
 from raynixl.backends.wire import StreamWire
+from raynixl.cuda import examine, has_driver
 from raynixl.errors import AgentClosed, BackendUnavailable, RaynixlError
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Program
@@ -37,8 +38,9 @@ class UcxBackend:
         if not is_installed():
             raise BackendUnavailable("the backend 'ucx' needs the package ucxx", hint=INSTALL)
         self._local = local
-        kinds = (MemoryKind.DRAM, MemoryKind.VRAM) if has_cuda() else (MemoryKind.DRAM,)
-        self.capabilities = Capabilities(kinds=frozenset(product(kinds, kinds)), messages=True)
+        far = (MemoryKind.DRAM, MemoryKind.VRAM)
+        near = far if has_driver() else (MemoryKind.DRAM,)
+        self.capabilities = Capabilities(kinds=frozenset(product(near, far)), messages=True)
         self._has_secret = bool(local.config.secret.get_secret_value())
         self._addresses = self._own_addresses()
         self._lock = threading.Lock()  # protects _memories, _network, _is_closed
@@ -68,6 +70,8 @@ class UcxBackend:
         """Remember the memory; UCX maps it when the first peer on the network asks for it."""
         if (memory.kind, memory.kind) not in self.capabilities.kinds:
             raise BackendUnavailable(f"ucx carries host memory here, not {memory.kind.value}", hint="it finds no CUDA")
+        if memory.kind is MemoryKind.VRAM:
+            examine(memory.address, memory.nbytes)  # a wrong address is told to who gave it, not to a peer
         with self._lock:
             if self._network is None:
                 self._memories[region_id] = memory

@@ -10,7 +10,7 @@ from raynixl.backends.base import Local
 from raynixl.backends.ucx_exports import Exports
 from raynixl.backends.ucx_key import seal_workers
 from raynixl.backends.ucx_lane import UcxLink
-from raynixl.backends.ucx_wireup import Answer, Ask, Refusal, pack
+from raynixl.backends.ucx_wireup import MAX_WORDS, Answer, Ask, Refusal, pack
 from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Answers:
         try:
             sealed = self._exports.sealed(ask.region, link)
             workers = seal_workers(self._local.incarnation, self._workers())
-            self._reply(link, Answer(number=ask.number, sealed=pack(sealed), workers=pack(workers)))
+            slow = self._exports.why_slow(ask.region)[:MAX_WORDS]
+            self._reply(link, Answer(number=ask.number, sealed=pack(sealed), workers=pack(workers), slow=slow))
         except RaynixlError as exc:
             self._refuse(link, ask, exc)
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from raynixl.backends.base import Local
@@ -28,6 +29,8 @@ class Export:
 
     memory: Memory
     mappings: tuple[Mapping, ...] = ()
+    slow: str = ""
+    """Why peers reach it only slowly, if they do."""
     sealed: bytes = b""
     links: set[BaseLink] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is mapped, so that it is mapped once
@@ -47,10 +50,16 @@ class Export:
 class Exports:
     """The regions by number. `rails` gives the rails, made at the first call, which may take a second."""
 
-    def __init__(self, local: Local, rails: Callable[[], Sequence[Rail]]) -> None:
+    def __init__(
+        self,
+        local: Local,
+        rails: Callable[[], Sequence[Rail]],
+        ready: Callable[[Memory], AbstractContextManager[str]] = lambda _: nullcontext(""),
+    ) -> None:
         self._local = local
         self._name = local.name
         self._rails = rails
+        self._ready = ready
         self._lock = threading.Lock()  # protects _exports, _kept and the sets of links
         self._exports: dict[int, Export] = {}
         self._kept: dict[int, Memory] = {}
@@ -94,6 +103,12 @@ class Exports:
                 export.died_at = time.monotonic()
         return export.sealed
 
+    def why_slow(self, number: int) -> str:
+        """Say why peers reach a mapped region only slowly; '' if they do not, or it is gone."""
+        with self._lock:
+            export = self._exports.get(number)
+        return "" if export is None else export.slow
+
     def is_mapped(self, number: int) -> bool:
         """Whether a region's keys are there without any work; True also if there is no such region."""
         with self._lock:
@@ -135,8 +150,9 @@ class Exports:
                 return
             mappings: list[Mapping] = []
             try:
-                mappings.extend(rail.map(memory.address, memory.nbytes, kind) for rail in rails)
-                packed = tuple(mapping.key for mapping in mappings)
+                with self._ready(memory) as export.slow:
+                    mappings.extend(rail.map(memory.address, memory.nbytes, kind) for rail in rails)
+                    packed = tuple(mapping.key for mapping in mappings)
             except RuntimeError as exc:
                 for mapping in mappings:
                     mapping.unmap()

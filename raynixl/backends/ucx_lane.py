@@ -132,6 +132,8 @@ class UcxBinding(Binding):
 
     lane: Lane | None = None
     keys: dict[int, RemoteKey] = field(default_factory=dict)
+    slow: str = ""
+    """Why the region is reached only slowly, if it is."""
 
     @property
     def is_usable(self) -> bool:

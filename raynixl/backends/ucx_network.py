@@ -18,6 +18,7 @@ from raynixl.backends.link import Links
 from raynixl.backends.shm import addresses as address_table
 from raynixl.backends.ucx_answers import Answers
 from raynixl.backends.ucx_exports import Exports
+from raynixl.backends.ucx_gpu import ready_to_map
 from raynixl.backends.ucx_guard import Guard, own_sources, sources
 from raynixl.backends.ucx_key import Keys, unseal_workers
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
@@ -63,7 +64,7 @@ class Network:
         self._links = Links(local)
         self._open: set[UcxLink] = set()  # those with a lane, on the reactor's thread
         self._questions = Questions()
-        self.exports = Exports(local, self._rails)
+        self.exports = Exports(local, self._rails, lambda memory: ready_to_map(memory, self._run()))
         self.exports.add(_WORD, _memory_of(self._word))
         for number, memory in memories.items():
             self.exports.add(number, memory)
@@ -96,10 +97,11 @@ class Network:
             unpack(answer.sealed), incarnation=remote.incarnation, region=remote.id, nbytes=remote.nbytes
         )
         lane = self._lane(link, answer, deadline)
-        lanes = lane.lanes.reaching(remote.kind)
+        lanes = lane.lanes.reaching(remote.kind, answer.slow)
         binding = UcxBinding(
             remote, link, self._local.native.Gate(), str(lanes), keys.address, None, lane, lane.unpack(keys)
         )
+        binding.slow = answer.slow
         lane.add(binding)
         self._warn_once(link, lanes)
         return binding
@@ -136,7 +138,7 @@ class Network:
             return ""
         connected = [way.rail for way in lane.ways]
         rails = self._choice.describe(local.memory, runtime.devices, runtime.nics, connected=connected)
-        return f"{rails}; {lane.lanes.reaching(binding.remote.kind).explain()}"
+        return f"{rails}; {lane.lanes.reaching(binding.remote.kind, own(binding).slow).explain()}"
 
     def own_lanes(self) -> Lanes:
         """Start UCX, and return by which transports it reaches this very process.

@@ -75,20 +75,22 @@ class Lanes:
 
     transports: tuple[str, ...]
     kind: MemoryKind = MemoryKind.DRAM
+    slow: str = ""
+    """Why CUDA IPC does not reach that memory, if it does not."""
 
     @staticmethod
     def of(transports: Sequence[str]) -> Lanes:
         """Return them sorted, each once, as a way to host memory."""
         return Lanes(tuple(sorted(set(transports))))
 
-    def reaching(self, kind: MemoryKind) -> Lanes:
+    def reaching(self, kind: MemoryKind, slow: str = "") -> Lanes:
         """Return them as a way to memory of that kind: cma reaches no GPU's, CUDA IPC no host's."""
-        return replace(self, kind=kind)
+        return replace(self, kind=kind, slow=slow)
 
     @property
     def direct(self) -> tuple[str, ...]:
         """Those that reach a peer's memory without its help."""
-        names = _DIRECT.get(self.kind, ())
+        names = [name for name in _DIRECT.get(self.kind, ()) if not (self.slow and name == "cuda_ipc")]
         return tuple(one for one in self.transports if one.partition("/")[0] in names)
 
     @property
@@ -104,4 +106,5 @@ class Lanes:
     def explain(self) -> str:
         """Say how memory is reached, and list all transports of the endpoint."""
         how = "the peer's UCX takes part in each operation" if self.is_emulation else "without the peer's help"
-        return f"{self}: {how}; all transports: {', '.join(self.transports)}"
+        slow = f"; {self.slow}" if self.slow else ""
+        return f"{self}: {how}{slow}; all transports: {', '.join(self.transports)}"

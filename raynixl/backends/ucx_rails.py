@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from raynixl.cuda import bus_id
 from raynixl.memory import Memory, MemoryKind
 from raynixl.topology import Choice, Nic, Place, gpu_place, memory_place, nearest, stripe
 
@@ -100,19 +101,5 @@ def _distinct(ways: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
 
 def _place(memory: Memory) -> Place:
     if memory.kind is MemoryKind.VRAM:
-        return gpu_place(_bus_id(memory.device), name=f"GPU {memory.device}")
+        return gpu_place(bus_id(memory.device), name=f"GPU {memory.device}")
     return memory_place(memory.address, memory.nbytes)
-
-
-def _bus_id(device: int) -> str:
-    """Return the PCI address of a GPU as CUDA numbers it, '' where that cannot be asked."""
-    import ctypes
-
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return ""
-    text, handle = ctypes.create_string_buffer(32), ctypes.c_int()
-    if cuda.cuDeviceGet(ctypes.byref(handle), device) or cuda.cuDeviceGetPCIBusId(text, len(text), handle):
-        return ""
-    return text.value.decode()

@@ -16,8 +16,10 @@ from raynixl.backends.ucx_guard import Guard
 from raynixl.backends.ucx_options import Lanes, blame, merge
 from raynixl.backends.ucx_presence import INSTALL
 from raynixl.config import kept_variables, variables
+from raynixl.cuda import current_functions
 from raynixl.errors import BackendUnavailable
 from raynixl.native import CLOSED
+from raynixl.native.twin_cuda import take_cuda_context
 from raynixl.native.ucx import Rail
 from raynixl.topology import Nic, NicKind, nics
 
@@ -111,6 +113,29 @@ class Runtime:
         """The network device of each rail, '' for one that may use all."""
         return [one.device for one in self._workers]
 
+    @property
+    def transports(self) -> Sequence[str]:
+        """What UCX may choose from, as 'tcp/eth0' or 'cuda_copy/cuda'."""
+        return sorted({name for one in self._workers for name in _resources(one.context)})
+
+    @property
+    def settings(self) -> str:
+        """The settings that decide on the transports, for a message."""
+        return self._said("")
+
+    @property
+    def version(self) -> str:
+        """The version of UCX."""
+        return library_version()
+
+    def enter_cuda(self, context: int) -> None:
+        """Have whoever drives UCX from now on do so in a CUDA context; the first of this process counts."""
+        self._local.native.enter_cuda(context, *current_functions())
+        for one in (*self._workers, *self._servers):
+            if one.is_served_by_ucxx:  # its thread runs no code of ours but when it starts
+                one.worker.stop_progress_thread()
+                _serve_by_ucxx(one.worker)
+
     def sweep(self, grace: float) -> bool:
         """Look after the jobs of every rail; whether to come again."""
         busy = [one.rail.sweep(grace) for one in self._workers]  # each one
@@ -183,7 +208,7 @@ class Runtime:
             rail = self._local.native.Rail(context.handle, worker.handle, bell)
             has_thread = rail.serve()
             if not has_thread:
-                worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
+                _serve_by_ucxx(worker)
             adopt(rail.address, ports)
         return _Worker(device, context, worker, rail, not has_thread)
 
@@ -231,17 +256,25 @@ class Runtime:
         return found
 
     def _unusable(self, device: str, error: Exception) -> BackendUnavailable:
-        said = blame(merge(self._local.config.ucx, variables("UCX_"), device=device, is_local=False), variables("UCX_"))
         return BackendUnavailable(
-            f"{said} leaves UCX no usable transport: {error}",
+            f"{self._said(device)} leaves UCX no usable transport: {error}",
             hint="TLS must name tcp or an InfiniBand transport (cma alone has no error handling), and NET_DEVICES an "
             "interface that exists; `raynixl doctor` lists what there is",
         )
+
+    def _said(self, device: str) -> str:
+        environment = variables("UCX_")
+        return blame(merge(self._local.config.ucx, environment, device=device, is_local=False), environment)
 
     def _errors(self) -> tuple[type[Exception], ...]:
         from ucxx import exceptions
 
         return (exceptions.UCXError, RuntimeError, ValueError, KeyError)
+
+
+def _serve_by_ucxx(worker: Any) -> None:
+    worker.set_progress_thread_start_callback(take_cuda_context, (), {})
+    worker.start_progress_thread(polling_mode=False, epoll_timeout=_FOREVER_MS)
 
 
 def _resources(context: Any) -> list[str]:

@@ -17,6 +17,7 @@ from raynixl.record import Unsigned
 
 MAX_WIREUP_NBYTES = 1 << 20
 MAX_ADDRESSES = 64
+MAX_WORDS = 512
 MAX_PID = 1 << 22  # of Linux
 _Bytes = Annotated[str, Field(max_length=2 * MAX_RAILS * MAX_KEY_NBYTES)]
 
@@ -62,6 +63,8 @@ class Answer(_Wireup):
     number: Unsigned
     sealed: _Bytes
     workers: _Bytes
+    slow: Annotated[str, Field(max_length=MAX_WORDS)] = ""
+    """Why the region is reached only slowly, for people."""
 
 
 class Refusal(_Wireup):

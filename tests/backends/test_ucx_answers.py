@@ -43,6 +43,10 @@ class SlowExports:
             raise self.error
         return f"keys of {number}".encode()
 
+    def why_slow(self, number: int) -> str:
+        """Nothing here is on a GPU."""
+        return ""
+
 
 @pytest.fixture
 def exports() -> Iterator[SlowExports]:

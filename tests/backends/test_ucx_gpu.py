@@ -1,0 +1,118 @@
+"""GPU memory under UCX, decided without a GPU: what is refused, what is slow, and in which context it is mapped."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import pytest
+from cuda_tools import PRIMARY, FakeDriver, Piece
+
+from raynixl import cuda
+from raynixl.backends.ucx_gpu import check_transports, parse_version, ready_to_map, why_slow
+from raynixl.backends.ucx_options import Lanes
+from raynixl.cuda import FABRIC, POSIX_FD, Allocation, Origin
+from raynixl.errors import BackendUnavailable, ConfigError
+from raynixl.memory import Memory, MemoryKind
+
+AT = 0x7F00_0000_0000
+
+
+@dataclass
+class FakeRuntime:
+    """UCX as the preparation of a mapping sees it."""
+
+    transports: tuple[str, ...] = ("cuda_copy/cuda", "cuda_ipc/cuda", "tcp/eth0")
+    settings: str = "UCX_TLS=something"
+    version: str = "1.21.0"
+    entered: list[int] = field(default_factory=list)
+
+    def enter_cuda(self, context: int) -> None:
+        """Note it."""
+        self.entered.append(context)
+
+
+def vram(device: int = 0) -> Memory:
+    """A page on a made-up GPU."""
+    return Memory(MemoryKind.VRAM, device, AT, 4096, True, None)
+
+
+def drive(monkeypatch: pytest.MonkeyPatch, *pieces: Piece) -> FakeDriver:
+    """Put a driver that knows these allocations in place of CUDA's."""
+    driver = FakeDriver(list(pieces))
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_primaries", {})
+    return driver
+
+
+@pytest.mark.parametrize("transports", [(), ("tcp/eth0", "cma/memory"), ("cuda_ipc/cuda", "tcp/eth0")])
+def test_without_a_transport_that_copies_gpu_memory_it_is_refused_and_the_setting_named(transports):
+    with pytest.raises(BackendUnavailable, match="UCX_TLS=tcp") as caught:
+        check_transports(transports, "UCX_TLS=tcp")
+    assert "cuda_copy" in caught.value.hint
+
+
+def test_host_memory_is_mapped_without_a_word_to_cuda(monkeypatch):
+    monkeypatch.setattr(cuda, "_driver", lambda: pytest.fail("asked"))
+    runtime = FakeRuntime(transports=())
+    with ready_to_map(Memory(MemoryKind.DRAM, 0, 4096, 4096, True, None), runtime) as slow:
+        assert slow == ""
+    assert runtime.entered == []
+
+
+def test_gpu_memory_is_mapped_in_its_context_which_ucx_then_works_in(monkeypatch):
+    driver, runtime = drive(monkeypatch, Piece(AT, 1 << 20, context=0xAB)), FakeRuntime()
+    with ready_to_map(vram(), runtime) as slow:
+        assert driver.stack == [0xAB]
+        assert slow == ""
+    assert driver.stack == []
+    assert runtime.entered == [0xAB]
+
+
+def test_expandable_segments_are_mapped_in_the_primary_context_and_said_to_be_slow(monkeypatch, caplog):
+    piece = Piece(AT, 1 << 20, device=1, context=0, origin=Origin.VIRTUAL, handle_types=POSIX_FD)
+    driver, runtime = drive(monkeypatch, piece), FakeRuntime()
+    with caplog.at_level(logging.WARNING), ready_to_map(vram(1), runtime) as slow:
+        assert driver.stack == [PRIMARY + 1]
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False" in slow
+    assert slow in caplog.text
+
+
+def test_memory_that_was_freed_meanwhile_is_not_mapped(monkeypatch):
+    drive(monkeypatch)
+    with pytest.raises(ConfigError, match="on no GPU"), ready_to_map(vram(), FakeRuntime()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("origin", "handle_types", "version", "setting"),
+    [
+        (Origin.MALLOC, 0, (1, 19), ""),
+        (Origin.VIRTUAL, FABRIC | POSIX_FD, (1, 19), ""),
+        (Origin.VIRTUAL, POSIX_FD, (1, 21), "expandable_segments:False"),
+        (Origin.VIRTUAL, POSIX_FD, (1, 22), ""),
+        (Origin.VIRTUAL, 0, (1, 22), "expandable_segments:False"),
+        (Origin.POOL, POSIX_FD, (1, 22), "backend:native"),
+        (Origin.POOL, FABRIC, (1, 21), ""),
+    ],
+)
+def test_what_cuda_ipc_does_not_export_is_known_and_what_to_set(origin, handle_types, version, setting):
+    said = why_slow(Allocation(0, 0, AT, 4096, origin, handle_types), version)
+    assert bool(said) == bool(setting)
+    assert setting in said
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("1.21.0", (1, 21)), ("1.22", (1, 22)), ("master", (0, 0)), ("", (0, 0))]
+)
+def test_versions_of_ucx_are_read(text, version):
+    assert parse_version(text) == version
+
+
+def test_an_explanation_tells_that_cuda_ipc_does_not_reach_such_memory_and_why():
+    lanes = Lanes.of(["cuda_ipc/cuda", "tcp/lo"]).reaching(MemoryKind.VRAM)
+    assert "cuda_ipc/cuda: without the peer's help" in lanes.explain()
+    slow = lanes.reaching(MemoryKind.VRAM, "set PYTORCH_CUDA_ALLOC_CONF")
+    assert slow.is_emulation
+    assert "takes part in each operation; set PYTORCH_CUDA_ALLOC_CONF; all transports" in slow.explain()
+    assert not Lanes.of(["rc_mlx5/mlx5_0:1"]).reaching(MemoryKind.VRAM, "slow").is_emulation, "RDMA exports it"
