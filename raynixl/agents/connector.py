@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
     from raynixl.agents.prepared import Prepared, Route
 
+MAX_LOST = 256
+"""So many peers that are gone are remembered, the latest: agents of many names may come and go for months."""
+
 Kinds = frozenset[tuple[MemoryKind, MemoryKind]]
 
 
@@ -55,6 +58,7 @@ class Connector:
         self._agent = agent
         self._lock = threading.Lock()  # protects everything below
         self._connections: dict[str, Connection] = {}
+        self._enough = 2 * MAX_LOST  # connections, for those that are lost to be looked through
         self._making: dict[str, threading.Lock] = {}
         self._pending: dict[str, list[tuple[Prepared, Transfer]]] = {}
         self._threads: set[threading.Thread] = set()
@@ -85,7 +89,7 @@ class Connector:
                 return old
             connection = Connection(link.peer, link.incarnation, None)
             connection.links.append(link)
-            self._connections[link.peer] = connection
+            self._remember(connection)
         if old is not None and old.incarnation != link.incarnation:
             old.lose(_restarted(link.peer))
         return connection
@@ -236,13 +240,23 @@ class Connector:
                 connection = Connection(record.name, record.incarnation, record)
                 connection.links.append(link)
                 if not is_closed:
-                    self._connections[record.name] = connection
+                    self._remember(connection)
         if present is not None and not is_same:
             present.lose(_restarted(record.name))
         if is_closed:
             link.close(self._closed(record.name))
             raise self._closed(record.name)
         return connection
+
+    def _remember(self, connection: Connection) -> None:
+        """Hold a connection; of those that are lost, the latest only. _lock is held."""
+        self._connections.pop(connection.name, None)
+        self._connections[connection.name] = connection
+        if len(self._connections) >= self._enough:
+            lost = [name for name, one in self._connections.items() if one.lost is not None]
+            for name in lost[:-MAX_LOST]:
+                del self._connections[name]
+            self._enough = len(self._connections) + MAX_LOST
 
     def _open_link(self, record: AgentRecord, deadline: float) -> Link:
         reasons = []

@@ -163,6 +163,10 @@ class StreamLink(BaseLink):
             if self.lost is not None:
                 return
 
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._view = memoryview(b"")  # agents remember the links of peers that are gone
+
     def _look(self) -> None:
         """End the link when the peer's host does not answer even the kernel's own probes.
 
