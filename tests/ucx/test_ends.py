@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from agent_tools import MIB, PATIENCE, error_of, eventually, random_bytes
-from lane_tools import LaneWorld, config_for
+from lane_tools import CMA, READS_CRASH_TARGETS, TCP, LaneWorld, config_for
 
 from raynixl import Agent, AgentClosed, PeerLost, RaynixlError, Transfer, TransferCancelled, TransferTimeout
 
@@ -44,9 +44,10 @@ def test_a_large_transfer_is_cancelled_or_late_and_the_next_is_right(world: Lane
         assert np.array_equal(mine.array(), sent)
 
 
-@pytest.mark.parametrize("op", ["read", "write"])
+# Not reads over TCP: there UCX 1.21 crashes who still has answers to send, and here that is the process of the tests.
+@pytest.mark.parametrize(("tls", "op"), [(CMA, "read"), (CMA, "write"), (TCP, "write")])
 def test_an_agent_that_closes_ends_what_is_in_flight_both_ways(world: LaneWorld, op: str) -> None:
-    """A worker of UCX that is destroyed with answers yet to send would abort the process."""
+    """With one worker for both directions UCX crashes when an endpoint is closed while the peer writes."""
     mine, ours = np.zeros(LARGE, np.uint8), world.mine(LARGE, name="ours")
     world.victim.ask("make", "w", LARGE, "user", 2)
     world.victim.ask("copy", op, "w", "near", "ours")
@@ -63,7 +64,10 @@ def test_an_agent_that_closes_ends_what_is_in_flight_both_ways(world: LaneWorld,
     assert set(world.victim.ask("flood_ends")) <= {"", "PeerLost"}
 
 
-@pytest.mark.parametrize("op", ["read", "write"])
+@pytest.mark.parametrize(
+    ("tls", "op"),
+    [(CMA, "read"), (CMA, "write"), pytest.param(TCP, "read", marks=READS_CRASH_TARGETS), (TCP, "write")],
+)
 def test_a_target_that_closes_ends_what_its_peers_have_in_flight(world: LaneWorld, op: str) -> None:
     theirs, mine = world.theirs("user", nbytes=LARGE), world.mine(LARGE)
     transfers = world.gigabytes(op, mine, theirs)
@@ -93,7 +97,7 @@ def test_agents_of_one_process_move_bytes_both_ways(pair: tuple[Agent, Agent]) -
     assert np.array_equal(alices.array(), bobs.array())
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize("wait", [0.0, 0.05])
 @pytest.mark.parametrize("is_target", [False, True], ids=["initiator", "target"])
 def test_an_agent_is_closed_while_ucx_starts(
     pair: tuple[Agent, Agent], wait: float, is_target: bool, nothing_left: Callable[[], list[str]]
