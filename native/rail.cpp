@@ -83,8 +83,8 @@ void Rail::run() {
   const ucp::Library& ucp = ucp::library();
   int64_t happened = now_ns();
   while (!stopping_.load()) {
+    uint32_t seen = parked_.value();  // before the look: who leaves wakes us afterwards
     if (drivers_.load() > 0) {
-      uint32_t seen = parked_.value();
       if (!stopping_.load()) parked_.wait(seen, now_ns() + kPark);
       continue;
     }

@@ -44,6 +44,8 @@ class Rail : public std::enable_shared_from_this<Rail> {
     return ucp::library().worker_progress(worker_);
   }
   void signal();
+  // Whoever has driven does so no more, and something is still to come: the thread need not wait out its time.
+  void take_over() { parked_.wake(); }
   void ring() const;
 
   // Start the thread that serves peers and what was handed over. It sleeps while nothing happens, and looks for a

@@ -19,6 +19,7 @@ constexpr uint64_t kPiece = 8 << 20;           // what one operation moves at mo
 constexpr uint64_t kWindowNbytes = 64 << 20;   // bytes, and
 constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a time: each costs it some 500 bytes
 constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns
+constexpr int kLooksBeforeFlush = 2;
 constexpr int64_t kLook = 50'000;              // how long a waiter looks for news before it sleeps: waking takes as long
 
 // Drives every rail of a plan for as long as it lives; nearly always it is one.
@@ -120,7 +121,9 @@ bool RmaJob::run_few(int looks) {
   bool is_open = enter_endpoints();
   if (is_open) {
     for (const RmaRow& row : plan_->rows()) post(row);
-    while (outstanding_.load() > 1 && looks-- > 0)
+    // By cma it is done after a look. Over TCP a write is done when it is acknowledged, and a flush that is asked for
+    // only then costs a second round trip.
+    for (int few = kLooksBeforeFlush; outstanding_.load() > 1 && few > 0; --few, --looks)
       for (const auto& rail : plan_->rails()) rail->progress();
     if (plan_->is_write()) post_flushes();
     leave_endpoints();
@@ -332,6 +335,7 @@ RmaJob::Waited RmaJob::wait_until(int64_t deadline_ns, Ready is_ready) {
   if (plan_->usable()) progress(kLook, until);
   if (is_ready()) return Waited::ended;
   if (now_ns() >= look_up) return Waited::look_up;
+  for (const auto& rail : plan_->rails()) rail->take_over();
   for (;;) {
     waiters_.fetch_add(1);
     uint32_t seen = changed_.value();
