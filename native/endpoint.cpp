@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "rma.h"
+
 namespace raynixl {
 
 std::shared_ptr<Endpoint> Endpoint::create(std::shared_ptr<Rail> rail, const std::string& address) {
@@ -58,6 +60,26 @@ void Endpoint::on_closed(void* request, ucp::Status, void* self) {
   auto* endpoint = static_cast<Endpoint*>(self);
   std::shared_ptr<Endpoint> kept = std::move(endpoint->self_);
   endpoint->gone_.store(true, std::memory_order_release);
+}
+
+bool Endpoint::acquire(const std::shared_ptr<RmaJob>& job, uint64_t nbytes) {
+  std::lock_guard guard(reads_lock_);
+  if (reading_ > 0 && reading_ + nbytes > read_limit()) {
+    waiting_.push_back(job);
+    return false;
+  }
+  reading_ += nbytes;
+  return true;
+}
+
+void Endpoint::give_back(uint64_t nbytes) {
+  std::vector<std::shared_ptr<RmaJob>> waiting;
+  {
+    std::lock_guard guard(reads_lock_);
+    reading_ -= nbytes;
+    waiting.swap(waiting_);
+  }
+  for (const auto& job : waiting) job->pump();
 }
 
 std::vector<std::string> Endpoint::transports() const {

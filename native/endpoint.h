@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,16 @@ class Endpoint : public std::enable_shared_from_this<Endpoint> {
   // UCX reports that the peer, or the way to it, is gone. The owner hears of it and closes.
   void failed(ucp::Status status);
 
+  // Let at most so many bytes of reads be under way, 0 for any number. Where UCX emulates a read, the peer answers with
+  // messages, and one that does not fit into its socket's buffer waits in a queue: UCX 1.19 to 1.21 crash there when
+  // the reader dies (uct_tcp_ep_pending_purge takes the answer for a request of the user's).
+  void limit_reads(uint64_t nbytes) { read_limit_.store(nbytes); }
+  uint64_t read_limit() const { return read_limit_.load(std::memory_order_relaxed); }
+
+  // Count a read in; false if there is no room: `job` is pumped once there is.
+  bool acquire(const std::shared_ptr<RmaJob>& job, uint64_t nbytes);
+  void give_back(uint64_t nbytes);
+
   int code() const { return code_.load(std::memory_order_acquire); }
   // What UCX said first, or kOk.
   ucp::Status status() const { return status_.load(std::memory_order_acquire); }
@@ -57,6 +68,10 @@ class Endpoint : public std::enable_shared_from_this<Endpoint> {
   std::atomic<int> code_{0};
   std::atomic<ucp::Status> status_{ucp::kOk};
   std::atomic<bool> gone_{false};
+  std::atomic<uint64_t> read_limit_{0};
+  std::mutex reads_lock_;  // protects reading_ and waiting_
+  uint64_t reading_ = 0;
+  std::vector<std::shared_ptr<RmaJob>> waiting_;
   std::shared_ptr<Endpoint> self_;  // UCX holds our address until the endpoint is gone
 };
 

@@ -16,6 +16,7 @@ namespace raynixl {
 namespace {
 
 constexpr uint64_t kPiece = 8 << 20;           // what one operation moves at most, so that a cancel waits for little
+constexpr uint64_t kSmallPiece = 8 << 10;      // and at least, where an endpoint bounds what may be read at a time
 constexpr uint64_t kWindowNbytes = 64 << 20;   // bytes, and
 constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a time: each costs it some 500 bytes
 constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns
@@ -48,8 +49,11 @@ RmaPlan::RmaPlan(bool is_write, std::vector<RmaPath> paths, std::vector<RmaRow> 
     if (!paths_[row.path].remote->holds(row.remote, row.nbytes))
       throw std::invalid_argument("a segment outside the peer's memory");
     nbytes_ += row.nbytes;
-    for (uint64_t at = 0; at < row.nbytes; at += kPiece)
-      rows_.push_back({row.path, row.local + at, row.remote + at, std::min(kPiece, row.nbytes - at)});
+    uint64_t limit = is_write_ ? 0 : paths_[row.path].remote->endpoint()->read_limit();
+    uint64_t piece = limit == 0 ? kPiece : std::clamp(limit / 4, kSmallPiece, kPiece);
+    is_limited_ = is_limited_ || limit != 0;
+    for (uint64_t at = 0; at < row.nbytes; at += piece)
+      rows_.push_back({row.path, row.local + at, row.remote + at, std::min(piece, row.nbytes - at)});
   }
   for (const RmaPath& path : paths_) {
     const auto& endpoint = path.remote->endpoint();
@@ -90,6 +94,8 @@ int RmaPlan::closed() const {
 RmaJob::RmaJob(std::shared_ptr<const RmaPlan> plan, int64_t deadline_ns)
     : plan_(std::move(plan)), deadline_ns_(deadline_ns), generation_(fork_generation()) {
   plan_->rails().front()->begin();
+  if (plan_->is_limited())
+    for (const RmaRow& row : plan_->rows()) reads_.push_back({this, &row});
 }
 
 RmaJob::~RmaJob() {
@@ -99,18 +105,17 @@ RmaJob::~RmaJob() {
 bool RmaJob::is_forked() const { return generation_ != fork_generation(); }
 
 void RmaJob::pump() {
-  const int64_t low = plan_->window() / 2;
-  for (;;) {
-    if (all_posted_.load() || pumping_.exchange(true)) return;
-    bool is_over = all_posted_.load();
-    bool is_mine = !is_over && post_rows();
-    if (is_mine) all_posted_.store(true);
-    pumping_.store(false);
-    if (is_mine) release();
-    if (is_over || is_mine) return;
-    // The window is full. Those that completed while we held the flag have called in vain: look once more.
-    if (outstanding_.load() - 1 > low) return;
-  }
+  if (pumps_.fetch_add(1) > 0) return;  // whoever pumps goes round once more
+  bool is_mine = false;
+  int seen;
+  do {
+    seen = pumps_.load();
+    if (!all_posted_.load() && post_rows()) {
+      all_posted_.store(true);
+      is_mine = true;
+    }
+  } while (pumps_.fetch_sub(seen) != seen);
+  if (is_mine) release();
 }
 
 bool RmaJob::run_few(int looks) {
@@ -159,7 +164,9 @@ bool RmaJob::post_rows() {
   while (!is_over && outstanding_.load(std::memory_order_relaxed) <= plan_->window()) {
     is_over = cursor_ == rows.size() || error_.load(std::memory_order_relaxed) != 0 ||
               code_.load(std::memory_order_relaxed) != PENDING;
-    if (!is_over) post(rows[cursor_++]);
+    if (is_over) break;
+    if (plan_->is_limited() && !acquire(rows[cursor_])) break;  // it goes on once there is room
+    post(rows[cursor_++]);
   }
   // Also after an error: what has left this process must have landed before anyone may believe that it is over.
   if (is_over && plan_->is_write() && cursor_ > 0) post_flushes();
@@ -167,23 +174,34 @@ bool RmaJob::post_rows() {
   return is_over;
 }
 
+bool RmaJob::acquire(const RmaRow& row) {
+  return plan_->path(row.path).remote->endpoint()->acquire(shared_from_this(), row.nbytes);
+}
+
 void RmaJob::post(const RmaRow& row) {
   const RmaPath& path = plan_->path(row.path);
-  const Endpoint& endpoint = *path.remote->endpoint();
-  if (endpoint.is_refused()) return fail(endpoint.code());
+  Endpoint& endpoint = *path.remote->endpoint();
+  const bool is_limited = plan_->is_limited();
+  if (endpoint.is_refused()) {
+    fail(endpoint.code());
+    if (is_limited) endpoint.give_back(row.nbytes);
+    return;
+  }
   const ucp::Library& ucp = ucp::library();
   ucp::RequestParam param{};
   param.op_attr_mask = ucp::kFieldCallback | ucp::kFieldUserData | ucp::kFieldMemh | ucp::kFieldMemoryType;
   if (plan_->rows().size() > 1) param.op_attr_mask |= ucp::kMultiSend;
-  param.send = on_done;
-  param.user_data = this;
+  param.send = is_limited ? on_read : on_done;
+  param.user_data = is_limited ? static_cast<void*>(&reads_[size_t(&row - plan_->rows().data())]) : this;
   param.memory_type = path.local->memory_type();
   param.memh = path.local->memh();
   outstanding_.fetch_add(1);
   auto* local = reinterpret_cast<void*>(row.local);
-  take(plan_->is_write()
-           ? ucp.put_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param)
-           : ucp.get_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param));
+  ucp::StatusPtr result =
+      plan_->is_write() ? ucp.put_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param)
+                        : ucp.get_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param);
+  if (is_limited && (result == nullptr || ucp::is_error(result))) endpoint.give_back(row.nbytes);
+  take(result);
 }
 
 void RmaJob::post_flushes() {
@@ -219,6 +237,14 @@ void RmaJob::on_done(void* request, ucp::Status status, void* self) {
   int64_t left = job->outstanding_.fetch_sub(1) - 1;
   if (left == 0) return job->settle();
   if (kept && left - 1 <= job->plan_->window() / 2) job->pump();
+}
+
+void RmaJob::on_read(void* request, ucp::Status status, void* read) {
+  auto [job, row] = *static_cast<Read*>(read);
+  std::shared_ptr<Endpoint> endpoint = job->plan_->path(row->path).remote->endpoint();
+  uint64_t nbytes = row->nbytes;
+  on_done(request, status, job);  // it may be the job's last
+  endpoint->give_back(nbytes);
 }
 
 void RmaJob::release() {
@@ -276,6 +302,7 @@ bool RmaJob::announce(int code) {
 
 bool RmaJob::end(int code) {
   if (is_forked() || !announce(code)) return false;
+  pump();                          // nothing more is to be posted, and it may be all that is waited for
   plan_->rails().front()->ring();  // if UCX does not let go of it soon, its endpoints are reset
   return true;
 }

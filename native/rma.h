@@ -45,6 +45,8 @@ class RmaPlan {
   bool usable() const;
   // Whether an endpoint was closed, so that the way must be made anew.
   bool is_refused() const;
+  // Whether an endpoint bounds how many bytes may be read at a time.
+  bool is_limited() const { return is_limited_; }
   // How many operations UCX may have at a time.
   int64_t window() const { return window_; }
 
@@ -56,6 +58,7 @@ class RmaPlan {
   const bool is_write_;
   uint64_t nbytes_ = 0;
   int64_t window_ = 0;
+  bool is_limited_ = false;
   size_t count_ = 0;
   std::vector<RmaPath> paths_;
   std::vector<RmaRow> rows_;  // those too large for one operation are split here
@@ -70,7 +73,7 @@ class RmaJob : public std::enable_shared_from_this<RmaJob> {
   RmaJob(std::shared_ptr<const RmaPlan> plan, int64_t deadline_ns);
   ~RmaJob();
 
-  // Post as much as the window allows. Called once by whoever starts the job, then by completions.
+  // Post as much as the window allows. Called once by whoever starts the job, then by completions and by its end.
   void pump();
 
   // Let UCX's own thread carry it on; it is then looked after by the rail.
@@ -102,10 +105,18 @@ class RmaJob : public std::enable_shared_from_this<RmaJob> {
 
  private:
   friend class Rail;
+  // A read of an endpoint that bounds them: what its completion has to give back.
+  struct Read {
+    RmaJob* job;
+    const RmaRow* row;
+  };
+
   static void on_done(void* request, ucp::Status status, void* self);
+  static void on_read(void* request, ucp::Status status, void* read);
   bool enter_endpoints();
   void leave_endpoints();
   bool post_rows();
+  bool acquire(const RmaRow& row);
   void post(const RmaRow& row);
   void post_flushes();
   void take(ucp::StatusPtr result);
@@ -125,9 +136,10 @@ class RmaJob : public std::enable_shared_from_this<RmaJob> {
   std::atomic<int64_t> outstanding_{1};  // operations in UCX, and one for the posting that goes on
   std::atomic<int> code_{PENDING};
   std::atomic<int> error_{0};
-  std::atomic<bool> pumping_{false};
+  std::atomic<int> pumps_{0};  // calls of pump that are not answered yet
   std::atomic<bool> all_posted_{false};
-  size_t cursor_ = 0;  // of whoever pumps
+  size_t cursor_ = 0;        // of whoever pumps
+  std::vector<Read> reads_;  // one for each row, if the plan is limited
   std::atomic<int64_t> operations_done_{0};
   std::atomic<int64_t> ended_ns_{0};
   std::atomic<bool> settled_{false};

@@ -135,7 +135,7 @@ PyRma make_rma(bool is_write, nb::sequence paths, const Rows& rows, nb::sequence
 
 // Post, unless that was done with the lock held, and stay with a small transfer for as long as it moves.
 void carry(RmaJob& job, bool is_inline, bool is_posted) {
-  if (!is_posted && is_inline && job.plan().rows().size() <= kFewRows)
+  if (!is_posted && is_inline && job.plan().rows().size() <= kFewRows && !job.plan().is_limited())
     job.run_few(kFewLooks);
   else if (!is_posted)
     job.pump();
@@ -161,7 +161,7 @@ nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
   if (int code = plan.enter()) return nb::int_(code);
   auto job = std::make_shared<RmaJob>(self.plan, deadline_after(timeout));
   bool is_inline = plan.nbytes() <= self.inline_nbytes && !out_of_line;
-  bool keeps_lock = is_inline && plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows;
+  bool keeps_lock = is_inline && plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows && !plan.is_limited();
   if (keeps_lock && job->run_few(kFewLooks)) return nb::int_(job->code());
   {
     nb::gil_scoped_release release;
@@ -210,6 +210,7 @@ void bind_rail(nb::module_& m) {
 void bind_endpoint(nb::module_& m) {
   nb::class_<PyEndpoint>(m, "Endpoint")
       .def("unpack", endpoint_unpack, "key"_a, "address"_a, "nbytes"_a)
+      .def("limit_reads", [](PyEndpoint& self, uint64_t nbytes) { self.endpoint->limit_reads(nbytes); }, "nbytes"_a)
       .def("close", [](PyEndpoint& self, int code) { self.endpoint->close(code); }, "code"_a)
       .def_prop_ro("code", [](PyEndpoint& self) { return self.endpoint->code(); })
       .def_prop_ro("status", endpoint_status)
