@@ -1,4 +1,4 @@
-# make test | make demo | make lint | make soak | make clean
+# make test | make demo | make lint | make soak | make bench-hosts | make clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 FAST := not gpu and not slow and not heavy
 
-.PHONY: test demo lint soak clean install
+.PHONY: test demo lint soak bench-hosts clean install
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
@@ -19,6 +19,10 @@ demo: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+# Needs root: it makes two network namespaces, and a cable of 10 Gbit/s between them.
+bench-hosts: $(STAMP)
+	$(BIN)/python tools/hosts_bench.py
 
 lint: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff mypy
