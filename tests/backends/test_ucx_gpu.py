@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from cuda_tools import PRIMARY, FakeDriver, Piece
@@ -116,3 +122,53 @@ def test_an_explanation_tells_that_cuda_ipc_does_not_reach_such_memory_and_why()
     assert slow.is_emulation
     assert "takes part in each operation; set PYTORCH_CUDA_ALLOC_CONF; all transports" in slow.explain()
     assert not Lanes.of(["rc_mlx5/mlx5_0:1"]).reaching(MemoryKind.VRAM, "slow").is_emulation, "RDMA exports it"
+
+
+# In a process of its own, since a context is entered once for the process.
+ENTER = """
+    import threading
+    import numpy as np
+    from agent_tools import introduce, make_agent
+    from cuda_tools import FakeDriver
+    from raynixl import cuda
+
+    class Noting(FakeDriver):
+        def _set_current(self, context):
+            taken.append((threading.get_native_id(), context))
+            return super()._set_current(context)
+
+    taken, driver = [], Noting([])
+    cuda._driver = lambda: driver
+    with make_agent("near", **SETTINGS) as near, make_agent("far", **SETTINGS) as far:
+        introduce(near, far)
+        theirs, mine = np.zeros(1 << 20, np.uint8), np.arange(1 << 20, dtype=np.uint8)
+        far.register(theirs, name="theirs")
+        region = near.register(mine)
+        for number in range(3):
+            mine += 1
+            near.write(region, near.peer("far")["theirs"]).wait(20.0)
+            assert (theirs == mine).all()
+            if number == 0:
+                (backend,) = near.backends
+                backend.network._run().enter_cuda(0xC0)
+    assert taken
+    assert {context for _, context in taken} == {0xC0}
+    assert len(taken) == len(dict(taken)), "each thread takes it once"
+    print(len(taken), threading.get_native_id() in dict(taken))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
+@pytest.mark.parametrize("native", [True, False], ids=["native", "ctypes"])
+def test_transfers_go_on_while_the_threads_of_ucx_take_a_context(native):
+    settings = f"SETTINGS = dict(backends=('ucx',), ucx={{'TLS': 'tcp'}}, native={native})\n"
+    path = f"import sys; sys.path[:0] = [{str(Path(__file__).parents[1])!r}]\n"
+    done = subprocess.run(
+        [sys.executable, "-c", path + settings + textwrap.dedent(ENTER)],
+        capture_output=True, text=True, timeout=90, check=False,
+        env={name: value for name, value in os.environ.items() if name != "RAYNIXL_NATIVE"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    count, caller_took_it = done.stdout.split()
+    assert int(count) > 1, "the threads that serve, beside the caller"
+    assert caller_took_it == "True"
