@@ -87,6 +87,7 @@ class Runtime:
         self.nics: list[Nic] = nics()
         self._workers: list[_Worker] = []
         self._servers: list[_Worker] = []
+        self._is_in_cuda = False
         try:
             for device in self._devices():
                 self._start(device, bell)
@@ -130,6 +131,9 @@ class Runtime:
 
     def enter_cuda(self, context: int) -> None:
         """Have whoever drives UCX from now on do so in a CUDA context; the first of this process counts."""
+        if self._is_in_cuda:
+            return
+        self._is_in_cuda = True
         self._local.native.enter_cuda(context, *current_functions())
         for one in (*self._workers, *self._servers):
             if one.is_served_by_ucxx:  # its thread runs no code of ours but when it starts
