@@ -1,5 +1,6 @@
 #include "endpoint.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -62,21 +63,18 @@ void Endpoint::on_closed(void* request, ucp::Status, void* self) {
   endpoint->gone_.store(true, std::memory_order_release);
 }
 
-bool Endpoint::acquire(const std::shared_ptr<RmaJob>& job, uint64_t nbytes) {
+bool Endpoint::acquire(const std::shared_ptr<RmaJob>& job) {
   std::lock_guard guard(reads_lock_);
-  if (reading_ > 0 && reading_ + nbytes > read_limit()) {
-    waiting_.push_back(job);
-    return false;
-  }
-  reading_ += nbytes;
-  return true;
+  if (!is_reading_) return is_reading_ = true;
+  if (std::find(waiting_.begin(), waiting_.end(), job) == waiting_.end()) waiting_.push_back(job);
+  return false;
 }
 
-void Endpoint::give_back(uint64_t nbytes) {
+void Endpoint::give_back() {
   std::vector<std::shared_ptr<RmaJob>> waiting;
   {
     std::lock_guard guard(reads_lock_);
-    reading_ -= nbytes;
+    is_reading_ = false;
     waiting.swap(waiting_);
   }
   for (const auto& job : waiting) job->pump();

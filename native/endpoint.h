@@ -37,15 +37,16 @@ class Endpoint : public std::enable_shared_from_this<Endpoint> {
   // UCX reports that the peer, or the way to it, is gone. The owner hears of it and closes.
   void failed(ucp::Status status);
 
-  // Let at most so many bytes of reads be under way, 0 for any number. Where UCX emulates a read, the peer answers with
-  // messages, and one that does not fit into its socket's buffer waits in a queue: UCX 1.19 to 1.21 crash there when
-  // the reader dies (uct_tcp_ep_pending_purge takes the answer for a request of the user's).
+  // Let one read be under way at a time, of so many bytes at most; 0 for any number. Where UCX emulates reads, the
+  // target answers with messages. If the reader dies, UCX 1.19 to 1.21 crash the target over those that wait for room
+  // in its socket's buffer (uct_tcp_ep_pending_purge takes them for requests of the user's), and over a second read
+  // that it finds behind the one whose answer has failed (ucp_request_try_send takes no error).
   void limit_reads(uint64_t nbytes) { read_limit_.store(nbytes); }
   uint64_t read_limit() const { return read_limit_.load(std::memory_order_relaxed); }
 
-  // Count a read in; false if there is no room: `job` is pumped once there is.
-  bool acquire(const std::shared_ptr<RmaJob>& job, uint64_t nbytes);
-  void give_back(uint64_t nbytes);
+  // Begin a read; false if one is under way: `job` is pumped once it has ended.
+  bool acquire(const std::shared_ptr<RmaJob>& job);
+  void give_back();
 
   int code() const { return code_.load(std::memory_order_acquire); }
   // What UCX said first, or kOk.
@@ -69,8 +70,8 @@ class Endpoint : public std::enable_shared_from_this<Endpoint> {
   std::atomic<ucp::Status> status_{ucp::kOk};
   std::atomic<bool> gone_{false};
   std::atomic<uint64_t> read_limit_{0};
-  std::mutex reads_lock_;  // protects reading_ and waiting_
-  uint64_t reading_ = 0;
+  std::mutex reads_lock_;  // protects is_reading_ and waiting_
+  bool is_reading_ = false;
   std::vector<std::shared_ptr<RmaJob>> waiting_;
   std::shared_ptr<Endpoint> self_;  // UCX holds our address until the endpoint is gone
 };

@@ -16,7 +16,7 @@ namespace raynixl {
 namespace {
 
 constexpr uint64_t kPiece = 8 << 20;           // what one operation moves at most, so that a cancel waits for little
-constexpr uint64_t kSmallPiece = 8 << 10;      // and at least, where an endpoint bounds what may be read at a time
+constexpr uint64_t kSmallPiece = 8 << 10;      // and at least, where an endpoint bounds a read
 constexpr uint64_t kWindowNbytes = 64 << 20;   // bytes, and
 constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a time: each costs it some 500 bytes
 constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns
@@ -50,7 +50,7 @@ RmaPlan::RmaPlan(bool is_write, std::vector<RmaPath> paths, std::vector<RmaRow> 
       throw std::invalid_argument("a segment outside the peer's memory");
     nbytes_ += row.nbytes;
     uint64_t limit = is_write_ ? 0 : paths_[row.path].remote->endpoint()->read_limit();
-    uint64_t piece = limit == 0 ? kPiece : std::clamp(limit / 4, kSmallPiece, kPiece);
+    uint64_t piece = limit == 0 ? kPiece : std::clamp(limit, kSmallPiece, kPiece);
     is_limited_ = is_limited_ || limit != 0;
     for (uint64_t at = 0; at < row.nbytes; at += piece)
       rows_.push_back({row.path, row.local + at, row.remote + at, std::min(piece, row.nbytes - at)});
@@ -175,7 +175,7 @@ bool RmaJob::post_rows() {
 }
 
 bool RmaJob::acquire(const RmaRow& row) {
-  return plan_->path(row.path).remote->endpoint()->acquire(shared_from_this(), row.nbytes);
+  return plan_->path(row.path).remote->endpoint()->acquire(shared_from_this());
 }
 
 void RmaJob::post(const RmaRow& row) {
@@ -184,7 +184,7 @@ void RmaJob::post(const RmaRow& row) {
   const bool is_limited = plan_->is_limited();
   if (endpoint.is_refused()) {
     fail(endpoint.code());
-    if (is_limited) endpoint.give_back(row.nbytes);
+    if (is_limited) endpoint.give_back();
     return;
   }
   const ucp::Library& ucp = ucp::library();
@@ -200,7 +200,7 @@ void RmaJob::post(const RmaRow& row) {
   ucp::StatusPtr result =
       plan_->is_write() ? ucp.put_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param)
                         : ucp.get_nbx(endpoint.handle(), local, row.nbytes, row.remote, path.remote->handle(), &param);
-  if (is_limited && (result == nullptr || ucp::is_error(result))) endpoint.give_back(row.nbytes);
+  if (is_limited && (result == nullptr || ucp::is_error(result))) endpoint.give_back();
   take(result);
 }
 
@@ -242,9 +242,8 @@ void RmaJob::on_done(void* request, ucp::Status status, void* self) {
 void RmaJob::on_read(void* request, ucp::Status status, void* read) {
   auto [job, row] = *static_cast<Read*>(read);
   std::shared_ptr<Endpoint> endpoint = job->plan_->path(row->path).remote->endpoint();
-  uint64_t nbytes = row->nbytes;
   on_done(request, status, job);  // it may be the job's last
-  endpoint->give_back(nbytes);
+  endpoint->give_back();
 }
 
 void RmaJob::release() {

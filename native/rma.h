@@ -45,7 +45,7 @@ class RmaPlan {
   bool usable() const;
   // Whether an endpoint was closed, so that the way must be made anew.
   bool is_refused() const;
-  // Whether an endpoint bounds how many bytes may be read at a time.
+  // Whether an endpoint lets only one read be under way at a time.
   bool is_limited() const { return is_limited_; }
   // How many operations UCX may have at a time.
   int64_t window() const { return window_; }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pytest
 from agent_tools import PATIENCE
 from link_tools import End
 from liveness_tools import QUICK, World
@@ -30,12 +29,6 @@ BUSY_FACTOR = 10
 def config_for(tls: str, **changes: Any) -> AgentConfig:
     """A configuration with short deadlines for one lane."""
     return QUICK.model_copy(update={"backends": ("ucx",), "ucx": {"TLS": tls}, **changes})
-
-
-READS_CRASH_TARGETS = pytest.mark.xfail(
-    reason="UCX 1.21 crashes the target of a get over TCP if the peer dies while answers to it are queued: it takes "
-    "their requests apart as if they were sends (ucp_request_dt_dereg, from uct_tcp_ep_pending_purge)"
-)
 
 
 class LaneWorld(World):

@@ -21,10 +21,13 @@ MAX_AT_A_TIME = 64
 class Answers:
     """Answers on the reactor's thread what needs no work, and the rest on short-lived threads, so many at most."""
 
-    def __init__(self, local: Local, exports: Exports, workers: Callable[[], Sequence[bytes]]) -> None:
+    def __init__(
+        self, local: Local, exports: Exports, *, workers: Callable[[], Sequence[bytes]], window: Callable[[], int]
+    ) -> None:
         self._local = local
         self._exports = exports
         self._workers = workers
+        self._window = window
         self._lock = threading.Lock()  # protects _running
         self._running = 0
 
@@ -58,7 +61,10 @@ class Answers:
             sealed = self._exports.sealed(ask.region, link)
             workers = seal_workers(self._local.incarnation, self._workers())
             slow = self._exports.why_slow(ask.region)[:MAX_WORDS]
-            self._reply(link, Answer(number=ask.number, sealed=pack(sealed), workers=pack(workers), slow=slow))
+            answer = Answer(
+                number=ask.number, sealed=pack(sealed), workers=pack(workers), window=self._window(), slow=slow
+            )
+            self._reply(link, answer)
         except RaynixlError as exc:
             self._refuse(link, ask, exc)
 

@@ -25,6 +25,8 @@ from raynixl.topology import Address, addresses
 logger = logging.getLogger(__name__)
 
 LOOPBACK: frozenset[IpAddress] = frozenset(map(ip_address, ("127.0.0.1", "::1")))
+LEAVE_SECONDS = 0.5
+"""How long a peer that leaves has to close its connections itself."""
 _LOOK_SECONDS = 0.001
 _STARTING = threading.Lock()
 """Held while UCX makes a worker, so that sockets which appear meanwhile are not those of another agent's worker."""
@@ -77,7 +79,11 @@ class Guard:
         self._change(who, frozenset(addresses))
 
     def dismiss(self, who: Hashable) -> None:
-        """Take back what was admitted for `who`, and shut down connections from addresses that nobody else has."""
+        """Take back what was admitted for `who`: no new connections from addresses that nobody else has.
+
+        Those that stand are for `sever`, a while later: a peer that leaves closes them itself, and UCX aborts when it
+        finds a connection shut under a read that it has heard of but not answered.
+        """
         self._change(who, frozenset())
 
     def close(self) -> None:
@@ -93,14 +99,17 @@ class Guard:
             self._sever()
 
     def cut(self, timeout: float) -> bool:
-        """Shut down every connection that UCX has accepted, and wait until it has let go of them; False if it does not.
+        """Wait until UCX has let go of the connections that it has accepted; False if it does not.
 
-        A worker that is destroyed while it still has answers to send to a peer's read aborts the process.
+        Peers that have let go of us close them; those that are left after a while are shut down. A worker that is
+        destroyed while it still has answers to send to a peer's read aborts the process.
         """
-        deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        deadline, patience = now + timeout, now + min(timeout, LEAVE_SECONDS)
         while accepted := self._accepted():
-            for one in accepted:
-                one.shut_down()
+            if time.monotonic() >= patience:
+                for one in accepted:
+                    one.shut_down()
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_LOOK_SECONDS)
@@ -119,12 +128,8 @@ class Guard:
             self._admitted.pop(who, None)
             if addresses:
                 self._admitted[who] = addresses
-            after = self._union()
-            if after == before:
-                return
-            self._apply()
-            if before - after:
-                self._sever()
+            if self._union() != before:
+                self._apply()
 
     def _union(self) -> frozenset[IpAddress]:
         return frozenset().union(*self._admitted.values())

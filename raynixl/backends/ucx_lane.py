@@ -13,7 +13,7 @@ import numpy as np
 from raynixl.backends.base import Binding, Local
 from raynixl.backends.stream_link import StreamLink
 from raynixl.backends.ucx_filter import IpAddress
-from raynixl.backends.ucx_guard import Guard
+from raynixl.backends.ucx_guard import LEAVE_SECONDS, Guard
 from raynixl.backends.ucx_key import Keys
 from raynixl.backends.ucx_options import Lanes
 from raynixl.errors import BackendUnavailable, RaynixlError
@@ -75,6 +75,12 @@ class Lane:
         if self._has_failed:
             return False
         return any(endpoint.code != 0 or endpoint.status for endpoint in self.endpoints)
+
+    def limit_reads(self, nbytes: int) -> None:
+        """Have no more than so many bytes of reads under way where UCX emulates them."""
+        for endpoint in self.endpoints:
+            if Lanes.of(endpoint.transports).is_emulation:
+                endpoint.limit_reads(nbytes)
 
     def unpack(self, keys: Keys) -> dict[int, RemoteKey]:
         """Take the keys of a peer's region, one for each endpoint, by the number of our rail.
@@ -183,6 +189,7 @@ class UcxLink(StreamLink):
             lane.fail(LOST)
         if self.guard is not None:
             self.guard.dismiss(self)
+            self._local.reactor.call_later(LEAVE_SECONDS, self.guard.sever)
 
 
 def _connect(number: int, rail: Rail, workers: Sequence[bytes]) -> Way:

@@ -68,7 +68,9 @@ class Network:
         self.exports.add(_WORD, _memory_of(self._word))
         for number, memory in memories.items():
             self.exports.add(number, memory)
-        self._answers = Answers(local, self.exports, self.worker_addresses)
+        self._answers = Answers(
+            local, self.exports, workers=self.worker_addresses, window=lambda: self._run().read_window
+        )
         self._choice = RailChoice(local.config.rails)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         local.reactor.add(self._bell, self._on_bell)
@@ -229,6 +231,7 @@ class Network:
         self._await_hello(link, deadline)
         workers = unseal_workers(unpack(answer.workers), incarnation=link.incarnation)
         lane = Lane(link.peer, self._rails(), workers)
+        lane.limit_reads(answer.window)
         link.lane = lane
         if link.lost is not None:
             link.lane = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,9 @@ print.
 """
 
 PREFIX = "UCX_"
+_SNDBUF = "TCP_SNDBUF"
+MAX_SEND_BUFFER = 4 << 20
+MIN_READ_WINDOW = 16 << 10
 _RDMA = ("rc_mlx5", "rc_verbs", "dc_mlx5", "srd", "gga_mlx5", "ugni_rdma")
 _DIRECT = {
     MemoryKind.DRAM: (*_RDMA, "cma", "knem", "xpmem"),
@@ -50,6 +54,31 @@ def merge(given: Mapping[str, str], environment: Mapping[str, str], *, device: s
     elif is_local and "NET_DEVICES" not in given and PREFIX + "NET_DEVICES" not in environment:
         options["NET_DEVICES"] = "lo"
     return options
+
+
+def with_send_buffer(options: Mapping[str, str], environment: Mapping[str, str], most: int) -> dict[str, str]:
+    """Return options that give UCX's sockets a send buffer of a known size, unless the user has named one.
+
+    `most` is what the kernel grants (net.core.wmem_max).
+    """
+    if _SNDBUF in options or PREFIX + _SNDBUF in environment:
+        return dict(options)
+    return {**options, _SNDBUF: str(min(most, MAX_SEND_BUFFER))}
+
+
+def read_window(options: Mapping[str, str], environment: Mapping[str, str], most: int) -> int:
+    """Return how many bytes peers may ask for at a time where UCX emulates reads: half a send buffer.
+
+    Answers that find no room there wait in a queue of UCX's, in which it crashes when the peer dies.
+    """
+    text = options.get(_SNDBUF, environment.get(PREFIX + _SNDBUF, ""))
+    return max(MIN_READ_WINDOW, min(_nbytes(text), most) // 2)
+
+
+def _nbytes(text: str) -> int:
+    """Return a size as UCX writes it (65536, 64K, 4M, 4MB), 0 for one that is not known (auto)."""
+    found = re.fullmatch(r"([0-9]+)([kmg]?)b?", text.strip().lower())
+    return int(found[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[found[2]] if found else 0
 
 
 def blame(options: Mapping[str, str], environment: Mapping[str, str]) -> str:

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raynixl.backends.base import Local
 from raynixl.backends.ucx_devices import check_names, check_ports, network_devices, setting, tcp_devices
 from raynixl.backends.ucx_guard import Guard
-from raynixl.backends.ucx_options import Lanes, blame, merge
+from raynixl.backends.ucx_options import Lanes, blame, merge, read_window, with_send_buffer
 from raynixl.backends.ucx_presence import INSTALL
 from raynixl.config import kept_variables, variables
 from raynixl.cuda import current_functions
@@ -26,6 +27,7 @@ from raynixl.topology import Nic, NicKind, nics
 logger = logging.getLogger(__name__)
 
 _FOREVER_MS = -1
+_USUAL_SEND_BUFFER = 212_992
 _LEFT: list[Any] = []
 """Workers that UCX would not let go of in time: destroying them under its feet would crash, so they stay."""
 
@@ -237,6 +239,9 @@ class Runtime:
     def _options(self, device: str) -> dict[str, str]:
         environment = variables("UCX_")
         options = merge(self._local.config.ucx, environment, device=device, is_local=not self._has_secret)
+        most = _largest_send_buffer()
+        options = with_send_buffer(options, environment, most)
+        self.read_window = read_window(options, environment, most)
         level = options.pop("LOG_LEVEL", "")  # not an option of a context, but of the whole library
         if level:
             _set_global("LOG_LEVEL", level)
@@ -284,6 +289,14 @@ def _serve_by_ucxx(worker: Any) -> None:
 def _resources(context: Any) -> list[str]:
     """Return the transports of a context with their devices, as 'tcp/eth0'."""
     return [line.rpartition(" ")[2] for line in str(context.info).splitlines() if " resource " in line]
+
+
+def _largest_send_buffer() -> int:
+    """Return how large a send buffer the kernel grants, as far as it says."""
+    try:
+        return int(Path("/proc/sys/net/core/wmem_max").read_text("ascii"))
+    except (OSError, ValueError):  # a network namespace does not show it, but has it
+        return _USUAL_SEND_BUFFER
 
 
 def _set_global(name: str, value: str) -> None:

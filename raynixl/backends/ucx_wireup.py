@@ -63,6 +63,8 @@ class Answer(_Wireup):
     number: Unsigned
     sealed: _Bytes
     workers: _Bytes
+    window: Unsigned
+    """How many bytes may be asked for at a time where UCX emulates reads."""
     slow: Annotated[str, Field(max_length=MAX_WORDS)] = ""
     """Why the region is reached only slowly, for people."""
 

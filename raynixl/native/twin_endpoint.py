@@ -24,11 +24,16 @@ class Endpoint:
         self.code = 0
         self.error = ucp.OK
         self.handle: int | None = None
+        self.read_limit = 0
         self._token = token
         self._lock = threading.Lock()  # protects what follows and the first code
         self._posters = 1  # whoever creates it
         self._closing: int | None = None  # UCX's request
         self._is_gone = False
+
+    def limit_reads(self, nbytes: int) -> None:
+        """Let at most so many bytes of reads be under way; here each program takes an eighth of it for itself."""
+        self.read_limit = nbytes
 
     def create(self, address: bytes) -> None:
         """Have UCX make it. RuntimeError: no transport reaches the peer."""

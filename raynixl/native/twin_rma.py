@@ -19,6 +19,8 @@ from raynixl.native.twin_ucx import Mapping
 __all__ = ["Rma", "rma"]
 
 _PIECE = 8 << 20  # what one operation moves at most, so that a cancel waits for little
+_SMALL_PIECE = 8 << 10  # and at least, where an endpoint bounds what may be read at a time
+_SHARES = 8  # so many programs may read over such an endpoint at once
 _WINDOW_NBYTES = 64 << 20
 _WINDOW_ROWS = 2048  # operations that UCX has at a time: each costs it some 500 bytes
 
@@ -34,17 +36,20 @@ class Rma:
         self.count: Final = len(rows)
         self.nbytes: Final = int(rows[:, 3].sum())
         self.inline_nbytes: Final = inline
-        self.rows: Final = _cut(rows)
-        self.done_nbytes: Final = np.cumsum(self.rows[:, 3])
         self.paths: Final = tuple(paths)
         self.endpoints: Final = tuple(dict.fromkeys(key.endpoint for _, key in paths))
         self.rails: Final = tuple(dict.fromkeys(endpoint.rail for endpoint in self.endpoints))
+        limit = min((one.read_limit for one in self.endpoints if one.read_limit and not is_write), default=0)
+        piece = max(_SMALL_PIECE, limit // _SHARES // 2) if limit else _PIECE
+        self.rows: Final = _cut(rows, piece)
+        self.done_nbytes: Final = np.cumsum(self.rows[:, 3])
         self.params: Final = [_param(mapping, is_single=len(self.rows) == 1) for mapping, _ in paths]
         self.flush: Final = ucp.RequestParam()
         ring = ctypes.cast(self.rails[0].on_completed, ctypes.c_void_p)
         self.ringing_flush: Final = ucp.RequestParam(op_attr_mask=ucp.FIELD_CALLBACK, send=ring)
         window = min(max(_WINDOW_NBYTES // (self.nbytes // len(self.rows) + 1), 4), _WINDOW_ROWS)
-        self.batch: Final = window // 2
+        # Two batches are under way at a time.
+        self.batch: Final = max(1, limit // _SHARES // 2 // int(self.rows[:, 3].max())) if limit else window // 2
         self._gates = tuple(gates)
 
     @property
@@ -121,18 +126,18 @@ def _are_inside(starts: Rows, lengths: Rows, places: Rows) -> bool:
     return bool((fits & (starts - places[:, 0] <= places[:, 1] - lengths)).all())
 
 
-def _cut(rows: Rows) -> Rows:
+def _cut(rows: Rows, piece: int) -> Rows:
     """Split rows larger than a piece."""
     lengths = rows[:, 3]
-    parts = ((lengths - np.uint64(1)) // np.uint64(_PIECE) + np.uint64(1)).astype(np.int64)
+    parts = ((lengths - np.uint64(1)) // np.uint64(piece) + np.uint64(1)).astype(np.int64)
     if int(parts.max()) == 1:
         return rows
     row = np.repeat(np.arange(len(rows)), parts)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
-    offset = nth.astype(np.uint64) * np.uint64(_PIECE)
+    offset = nth.astype(np.uint64) * np.uint64(piece)
     cut = rows[row]
     cut[:, 1:3] += offset[:, None]
-    cut[:, 3] = np.minimum(cut[:, 3] - offset, np.uint64(_PIECE))
+    cut[:, 3] = np.minimum(cut[:, 3] - offset, np.uint64(piece))
     return cut
 
 

@@ -60,6 +60,13 @@ class Endpoint(Protocol):
     def unpack(self, key: bytes, address: int, nbytes: int) -> RemoteKey:
         """Take the key of a peer's mapping, and the range that it stands for. RuntimeError: UCX does not take it."""
 
+    def limit_reads(self, nbytes: int) -> None:
+        """Let at most so many bytes of reads be under way at a time, over all programs made from now on.
+
+        For endpoints where UCX emulates reads: if the reader dies while its answers do not fit into the socket's buffer,
+        UCX 1.19 to 1.21 crash the target.
+        """
+
     def close(self, code: int) -> None:
         """Refuse later operations with `code` and end those in flight by force. Does not wait; the first code stays."""
 

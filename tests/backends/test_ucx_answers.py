@@ -59,7 +59,7 @@ def exports() -> Iterator[SlowExports]:
 @pytest.fixture
 def answers(exports: SlowExports, nothing_left: Callable[[], list[str]]) -> Answers:
     """Answers of an agent with one worker."""
-    return Answers(fake_local(), exports, lambda: [b"worker"])  # type: ignore[arg-type]
+    return Answers(fake_local(), exports, workers=lambda: [b"worker"], window=lambda: 65536)  # type: ignore[arg-type]
 
 
 def ask(answers: Answers, link: FakeLink, number: int = 1) -> None:

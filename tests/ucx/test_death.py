@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from agent_tools import MIB, PATIENCE, error_of, eventually
-from lane_tools import CMA, READS_CRASH_TARGETS, TCP, LaneWorld, noticed_in
+from lane_tools import LaneWorld, noticed_in
 from liveness_tools import N, ends_with, pattern
 
 from raynixl import PeerLost, PeerRestarted, RaynixlError, RemoteRegion, Transfer
@@ -149,7 +149,6 @@ def test_the_death_of_one_peer_disturbs_no_transfer_with_another(world: LaneWorl
     world.check_bystander()
 
 
-@pytest.mark.parametrize("tls", [CMA, pytest.param(TCP, marks=READS_CRASH_TARGETS)], ids=["cma", "tcp"])
 def test_initiators_killed_during_reads_leave_the_target_unharmed(world: LaneWorld) -> None:
     world.bystander.open("bystander")
     world.bystander.ask("make", "b", 64 * MIB, "user", 5)
