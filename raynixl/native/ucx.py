@@ -61,10 +61,10 @@ class Endpoint(Protocol):
         """Take the key of a peer's mapping, and the range that it stands for. RuntimeError: UCX does not take it."""
 
     def limit_reads(self, nbytes: int) -> None:
-        """Let at most so many bytes of reads be under way at a time, over all programs made from now on.
+        """Let one read be under way at a time, of so many bytes at most, in all programs made from now on.
 
-        For endpoints where UCX emulates reads: if the reader dies while its answers do not fit into the socket's buffer,
-        UCX 1.19 to 1.21 crash the target.
+        For endpoints where UCX emulates reads: if the reader dies, UCX 1.19 to 1.21 crash the target over answers that
+        do not fit into the buffer of its socket, and over a second read.
         """
 
     def close(self, code: int) -> None:
