@@ -46,8 +46,8 @@ def test_a_large_transfer_is_cancelled_or_late_and_the_next_is_right(world: Lane
 
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_an_agent_that_closes_ends_what_is_in_flight_both_ways(world: LaneWorld, op: str) -> None:
-    """UCX crashes who closes an endpoint while the peer writes, if one worker serves both directions, and who has answers
-    to reads to send when the reader goes, if these are not bounded.
+    """UCX crashes who closes an endpoint while the peer writes, if one worker serves both directions, and who has many
+    answers to reads to send when the reader goes.
     """
     mine, ours = np.zeros(LARGE, np.uint8), world.mine(LARGE, name="ours")
     world.victim.ask("make", "w", LARGE, "user", 2)
