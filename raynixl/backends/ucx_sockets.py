@@ -15,6 +15,8 @@ from raynixl.backends.ucx_filter import compile_filter, count
 
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # of Linux' <asm-generic/socket.h>; the socket module lacks them
 _TCP = (socket.AF_INET, socket.AF_INET6)
+_AS_IT_IS = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+"""The type to state for somebody's socket: Python then leaves it as it is, whatever the default timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class OwnSocket:
             if os.fstat(self.fd).st_ino != self.inode:
                 yield None
                 return
-            sock = socket.socket(fileno=os.dup(self.fd))
+            sock = socket.socket(type=_AS_IT_IS, fileno=os.dup(self.fd))
         except OSError:
             yield None
             return
@@ -85,7 +87,7 @@ def own_sockets() -> Iterator[OwnSocket]:
         with contextlib.suppress(OSError):  # closed by now, or no socket
             status = os.fstat(int(name))
             if stat.S_ISSOCK(status.st_mode):
-                sock = socket.socket(fileno=int(name))
+                sock = socket.socket(type=_AS_IT_IS, fileno=int(name))
                 try:
                     found = _look_at(sock, status.st_ino)
                 finally:
@@ -105,7 +107,7 @@ def why_no_filter() -> str:
 
 
 def _look_at(sock: socket.socket, inode: int) -> OwnSocket | None:
-    if sock.family not in _TCP or sock.type != socket.SOCK_STREAM:
+    if sock.family not in _TCP or sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
         return None
     is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     there = "" if is_listening else sock.getpeername()[0]
