@@ -11,7 +11,7 @@ from raynixl.backends.ucx_exports import Exports
 from raynixl.backends.ucx_key import seal_workers
 from raynixl.backends.ucx_lane import UcxLink
 from raynixl.backends.ucx_wireup import MAX_WORDS, Answer, Ask, Refusal, pack
-from raynixl.errors import PeerLost, RaynixlError, TransferTimeout
+from raynixl.errors import BackendUnavailable, PeerLost, RaynixlError, TransferTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ class Answers:
             self._reply(link, answer)
         except RaynixlError as exc:
             self._refuse(link, ask, exc)
+        except Exception as exc:  # whatever it is, who asked must not wait for an answer in vain
+            logger.exception("could not tell %s how UCX reaches region %d", link.peer, ask.region)
+            why = f"{self._local.name!r} could not say how UCX reaches its region {ask.region}: {exc}"
+            self._refuse(link, ask, BackendUnavailable(why, hint=f"see the log of {self._local.name!r}"))
 
     def _refuse(self, link: UcxLink, ask: Ask, error: RaynixlError) -> None:
         refusal = Refusal(

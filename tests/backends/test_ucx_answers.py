@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -122,6 +123,20 @@ def test_an_error_is_told_to_who_asked_and_frees_its_place(answers: Answers, exp
             BackendUnavailable, "region 1 cannot be pinned", "ulimit -l"
         )  # fmt: skip
         eventually(lambda: answers._running == 0, "its place is free")
+
+
+@pytest.mark.parametrize("has_mapped", [True, False], ids=["at once", "on a thread"])
+def test_an_error_that_nobody_expected_is_told_too_and_logged(
+    answers: Answers, exports: SlowExports, caplog: pytest.LogCaptureFixture, *, has_mapped: bool
+) -> None:
+    exports.has_mapped, exports.error, link = has_mapped, OSError(errno.EMFILE, "Too many open files"), FakeLink()
+    exports.may_go_on.set()
+    ask(answers, link)
+    error = heard(link)[0].to_error("alice")
+    assert type(error) is BackendUnavailable
+    assert "Too many open files" in error.message
+    assert "Too many open files" in caplog.text
+    eventually(lambda: answers._running == 0, "its place is free")
 
 
 def test_long_errors_are_cut_to_what_a_message_may_hold(answers: Answers, exports: SlowExports) -> None:
