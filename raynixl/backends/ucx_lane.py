@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from raynixl.backends.ucx_options import Lanes
 from raynixl.errors import BackendUnavailable, RaynixlError
 from raynixl.native import LOST, PENDING, RESET, Job, Program
 from raynixl.native.ucx import Endpoint, Mapping, Rail, RemoteKey
+
+_PROBE_PATIENCES = 10
+"""The deadline of a probe, in patiences: late enough that it is still under way when it is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,8 @@ class Lane:
                 peer=peer,
             ) from refused
         self.lanes = Lanes.of([name for endpoint in self.endpoints for name in endpoint.transports])
-        self._probe: tuple[Program, Job | None] | None = None
+        self._probe: tuple[Program, Job | None, float] | None = None
+        """The read, the run of it under way or last, and when that was posted."""
 
     def __repr__(self) -> str:
         return f"Lane({self._peer!r}, {self.lanes})"
@@ -118,17 +123,20 @@ class Lane:
 
     def watch_by(self, program: Program) -> None:
         """Take the program that reads a word of the peer's, to find out whether it is there."""
-        self._probe = (program, None)
+        self._probe = (program, None, 0.0)
 
     def is_silent(self, patience: float) -> bool:
-        """Whether the read that was posted when this was last asked is still without an answer; posts the next."""
+        """Whether a read that was posted when this was asked before has had no answer for all the patience.
+
+        Posts the next if none is under way.
+        """
         if self._probe is None or not self.is_usable:
             return False
-        program, job = self._probe
+        program, job, posted = self._probe
         if job is not None and job.code == PENDING:
-            return True
-        result = program.run(patience, out_of_line=True)
-        self._probe = (program, None if isinstance(result, int) else result)
+            return time.monotonic() - posted >= patience
+        result = program.run(_PROBE_PATIENCES * patience, out_of_line=True)
+        self._probe = (program, None if isinstance(result, int) else result, time.monotonic())
         return False
 
 
