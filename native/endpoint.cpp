@@ -64,6 +64,7 @@ void Endpoint::on_closed(void* request, ucp::Status, void* self) {
 }
 
 bool Endpoint::acquire(const std::shared_ptr<RmaJob>& job) {
+  if (read_limit() == 0) return true;
   std::lock_guard guard(reads_lock_);
   if (!is_reading_) return is_reading_ = true;
   if (std::find(waiting_.begin(), waiting_.end(), job) == waiting_.end()) waiting_.push_back(job);
@@ -71,6 +72,7 @@ bool Endpoint::acquire(const std::shared_ptr<RmaJob>& job) {
 }
 
 void Endpoint::give_back() {
+  if (read_limit() == 0) return;
   std::vector<std::shared_ptr<RmaJob>> waiting;
   {
     std::lock_guard guard(reads_lock_);

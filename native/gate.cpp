@@ -20,4 +20,24 @@ Gate::Drained Gate::drain(int64_t deadline_ns) {
   }
 }
 
+int Gates::enter() const {
+  for (size_t i = 0; i < gates_.size(); ++i) {
+    int code = gates_[i]->enter();
+    if (code == 0) continue;
+    while (i > 0) gates_[--i]->leave();
+    return code;
+  }
+  return 0;
+}
+
+void Gates::leave() const {
+  for (const auto& gate : gates_) gate->leave();
+}
+
+int Gates::aborted() const {
+  for (const auto& gate : gates_)
+    if (int code = gate->aborted()) return code;
+  return 0;
+}
+
 }  // namespace raynixl

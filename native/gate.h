@@ -4,6 +4,9 @@
 #include <cstdint>
 
 #include <atomic>
+#include <memory>
+#include <utility>
+#include <vector>
 
 #include "clock.h"
 
@@ -54,6 +57,21 @@ class Gate {
 
   std::atomic<uint64_t> state_{0};
   Futex emptied_;
+};
+
+// The gates that one operation passes.
+class Gates {
+ public:
+  explicit Gates(std::vector<std::shared_ptr<Gate>> gates) : gates_(std::move(gates)) {}
+
+  // Enter every gate, or none: returns 0, or the code of the one that refused.
+  int enter() const;
+  void leave() const;
+  // The code of the first gate whose closing stops those inside, 0 if there is none.
+  int aborted() const;
+
+ private:
+  std::vector<std::shared_ptr<Gate>> gates_;
 };
 
 }  // namespace raynixl

@@ -55,26 +55,6 @@ uint64_t Plan::piece_nbytes(size_t piece) const {
   return nbytes;
 }
 
-int Plan::enter() const {
-  for (size_t i = 0; i < gates_.size(); ++i) {
-    int code = gates_[i]->enter();
-    if (code == 0) continue;
-    while (i > 0) gates_[--i]->leave();
-    return code;
-  }
-  return 0;
-}
-
-void Plan::leave() const {
-  for (const auto& gate : gates_) gate->leave();
-}
-
-int Plan::closed() const {
-  for (const auto& gate : gates_)
-    if (int code = gate->aborted()) return code;
-  return 0;
-}
-
 int Plan::copy(size_t piece) const {
   const Segment* segment = &segments_[pieces_[piece]];
   size_t count = pieces_[piece + 1] - pieces_[piece];

@@ -22,10 +22,10 @@ class Plan {
   uint64_t piece_nbytes(size_t piece) const;
 
   // Enter every gate, or none: returns 0, or the code of the one that refused.
-  int enter() const;
-  void leave() const;
+  int enter() const { return gates_.enter(); }
+  void leave() const { gates_.leave(); }
   // The code of the first gate that is closed, 0 if all are open.
-  int closed() const;
+  int closed() const { return gates_.aborted(); }
 
   // Copy one piece. Returns 0 or -errno.
   int copy(size_t piece) const;
@@ -41,7 +41,7 @@ class Plan {
   size_t count_ = 0;
   std::vector<Segment> segments_;  // those too large for one piece are split here
   std::vector<size_t> pieces_;     // piece i is segments_[pieces_[i] .. pieces_[i + 1])
-  std::vector<std::shared_ptr<Gate>> gates_;
+  Gates gates_;
 };
 
 }  // namespace raynixl

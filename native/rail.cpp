@@ -21,6 +21,7 @@ namespace raynixl {
 namespace {
 
 constexpr int kIdleSweeps = 20;
+constexpr int64_t kGiveWay = 200'000;  // how long one who drives lets those pass who want to post, in ns
 constexpr int64_t kLook = 100'000;  // how long the thread looks for more after the last that happened, in ns
 constexpr int64_t kPark = 200'000;  // how long it keeps out of the way of one who drives before it looks again
 
@@ -88,6 +89,7 @@ void Rail::run() {
       if (!stopping_.load()) parked_.wait(seen, now_ns() + kPark);
       continue;
     }
+    give_way();
     if (progress() != 0) {
       happened = now_ns();
     } else if (now_ns() - happened < kLook) {
@@ -106,7 +108,9 @@ bool Rail::alive() const { return !released_.load(std::memory_order_acquire) && 
 
 bool Rail::forked() const { return generation_ != fork_generation(); }
 
-std::string Rail::address() const {
+std::string Rail::address() {
+  Use use(*this);
+  if (!usable()) throw std::runtime_error("the rail is closed");
   void* packed = nullptr;
   size_t nbytes = 0;
   if (auto status = ucp::library().worker_get_address(worker_, &packed, &nbytes); status != ucp::kOk)
@@ -116,7 +120,14 @@ std::string Rail::address() const {
   return copied;
 }
 
+void Rail::give_way() const {
+  if (knocking_.load(std::memory_order_relaxed) == 0) return;
+  int64_t until = now_ns() + kGiveWay;
+  while (knocking_.load(std::memory_order_relaxed) > 0 && now_ns() < until) sched_yield();
+}
+
 std::shared_ptr<Endpoint> Rail::connect(const std::string& address) {
+  Use use(*this);
   if (!usable()) throw std::runtime_error("the rail is closed");
   auto endpoint = Endpoint::create(shared_from_this(), address);
   {
@@ -197,6 +208,7 @@ bool Rail::close(int64_t deadline_ns) {
 
 Mapping::Mapping(std::shared_ptr<Rail> rail, uint64_t address, uint64_t nbytes, int memory_type)
     : rail_(std::move(rail)), address_(address), nbytes_(nbytes), memory_type_(memory_type) {
+  Rail::Use use(*rail_);
   if (!rail_->usable()) throw std::runtime_error("the rail is closed");
   ucp::MemMapParams params{};
   params.field_mask = ucp::kMapAddress | ucp::kMapLength | ucp::kMapMemoryType;

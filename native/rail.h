@@ -31,7 +31,7 @@ class Rail : public std::enable_shared_from_this<Rail> {
   Rail(const Rail&) = delete;
   ~Rail();
 
-  std::string address() const;
+  std::string address();
   std::shared_ptr<Endpoint> connect(const std::string& address);
 
   ucp::Context context() const { return context_; }
@@ -67,6 +67,24 @@ class Rail : public std::enable_shared_from_this<Rail> {
   void begin() { inflight_.fetch_add(1); }
   void end() { inflight_.fetch_sub(1); }
 
+  // Keeps the worker from being destroyed under a call that uses it. `usable` is asked inside.
+  class Use {
+   public:
+    explicit Use(Rail& rail) : rail_(rail) { rail_.begin(); }
+    Use(const Use&) = delete;
+    ~Use() { rail_.end(); }
+
+   private:
+    Rail& rail_;
+  };
+  // Whether nobody else posts, waits or has anything under way, but `uses` calls of one's own.
+  bool is_quiet(int uses) const { return inflight_.load() <= uses && drivers_.load() == 0; }
+
+  // One who wants to post between two rounds of those who drive: UCX's lock is not fair.
+  void knock() { knocking_.fetch_add(1); }
+  void come_in() { knocking_.fetch_sub(1); }
+  void give_way() const;
+
   // A job that goes on after its caller has left; one that has settled.
   void add(const std::shared_ptr<RmaJob>& job);
   void remove(RmaJob& job);
@@ -81,8 +99,6 @@ class Rail : public std::enable_shared_from_this<Rail> {
   // The worker is about to be destroyed: touch it no more. Joins the thread.
   void release();
   bool alive() const;
-
-  void forget(Endpoint& endpoint);
 
  private:
   static void* thread_main(void* self);
@@ -99,6 +115,7 @@ class Rail : public std::enable_shared_from_this<Rail> {
   int idle_sweeps_ = 0;               // of whoever sweeps
   std::atomic<int> drivers_{0};
   std::atomic<int> inflight_{0};
+  std::atomic<int> knocking_{0};
   std::atomic<bool> stopping_{false};
   Futex parked_;  // the thread sleeps here while somebody drives
   int efd_ = -1;  // UCX's, readable when there is something to progress

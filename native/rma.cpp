@@ -71,26 +71,6 @@ bool RmaPlan::is_refused() const {
   return std::any_of(endpoints_.begin(), endpoints_.end(), [](const auto& endpoint) { return endpoint->is_refused(); });
 }
 
-int RmaPlan::enter() const {
-  for (size_t i = 0; i < gates_.size(); ++i) {
-    int code = gates_[i]->enter();
-    if (code == 0) continue;
-    while (i > 0) gates_[--i]->leave();
-    return code;
-  }
-  return 0;
-}
-
-void RmaPlan::leave() const {
-  for (const auto& gate : gates_) gate->leave();
-}
-
-int RmaPlan::closed() const {
-  for (const auto& gate : gates_)
-    if (int code = gate->aborted()) return code;
-  return 0;
-}
-
 RmaJob::RmaJob(std::shared_ptr<const RmaPlan> plan, int64_t deadline_ns)
     : plan_(std::move(plan)), deadline_ns_(deadline_ns), generation_(fork_generation()) {
   plan_->rails().front()->begin();
@@ -141,11 +121,13 @@ bool RmaJob::run_few(int looks) {
 
 bool RmaJob::enter_endpoints() {
   take_cuda_context();
+  for (const auto& rail : plan_->rails()) rail->knock();
   const auto& endpoints = plan_->endpoints();
   for (size_t i = 0; i < endpoints.size(); ++i) {
     int code = endpoints[i]->enter();
     if (code == 0) continue;
     while (i > 0) endpoints[--i]->leave();
+    for (const auto& rail : plan_->rails()) rail->come_in();
     fail(code);
     return false;
   }
@@ -154,6 +136,7 @@ bool RmaJob::enter_endpoints() {
 
 void RmaJob::leave_endpoints() {
   for (const auto& endpoint : plan_->endpoints()) endpoint->leave();
+  for (const auto& rail : plan_->rails()) rail->come_in();
 }
 
 // Post until the window is full (false) or nothing more is to be posted (true).
@@ -331,7 +314,10 @@ bool RmaJob::progress(int64_t patience_ns, int64_t deadline_ns) {
   int64_t quiet_since = 0;
   while (!settled()) {
     unsigned events = 0;
-    for (const auto& rail : plan_->rails()) events += rail->progress();
+    for (const auto& rail : plan_->rails()) {
+      rail->give_way();
+      events += rail->progress();
+    }
     if (events != 0) {
       quiet_since = 0;
       if (now_ns() >= deadline_ns) return settled();

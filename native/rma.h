@@ -50,9 +50,9 @@ class RmaPlan {
   // How many operations UCX may have at a time.
   int64_t window() const { return window_; }
 
-  int enter() const;
-  void leave() const;
-  int closed() const;
+  int enter() const { return gates_.enter(); }
+  void leave() const { gates_.leave(); }
+  int closed() const { return gates_.aborted(); }
 
  private:
   const bool is_write_;
@@ -64,7 +64,7 @@ class RmaPlan {
   std::vector<RmaRow> rows_;  // those too large for one operation are split here
   std::vector<std::shared_ptr<Endpoint>> endpoints_;
   std::vector<std::shared_ptr<Rail>> rails_;
-  std::vector<std::shared_ptr<Gate>> gates_;
+  Gates gates_;
 };
 
 class RmaJob : public std::enable_shared_from_this<RmaJob> {
@@ -86,7 +86,7 @@ class RmaJob : public std::enable_shared_from_this<RmaJob> {
   bool progress(int64_t patience_ns, int64_t deadline_ns);
 
   int code();
-  bool settled() const { return settled_.load(std::memory_order_acquire); }
+  bool settled() const { return settled_.load(); }
   // Whether that is so, and everybody can see with what it has ended.
   bool has_settled() { return code() != PENDING && (settled() || is_forked()); }
   // Bytes of the operations that are complete, taken to be the first ones.

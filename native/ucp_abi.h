@@ -13,7 +13,7 @@ namespace raynixl::ucp {
 
 using Status = int8_t;  // ucs_status_t: 0 well, negative an error
 
-enum : Status { kOk = 0, kNoMemory = -4, kInvalidAddress = -7, kBusy = -15, kCanceled = -16, kUnsupported = -22 };
+enum : Status { kOk = 0, kNoMemory = -4, kInvalidAddress = -7, kBusy = -15, kUnsupported = -22 };
 
 using Context = void*;
 using Worker = void*;
@@ -29,7 +29,7 @@ inline Status error_of(StatusPtr p) { return Status(reinterpret_cast<intptr_t>(p
 using SendCallback = void (*)(void* request, Status status, void* user_data);
 using ErrorCallback = void (*)(void* arg, Ep ep, Status status);
 
-enum MemoryType : int { kHost = 0, kCuda = 1, kUnknown = 10 };
+enum MemoryType : int { kHost = 0, kCuda = 1 };
 
 struct RequestParam {
   uint32_t op_attr_mask;

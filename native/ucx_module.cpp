@@ -24,7 +24,8 @@ constexpr size_t kFewRows = 4;            // what is posted and, if UCX is quick
 constexpr int kFewLooks = 16;             // how often UCX is then asked before the lock is released
 constexpr int64_t kPatience = 50'000;     // how long a post stays with a transfer of which nothing is heard, in ns
 constexpr double kExitTimeout = 2.0;
-constexpr int64_t kStay = 10'000'000;     // and how long in all
+constexpr int64_t kStay = 10'000'000;     // and how long in all,
+constexpr int64_t kShortStay = 100'000;    // or beside others
 
 struct PyRail {
   std::shared_ptr<Rail> rail;
@@ -48,6 +49,15 @@ struct PyRmaJob {
 
 std::string to_string(const nb::bytes& bytes) { return {bytes.c_str(), bytes.size()}; }
 nb::bytes to_bytes(const std::string& text) { return nb::bytes(text.data(), text.size()); }
+
+// UCX's lock may be held for long by one who copies: nobody waits for it with the interpreter's.
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+template <typename Call>
+auto unlocked(Call call) {
+  nb::gil_scoped_release release;
+  return call();
+}
 
 // Rails that are still open when the interpreter goes: their threads must not touch what it and UCX then free.
 std::vector<std::weak_ptr<Rail>>& open_rails() {
@@ -99,7 +109,9 @@ bool rail_close(PyRail& self, double timeout) {
 }
 
 PyRemoteKey endpoint_unpack(PyEndpoint& self, const nb::bytes& key, uint64_t address, uint64_t nbytes) {
-  return {std::make_shared<RemoteKey>(self.endpoint, to_string(key), address, nbytes)};
+  std::string copied = to_string(key);
+  nb::gil_scoped_release release;
+  return {std::make_shared<RemoteKey>(self.endpoint, copied, address, nbytes)};
 }
 
 std::string endpoint_status(PyEndpoint& self) {
@@ -134,38 +146,30 @@ PyRma make_rma(bool is_write, nb::sequence paths, const Rows& rows, nb::sequence
 }
 
 // Post, unless that was done with the lock held, and stay with a small transfer for as long as it moves.
-void carry(RmaJob& job, bool is_inline, bool is_posted) {
-  if (!is_posted && is_inline && job.plan().rows().size() <= kFewRows && !job.plan().is_limited())
+void carry(RmaJob& job, bool is_inline, bool is_posted, int64_t stay) {
+  if (!is_posted && is_inline && stay == kStay && job.plan().rows().size() <= kFewRows && !job.plan().is_limited())
     job.run_few(kFewLooks);
   else if (!is_posted)
     job.pump();
-  if (!is_inline || !job.progress(kPatience, now_ns() + kStay)) job.hand_over();
+  if (!is_inline || !job.progress(kPatience, now_ns() + stay)) job.hand_over();
 }
-
-// Keeps the rail from being closed under a call that posts.
-class Running {
- public:
-  explicit Running(Rail& rail) : rail_(rail) { rail_.begin(); }
-  Running(const Running&) = delete;
-  ~Running() { rail_.end(); }
-
- private:
-  Rail& rail_;
-};
 
 nb::object rma_run(const PyRma& self, double timeout, bool out_of_line) {
   const RmaPlan& plan = *self.plan;
-  Running running(*plan.rails().front());
+  Rail& rail = *plan.rails().front();
+  Rail::Use use(rail);
   if (!plan.usable()) return nb::int_(int(CLOSED));
   if (plan.is_refused()) return nb::int_(int(LOST));
   if (int code = plan.enter()) return nb::int_(code);
   auto job = std::make_shared<RmaJob>(self.plan, deadline_after(timeout));
+  // Beside others a small operation would progress theirs, which may be large: it stays for a moment only.
+  bool is_quiet = rail.is_quiet(2);
   bool is_inline = plan.nbytes() <= self.inline_nbytes && !out_of_line;
-  bool keeps_lock = is_inline && plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows && !plan.is_limited();
+  bool keeps_lock = is_inline && is_quiet && plan.nbytes() <= kKeepGil && plan.rows().size() <= kFewRows && !plan.is_limited();
   if (keeps_lock && job->run_few(kFewLooks)) return nb::int_(job->code());
   {
     nb::gil_scoped_release release;
-    carry(*job, is_inline, keeps_lock);
+    carry(*job, is_inline, keeps_lock, is_quiet ? kStay : kShortStay);
   }
   // UCX's thread may be about to say with what it ends: then it is a job like others.
   if (!out_of_line && job->has_settled()) return nb::int_(job->code());
@@ -186,13 +190,14 @@ bool rma_job_wait_settled(PyRmaJob& self, double timeout) {
 
 bool rma_job_cancel(PyRmaJob& self, int code) {
   if (code < 2) throw nb::value_error("the code of a cancelled job is 2 or more");
+  nb::gil_scoped_release release;
   return self.job->end(code);
 }
 
 void bind_rail(nb::module_& m) {
   nb::class_<PyRail>(m, "Rail")
       .def("__init__", rail_init, "context"_a, "worker"_a, "bell"_a)
-      .def_prop_ro("address", [](PyRail& self) { return to_bytes(self.rail->address()); })
+      .def_prop_ro("address", [](PyRail& self) { return to_bytes(unlocked([&] { return self.rail->address(); })); })
       .def("map", rail_map, "address"_a, "nbytes"_a, "memory_type"_a)
       .def("connect", rail_connect, "address"_a)
       .def("sweep", rail_sweep, "grace"_a)
@@ -203,20 +208,21 @@ void bind_rail(nb::module_& m) {
         self.rail->release();
       });
   nb::class_<PyMapping>(m, "Mapping")
-      .def_prop_ro("key", [](PyMapping& self) { return to_bytes(self.mapping->key()); })
-      .def("unmap", [](PyMapping& self) { self.mapping->unmap(); });
+      .def_prop_ro("key", [](PyMapping& self) { return to_bytes(unlocked([&] { return self.mapping->key(); })); })
+      .def("unmap", [](PyMapping& self) { self.mapping->unmap(); }, Unlocked());
 }
 
 void bind_endpoint(nb::module_& m) {
   nb::class_<PyEndpoint>(m, "Endpoint")
       .def("unpack", endpoint_unpack, "key"_a, "address"_a, "nbytes"_a)
       .def("limit_reads", [](PyEndpoint& self, uint64_t nbytes) { self.endpoint->limit_reads(nbytes); }, "nbytes"_a)
-      .def("close", [](PyEndpoint& self, int code) { self.endpoint->close(code); }, "code"_a)
+      .def("close", [](PyEndpoint& self, int code) { self.endpoint->close(code); }, "code"_a, Unlocked())
       .def_prop_ro("code", [](PyEndpoint& self) { return self.endpoint->code(); })
       .def_prop_ro("status", endpoint_status)
       .def_prop_ro("is_gone", [](PyEndpoint& self) { return self.endpoint->is_gone(); })
-      .def_prop_ro("transports", [](PyEndpoint& self) { return self.endpoint->transports(); });
-  nb::class_<PyRemoteKey>(m, "RemoteKey").def("destroy", [](PyRemoteKey& self) { self.key->destroy(); });
+      .def_prop_ro("transports", [](PyEndpoint& self) { return self.endpoint->transports(); }, Unlocked());
+  nb::class_<PyRemoteKey>(m, "RemoteKey")
+      .def("destroy", [](PyRemoteKey& self) { self.key->destroy(); }, Unlocked());
 }
 
 void bind_rma(nb::module_& m) {
@@ -229,7 +235,7 @@ void bind_rma(nb::module_& m) {
       .def("wait_settled", rma_job_wait_settled, "timeout"_a)
       .def("cancel", rma_job_cancel, "code"_a)
       .def("arm", [](PyRmaJob& self, int fd) { return arm(*self.job, fd); }, "fd"_a)
-      .def_prop_ro("code", [](PyRmaJob& self) { return self.job->code(); })
+      .def_prop_ro("code", [](PyRmaJob& self) { return self.job->code(); }, Unlocked())
       .def_prop_ro("nbytes_done", [](PyRmaJob& self) { return self.job->nbytes_done(); })
       .def_prop_ro("settled", [](PyRmaJob& self) { return self.job->has_settled(); });
   m.def("rma", make_rma, "is_write"_a, "paths"_a, nb::arg("rows").noconvert(), "gates"_a, "inline_nbytes"_a);

@@ -92,7 +92,6 @@ CONSTANTS: list[tuple[str, int | None, str]] = [
     ("kNoMemory", twin_ucp.NO_MEMORY, "UCS_ERR_NO_MEMORY"),
     ("kInvalidAddress", twin_ucp.INVALID_ADDRESS, "UCS_ERR_INVALID_ADDR"),
     ("kBusy", None, "UCS_ERR_BUSY"),
-    ("kCanceled", None, "UCS_ERR_CANCELED"),
     ("kUnsupported", twin_ucp.UNSUPPORTED, "UCS_ERR_UNSUPPORTED"),
     ("kFieldCallback", twin_ucp.FIELD_CALLBACK, "UCP_OP_ATTR_FIELD_CALLBACK"),
     ("kFieldUserData", twin_ucp.FIELD_USER_DATA, "UCP_OP_ATTR_FIELD_USER_DATA"),
@@ -111,7 +110,6 @@ CONSTANTS: list[tuple[str, int | None, str]] = [
     ("kEpAttrTransports", twin_ucp.EP_ATTR_TRANSPORTS, "UCP_EP_ATTR_FIELD_TRANSPORTS"),
     ("kHost", ucx.HOST_MEMORY, "UCS_MEMORY_TYPE_HOST"),
     ("kCuda", ucx.CUDA_MEMORY, "UCS_MEMORY_TYPE_CUDA"),
-    ("kUnknown", None, "UCS_MEMORY_TYPE_UNKNOWN"),
     ("", twin_ucp.FIRST_ERROR, "uint64_t(UCS_ERR_LAST)"),
 ]
 
