@@ -30,7 +30,7 @@ from raynixl.blocks import refuse_overlap
 from raynixl.errors import AgentClosed, PeerLost, TransferTimeout
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Program
-from raynixl.native.ucx import HOST_MEMORY, Rail
+from raynixl.native.ucx import Rail
 from raynixl.region import Region, RemoteRegion
 from raynixl.topology import Address
 
@@ -41,6 +41,7 @@ GRACE_SECONDS = 0.1
 """How long UCX has to let go of an operation that was cancelled or is late, before its endpoint is closed by force."""
 CLOSE_SECONDS = 5.0
 _WORD = 0  # the number under which peers find the word that they read to see whether we are there
+_HEARD = 1 << 63  # of the place where we read theirs; an `Ask` cannot name it
 
 
 class Network:
@@ -66,6 +67,7 @@ class Network:
         self._questions = Questions()
         self.exports = Exports(local, self._rails, lambda memory: ready_to_map(memory, self._run()))
         self.exports.add(_WORD, _memory_of(self._word))
+        self.exports.add(_HEARD, _memory_of(self._heard))
         for number, memory in memories.items():
             self.exports.add(number, memory)
         self._answers = Answers(
@@ -255,9 +257,11 @@ class Network:
         answer = self._ask(link, _WORD, deadline)
         keys = Keys.unseal(unpack(answer.sealed), incarnation=link.incarnation, region=_WORD, nbytes=len(self._word))
         rail, key = next(iter(lane.unpack(keys).items()))
-        here = self._rails()[rail].map(ctypes.addressof(self._heard), len(self._heard), HOST_MEMORY)
+        here = self.exports.mappings(_HEARD)[rail]
         lane.watch_by(probe_program(self._local, here, ctypes.addressof(self._heard), key, keys))
-        link.probe = lambda: lane.is_silent(self._local.config.heartbeat_timeout)
+        patience = self._local.config.heartbeat_timeout
+        # By way of the link, which lets go of its lane when it ends: whoever remembers it must not keep UCX's workers.
+        link.probe = lambda: (current := link.lane) is not None and current.is_silent(patience)
 
     def _warn_once(self, link: UcxLink, lanes: Lanes) -> None:
         if lanes.is_emulation and not self._has_warned:
