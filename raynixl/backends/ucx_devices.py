@@ -71,7 +71,7 @@ def check_ports(said: tuple[str, str], devices: Sequence[str]) -> None:
             if not any(_is_free(address, port) for port in range(first, last + 1)):
                 raise BackendUnavailable(
                     f"{said[1]} has no free port on {device} ({address.ip})",
-                    hint="each agent needs two on each device: widen it, or end what holds them",
+                    hint="each agent needs three on each device: widen it, or end what holds them",
                 )
 
 

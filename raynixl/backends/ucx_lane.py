@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -27,11 +27,33 @@ _PROBE_PATIENCES = 10
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One endpoint of a lane: the number of our rail, and of the peer's that it leads to."""
+    """How one of our rails leads to one of the peer's, by number: by one endpoint, or one for writes and one for reads.
+
+    Two where UCX emulates reads: they have a worker of their own then (`Runtime` tells why).
+    """
 
     rail: int
     partner: int
-    endpoint: Endpoint
+    writer: Endpoint
+    reader: Endpoint
+
+    @property
+    def endpoints(self) -> set[Endpoint]:
+        """The one or two endpoints."""
+        return {self.writer, self.reader}
+
+
+@dataclass(frozen=True, slots=True)
+class WayKeys:
+    """The keys of a peer's region for the endpoints of one way."""
+
+    write: RemoteKey
+    read: RemoteKey
+
+    def destroy(self) -> None:
+        """Give them back."""
+        self.write.destroy()
+        self.read.destroy()
 
 
 class Lane:
@@ -39,7 +61,9 @@ class Lane:
     the next transfer makes a new lane.
     """
 
-    def __init__(self, peer: str, rails: Sequence[Rail], workers: Sequence[bytes]) -> None:
+    def __init__(
+        self, peer: str, rails: Sequence[Rail], workers: Sequence[bytes], readers: Callable[[int], Rail]
+    ) -> None:
         self._peer = peer
         self._lock = threading.Lock()  # protects _bindings, _has_failed
         self._bindings: weakref.WeakSet[UcxBinding] = weakref.WeakSet()
@@ -48,9 +72,12 @@ class Lane:
         refused: RuntimeError | None = None
         for number, rail in enumerate(rails):
             try:
-                self.ways.append(_connect(number, rail, workers))
+                self.ways.append(_connect(number, rail, workers, readers))
             except RuntimeError as exc:
                 refused = exc
+            except BaseException:
+                self.fail(LOST)
+                raise
         if not self.ways:
             raise BackendUnavailable(
                 f"UCX reaches {peer!r} by no transport: {refused}",
@@ -67,7 +94,7 @@ class Lane:
     @property
     def endpoints(self) -> list[Endpoint]:
         """The endpoints."""
-        return [way.endpoint for way in self.ways]
+        return [endpoint for way in self.ways for endpoint in way.endpoints]
 
     @property
     def is_usable(self) -> bool:
@@ -82,26 +109,27 @@ class Lane:
         return any(endpoint.code != 0 or endpoint.status for endpoint in self.endpoints)
 
     def limit_reads(self, nbytes: int) -> None:
-        """Have no more than so many bytes of reads under way where UCX emulates them."""
-        for endpoint in self.endpoints:
-            if Lanes.of(endpoint.transports).is_emulation:
-                endpoint.limit_reads(nbytes)
+        """Read no more than so many bytes at a time where UCX emulates reads."""
+        for way in self.ways:
+            if way.reader is not way.writer:
+                way.reader.limit_reads(nbytes)
 
-    def unpack(self, keys: Keys) -> dict[int, RemoteKey]:
+    def unpack(self, keys: Keys) -> dict[int, WayKeys]:
         """Take the keys of a peer's region, one for each endpoint, by the number of our rail.
 
         Raises:
             BackendUnavailable: UCX does not take them.
         """
-        taken: dict[int, RemoteKey] = {}
+        taken: dict[Endpoint, RemoteKey] = {}
         try:
             for way in self.ways:
-                taken[way.rail] = way.endpoint.unpack(keys.packed[way.partner], keys.address, keys.nbytes)
+                for endpoint in way.endpoints:
+                    taken[endpoint] = endpoint.unpack(keys.packed[way.partner], keys.address, keys.nbytes)
         except (RuntimeError, IndexError) as exc:
             for key in taken.values():
                 key.destroy()
             raise BackendUnavailable(f"the keys of {self._peer!r} are not usable: {exc}", peer=self._peer) from exc
-        return taken
+        return {way.rail: WayKeys(taken[way.writer], taken[way.reader]) for way in self.ways}
 
     def add(self, binding: UcxBinding) -> None:
         """Close the binding's gate, too, when the lane fails."""
@@ -145,7 +173,7 @@ class UcxBinding(Binding):
     """A peer's region over a lane: one key for each of its endpoints, by the number of our rail."""
 
     lane: Lane | None = None
-    keys: dict[int, RemoteKey] = field(default_factory=dict)
+    keys: dict[int, WayKeys] = field(default_factory=dict)
     slow: str = ""
     """Why the region is reached only slowly, if it is."""
 
@@ -200,7 +228,7 @@ class UcxLink(StreamLink):
             self._local.reactor.call_later(LEAVE_SECONDS, self.guard.sever)
 
 
-def _connect(number: int, rail: Rail, workers: Sequence[bytes]) -> Way:
+def _connect(number: int, rail: Rail, workers: Sequence[bytes], readers: Callable[[int], Rail]) -> Way:
     """Make an endpoint to the peer's rail of the same number, or to the next that ours reaches.
 
     Raises:
@@ -210,7 +238,14 @@ def _connect(number: int, rail: Rail, workers: Sequence[bytes]) -> Way:
     for turn in range(len(workers)):
         partner = (number + turn) % len(workers)
         try:
-            return Way(number, partner, rail.connect(workers[partner]))
+            writer = rail.connect(workers[partner])
+            if not Lanes.of(writer.transports).is_emulation:
+                return Way(number, partner, writer, writer)
+            try:
+                return Way(number, partner, writer, readers(number).connect(workers[partner]))
+            except BaseException:
+                writer.close(LOST)
+                raise
         except RuntimeError as exc:
             refused = exc
     raise refused

@@ -117,7 +117,8 @@ class Network:
         table = address_table(request)
         if link.pid == os.getpid():
             refuse_overlap(table)
-        if request.op is Op.WRITE:
+        is_write = request.op is Op.WRITE
+        if is_write:
             ours, theirs = table[:, 0], table[:, 1]
             mine, far = request.segments.source_region, request.segments.target_region
         else:
@@ -131,9 +132,12 @@ class Network:
         rails = self._choice.rails_for(request.local[0].memory, runtime.devices, runtime.nics, connected=connected)
         rows, paths = cut(np.column_stack((mine, far, ours, theirs, table[:, 2])).astype(np.uint64), rails)
         mappings = [self.exports.mappings(region.id) for region in request.local]
-        ways = [(mappings[region][rail], keys[binding][rail]) for region, binding, rail in paths.tolist()]
+        ways = [
+            (mappings[region][rail], keys[binding][rail].write if is_write else keys[binding][rail].read)
+            for region, binding, rail in paths.tolist()
+        ]
         native, limit = self._local.native, self._local.config.inline_nbytes
-        return [native.rma(request.op is Op.WRITE, ways, rows, request.gates, limit)]
+        return [native.rma(is_write, ways, rows, request.gates, limit)]
 
     def describe(self, local: Region, binding: Binding) -> str:
         """Say which rails carry a region's bytes and why, whether UCX emulates, and list all transports."""
@@ -232,7 +236,8 @@ class Network:
             return lane
         self._await_hello(link, deadline)
         workers = unseal_workers(unpack(answer.workers), incarnation=link.incarnation)
-        lane = Lane(link.peer, self._rails(), workers)
+        runtime = self._run()
+        lane = Lane(link.peer, runtime.rails, workers, runtime.reader)
         lane.limit_reads(answer.window)
         link.lane = lane
         if link.lost is not None:
@@ -258,7 +263,7 @@ class Network:
         keys = Keys.unseal(unpack(answer.sealed), incarnation=link.incarnation, region=_WORD, nbytes=len(self._word))
         rail, key = next(iter(lane.unpack(keys).items()))
         here = self.exports.mappings(_HEARD)[rail]
-        lane.watch_by(probe_program(self._local, here, ctypes.addressof(self._heard), key, keys))
+        lane.watch_by(probe_program(self._local, here, ctypes.addressof(self._heard), key.read, keys))
         patience = self._local.config.heartbeat_timeout
         # By way of the link, which lets go of its lane when it ends: whoever remembers it must not keep UCX's workers.
         link.probe = lambda: (current := link.lane) is not None and current.is_silent(patience)

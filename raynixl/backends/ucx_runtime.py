@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from raynixl.backends.ucx_options import Lanes, blame, merge, read_window, with_
 from raynixl.backends.ucx_presence import INSTALL
 from raynixl.config import kept_variables, variables
 from raynixl.cuda import current_functions
-from raynixl.errors import BackendUnavailable
+from raynixl.errors import AgentClosed, BackendUnavailable
 from raynixl.native import CLOSED
 from raynixl.native.twin_cuda import take_cuda_context
 from raynixl.native.ucx import Rail
@@ -75,7 +76,9 @@ class Runtime:
 
     Each rail has two workers: one posts what we read and write, and the other serves what peers read and write here,
     and is the one whose address they know. With one worker for both UCX joins the two directions into one connection
-    over TCP, and then crashes when an endpoint is closed by force while the peer is writing or being answered.
+    over TCP, and then crashes when an endpoint is closed by force while the peer is writing or being answered. Where
+    UCX emulates reads, a third worker posts these: UCX crashes a target that answers a read over a connection by which
+    it is being written to (uct_tcp_ep_progress_put_rx misses the buffer that a waiting answer has taken away).
 
     Raises:
         BackendUnavailable: ucxx does not load, or the user's settings leave no usable transport.
@@ -89,10 +92,14 @@ class Runtime:
         self.nics: list[Nic] = nics()
         self._workers: list[_Worker] = []
         self._servers: list[_Worker] = []
+        self._readers: dict[int, _Worker] = {}
+        self._bell = bell
+        self._is_closed = False
+        self._lock = threading.Lock()  # protects _readers, _is_closed; held while a reader is made
         self._is_in_cuda = False
         try:
             for device in self._devices():
-                self._start(device, bell)
+                self._start(device)
             self.lanes = self._try_out()
         except BaseException:
             if self.close(1.0):
@@ -110,6 +117,26 @@ class Runtime:
     def rails(self) -> Sequence[Rail]:
         """The rails; a peer's rail i is reached from ours of the same number, round and round."""
         return [one.rail for one in self._workers]
+
+    def reader(self, number: int) -> Rail:
+        """Return what posts the emulated reads of a rail, made now if need be.
+
+        Raises:
+            AgentClosed: nobody would close what it posts any more.
+            BackendUnavailable: UCX makes no further worker.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise AgentClosed(f"agent {self._local.name!r} is closed")
+            if number not in self._readers:
+                one = self._workers[number]
+                options = self._options(one.device)
+                self._readers[number] = self._add_worker(one.context, one.device, options, _resources(one.context))
+            return self._readers[number].rail
+
+    @property
+    def _all(self) -> list[_Worker]:
+        return [*self._workers, *self._readers.values(), *self._servers]
 
     @property
     def devices(self) -> Sequence[str]:
@@ -137,20 +164,24 @@ class Runtime:
             return
         self._is_in_cuda = True
         self._local.native.enter_cuda(context, *current_functions())
-        for one in (*self._workers, *self._servers):
+        with self._lock:
+            workers = self._all
+        for one in workers:
             if one.is_served_by_ucxx:  # its thread runs no code of ours but when it starts
                 one.worker.stop_progress_thread()
                 _serve_by_ucxx(one.worker)
 
     def sweep(self, grace: float) -> bool:
         """Look after the jobs of every rail; whether to come again."""
-        busy = [one.rail.sweep(grace) for one in self._workers]  # each one
+        busy = [one.rail.sweep(grace) for one in self._all]  # each one
         return any(busy)
 
     def close(self, timeout: float) -> bool:
         """Close every endpoint; False if UCX did not let go of all: then the workers stay for good."""
         deadline = time.monotonic() + timeout
-        rails = [one.rail for one in (*self._workers, *self._servers)]
+        with self._lock:
+            self._is_closed = True
+            rails = [one.rail for one in self._all]
         for rail in rails:
             rail.close(0.0)  # what goes over several ends when the endpoints of all are closed
         closed = [rail.close(max(0.0, deadline - time.monotonic())) for rail in rails]  # each one
@@ -158,16 +189,19 @@ class Runtime:
 
     def destroy(self) -> None:
         """Destroy the workers; keys and mappings have been given back."""
-        for workers in (self._workers, self._servers):
-            while workers:
-                workers.pop().destroy()
+        for one in self._take_all():
+            one.destroy()
 
     def abandon(self) -> None:
         """Leave the workers as they are, for as long as the process lives."""
         logger.error("UCX does not let go of an endpoint of agent %r: its worker stays", self._local.name)
-        _LEFT.extend((*self._workers, *self._servers))
-        self._workers.clear()
-        self._servers.clear()
+        _LEFT.extend(self._take_all())
+
+    def _take_all(self) -> list[_Worker]:
+        with self._lock:
+            found = self._all
+            self._workers, self._servers, self._readers = [], [], {}
+        return found
 
     def _devices(self) -> Sequence[str]:
         """Return what each rail is restricted to: the configured devices, or several RDMA devices, or nothing."""
@@ -191,7 +225,7 @@ class Runtime:
     def _has_secret(self) -> bool:
         return bool(self._local.config.secret.get_secret_value())
 
-    def _start(self, device: str, bell: int) -> None:
+    def _start(self, device: str) -> None:
         options = self._options(device)
         try:
             context = self._make_context(options)
@@ -200,18 +234,21 @@ class Runtime:
             raise
         resources = _resources(context)
         self._check_names(device, options, resources)
-        listening = tcp_devices(resources)
         for workers in (self._workers, self._servers):
-            check_ports(setting("TCP_PORT_RANGE", options, variables("UCX_")), listening)
-            workers.append(self._make_worker(context, device, bell=bell, ports=len(listening)))
+            workers.append(self._add_worker(context, device, options, resources))
 
-    def _make_worker(self, context: Any, device: str, *, bell: int, ports: int) -> _Worker:
+    def _add_worker(self, context: Any, device: str, options: Mapping[str, str], resources: Sequence[str]) -> _Worker:
+        listening = tcp_devices(resources)
+        check_ports(setting("TCP_PORT_RANGE", options, variables("UCX_")), listening)
+        return self._make_worker(context, device, ports=len(listening))
+
+    def _make_worker(self, context: Any, device: str, *, ports: int) -> _Worker:
         with self._guard.watch() as adopt:
             try:
                 worker = self._ucxx.UCXWorker(context)
             except self._errors() as exc:
                 raise self._unusable(device, exc) from exc
-            rail = self._local.native.Rail(context.handle, worker.handle, bell)
+            rail = self._local.native.Rail(context.handle, worker.handle, self._bell)
             has_thread = rail.serve()
             if not has_thread:
                 _serve_by_ucxx(worker)

@@ -13,7 +13,7 @@ import pytest
 from agent_tools import PATIENCE, eventually, introduce, make_agent, make_config, random_bytes
 from ucx_tools import MAGIC, is_heard, ucx_ports
 
-from raynixl import Agent, BackendUnavailable
+from raynixl import Agent, AgentClosed, BackendUnavailable
 from raynixl.backends.ucx import UcxBackend
 from raynixl.testing.far import pattern
 from raynixl.testing.places import FarProcess
@@ -60,7 +60,8 @@ def test_only_the_addresses_of_peers_reach_the_ports_and_only_while_they_are_pee
     near.peer(far.ask("record"))
     check_reads(near, far, 1)
     theirs, ours = ucx_ports(far.pid, far.ask("record")), ucx_ports(os.getpid(), near.record())
-    assert len(theirs) == len(ours) == 2, "one to post by and one to serve"
+    assert len(theirs) == 2, "one to post by and one to serve"
+    assert len(ours) == 3, "and one to post emulated reads by, as it reaches somebody over TCP"
     port = min(theirs)
     for one in theirs | ours:
         assert is_heard(one)
@@ -83,12 +84,13 @@ def test_agents_of_one_process_that_start_ucx_at_once_have_their_own_ports_guard
         for number, one in enumerate(agents):
             one.register(random_bytes(N, number), name="own")
         mine = [one.empty(N) for one in agents]
-        transfers = [one.read(one.peer(f"a{(n + 1) % 4}")["own"], mine[n]) for n, one in enumerate(agents)]
-        for number, one in enumerate(transfers):
-            one.wait(PATIENCE)
-            assert (mine[number].array() == random_bytes(N, (number + 1) % 4)).all()
+        for step in (1, 2):
+            transfers = [one.read(one.peer(f"a{(n + step) % 4}")["own"], mine[n]) for n, one in enumerate(agents)]
+            for number, one in enumerate(transfers):
+                one.wait(PATIENCE)
+                assert (mine[number].array() == random_bytes(N, (number + step) % 4)).all()
         ports = set.intersection(*(ucx_ports(os.getpid(), one.record()) for one in agents))
-        assert len(ports) == 2 * 4
+        assert len(ports) == 3 * 4, "one to post by, one to serve and one to read by, however many peers there are"
         assert not [one for one in ports if is_heard(one, source=STRANGE)]
 
 
@@ -148,28 +150,45 @@ def test_a_variable_that_names_an_unknown_device_is_named_too(near: Agent, monke
 
 
 @contextlib.contextmanager
-def _two_ports() -> Iterator[tuple[socket.socket, int]]:
-    """A port that is held, one above it that is free, and who holds the lower."""
+def _three_ports(held: int) -> Iterator[tuple[list[socket.socket], int]]:
+    """Three ports side by side, the lowest of which are held by sockets, and the lowest of all."""
     for _ in range(100):
-        with socket.create_server(("127.0.0.1", 0)) as holder, contextlib.suppress(OSError):
-            port = holder.getsockname()[1]
-            socket.create_server(("127.0.0.1", port + 1)).close()
-            yield holder, port
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            holders = [opened.enter_context(socket.create_server(("127.0.0.1", 0)))]
+            port = holders[0].getsockname()[1]
+            holders += [opened.enter_context(socket.create_server(("127.0.0.1", port + n))) for n in (1, 2)]
+            for free in holders[held:]:
+                free.close()
+            yield holders[:held], port
             return
-    raise AssertionError("no two ports side by side are free")
+    raise AssertionError("no three ports side by side are free")
 
 
-def test_a_range_without_a_free_port_is_refused_instead_of_searched_for_ever(near: Agent) -> None:
+@pytest.mark.parametrize("held", [1, 2], ids=["none to read by", "none to serve by"])
+def test_a_range_without_a_free_port_is_refused_instead_of_searched_for_ever(near: Agent, held: int) -> None:
     near.register(random_bytes(N), name="own")
-    with _two_ports() as (holder, port):
-        ports = f"{port}-{port + 1}"
+    with _three_ports(held) as (holders, port):
+        ports = f"{port}-{port + 2}"
         options = {"TLS": "tcp", "NET_DEVICES": "lo", "TCP_PORT_RANGE": ports}
         with make_agent("full", **(ON_LOOPBACK | {"ucx": options})) as full:
             introduce(full, near)
             with pytest.raises(BackendUnavailable, match=f"UCX_TCP_PORT_RANGE={ports} has no free port on lo"):
                 full.read(full.peer("near")["own"], full.empty(N)).wait(PATIENCE)
-            holder.close()
+            for holder in holders:
+                holder.close()
             mine = full.empty(N)
             full.read(full.peer("near")["own"], mine).wait(PATIENCE)
             assert (mine.array() == random_bytes(N)).all()
-            assert ucx_ports(os.getpid(), full.record()) >= {("127.0.0.1", port)}
+            assert ucx_ports(os.getpid(), full.record()) >= {("127.0.0.1", port + n) for n in range(3)}
+
+
+def test_an_agent_that_closes_opens_no_further_port(near: Agent, far: FarProcess) -> None:
+    near.peer(far.ask("record"))
+    check_reads(near, far, 1)
+    backend = near.backend("ucx")
+    assert isinstance(backend, UcxBackend)
+    runtime, record = backend.network._run(), near.record()
+    near.close()
+    with pytest.raises(AgentClosed, match="'near' is closed"):
+        runtime.reader(0)
+    assert not ucx_ports(os.getpid(), record)

@@ -15,6 +15,7 @@ from raynixl.backends import ucx_rails
 from raynixl.backends.ucx_lane import Lane
 from raynixl.backends.ucx_rails import STRIPE_ALIGN, STRIPE_NBYTES, RailChoice, cut
 from raynixl.memory import Memory
+from raynixl.native import LOST
 from raynixl.topology import Nic, NicKind, Place
 
 BASE = 1 << 40
@@ -171,10 +172,11 @@ def test_the_place_of_memory_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) 
 class FakeEndpoint:
     """An endpoint to a worker."""
 
-    def __init__(self, worker: bytes) -> None:
+    def __init__(self, worker: bytes, transport: str) -> None:
         self.worker = worker
         self.code, self.status = 0, ""
-        self.transports = ["tcp/eth0"]
+        self.transports = [transport]
+        self.window = 0
         self.keys: list[FakeKey] = []
 
     def unpack(self, key: bytes, _address: int, _nbytes: int) -> FakeKey:
@@ -183,6 +185,10 @@ class FakeEndpoint:
             raise RuntimeError("bad key")
         self.keys.append(FakeKey(key))
         return self.keys[-1]
+
+    def limit_reads(self, nbytes: int) -> None:
+        """Note it."""
+        self.window = nbytes
 
     def close(self, code: int) -> None:
         """Note it."""
@@ -202,18 +208,29 @@ class FakeKey:
 
 
 class Reaching:
-    """A rail that reaches some workers."""
+    """A rail that reaches some workers, over RDMA or over what UCX emulates reads with."""
 
-    def __init__(self, *workers: bytes) -> None:
+    def __init__(self, *workers: bytes, over: str = "rc_mlx5/mlx5_0:1") -> None:
         self.workers = workers
+        self.over = over
         self.endpoints: list[FakeEndpoint] = []
 
     def connect(self, worker: bytes) -> FakeEndpoint:
         """Make an endpoint, or say that the worker is out of reach."""
         if worker not in self.workers:
             raise RuntimeError("Destination is unreachable")
-        self.endpoints.append(FakeEndpoint(worker))
+        self.endpoints.append(FakeEndpoint(worker, self.over))
         return self.endpoints[-1]
+
+
+def over_tcp(*workers: bytes) -> Reaching:
+    """A rail over which UCX emulates reads."""
+    return Reaching(*workers, over="tcp/eth0")
+
+
+def make_lane(rails: Sequence[Any], workers: Sequence[bytes], readers: Sequence[Any] = ()) -> Lane:
+    """A lane to bob; without readers for one that needs none."""
+    return Lane("bob", rails, workers, readers.__getitem__)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +248,14 @@ class Reaching:
 def test_each_rail_leads_to_the_next_of_the_peers_that_it_reaches(
     rails: Sequence[Any], workers: list[bytes], ways: list[tuple[int, int]]
 ) -> None:
-    lane = Lane("bob", rails, workers)
+    lane = make_lane(rails, workers)
     assert [(way.rail, way.partner) for way in lane.ways] == ways
-    assert all(way.endpoint.worker == workers[way.partner] for way in lane.ways)  # type: ignore[attr-defined]
+    assert all(one.worker == workers[way.partner] for way in lane.ways for one in way.endpoints)  # type: ignore[attr-defined]
 
 
 def test_a_peer_that_no_rail_reaches_is_unavailable_and_what_to_look_at_is_said() -> None:
     with pytest.raises(BackendUnavailable, match="Destination is unreachable") as caught:
-        Lane("bob", [Reaching(), Reaching()], [b"a"])  # type: ignore[list-item]
+        make_lane([Reaching(), over_tcp()], [b"a"])
     assert "NET_DEVICES" in caught.value.hint
 
 
@@ -251,27 +268,90 @@ class SomeKeys:
         self.packed = packed
 
 
+def taken(rails: Sequence[Reaching]) -> list[FakeKey]:
+    """The keys that endpoints of rails have taken."""
+    return [key for rail in rails for one in rail.endpoints for key in one.keys]
+
+
 def test_keys_are_those_of_the_rails_that_the_endpoints_lead_to() -> None:
-    lane = Lane("bob", [Reaching(), Reaching(b"a"), Reaching(b"b")], [b"a", b"b"])  # type: ignore[list-item]
-    keys = lane.unpack(SomeKeys(b"key of a", b"key of b"))  # type: ignore[arg-type]
-    assert {rail: key.packed for rail, key in keys.items()} == {1: b"key of a", 2: b"key of b"}  # type: ignore[attr-defined]
+    rails = [Reaching(), Reaching(b"a"), Reaching(b"b")]
+    keys: dict[int, Any] = make_lane(rails, [b"a", b"b"]).unpack(SomeKeys(b"key of a", b"key of b"))  # type: ignore[assignment, arg-type]
+    assert {rail: key.write.packed for rail, key in keys.items()} == {1: b"key of a", 2: b"key of b"}
+    assert all(key.read is key.write for key in keys.values())
 
 
 @pytest.mark.parametrize("packed", [(b"good", b"bad"), (b"good",)], ids=["not taken", "too few"])
-def test_keys_that_ucx_does_not_take_leave_nothing_behind(packed: tuple[bytes, ...]) -> None:
-    rails = [Reaching(b"a", b"b"), Reaching(b"a", b"b")]
-    lane = Lane("bob", rails, [b"a", b"b"])  # type: ignore[arg-type]
+@pytest.mark.parametrize("over", ["rc_mlx5/mlx5_0:1", "tcp/eth0"])
+def test_keys_that_ucx_does_not_take_leave_nothing_behind(packed: tuple[bytes, ...], over: str) -> None:
+    rails = [Reaching(b"a", b"b", over=over) for _ in range(4)]
+    lane = make_lane(rails[:2], [b"a", b"b"], rails[2:])
     with pytest.raises(BackendUnavailable, match="keys of 'bob'"):
         lane.unpack(SomeKeys(*packed))  # type: ignore[arg-type]
-    assert [key.is_destroyed for rail in rails for one in rail.endpoints for key in one.keys] == [True]
+    assert taken(rails), "those of the first way"
+    assert all(key.is_destroyed for key in taken(rails))
 
 
 def test_an_endpoint_that_fails_takes_the_whole_lane_with_it() -> None:
     rails = [Reaching(b"a"), Reaching(b"a")]
-    lane = Lane("bob", rails, [b"a"])  # type: ignore[arg-type]
+    lane = make_lane(rails, [b"a"])
     assert (lane.is_usable, lane.needs_care) == (True, False)
     rails[1].endpoints[0].status = "Connection reset"
     assert lane.needs_care
     lane.fail()
     assert (lane.is_usable, lane.needs_care) == (False, False)
     assert all(one.code for rail in rails for one in rail.endpoints)
+
+
+# Where UCX emulates reads, an endpoint of its own posts them
+
+
+def test_only_emulated_reads_have_an_endpoint_of_their_own_to_the_same_worker_and_a_limit() -> None:
+    rails = [Reaching(b"a", b"b"), over_tcp(b"a", b"b")]
+    readers = [over_tcp(b"a", b"b"), over_tcp(b"a", b"b")]
+    lane = make_lane(rails, [b"a", b"b"], readers)
+    rdma, tcp = lane.ways
+    assert not readers[0].endpoints
+    assert rdma.reader is rdma.writer is rails[0].endpoints[0]
+    assert (tcp.writer, tcp.reader) == (rails[1].endpoints[0], readers[1].endpoints[0])
+    assert readers[1].endpoints[0].worker == b"b"
+    lane.limit_reads(4096)
+    assert [one.window for rail in (*rails, *readers) for one in rail.endpoints] == [0, 0, 4096]
+
+
+def test_writers_and_readers_take_keys_of_their_own_and_all_are_given_back() -> None:
+    rails, readers = [over_tcp(b"a")], [over_tcp(b"a")]
+    key = make_lane(rails, [b"a"], readers).unpack(SomeKeys(b"key of a"))[0]  # type: ignore[arg-type]
+    assert ([key.write], [key.read]) == (taken(rails), taken(readers))
+    assert key.write.packed == key.read.packed == b"key of a"  # type: ignore[attr-defined]
+    key.destroy()
+    assert all(one.is_destroyed for one in taken([*rails, *readers]))
+
+
+@pytest.mark.parametrize("failing", ["writer", "reader"])
+def test_a_lane_of_writers_and_readers_ends_as_one(failing: str) -> None:
+    lane = make_lane([over_tcp(b"a"), over_tcp(b"a")], [b"a"], [over_tcp(b"a"), over_tcp(b"a")])
+    getattr(lane.ways[1], failing).status = "Connection reset"
+    assert lane.needs_care
+    lane.fail()
+    assert not lane.is_usable
+    assert [bool(one.code) for one in lane.endpoints] == [True] * 4
+
+
+def test_a_worker_that_the_reader_does_not_reach_is_passed_over_and_its_writer_closed() -> None:
+    rail, reader = over_tcp(b"a", b"b"), over_tcp(b"b")
+    (way,) = make_lane([rail], [b"a", b"b"], [reader]).ways
+    assert way.partner == 1
+    assert [one.code for one in rail.endpoints] == [LOST, 0]
+
+
+def test_a_reader_that_cannot_be_made_leaves_no_endpoint_behind() -> None:
+    rails, reader = [over_tcp(b"a"), over_tcp(b"a")], over_tcp(b"a")
+
+    def readers(number: int) -> Any:
+        if number:
+            raise BackendUnavailable("no free port")
+        return reader
+
+    with pytest.raises(BackendUnavailable, match="no free port"):
+        Lane("bob", rails, [b"a"], readers)  # type: ignore[arg-type]
+    assert [one.code for rail in (*rails, reader) for one in rail.endpoints] == [LOST] * 3

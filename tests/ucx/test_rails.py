@@ -69,12 +69,18 @@ def theirs(near: Agent) -> RemoteRegion:
     return near.peer("far")["theirs"]
 
 
-def lane_of(plan: Prepared) -> Lane:
-    """The lane that an operation takes, the one that is there if it is usable."""
+def binding_of(plan: Prepared) -> UcxBinding:
+    """The binding that an operation takes, the one that is there if it is usable."""
     (binding,) = plan.agent.connector.bind(plan, time.monotonic() + PATIENCE)
     assert isinstance(binding, UcxBinding)
-    assert binding.lane is not None
-    return binding.lane
+    return binding
+
+
+def lane_of(plan: Prepared) -> Lane:
+    """The lane that an operation takes."""
+    lane = binding_of(plan).lane
+    assert lane is not None
+    return lane
 
 
 def test_one_large_block_arrives_in_both_directions(
@@ -83,7 +89,9 @@ def test_one_large_block_arrives_in_both_directions(
     plan = near.prepare("read", theirs, mine)
     plan.post().wait(PATIENCE)
     assert mine.array().tobytes() == pattern(N, 1).tobytes()
-    assert [endpoint.transports for endpoint in lane_of(plan).endpoints] == [[f"tcp/{name}"] for name in rails]
+    assert [way.writer.transports for way in lane_of(plan).ways] == [[f"tcp/{name}"] for name in rails]
+    assert [way.reader.transports for way in lane_of(plan).ways] == [[f"tcp/{name}"] for name in rails]
+    assert len(set(lane_of(plan).endpoints)) == 4, "one for writes and one for reads on each"
     assert near.explain(theirs, mine).detail.startswith(f"rails {', '.join(rails)}: named in AgentConfig.rails;")
     mine.array()[:] = random_bytes(N, seed=2)
     near.write(mine, theirs, notify=b"all there").wait(PATIENCE)
@@ -121,19 +129,21 @@ def test_the_far_side_reaches_back_over_the_same_rails(near: Agent, far: FarProc
 
 
 @pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("of", ["writer", "reader"])
 def test_an_endpoint_that_fails_resets_the_lane_and_the_next_transfer_makes_another(
-    near: Agent, far: FarProcess, mine: Region, theirs: RemoteRegion, broken: int
+    near: Agent, far: FarProcess, mine: Region, theirs: RemoteRegion, broken: int, of: str
 ) -> None:
     plan = near.prepare("read", theirs, mine)
     plan.post().wait(PATIENCE)
-    lane = lane_of(plan)
-    lane.endpoints[broken].close(RESET)
-    eventually(lambda: not lane.is_usable, "the lane is not used any more")
+    gate, lane = binding_of(plan).gate, lane_of(plan)
+    getattr(lane.ways[broken], of).close(RESET)
+    eventually(lambda: gate.code and not any(one.code == 0 for one in lane.endpoints), "the lane to end as a whole")
+    assert not lane.is_usable
     mine.array()[:] = 0
     plan.post().wait(PATIENCE)
     assert mine.array().tobytes() == pattern(N, 1).tobytes()
     assert lane_of(plan) is not lane
-    assert [one.code for one in lane_of(plan).endpoints] == [0, 0]
+    assert [one.code for one in lane_of(plan).endpoints] == [0] * 4
     near.notify("far", b"the link stands")
     assert far.ask("hear", 1) == [b"the link stands"]
 
