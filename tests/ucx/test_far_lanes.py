@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from agent_tools import PATIENCE, eventually, introduce, random_bytes
-from lane_tools import TCP, RudePeer, config_for
+from lane_tools import TCP, LaneWorld, RudePeer, config_for
 
 from raynixl import Agent
 from raynixl.backends.ucx_lane import UcxLink
@@ -94,3 +94,14 @@ def test_no_peer_is_told_how_to_reach_that_place(pair: tuple[Agent, Agent]) -> N
         link.send_control(json.dumps({"kind": "ask", "number": 1, "region": places[0]}).encode())
         eventually(lambda: rude.lost, "the end of the link")
     assert not any(b"answer" in body for body in rude.controls)
+
+
+def test_a_peer_that_is_stopped_is_given_up_as_it_answers_not_even_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UcxLink, "watch_process", lambda *_: None)
+    with LaneWorld(config_for(TCP)) as world:
+        theirs, mine = world.theirs("user"), world.mine()
+        world.near.read(theirs, mine, timeout=PATIENCE).wait(PATIENCE)
+        world.stop()
+        eventually(lambda: world.near.lost("victim"), "the loss of the stopped peer")
+        assert "one-sided read" in str(world.near.lost("victim"))
+        world.resume()
