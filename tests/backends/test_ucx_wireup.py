@@ -139,7 +139,7 @@ def test_a_message_that_is_too_long_is_refused_unread() -> None:
 def test_the_largest_answer_that_an_agent_gives_is_within_the_limits() -> None:
     keys = Keys("ab" * 16, 2**63 - 1, 0, 2**63 - 1, (b"k" * MAX_KEY_NBYTES,) * MAX_RAILS)
     workers = seal_workers("ab" * 16, [b"w" * MAX_KEY_NBYTES] * MAX_RAILS)
-    answer = Answer(number=2**63 - 1, sealed=pack(keys.seal()), workers=pack(workers))
+    answer = Answer(window=2**63 - 1, number=2**63 - 1, sealed=pack(keys.seal()), workers=pack(workers))
     heard = parse_wireup(answer.model_dump_json().encode())
     assert isinstance(heard, Answer)
     assert unseal_workers(unpack(heard.workers), incarnation="ab" * 16)[-1] == b"w" * MAX_KEY_NBYTES
@@ -181,10 +181,10 @@ def make_link() -> Any:
 def test_only_the_link_that_was_asked_answers() -> None:
     questions, asked, other = Questions(), make_link(), make_link()
     number, question = questions.add(asked)
-    answer = Answer(number=number, sealed="", workers="")
+    answer = Answer(window=0, number=number, sealed="", workers="")
     assert not questions.take(other, answer)
     assert not question.is_over
-    assert not questions.take(asked, Answer(number=number + 1, sealed="", workers=""))
+    assert not questions.take(asked, Answer(window=0, number=number + 1, sealed="", workers=""))
     assert questions.take(asked, answer)
     assert (question.answer, question.is_over) == (answer, True)
 
@@ -194,13 +194,13 @@ def test_a_question_is_answered_once_and_not_after_it_was_dropped() -> None:
     first, question = questions.add(link)
     refusal = Refusal(number=first, error=RegionStale.__name__, message="gone")
     assert questions.take(link, refusal)
-    assert not questions.take(link, Answer(number=first, sealed="", workers=""))
+    assert not questions.take(link, Answer(window=0, number=first, sealed="", workers=""))
     assert question.answer is refusal
     second, dropped = questions.add(link)
     assert second != first
     questions.drop(second)
     questions.drop(second)
-    assert not questions.take(link, Answer(number=second, sealed="", workers=""))
+    assert not questions.take(link, Answer(window=0, number=second, sealed="", workers=""))
     assert dropped.answer is None
 
 

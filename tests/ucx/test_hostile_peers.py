@@ -47,8 +47,8 @@ FRAMES = {
     "long host": said(kind="hello", host="h" * 1000, pid=1),
     "addresses that are none": said(kind="hello", host="h", pid=1, addresses=["here"]),
     "too many addresses": said(kind="hello", host="h", pid=1, addresses=["10.0.0.1"] * 1000),
-    "workers in a list": said(kind="answer", number=1, sealed="", workers=[""]),
-    "key of a megabyte": said(kind="answer", number=1, sealed="A" * 800_000, workers=""),
+    "workers in a list": said(kind="answer", number=1, sealed="", workers=[""], window=0),
+    "key of a megabyte": said(kind="answer", number=1, sealed="A" * 800_000, workers="", window=0),
     "error with no text": said(kind="refusal", number=1, error="PeerLost", message=None),
 }
 
@@ -89,7 +89,7 @@ def test_well_formed_nonsense_is_answered_or_counted_and_the_link_stands(pair: t
         link = rude.meet_agent(bob)
         bodies = [
             HELLO, HELLO, said(kind="hello", host=host_identity(), pid=os.getpid()),
-            said(kind="answer", number=2**63 - 1, sealed="!!!", workers=""),
+            said(kind="answer", number=2**63 - 1, sealed="!!!", workers="", window=0),
             said(kind="refusal", number=5, error="SystemExit", message="", hint=""),
             said(kind="ask", number=2**63 - 1, region=2**63 - 1),
             said(kind="ask", number=2**63 - 1, region=10**9),
