@@ -23,6 +23,18 @@ constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away f
 constexpr int kLooksBeforeFlush = 2;
 constexpr int64_t kLook = 50'000;              // how long a waiter looks for news before it sleeps: waking takes as long
 
+// Rows in an order that takes the paths in turn: where each lets one read pass at a time, none waits for another.
+std::vector<RmaRow> in_turn(const std::vector<RmaRow>& rows, size_t paths) {
+  std::vector<std::vector<RmaRow>> lanes(paths);
+  for (const RmaRow& row : rows) lanes[row.path].push_back(row);
+  std::vector<RmaRow> ordered;
+  ordered.reserve(rows.size());
+  for (size_t i = 0; ordered.size() < rows.size(); ++i)
+    for (const auto& lane : lanes)
+      if (i < lane.size()) ordered.push_back(lane[i]);
+  return ordered;
+}
+
 // Drives every rail of a plan for as long as it lives; nearly always it is one.
 class Drivers {
  public:
@@ -60,6 +72,7 @@ RmaPlan::RmaPlan(bool is_write, std::vector<RmaPath> paths, std::vector<RmaRow> 
     if (std::find(endpoints_.begin(), endpoints_.end(), endpoint) == endpoints_.end()) endpoints_.push_back(endpoint);
     if (std::find(rails_.begin(), rails_.end(), endpoint->rail()) == rails_.end()) rails_.push_back(endpoint->rail());
   }
+  if (is_limited_ && paths_.size() > 1) rows_ = in_turn(rows_, paths_.size());
   window_ = std::clamp<int64_t>(int64_t(kWindowNbytes / (nbytes_ / rows_.size() + 1)), 4, kWindowRows);
 }
 

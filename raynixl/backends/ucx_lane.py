@@ -17,6 +17,7 @@ from raynixl.backends.ucx_filter import IpAddress
 from raynixl.backends.ucx_guard import LEAVE_SECONDS, Guard
 from raynixl.backends.ucx_key import Keys
 from raynixl.backends.ucx_options import Lanes
+from raynixl.backends.ucx_sockets import own_sockets
 from raynixl.errors import BackendUnavailable, RaynixlError
 from raynixl.native import LOST, PENDING, RESET, Job, Program
 from raynixl.native.ucx import Endpoint, Mapping, Rail, RemoteKey
@@ -68,6 +69,8 @@ class Lane:
         self._lock = threading.Lock()  # protects _bindings, _has_failed
         self._bindings: weakref.WeakSet[UcxBinding] = weakref.WeakSet()
         self._has_failed = False
+        self._workers = tuple(workers)
+        self._unguarded = 0  # connections whose sockets have not been seen yet
         self.ways: list[Way] = []
         refused: RuntimeError | None = None
         for number, rail in enumerate(rails):
@@ -85,6 +88,7 @@ class Lane:
                 peer=peer,
             ) from refused
         self.lanes = Lanes.of([name for endpoint in self.endpoints for name in endpoint.transports])
+        self._unguarded = len(self.endpoints) if self.lanes.is_emulation else 0
         self._probe: tuple[Program, Job | None, float] | None = None
         """The read, the run of it under way or last, and when that was posted."""
 
@@ -107,6 +111,19 @@ class Lane:
         if self._has_failed:
             return False
         return any(endpoint.code != 0 or endpoint.status for endpoint in self.endpoints)
+
+    def discard_unsent(self) -> None:
+        """Have the kernel throw away what is unsent when a connection of the lane ends.
+
+        A write that was given up may have megabytes in the buffer of its socket. The kernel would go on sending them
+        after the socket was closed, once a cable is mended, and they would land on what was written since.
+        """
+        if self._unguarded == 0:
+            return
+        found = [one for one in own_sockets() if any(one.is_to(worker) for worker in self._workers)]
+        for one in found:
+            one.discard_unsent()
+        self._unguarded = max(0, self._unguarded - len(found))
 
     def limit_reads(self, nbytes: int) -> None:
         """Read no more than so many bytes at a time where UCX emulates reads."""
@@ -146,6 +163,7 @@ class Lane:
             bindings = list(self._bindings)
         for binding in bindings:
             binding.gate.close(LOST)
+        self.discard_unsent()
         for endpoint in self.endpoints:
             endpoint.close(code)
 

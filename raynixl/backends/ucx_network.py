@@ -304,6 +304,7 @@ class Network:
 
     def _sweep(self) -> None:
         runtime = self._runtime
+        self._look_after_lanes()  # before endpoints are reset
         self._is_sweeping = runtime is not None and runtime.sweep(GRACE_SECONDS)
         self._look_after_lanes()
         if self._is_sweeping:
@@ -313,6 +314,8 @@ class Network:
         """Fail the lanes of which an endpoint has failed; their links stand, and the next transfer makes new ones."""
         for link in list(self._open):
             lane = link.lane
+            if lane is not None:
+                lane.discard_unsent()
             if lane is not None and lane.needs_care:
                 logger.debug("the lane to %r has failed: %s", link.peer, [one.status for one in lane.endpoints])
                 lane.fail()

@@ -15,6 +15,7 @@ from raynixl.backends.ucx_filter import compile_filter, count
 
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # of Linux' <asm-generic/socket.h>; the socket module lacks them
 _TCP = (socket.AF_INET, socket.AF_INET6)
+_NO_LINGER = struct.pack("@ii", 1, 0)
 _AS_IT_IS = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 """The type to state for somebody's socket: Python then leaves it as it is, whatever the default timeout."""
 
@@ -28,6 +29,8 @@ class OwnSocket:
     here: tuple[str, int]
     there: str = ""
     """The address at the other end; '' if it listens."""
+    port: int = 0
+    """The port at the other end."""
 
     @property
     def is_open(self) -> bool:
@@ -62,6 +65,20 @@ class OwnSocket:
         with self._hold() as sock, contextlib.suppress(OSError):  # reset already
             if sock is not None:
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def discard_unsent(self) -> None:
+        """Have the kernel throw away what is not sent yet when the owner closes it, and reset the connection."""
+        with self._hold() as sock, contextlib.suppress(OSError):
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+
+    def is_to(self, worker: bytes) -> bool:
+        """Whether it is connected to one of the sockets that a worker's address names, as far as can be seen."""
+        if not self.there:
+            return False
+        family = socket.AF_INET6 if ":" in self.there else socket.AF_INET
+        host = socket.inet_pton(family, self.there.partition("%")[0])
+        return host in worker and self.port.to_bytes(2, "big") in worker
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[socket.socket | None]:
@@ -110,8 +127,8 @@ def _look_at(sock: socket.socket, inode: int) -> OwnSocket | None:
     if sock.family not in _TCP or sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
         return None
     is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    there = "" if is_listening else sock.getpeername()[0]
-    return OwnSocket(sock.fileno(), inode, sock.getsockname()[:2], there)
+    there, port = ("", 0) if is_listening else sock.getpeername()[:2]
+    return OwnSocket(sock.fileno(), inode, sock.getsockname()[:2], there, port)
 
 
 def _attach(sock: socket.socket, program: bytes) -> None:
