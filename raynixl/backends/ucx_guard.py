@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 LOOPBACK: frozenset[IpAddress] = frozenset(map(ip_address, ("127.0.0.1", "::1")))
 LEAVE_SECONDS = 0.5
 """How long a peer that leaves has to close its connections itself."""
-_LOOK_SECONDS = 0.001
+QUIET_SECONDS = 0.1
+"""How long UCX has to see to what has come in from peers that have let go of us."""
+_LOOK_SECONDS = 0.01
 _STARTING = threading.Lock()
 """Held while UCX makes a worker, so that sockets which appear meanwhile are not those of another agent's worker."""
 
@@ -101,11 +103,11 @@ class Guard:
     def cut(self, timeout: float) -> bool:
         """Wait until UCX has let go of the connections that it has accepted; False if it does not.
 
-        Peers that have let go of us close them; those that are left after a while are shut down. A worker that is
-        destroyed while it still has answers to send to a peer's read aborts the process.
+        UCX keeps connections whose endpoints are closed at the other end, so they are shut down once what has arrived
+        over them has been seen to. A worker that is destroyed while it has answers to send to a read aborts the process.
         """
         now = time.monotonic()
-        deadline, patience = now + timeout, now + min(timeout, LEAVE_SECONDS)
+        deadline, patience = now + timeout, now + min(timeout, QUIET_SECONDS)
         while accepted := self._accepted():
             if time.monotonic() >= patience:
                 for one in accepted:

@@ -17,7 +17,7 @@ from raynixl.backends.ucx_filter import IpAddress
 from raynixl.backends.ucx_guard import LEAVE_SECONDS, Guard
 from raynixl.backends.ucx_key import Keys
 from raynixl.backends.ucx_options import Lanes
-from raynixl.backends.ucx_sockets import own_sockets
+from raynixl.backends.ucx_sockets import OwnSocket, own_sockets
 from raynixl.errors import BackendUnavailable, RaynixlError
 from raynixl.native import LOST, PENDING, RESET, Job, Program
 from raynixl.native.ucx import Endpoint, Mapping, Rail, RemoteKey
@@ -112,15 +112,18 @@ class Lane:
             return False
         return any(endpoint.code != 0 or endpoint.status for endpoint in self.endpoints)
 
-    def discard_unsent(self) -> None:
-        """Have the kernel throw away what is unsent when a connection of the lane ends.
+    @property
+    def is_unguarded(self) -> bool:
+        """Whether `discard_unsent` has not seen all of its connections yet."""
+        return self._unguarded > 0 and not self._has_failed
+
+    def discard_unsent(self, sockets: Iterable[OwnSocket]) -> None:
+        """Have the kernel throw away what is unsent when a connection of the lane ends; `sockets` are this process's.
 
         A write that was given up may have megabytes in the buffer of its socket. The kernel would go on sending them
         after the socket was closed, once a cable is mended, and they would land on what was written since.
         """
-        if self._unguarded == 0:
-            return
-        found = [one for one in own_sockets() if any(one.is_to(worker) for worker in self._workers)]
+        found = [one for one in sockets if any(one.is_to(worker) for worker in self._workers)]
         for one in found:
             one.discard_unsent()
         self._unguarded = max(0, self._unguarded - len(found))
@@ -163,7 +166,8 @@ class Lane:
             bindings = list(self._bindings)
         for binding in bindings:
             binding.gate.close(LOST)
-        self.discard_unsent()
+        if self._unguarded > 0:
+            self.discard_unsent(own_sockets())
         for endpoint in self.endpoints:
             endpoint.close(code)
 

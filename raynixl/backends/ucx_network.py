@@ -25,6 +25,7 @@ from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
 from raynixl.backends.ucx_options import Lanes
 from raynixl.backends.ucx_rails import RailChoice, cut
 from raynixl.backends.ucx_runtime import Runtime
+from raynixl.backends.ucx_sockets import own_sockets
 from raynixl.backends.ucx_wireup import Answer, Ask, Hello, Questions, Refusal, parse_wireup, unpack
 from raynixl.blocks import refuse_overlap
 from raynixl.errors import AgentClosed, PeerLost, TransferTimeout
@@ -40,6 +41,7 @@ SWEEP_SECONDS = 0.05
 GRACE_SECONDS = 0.1
 """How long UCX has to let go of an operation that was cancelled or is late, before its endpoint is closed by force."""
 CLOSE_SECONDS = 5.0
+LOOK_SECONDS = 0.1
 _WORD = 0  # the number under which peers find the word that they read to see whether we are there
 _HEARD = 1 << 63  # of the place where we read theirs; an `Ask` cannot name it
 
@@ -60,6 +62,7 @@ class Network:
         self._is_closed = False
         self._is_sweeping = False  # on the reactor's thread
         self._has_warned = False
+        self._next_look = 0.0
         self._word = ctypes.create_string_buffer(local.incarnation.encode(), 32)
         self._heard = ctypes.create_string_buffer(32)
         self._links = Links(local)
@@ -304,18 +307,26 @@ class Network:
 
     def _sweep(self) -> None:
         runtime = self._runtime
-        self._look_after_lanes()  # before endpoints are reset
+        self._discard_unsent()  # before endpoints are reset
         self._is_sweeping = runtime is not None and runtime.sweep(GRACE_SECONDS)
         self._look_after_lanes()
         if self._is_sweeping:
             self._local.reactor.call_later(SWEEP_SECONDS, self._sweep)
 
+    def _discard_unsent(self) -> None:
+        """See to the connections that UCX has made since; now and then, for it looks at every descriptor there is."""
+        now = time.monotonic()
+        lanes = [link.lane for link in self._open if link.lane is not None and link.lane.is_unguarded]
+        if lanes and now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            sockets = list(own_sockets())
+            for lane in lanes:
+                lane.discard_unsent(sockets)
+
     def _look_after_lanes(self) -> None:
         """Fail the lanes of which an endpoint has failed; their links stand, and the next transfer makes new ones."""
         for link in list(self._open):
             lane = link.lane
-            if lane is not None:
-                lane.discard_unsent()
             if lane is not None and lane.needs_care:
                 logger.debug("the lane to %r has failed: %s", link.peer, [one.status for one in lane.endpoints])
                 lane.fail()
