@@ -104,7 +104,7 @@ class Guard:
         """Wait until UCX has let go of the connections that it has accepted; False if it does not.
 
         UCX keeps connections whose endpoints are closed at the other end, so they are shut down once what has arrived
-        over them has been seen to. A worker that is destroyed while it has answers to send to a read aborts the process.
+        over them has been seen to. A worker destroyed while it has answers to send to a read aborts the process.
         """
         now = time.monotonic()
         deadline, patience = now + timeout, now + min(timeout, QUIET_SECONDS)
