@@ -41,7 +41,8 @@ class Rma:
         self.rails: Final = tuple(dict.fromkeys(endpoint.rail for endpoint in self.endpoints))
         limit = min((one.read_limit for one in self.endpoints if one.read_limit and not is_write), default=0)
         piece = max(_SMALL_PIECE, limit // _SHARES // 2) if limit else _PIECE
-        self.rows: Final = _cut(rows, piece)
+        cut = _cut(rows, piece)
+        self.rows: Final = _in_turn(cut) if limit and len(paths) > 1 else cut
         self.done_nbytes: Final = np.cumsum(self.rows[:, 3])
         self.params: Final = [_param(mapping, is_single=len(self.rows) == 1) for mapping, _ in paths]
         self.flush: Final = ucp.RequestParam()
@@ -139,6 +140,15 @@ def _cut(rows: Rows, piece: int) -> Rows:
     cut[:, 1:3] += offset[:, None]
     cut[:, 3] = np.minimum(cut[:, 3] - offset, np.uint64(piece))
     return cut
+
+
+def _in_turn(rows: Rows) -> Rows:
+    """Order rows so that they take the paths in turn: where each lets little pass at a time, none waits for another."""
+    nth = np.empty(len(rows), np.int64)
+    for path in np.unique(rows[:, 0]):
+        of_path = np.flatnonzero(rows[:, 0] == path)
+        nth[of_path] = np.arange(len(of_path))
+    return np.ascontiguousarray(rows[np.lexsort((rows[:, 0], nth))])
 
 
 def _param(mapping: Mapping, *, is_single: bool) -> ucp.RequestParam:
