@@ -196,7 +196,8 @@ def test_a_run_out_of_line_is_a_job_that_rings(side: Side, way: Way, target: Tar
 
 
 def test_arming_with_a_closed_descriptor_is_an_error(side: Side, way: Way) -> None:
-    job = side.writer(random_bytes(16 * MIB), way, repeat=20).run(30.0)
+    job = side.writer(random_bytes(16 * MIB), way, repeat=20).run(30.0, out_of_line=True)
+    assert not isinstance(job, int), f"it was refused with {job}"
     with pytest.raises(OSError, match="descriptor"):
         job.arm(999_999)
     with pytest.raises(ValueError, match="code"):
