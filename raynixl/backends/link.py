@@ -43,6 +43,7 @@ class BaseLink(ABC):
         self._lock = threading.Lock()  # protects _backlog, _backlog_nbytes, _pidfd and the order of what is sent
         self._backlog: deque[tuple[bytes | memoryview, list[int]]] = deque()
         self._backlog_nbytes = 0
+        self._has_unsent = False  # of a link that is gone: what it held back never left
         self._said_bye = False
         self._pidfd = -1
         close_in_children(sock)
@@ -60,8 +61,8 @@ class BaseLink(ABC):
             self._local.reactor.add(self._fd, self._on_event)
 
     def flushed(self) -> bool:
-        """Whether the backlog is empty."""
-        return not self._backlog
+        """Whether all that was sent has left this process; what a lost link held back never does."""
+        return not self._backlog and not self._has_unsent
 
     def is_frozen(self) -> bool:
         """Whether the peer's process is stopped."""
@@ -205,6 +206,7 @@ class BaseLink(ABC):
                 self._pidfd = -1
             for _, fds in self._backlog:
                 close_all(fds)
+            self._has_unsent |= bool(self._backlog)
             self._backlog.clear()
 
 
