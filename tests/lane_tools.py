@@ -9,7 +9,7 @@ from agent_tools import PATIENCE
 from link_tools import End
 from liveness_tools import QUICK, World
 
-from raynixl import Agent, AgentConfig, Region, RemoteRegion, Transfer
+from raynixl import Agent, AgentConfig, RaynixlError, Region, RemoteRegion, Transfer
 from raynixl.backends.greeting import greet
 from raynixl.backends.listener import dial
 from raynixl.backends.stream_link import StreamLink
@@ -29,6 +29,15 @@ BUSY_FACTOR = 10
 def config_for(tls: str, **changes: Any) -> AgentConfig:
     """A configuration with short deadlines for one lane."""
     return QUICK.model_copy(update={"backends": ("ucx",), "ucx": {"TLS": tls}, **changes})
+
+
+def end_of(transfer: Transfer) -> type[RaynixlError] | None:
+    """Wait for the end of a transfer; return how it failed, None if it did not."""
+    try:
+        transfer.wait(PATIENCE)
+    except RaynixlError as exc:
+        return type(exc)
+    return None
 
 
 class LaneWorld(World):

@@ -7,19 +7,10 @@ import time
 import numpy as np
 import pytest
 from agent_tools import MIB, PATIENCE, error_of, eventually
-from lane_tools import LaneWorld, noticed_in
+from lane_tools import LaneWorld, end_of, noticed_in
 from liveness_tools import N, ends_with, pattern
 
-from raynixl import PeerLost, PeerRestarted, RaynixlError, RemoteRegion, Transfer
-
-
-def end_of(transfer: Transfer) -> type[RaynixlError] | None:
-    """Wait for the end of a transfer; return how it failed, None if it did not."""
-    try:
-        transfer.wait(PATIENCE)
-    except RaynixlError as exc:
-        return type(exc)
-    return None
+from raynixl import PeerLost, PeerRestarted, RemoteRegion
 
 
 def kill(world: LaneWorld) -> float:

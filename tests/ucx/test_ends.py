@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from agent_tools import MIB, PATIENCE, error_of, eventually, random_bytes
-from lane_tools import LaneWorld, config_for
+from lane_tools import LaneWorld, config_for, end_of
 
-from raynixl import Agent, AgentClosed, PeerLost, RaynixlError, Transfer, TransferCancelled, TransferTimeout
+from raynixl import Agent, AgentClosed, PeerLost, TransferCancelled, TransferTimeout
 
 LARGE = 64 * MIB
 
@@ -110,15 +110,6 @@ def test_an_agent_is_closed_while_ucx_starts(
     alice.close()
     bob.close()
     eventually(lambda: not [one for one in nothing_left() if "thread" in one], "their threads to end")
-
-
-def end_of(transfer: Transfer) -> type[RaynixlError] | None:
-    """Wait for the end; return the class of its error."""
-    try:
-        transfer.wait(PATIENCE)
-    except RaynixlError as exc:
-        return type(exc)
-    return None
 
 
 def test_threads_of_one_agent_start_ucx_once(pair: tuple[Agent, Agent]) -> None:
