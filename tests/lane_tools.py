@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 from agent_tools import PATIENCE
@@ -71,6 +73,24 @@ class LaneWorld(World):
         plan = self.near.prepare(op, source, target)
         plan.post(timeout=PATIENCE).wait()
         return [plan.post(timeout=60.0) for _ in range((4 << 30) // mine.nbytes)]
+
+    def until_it_fails(self, op: str, mine: Region, theirs: RemoteRegion) -> Future[type[RaynixlError]]:
+        """Move the same regions one transfer after the other in a thread; its result is how the last one failed."""
+        plan = self.near.prepare(op, *((theirs, mine) if op == "read" else (mine, theirs)))
+        failure: Future[type[RaynixlError]] = Future()
+
+        def move() -> None:
+            try:
+                while (end := end_of(plan.post(timeout=60.0))) is None:
+                    pass
+                failure.set_result(end)
+            except RaynixlError as exc:  # refused when it was posted
+                failure.set_result(type(exc))
+            except BaseException as exc:  # noqa: BLE001 - handed to the one who waits
+                failure.set_exception(exc)
+
+        threading.Thread(target=move, daemon=True).start()
+        return failure
 
 
 class RudePeer(End):

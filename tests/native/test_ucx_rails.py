@@ -59,7 +59,7 @@ def test_bytes_go_over_both_rails(rails: Rails, nbytes: int, piece: int) -> None
 def test_closing_an_endpoint_of_one_rail_ends_the_job(rails: Rails, failing: int) -> None:
     sides, ways, target = rails
     gate, source = sides[0].core.Gate(), random_bytes(SPACE)
-    program = striped(rails, source, True, MIB, [gate], repeat=100)
+    program = striped(rails, source, True, MIB, [gate], repeat=1000)
     job = moving(program)
     ways[failing].endpoint.close(RESET)
     assert finish(job) == RESET
@@ -76,7 +76,7 @@ def test_closing_an_endpoint_of_one_rail_ends_the_job(rails: Rails, failing: int
 def test_a_rail_can_be_closed_before_the_other(rails: Rails, closing: int) -> None:
     sides, ways, _target = rails
     gate, source = sides[0].core.Gate(), random_bytes(SPACE)
-    program = striped(rails, source, True, MIB, [gate], repeat=100)
+    program = striped(rails, source, True, MIB, [gate], repeat=1000)
     job = moving(program)
     assert sides[closing].rail.close(10.0)
     assert finish(job) == CLOSED

@@ -55,8 +55,9 @@ def test_a_target_killed_while_it_is_asked_for_its_key(world: LaneWorld) -> None
 def test_a_target_killed_during_transfers_of_gigabytes(world: LaneWorld, op: str) -> None:
     theirs, mine = world.theirs("user", nbytes=64 * MIB), world.mine(64 * MIB)
     transfers = world.gigabytes(op, mine, theirs)
+    last = world.until_it_fails(op, mine, theirs)
     began = kill(world)
-    ends = [end_of(transfer) for transfer in transfers]
+    ends = [*map(end_of, transfers), last.result(PATIENCE)]
     noticed_in(time.monotonic() - began, world.tls, f"a target killed during a {op}")
     assert ends[-1] is PeerLost
     assert set(ends) <= {PeerLost, None}
@@ -127,13 +128,10 @@ def test_the_death_of_one_peer_disturbs_no_transfer_with_another(world: LaneWorl
     targets = [world.mine(nbytes) for _ in range(4)]
     plans = [world.near.prepare("read", others, target) for target in targets]
     plans[0].post(timeout=PATIENCE).wait(PATIENCE)
-    doomed = world.gigabytes("write", mine, theirs)
+    doomed = world.until_it_fails("write", mine, theirs)
     honest = [plan.post(timeout=PATIENCE) for plan in plans for _ in range(4)]
-    doomed = [transfer for transfer in doomed if not transfer.done]
     kill(world)
-    ends = [end_of(transfer) for transfer in doomed]
-    assert ends[-1] is PeerLost
-    assert set(ends) <= {PeerLost, None}
+    assert doomed.result(PATIENCE) is PeerLost
     for transfer in honest:
         transfer.wait(PATIENCE)
     assert all(np.array_equal(target.array(), pattern(nbytes, 5)) for target in targets)

@@ -11,7 +11,8 @@ import pytest
 from agent_tools import MIB, PATIENCE, error_of, eventually, random_bytes
 from lane_tools import LaneWorld, config_for, end_of
 
-from raynixl import Agent, AgentClosed, PeerLost, TransferCancelled, TransferTimeout
+from raynixl import Agent, AgentClosed, PeerLost, RaynixlError, Transfer, TransferCancelled, TransferTimeout
+from raynixl.agents.prepared import Prepared
 
 LARGE = 64 * MIB
 
@@ -23,6 +24,21 @@ def check_settled(memory: np.ndarray) -> None:
     assert (memory == 55).all(), "memory was written after its transfer had ended"
 
 
+def cancelled(plan: Prepared) -> Transfer:
+    """A transfer that was cancelled, if that came in time."""
+    transfer = plan.post(timeout=PATIENCE)
+    transfer.cancel()
+    return transfer
+
+
+def end_early(post: Callable[[], Transfer]) -> type[RaynixlError] | None:
+    """Post until one does not get through: a thread that loses its core comes too late to stop a transfer."""
+    deadline = time.monotonic() + PATIENCE
+    while (end := end_of(post())) is None and time.monotonic() < deadline:
+        pass
+    return end
+
+
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_a_large_transfer_is_cancelled_or_late_and_the_next_is_right(world: LaneWorld, op: str) -> None:
     theirs, mine = world.theirs("user", nbytes=LARGE), world.mine(LARGE)
@@ -30,12 +46,9 @@ def test_a_large_transfer_is_cancelled_or_late_and_the_next_is_right(world: Lane
     read = world.near.prepare("read", theirs, mine)
     read.post(timeout=PATIENCE).wait()
     for number in range(3):
-        transfer = plan.post(timeout=PATIENCE)
-        assert transfer.cancel()
-        assert isinstance(error_of(transfer), TransferCancelled)
+        assert end_early(lambda: cancelled(plan)) is TransferCancelled
         check_settled(mine.array())
-        transfer = plan.post(timeout=0.001)
-        assert isinstance(error_of(transfer), TransferTimeout)
+        assert end_early(lambda: plan.post(timeout=0.001)) is TransferTimeout
         check_settled(mine.array())
         mine.array()[:] = sent = random_bytes(LARGE, seed=number)
         world.near.write(mine, theirs, timeout=PATIENCE).wait(PATIENCE)
