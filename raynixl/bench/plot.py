@@ -1,8 +1,8 @@
-"""Pictures of benchmark rows: GB/s over block size, ours beside the baselines."""
+"""Pictures of benchmark rows: GB/s over block size or receivers, ours beside the baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ def plot_transfer(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing or cannot write that format.
     """
+    _plot(rows, path, _draw)
+
+
+def plot_weights(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture of weights rows: a bar for each way at each number of receivers."""
+    _plot(rows, path, _draw_bars)
+
+
+def _plot(rows: Sequence[Row], path: Path, draw: Callable[[Any, Sequence[Row]], None]) -> None:
     try:
         import matplotlib as mpl
     except ImportError as exc:
@@ -29,12 +38,31 @@ def plot_transfer(rows: Sequence[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=160, layout="constrained")
     try:
-        _draw(axes, rows)
+        draw(axes, rows)
         figure.savefig(path)
     except (ValueError, OSError) as exc:
         raise ConfigError(f"the picture cannot be written to {path}: {exc}", hint="use a .png, .svg or .pdf") from exc
     finally:
         plt.close(figure)
+
+
+def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
+    counts = sorted({row["receivers"] for row in rows})
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    others, width = iter(_OTHERS), 0.8 / len(impls)
+    for place, impl in enumerate(impls):
+        mine = [row for row in rows if row["impl"] == impl]
+        at = [counts.index(row["receivers"]) + (place - (len(impls) - 1) / 2) * width for row in mine]
+        colour = _COLOURS.get(impl) or next(others, "#888888")
+        bars = axes.bar(at, [row["gbps"] for row in mine], width * 0.92, label=impl, color=colour, zorder=2)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.set_xlabel("receivers")
+    axes.set_ylabel("GB/s, all receivers together")
+    axes.set_title(f"weights of {rows[0]['model']} into the receivers' parameters", loc="left", fontsize=12)
+    axes.grid(axis="y", color="#e4e4e4", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def _draw(axes: Any, rows: Sequence[Row]) -> None:

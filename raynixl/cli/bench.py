@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,8 @@ from typing import Annotated
 import typer
 
 from raynixl.backends import table
-from raynixl.bench.sizes import format_size, parse_size, parse_sizes
-from raynixl.cli.screen import FriendlyGroup, progress, report
+from raynixl.bench.sizes import format_size, parse_counts, parse_size, parse_sizes
+from raynixl.cli.screen import FriendlyGroup, progress, report, say
 from raynixl.config import default_copy_threads, parse_options
 from raynixl.errors import ConfigError
 
@@ -116,6 +117,33 @@ def broadcast(
     title = f"broadcast of {format_size(size)} to {receivers}"
     with progress("broadcast", rounds + 1) as step:
         report(run_broadcast(size, receivers, names, rounds, verify, step), title, is_json=is_json, is_verified=verify)
+
+
+@bench_app.command()
+def weights(
+    *,
+    model: Annotated[str, typer.Option(help="Whose parameters, as qwen2.5-0.5b.")] = "qwen2.5-0.5b",
+    receivers: Annotated[str, typer.Option(help="Receiving processes; several counts as 1,2,4.")] = "1",
+    rounds: Rounds = 5,
+    baseline: Annotated[list[str] | None, typer.Option(help="ray, gloo, rdt or transfer; repeatable.")] = None,
+    install: Annotated[str, typer.Option(help="How a receiver takes a version: auto, swap or copy.")] = "auto",
+    verify: Verify = True,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of GB/s over receivers.")] = None,
+    is_json: Json = False,
+) -> None:
+    """One trainer's weights into every receiver's own parameters: GB/s of all receivers together."""
+    from raynixl.bench.weights import WeightsSpec, run_weights
+
+    names = tuple(dict.fromkeys(baseline or ()))
+    counts = parse_counts(receivers)
+    specs = [WeightsSpec(model, count, rounds, names, install, verify) for count in counts]
+    with progress("weights", (rounds + 1) * len(specs)) as step:
+        every = itertools.chain.from_iterable(run_weights(spec, step, skipped=say) for spec in specs)
+        rows = report(every, f"weights of {model}", is_json=is_json, is_verified=verify)
+    if plot is not None:
+        from raynixl.bench.plot import plot_weights
+
+        plot_weights(rows, plot)
 
 
 @bench_app.command()
