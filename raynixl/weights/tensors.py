@@ -36,19 +36,27 @@ def collect(model: Model) -> Tensors:
     Raises:
         ConfigError: it is neither, or holds what cannot be carried.
     """
-    import torch
-
-    if isinstance(model, torch.nn.Module):
-        tensors = dict(_of_module(model))
-    elif isinstance(model, Mapping):
-        tensors = dict(model)
-    else:
-        raise ConfigError(f"{type(model).__name__} holds no weights", hint="give a torch module or a state dict")
+    tensors = named_tensors(model)
     for name, tensor in tensors.items():
         _check(name, tensor)
     if not tensors:
         raise ConfigError("there are no tensors to carry", hint="give a model that has parameters")
     return tensors
+
+
+def named_tensors(model: Model) -> Tensors:
+    """Return what `collect` returns, whether it can be carried or not: meta tensors and DTensors too.
+
+    Raises:
+        ConfigError: it is neither a module nor a state dict.
+    """
+    import torch
+
+    if isinstance(model, torch.nn.Module):
+        return dict(_of_module(model))
+    if isinstance(model, Mapping):
+        return dict(model)
+    raise ConfigError(f"{type(model).__name__} holds no weights", hint="give a torch module or a state dict")
 
 
 def _of_module(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
