@@ -222,6 +222,7 @@ NB_MODULE(_native, m) {
   raynixl::bind_engine(m);
   raynixl::bind_job(m);
   raynixl::bind_ucx(m);
+  raynixl::bind_weights(m);
   m.def("enter_cuda", raynixl::enter_cuda_by_address, "context"_a, "get_current"_a, "set_current"_a);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);

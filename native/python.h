@@ -50,5 +50,6 @@ bool arm(Job& job, int fd) {
 }
 
 void bind_ucx(nanobind::module_& m);
+void bind_weights(nanobind::module_& m);
 
 }  // namespace raynixl

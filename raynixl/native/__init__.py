@@ -190,6 +190,16 @@ class Native(Protocol):
     def mapped(self, address: int, nbytes: int) -> bool:
         """Whether every page of the range is mapped in this process (readable or not)."""
 
+    def digest_rows(self, rows: npt.NDArray[np.uint64], out: npt.NDArray[np.uint64], seed: int) -> None:
+        """Add the digest of each row of (address, nbytes, position, index) to `out[index]`, GIL released.
+
+        `out` is (M, 2), and no other thread may use it meanwhile. native/digest.h says what a digest is.
+
+        Raises:
+            ValueError: an index of no sum, or a row past the end of memory or of all positions; nothing was read.
+            TypeError: not C-contiguous arrays of uint64 of these forms, or a seed that is not.
+        """
+
 
 def load(native: bool) -> Native:
     """Return the compiled core if it is wanted and was built, else its ctypes twin."""

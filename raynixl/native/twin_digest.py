@@ -1,0 +1,123 @@
+"""The digest of weights in numpy; native/digest.h says what it is, and the compiled core gives the same values."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from raynixl.native import syscalls
+
+__all__ = ["BLOCK_NBYTES", "CONSTANTS", "block_factors", "check_rows", "digest_rows"]
+
+U64 = npt.NDArray[np.uint64]
+
+PLACES = 1024
+BLOCK_NBYTES = 4 * PLACES
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LANE_SEEDS = np.array([0x6A09E667F3BCC908, 0xBB67AE8584CAA73B], np.uint64)
+_PIECE_BLOCKS = 64  # what is widened to 64 bits at a time stays in the cache
+_EDGES_NBYTES = 4 << 20
+
+
+def _mix(x: U64) -> U64:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _make_constants() -> U64:
+    scattered = _mix(np.arange(1, PLACES + 1, dtype=np.uint64) * _GOLDEN)
+    return np.stack([scattered & np.uint64(0xFFFFFFFF), scattered >> np.uint64(32)])
+
+
+CONSTANTS = _make_constants()
+"""(2, 1024): what the word at each place of a block is multiplied by, for both lanes."""
+
+
+def block_factors(blocks: U64, seed: int) -> U64:
+    """Return (N, 2): what the sum over each of these blocks is multiplied by, for both lanes."""
+    keys = _mix(np.uint64(seed) ^ _LANE_SEEDS)
+    return _mix(((blocks + np.uint64(1)) * _GOLDEN)[:, None] + keys) | np.uint64(1)
+
+
+def digest_rows(rows: U64, out: U64, seed: int) -> None:
+    """Add the digest of each row of (address, nbytes, position, index) to `out[index]`."""
+    check_rows(rows, out, seed)
+    heads, middles, tails = _split(rows)
+    for address, nbytes, position, index in middles.tolist():
+        out[index] += _digest_blocks(_words(address, nbytes), position // BLOCK_NBYTES, seed)
+    for edges in _batches(np.concatenate([heads, tails])):
+        blocks = edges[:, 2] // np.uint64(BLOCK_NBYTES)
+        np.add.at(out, edges[:, 3].astype(np.intp), _digest_edges(edges) * block_factors(blocks, seed))
+
+
+def check_rows(rows: U64, out: U64, seed: int) -> None:
+    """Refuse arguments that do not fit, before anything is read."""
+    for array, columns in ((rows, 4), (out, 2)):
+        shaped = isinstance(array, np.ndarray) and array.ndim == 2 and array.shape[1] == columns
+        if not (shaped and array.dtype == np.uint64 and array.flags.c_contiguous):
+            raise TypeError(f"not a C-contiguous (N, {columns}) array of uint64")
+    if not out.flags.writeable or not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 64:
+        raise TypeError("`out` must be writable, and the seed an unsigned number of 64 bits")
+    if (rows[:, 3] >= np.uint64(len(out))).any():
+        raise ValueError("a row has the index of no sum")
+    if (rows[:, 0] + rows[:, 1] < rows[:, 0]).any() or (rows[:, 2] + rows[:, 1] < rows[:, 2]).any():
+        raise ValueError("a row reaches past the end of memory, or of all positions")
+
+
+def _split(rows: U64) -> tuple[U64, U64, U64]:
+    """Cut rows into what lies in a block's end, in whole blocks and in a block's beginning."""
+    size = np.uint64(BLOCK_NBYTES)
+    start, end = rows[:, 2], rows[:, 2] + rows[:, 1]
+    to_bound = np.minimum((size - start % size) % size, rows[:, 1])
+    first = start + to_bound
+    last = np.maximum(end - end % size, first)
+    return _cut(rows, start, first), _cut(rows, first, last), _cut(rows, last, end)
+
+
+def _cut(rows: U64, start: U64, end: U64) -> U64:
+    cut = np.stack([rows[:, 0] + (start - rows[:, 2]), end - start, start, rows[:, 3]], axis=1)
+    return cut[cut[:, 1] > 0]
+
+
+def _words(address: int, nbytes: int) -> npt.NDArray[np.uint32]:
+    data = (ctypes.c_uint8 * nbytes).from_address(address)
+    return np.frombuffer(memoryview(data), np.uint32)
+
+
+def _digest_blocks(words: npt.NDArray[np.uint32], first: int, seed: int) -> U64:
+    """Return the digest of whole blocks that lie one after the other."""
+    table = words.reshape(-1, PLACES)
+    total = np.zeros(2, np.uint64)
+    for at in range(0, len(table), _PIECE_BLOCKS):
+        wide = table[at : at + _PIECE_BLOCKS].astype(np.uint64)
+        blocks = np.arange(first + at, first + at + len(wide), dtype=np.uint64)
+        sums = np.stack([(wide * constants).sum(axis=1) for constants in CONSTANTS], axis=1)
+        total += (sums * block_factors(blocks, seed)).sum(axis=0)
+    return total
+
+
+def _batches(edges: U64) -> Iterator[U64]:
+    if len(edges):
+        group = np.cumsum(edges[:, 1]) // np.uint64(_EDGES_NBYTES)
+        yield from np.split(edges, np.flatnonzero(np.diff(group)) + 1)
+
+
+def _digest_edges(edges: U64) -> U64:
+    """Return (N, 2), what ranges that lie inside one block each add up to."""
+    skew = edges[:, 2] % np.uint64(4)
+    counts = (skew + edges[:, 1] + np.uint64(3)) // np.uint64(4)
+    starts = np.cumsum(counts) - counts
+    words = np.zeros(int(counts.sum()), "<u4")
+    targets = np.uint64(words.ctypes.data) + starts * np.uint64(4) + skew
+    code = syscalls.copy_rows(np.ascontiguousarray(np.stack([edges[:, 0], targets, edges[:, 1]], axis=1)))
+    if code != 0:
+        raise OSError(-code, os.strerror(-code))
+    first = edges[:, 2] % np.uint64(BLOCK_NBYTES) // np.uint64(4)
+    places = np.arange(len(words), dtype=np.uint64) + np.repeat(first - starts, counts.astype(np.int64))
+    products = words.astype(np.uint64)[:, None] * CONSTANTS.T[places.astype(np.intp)]
+    return np.add.reduceat(products, starts.astype(np.intp), axis=0)
