@@ -1,0 +1,155 @@
+"""The choice of what a receiver pulls next and from whom, and the books of what is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from raynixl.weights.assignment import ORIGIN, Assignment, Policy
+from raynixl.weights.bitmap import indices, pick
+from raynixl.weights.holders import Holders, Member, Pulling
+
+_HOLDERS_TRIED = 8  # free hosts that are looked at for anything of use, when the rare chunks' holders are busy
+_CHUNKS_TRIED = 4  # chunks of one rarity that are looked at for one with a free holder
+
+
+@dataclass(slots=True)
+class Origin:
+    """What the sources are doing."""
+
+    hosts: frozenset[str]
+    uploads: int
+    is_gone: bool
+    load: int = 0
+    given: int = 0  # chunks, over all
+    sending: int = 0  # bitmap of the chunks that are on their way
+    faults: dict[int, int] = field(default_factory=dict)  # corrupt chunks
+    hopeless: int = 0  # bitmap of those with too many
+
+
+class Choice:
+    """Assigns chunks to receivers: the rarest first, from the least busy holder."""
+
+    def __init__(self, holders: Holders, origin: Origin, policy: Policy, random: Callable[[], float]) -> None:
+        self._holders = holders
+        self._origin = origin
+        self._extra = int(holders.full.bit_length() * (1 + policy.extra_share))
+        self._random = random
+        self.active = 0  # pulls that count
+
+    def unassigned(self, member: Member) -> int:
+        """Return the bitmap of what a receiver neither has nor is pulling."""
+        return self._holders.full & ~(member.has | member.coming)
+
+    def direct(self, member: Member, turn: float, now: float) -> list[Assignment]:
+        """Return everything from the origin; receivers begin at other places, so that they spread over its sources."""
+        numbers = indices(self.unassigned(member) & ~self._origin.hopeless).tolist()
+        first = int(len(numbers) * turn)
+        return [self._assign(member, chunk, None, now=now) for chunk in [*numbers[first:], *numbers[:first]]]
+
+    def relay(self, member: Member, room: int, now: float) -> list[Assignment]:
+        """Return up to `room` chunks, each from whoever can best give it."""
+        if member.avoid:
+            member.avoid = {holder: until for holder, until in member.avoid.items() if until > now}
+        found: list[Assignment] = []
+        while len(found) < room:
+            one = self._one(member, now)
+            if one is None:
+                break
+            found.append(one)
+        return found
+
+    def _one(self, member: Member, now: float) -> Assignment | None:
+        """From the same host where one has it, but always something on the way from elsewhere, too."""
+        if member.remote == 0:
+            return self._remote(member, now) or self._local(member, now)
+        return self._local(member, now) or self._remote(member, now)
+
+    def _local(self, member: Member, now: float) -> Assignment | None:
+        want = self.unassigned(member) & member.host.has
+        for _ in range(_CHUNKS_TRIED):
+            if not want:
+                return None
+            chunk = pick(want, self._random)
+            holder = self._holders.local(member, chunk)
+            if holder is not None:
+                return self._assign(member, chunk, holder, now=now)
+            want ^= 1 << chunk
+        return None
+
+    def _remote(self, member: Member, now: float) -> Assignment | None:
+        want = self.unassigned(member) & ~(member.host.has | member.host.arriving)
+        if not want:
+            return None
+        origin, can_origin = self._origin, self._can_origin(member)
+        if can_origin and (fresh := want & self._holders.rarity[0] & ~origin.sending & ~origin.hopeless):
+            return self._assign(member, pick(fresh, self._random), None, now=now)
+        if self._holders.is_any_free:
+            found = self._rare(member, want) or self._useful(member, want)
+            if found is not None:
+                return self._assign(member, *found, now=now)
+        want &= ~origin.hopeless
+        if want and can_origin and origin.given < self._extra and not (origin.load or self._holders.rarity[0]):
+            return self._assign(member, self._holders.rarest(want), None, now=now)
+        return None
+
+    def _rare(self, member: Member, want: int) -> tuple[int, Member] | None:
+        """Find one of the rarest chunks that somebody is free to give."""
+        for level in self._holders.rarity[1:]:
+            able = want & level
+            for _ in range(_CHUNKS_TRIED):
+                if not able:
+                    break
+                chunk = pick(able, self._random)
+                holder = self._holders.remote(member, chunk)
+                if holder is not None:
+                    return chunk, holder
+                able ^= 1 << chunk
+        return None
+
+    def _useful(self, member: Member, want: int) -> tuple[int, Member] | None:
+        """Find a host that is free and has anything of use: in the beginning, and at the end, that is not many."""
+        for host in self._holders.free_hosts(_HOLDERS_TRIED):
+            if useful := want & host.has:
+                chunk = self._holders.rarest(useful)
+                holder = self._holders.remote(member, chunk)
+                if holder is not None:
+                    return chunk, holder
+        return None
+
+    def _can_origin(self, member: Member) -> bool:
+        origin = self._origin
+        return not origin.is_gone and origin.load < origin.uploads and ORIGIN not in member.avoid
+
+    def _assign(self, member: Member, chunk: int, holder: Member | None, *, now: float) -> Assignment:
+        bit = 1 << chunk
+        is_local = holder is not None and holder.host is member.host
+        member.pending[chunk] = Pulling(chunk, holder, now, is_local)
+        member.coming |= bit
+        self.active += 1
+        if not is_local:
+            member.remote += 1
+            member.host.arriving |= bit
+        if holder is None:
+            self._origin.load += 1
+            self._origin.given += 1
+            self._origin.sending |= bit
+            return Assignment(chunk, ORIGIN)
+        self._holders.take(holder, is_local=is_local)
+        return Assignment(chunk, holder.name)
+
+    def write_off(self, member: Member, pulling: Pulling) -> None:
+        """Count on a pull no more: others may bring the chunk in, and its holder is free for them."""
+        if not pulling.is_counted:
+            return
+        pulling.is_counted = False
+        self.active -= 1
+        bit = 1 << pulling.chunk
+        if not pulling.is_local:
+            member.remote -= 1
+            member.host.arriving &= ~bit
+        if pulling.holder is not None:
+            self._holders.give_back(pulling.holder, is_local=pulling.is_local)
+        else:
+            self._origin.load -= 1
+            self._origin.sending &= ~bit

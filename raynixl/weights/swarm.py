@@ -1,0 +1,292 @@
+"""The swarm: decides which receiver pulls which chunk of one image from whom; it moves nothing and reads no clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+from raynixl.errors import ConfigError
+from raynixl.weights.accusations import Accusations
+from raynixl.weights.assignment import ORIGIN, Assignment, Policy, Topology, Why
+from raynixl.weights.bitmap import from_bytes, indices, of, to_bytes
+from raynixl.weights.choice import Choice, Origin
+from raynixl.weights.holders import Holders, Member, Pulling
+
+_FAULTS = 3  # corrupt pulls of one chunk from the origin, before it is asked for that no more
+_PARKED_TRIED = 4  # parked receivers that may get nothing, before the others wait for the next event
+
+
+class Swarm:
+    """Who pulls what from whom, for the chunks 0 to `chunks` - 1 of one image.
+
+    Receivers join, ask for chunks with `next`, and say what became of each: `done` once it is verified and can be
+    served, or `failed`. One that gets nothing is parked: `dispatch`, to be called after any other call, hands out
+    what has become possible since. A pull that was assigned stays assigned to that receiver, whatever else
+    happens, until the receiver says `done` or `failed` or leaves: only it knows that nothing more lands there.
+    Rarest chunks first, from the least busy holder, on the same host where one is; a host brings a chunk in once,
+    and the origin gives each chunk once while some receiver that has it stays. Not safe in threads.
+    """
+
+    def __init__(
+        self,
+        chunks: int,
+        *,
+        origin_hosts: Sequence[str],
+        topology: Topology | str = Topology.AUTO,
+        policy: Policy | None = None,
+    ) -> None:
+        if topology not in list(Topology):
+            raise ConfigError(f"there is no topology {topology!r}", hint="take auto, direct or relay")
+        self.chunks = chunks
+        self.topology = Topology(topology)
+        self.policy = Policy() if policy is None else policy
+        draw = random.Random(self.policy.seed).random
+        self._holders = Holders(chunks, self.policy.uploads, draw)
+        hosts = frozenset(origin_hosts)
+        self._uplinks = float(len(hosts)) if self.policy.uplinks is None else self.policy.uplinks
+        uploads = max(1, round(self.policy.uploads * self._uplinks))
+        self._origin = Origin(hosts, uploads, is_gone=not hosts)
+        self._choice = Choice(self._holders, self._origin, self.policy, draw)
+        self._members: dict[str, Member] = {}
+        self._parked: dict[str, int] = {}
+        self._accusations = Accusations()
+        self._is_few: bool | None = None
+
+    # membership
+
+    def join(self, receiver: str, host: str, has: bytes | None = None) -> None:
+        """Let a receiver take part, with the chunks that it has verified already (a bitmap, see `bitmap`).
+
+        Raises:
+            ConfigError: it takes part already, or has no name.
+        """
+        if receiver == ORIGIN or receiver in self._members:
+            raise ConfigError(f"{receiver!r} takes part already", hint="let it leave first")
+        member = Member(receiver, self._holders.host(host))
+        self._members[receiver] = member
+        member.host.members.append(member)
+        member.is_serving = False
+        member.has = 0 if has is None else from_bytes(has, self.chunks)
+        if receiver not in self._accusations.liars:
+            self._holders.resume(member)
+        self._is_few = None
+
+    def leave(self, receiver: str) -> None:
+        """Forget a receiver that left or died; those that pull from it will say so themselves."""
+        member = self._members.pop(receiver, None)
+        if member is None:
+            return
+        self._parked.pop(receiver, None)
+        for pulling in member.pending.values():
+            self._choice.write_off(member, pulling)
+        self._holders.withdraw(member)
+        member.host.members.remove(member)
+        self._is_few = None
+
+    def release_origin(self) -> None:
+        """Assign nothing more to the origin: its sources are free, or dead."""
+        self._origin.is_gone = True
+
+    # assignments
+
+    def next(self, receiver: str, room: int, now: float) -> list[Assignment]:
+        """Return up to `room` chunks for a receiver to pull, all of them where it pulls straight from the origin.
+
+        None: it has, or is pulling, all that it can get now; it is parked until `dispatch`, or until it asks again.
+
+        Raises:
+            ConfigError: it does not take part.
+        """
+        member = self._members.get(receiver)
+        if member is None:
+            raise ConfigError(f"{receiver!r} takes no part in this push", hint="let it join first")
+        self._heard(member, now)
+        self._parked.pop(receiver, None)
+        found = (
+            self._choice.direct(member, self._turn(member), now)
+            if self._is_direct(member)
+            else self._choice.relay(member, room, now)
+        )
+        if not found and self._choice.unassigned(member):
+            self._parked[receiver] = room
+        return found
+
+    def dispatch(self, now: float) -> list[tuple[str, list[Assignment]]]:
+        """Return what parked receivers can get by now; they are parked no more."""
+        handed: list[tuple[str, list[Assignment]]] = []
+        misses = 0
+        for receiver, room in list(self._parked.items()):
+            if misses >= _PARKED_TRIED and self._choice.active:
+                break  # there will be another event
+            del self._parked[receiver]
+            member = self._members[receiver]
+            found = self._choice.relay(member, room, now)
+            if found:
+                handed.append((receiver, found))
+            elif self._choice.unassigned(member):
+                misses += 1
+                self._parked[receiver] = room  # behind the others
+        return handed
+
+    def _unassigned(self, member: Member) -> int:
+        return self._holders.full & ~(member.has | member.coming)
+
+    def _turn(self, member: Member) -> float:
+        return list(self._members).index(member.name) / len(self._members)
+
+    def _is_direct(self, member: Member) -> bool:
+        if self._origin.is_gone or self.topology is Topology.RELAY:
+            return False
+        if self.topology is Topology.DIRECT:
+            return True
+        if self._is_few is None:
+            self._is_few = self._are_links_enough()
+        return self._is_few and not any(
+            other.has & ~member.has for other in self._members.values() if other is not member
+        )
+
+    def _are_links_enough(self) -> bool:
+        hosts = [host for host in self._holders.hosts.values() if host.members]
+        remote = [host for host in hosts if host.name not in self._origin.hosts]
+        local = sum(len(host.members) for host in hosts if host.name in self._origin.hosts)
+        is_alone = all(len(host.members) == 1 for host in remote)
+        return is_alone and len(remote) <= self._uplinks and local <= self.policy.local_direct * len(self._origin.hosts)
+
+    # what became of them
+
+    def done(self, receiver: str, chunks: Iterable[int], now: float) -> None:
+        """Note that a receiver has verified chunks, and serves them from now on."""
+        member = self._members.get(receiver)
+        if member is None:
+            return  # it left, and this was on its way
+        self._heard(member, now)
+        member.progressed = now
+        for chunk in chunks:
+            pulling = self._drop(member, chunk)
+            if pulling is not None and pulling.holder is not None:
+                pulling.holder.complaints.clear()
+            if 0 <= chunk < self.chunks:
+                self._holders.gain(member, chunk)
+
+    def failed(self, receiver: str, chunk: int, holder: str, why: Why, now: float) -> None:
+        """Note that a pull ended without the chunk; it is free to be assigned again, from another holder."""
+        member = self._members.get(receiver)
+        pulling = None if member is None else member.pending.get(chunk)
+        if member is None or pulling is None or holder != (pulling.holder.name if pulling.holder else ORIGIN):
+            return  # it left, or this was answered already
+        self._heard(member, now)
+        self._drop(member, chunk)
+        if why is Why.CORRUPT:
+            self._accuse(member, pulling)
+            return
+        member.avoid[holder] = now + self.policy.pause_seconds
+        source = pulling.holder
+        if source is None:
+            return
+        source.complaints.add(receiver)
+        if why is Why.STALE:
+            self._holders.withdraw(source)
+        elif len(source.complaints) > 1 and source.name not in self._accusations.liars:
+            self._holders.withdraw(source)
+            source.resumes = now + self.policy.pause_seconds
+
+    def _accuse(self, member: Member, pulling: Pulling) -> None:
+        holder = pulling.holder
+        self._accusations.add(member.name, ORIGIN if holder is None else holder.name)
+        if holder is None:
+            faults = self._origin.faults[pulling.chunk] = self._origin.faults.get(pulling.chunk, 0) + 1
+            if faults >= _FAULTS:
+                self._origin.hopeless |= 1 << pulling.chunk
+            return
+        member.avoid[holder.name] = float("inf")
+        for other in self._members.values():
+            if other.name in self._accusations.liars:
+                self._holders.withdraw(other)
+                other.resumes = None
+            elif other.name in self._accusations.cleared and other.resumes is None:
+                self._holders.resume(other)
+
+    def _drop(self, member: Member, chunk: int) -> Pulling | None:
+        pulling = member.pending.pop(chunk, None)
+        if pulling is not None:
+            self._choice.write_off(member, pulling)
+            member.coming ^= 1 << chunk
+        return pulling
+
+    def _heard(self, member: Member, now: float) -> None:
+        if member.resumes is not None and member.resumes <= now:
+            member.resumes = None
+            member.complaints.clear()
+            self._holders.resume(member)
+
+    def tick(self, now: float) -> list[tuple[str, Assignment]]:
+        """Write off pulls that take too long, and return them; call it now and then, and `dispatch` after it.
+
+        Others may bring these chunks in from then on. Their own receivers are to be told to give them up, and
+        to say `failed`; until then they are not assigned these chunks again.
+        """
+        overdue: list[tuple[str, Assignment]] = []
+        limit = now - self.policy.stall_seconds
+        for member in self._members.values():
+            self._heard(member, now)
+            if member.progressed > limit:
+                continue
+            for pulling in member.pending.values():
+                if pulling.is_counted and pulling.since <= limit:
+                    self._choice.write_off(member, pulling)
+                    overdue.append(
+                        (member.name, Assignment(pulling.chunk, pulling.holder.name if pulling.holder else ORIGIN))
+                    )
+        return overdue
+
+    # how it stands
+
+    @property
+    def receivers(self) -> tuple[str, ...]:
+        """Who takes part."""
+        return tuple(self._members)
+
+    def is_complete(self, receiver: str) -> bool:
+        """Whether a receiver that takes part has every chunk."""
+        return self._members[receiver].has == self._holders.full
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every receiver has every chunk."""
+        return all(member.has == self._holders.full for member in self._members.values())
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the origin is needed no more, should a receiver die, too (where there are two)."""
+        needed = min(self.policy.copies, len(self._members), 2)
+        return needed > 0 and not any(self._holders.scarce[:needed])
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """The chunks that nobody can give any more: the push cannot be completed by all."""
+        gone = self._holders.scarce[0]
+        if not self._origin.is_gone:
+            gone &= self._origin.hopeless
+        for member in self._members.values() if gone else ():
+            gone &= ~member.coming
+            gone &= ~member.has if member.resumes is not None else -1
+        return tuple(indices(gone).tolist())
+
+    @property
+    def liars(self) -> tuple[str, ...]:
+        """The receivers that served corrupt chunks, and serve no more."""
+        return tuple(sorted(self._accusations.liars - {ORIGIN}))
+
+    @property
+    def origin_chunks(self) -> int:
+        """How many chunks were assigned to the origin so far."""
+        return self._origin.given
+
+    def has(self, receiver: str) -> bytes:
+        """Return the bitmap of the chunks that a receiver has, as `join` takes it."""
+        return to_bytes(self._members[receiver].has, self.chunks)
+
+
+def bitmap(chunks: Iterable[int], count: int) -> bytes:
+    """Return some of `count` chunks as the bitmap that `join` takes."""
+    return to_bytes(of(chunks), count)
