@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Grid:
     def of(nelements: int, strides: Sequence[int]) -> Grid:
         """Return the grid of a memory that is seen with these strides; of one dimension if they do not nest."""
         chain = sorted({1, *(stride for stride in strides if 0 < stride < nelements)}, reverse=True)
-        if any(outer % inner for outer, inner in zip(chain, chain[1:], strict=False)):
+        if any(outer % inner for outer, inner in itertools.pairwise(chain)):
             chain = [1]
         spans = [-(-nelements // chain[0]) * chain[0], *chain]
         return Grid(tuple(span // stride for span, stride in zip(spans, chain, strict=False)), tuple(chain))
@@ -228,11 +228,6 @@ def _slab(box: Box, dim: int, first: int, end: int) -> Box:
     far = box.far + (first - start[dim]) * box.steps[dim]
     start[dim], size[dim] = first, end - first
     return Box(tuple(start), tuple(size), far, box.steps)
-
-
-def volume(box: Box) -> int:
-    """Return how many elements it has."""
-    return math.prod(box.size)
 
 
 def _too_many() -> ConfigError:

@@ -1,0 +1,157 @@
+"""Ledger: which elements of which full tensors every watched memory holds, without a byte of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from raynixl.weights.nests import Box, Grid, Nest, boxes, clip, fit, nest_of, without
+
+
+@dataclass(frozen=True, slots=True)
+class Blot:
+    """Values that no copy explains: which operation made them, from which full tensors, at which line."""
+
+    why: str
+    tensors: frozenset[int] = frozenset()
+    line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Values that are zero whatever the weights are."""
+
+
+Origin = int | Blot | Zeros
+"""A full tensor by its number, or why there is none."""
+ZEROS = Zeros()
+
+
+class Content(NamedTuple):
+    """A box of a memory, and what its elements are of."""
+
+    box: Box
+    origin: Origin
+
+
+class View(NamedTuple):
+    """A view of a memory: sizes, strides and offset in elements of `dtype`."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: str
+
+
+@dataclass(slots=True, eq=False)
+class Memory:
+    """One storage. What no content covers holds what it held before."""
+
+    grid: Grid
+    dtype: str
+    is_model: bool = False
+    contents: list[Content] = field(default_factory=list)
+
+    def cover(self, origin: Origin) -> None:
+        """Let it hold one thing everywhere: a full tensor as it is, zeros or a blot."""
+        steps = self.grid.strides if isinstance(origin, int) else (0,) * len(self.grid.sizes)
+        self.contents = [Content(Box((0,) * len(steps), self.grid.sizes, 0, steps), origin)]
+
+    def put(self, view: View, origin: Blot | Zeros) -> None:
+        """Let a view of it hold zeros or a blot."""
+        if view.dtype != self.dtype:
+            self.cover(origin if isinstance(origin, Blot) else Blot("is filled as another dtype"))
+            return
+        own = [box._replace(far=0, steps=(0,) * len(box.steps)) for box in self._boxes(view)]
+        self._erase(own)
+        self.contents += [Content(box, origin) for box in own]
+
+    def copy(self, view: View, source: Memory, source_view: View) -> None:
+        """Let a view of it hold what an equally large view of a memory holds.
+
+        Raises:
+            ConfigError: it takes too many boxes.
+        """
+        found = list(source.under(source_view, view))
+        self._erase(self._boxes(view))
+        for nest, origin in found:
+            for fitted in fit(nest.flipped(), self.grid):
+                self.contents += [Content(box, origin) for box in boxes(fitted, self.grid)]
+
+    def under(self, view: View, other: View) -> Iterator[tuple[Nest, Origin]]:
+        """Yield what lies under a view: nests from what it is of to the places of another view of its shape."""
+        if 0 in view.shape:
+            return
+        whole = nest_of(view.shape, (view.offset, view.strides), (other.offset, other.strides))
+        for nest in fit(whole, self.grid):
+            for box, origin in self.contents:
+                for part in clip(nest, self.grid, box):
+                    yield part, origin
+
+    def origins(self, view: View | None = None) -> frozenset[int]:
+        """Return the full tensors that a view depends on, or the whole memory."""
+        if view is None or view.dtype != self.dtype:
+            return numbers(content.origin for content in self.contents)
+        return numbers(origin for _, origin in self.under(view, view))
+
+    def is_covered(self, view: View) -> bool:
+        """Whether contents cover all of a view."""
+        return sum(volume_of(nest) for nest, _ in self.under(view, view)) >= volume_of(
+            nest_of(view.shape, (0, view.strides), (0, view.strides))
+        )
+
+    def _boxes(self, view: View) -> list[Box]:
+        if 0 in view.shape:
+            return []
+        place = (view.offset, view.strides)
+        return [box for nest in fit(nest_of(view.shape, place, place), self.grid) for box in boxes(nest, self.grid)]
+
+    def _erase(self, gone: Sequence[Box]) -> None:
+        for box in gone:
+            kept: list[Content] = []
+            for content in self.contents:
+                rest = without(content.box, box)
+                kept += [content] if rest[:1] == [content.box] else [Content(part, content.origin) for part in rest]
+            self.contents = kept
+
+
+def numbers(origins: Iterable[Origin]) -> frozenset[int]:
+    """Return the full tensors among origins, those behind blots too."""
+    found: set[int] = set()
+    for origin in origins:
+        if isinstance(origin, Blot):
+            found |= origin.tensors
+        elif isinstance(origin, int):
+            found.add(origin)
+    return frozenset(found)
+
+
+def volume_of(nest: Nest) -> int:
+    """Return how many elements a nest copies."""
+    count = 1
+    for rounds, _, _ in nest.loops:
+        count *= rounds
+    return count
+
+
+def boxes_of_full(
+    nest: Nest, shape: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, list[int]]]:
+    """Cut a nest whose near memory is a C-contiguous full tensor into its boxes: start, size, far offset and strides.
+
+    Raises:
+        ConfigError: it takes too many.
+    """
+    wide = [dim for dim, size in enumerate(shape) if size > 1]
+    strides, span = [0] * len(shape), 1
+    for dim in reversed(wide):
+        strides[dim] = span
+        span *= shape[dim]
+    grid = Grid.of(span, strides)
+    for fitted in fit(nest, grid):
+        for box in boxes(fitted, grid):
+            start, size, steps = [0] * len(shape), [1] * len(shape), [0] * len(shape)
+            for at, dim in enumerate(wide):
+                start[dim], size[dim], steps[dim] = box.start[at], box.size[at], box.steps[at]
+            yield tuple(start), tuple(size), box.far, steps

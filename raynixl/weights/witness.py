@@ -1,0 +1,352 @@
+"""Witness: watches every torch operation of a weight loader and enters copies in the ledger instead of doing them."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from raynixl.errors import ConfigError
+from raynixl.weights.ledger import ZEROS, Blot, Memory, View
+from raynixl.weights.nests import Grid
+
+aten = torch.ops.aten
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_BLANK = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.empty_like.default,
+          aten.new_empty_strided.default}  # fmt: skip
+_ZEROED = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+_HARMLESS = {aten.is_same_size.default, aten.is_pinned.default}
+_VIEWS = {aten._unsafe_view.default: aten.view.default, aten._reshape_alias.default: aten.as_strided.default}
+
+
+class ValueNeeded(Exception):
+    """A loader asked for the values of a tensor, and there are none while it is recorded."""
+
+
+class Witness(TorchDispatchMode):
+    """Knows what every memory that a loader touches holds. Writes into the model are entered, never done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needed: Blot | None = None
+        self.read: set[int] = set()
+        self.landed: set[int] = set()
+        self._memories: dict[int, tuple[StorageWeakRef, Memory]] = {}
+        self._blank: dict[int, tuple[StorageWeakRef, bool]] = {}
+
+    def watch(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Watch the tensors of a model."""
+        strides: dict[int, list[int]] = {}
+        for tensor in tensors:
+            strides.setdefault(_key(tensor), []).extend(_strides(tensor))
+        for tensor in tensors:
+            if _key(tensor) not in self._memories:
+                self._enter(tensor, strides[_key(tensor)]).is_model = True
+
+    def source(self, number: int, tensor: torch.Tensor) -> None:
+        """Let a contiguous tensor be full tensor number `number`."""
+        self._enter(tensor, _strides(tensor)).cover(number)
+
+    def memory(self, tensor: torch.Tensor) -> Memory | None:
+        """Return what a tensor's memory holds, or None if it is not watched."""
+        known = self._memories.get(_key(tensor))
+        return known[1] if known else None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        hot = [tensor for tensor in tensors if (memory := self.memory(tensor)) and memory.contents]
+        written = list(_written(func, args, kwargs))
+        if not hot and not any(self.memory(tensor) for tensor in written):
+            return self._pass(func, args, kwargs, written)
+        if func in _HARMLESS or _is_view(func):
+            return func(*args, **kwargs)
+        if func in _VIEWS:
+            return _VIEWS[func](*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return self._spoil(func, args, kwargs, hot)
+
+    def transfer(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enter a copy, one of the operations that are understood."""
+        near, far = self._memory_or_scratch(target), self.memory(source)
+        to, of = _view(target), _view(source.expand(target.shape))
+        if far is None or not far.contents:
+            return near.put(to, Blot("takes values that come from no weight", line=_line()))
+        origins = far.origins(of)
+        self.read |= origins
+        if near.is_model:
+            self.landed |= origins
+        why = _misfit(near, to, far, of)
+        if not why and far.is_model and not far.is_covered(of):
+            why = "takes what the model held before"
+        try:
+            if not why:
+                return near.copy(to, far, of)
+        except ConfigError as error:
+            why = error.message
+        return near.put(to, Blot(why, origins, _line()))
+
+    def fresh(self, like: torch.Tensor, shape: Sequence[int], *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor without memory, watched and blank."""
+        made = torch.empty(tuple(shape), dtype=dtype or like.dtype, device="meta")
+        self._enter(made, _strides(made))
+        return made
+
+    def put(self, target: torch.Tensor, origin: Any) -> None:
+        """Enter zeros or a blot."""
+        self._memory_or_scratch(target).put(_view(target), origin)
+
+    def _enter(self, tensor: torch.Tensor, strides: Sequence[int]) -> Memory:
+        nelements = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+        memory = Memory(Grid.of(max(1, nelements), strides), _dtype(tensor))
+        self._memories[_key(tensor)] = (StorageWeakRef(tensor.untyped_storage()), memory)
+        return memory
+
+    def _memory_or_scratch(self, tensor: torch.Tensor) -> Memory:
+        known = self.memory(tensor)
+        if known is not None:
+            return known
+        base = tensor._base if tensor._base is not None else tensor
+        memory = self._enter(tensor, _strides(base))
+        blank = self._blank.pop(_key(tensor), None)
+        if blank is None:
+            memory.cover(Blot("takes values that come from no weight", line=_line()))
+        elif blank[1]:
+            memory.cover(ZEROS)
+        return memory
+
+    def _pass(self, func: Any, args: Any, kwargs: Any, written: Sequence[torch.Tensor]) -> Any:
+        """Do what concerns no weight, and note which new memory is blank or zero."""
+        result = func(*args, **kwargs)
+        for tensor in written:
+            if func is not aten.zero_.default or tensor.numel() * tensor.element_size() < _nbytes(tensor):
+                self._blank.pop(_key(tensor), None)
+        if func in _BLANK or func in _ZEROED:
+            self._blank[_key(result)] = (StorageWeakRef(result.untyped_storage()), func in _ZEROED)
+        return result
+
+    def _spoil(self, func: Any, args: Any, kwargs: Any, hot: Sequence[torch.Tensor]) -> Any:
+        """Enter that an operation makes values: what it writes can come from full tensors only."""
+        blot = self._blot(f"{func.overloadpacket} makes values", hot)
+        self.read |= blot.tensors
+        written = list(_written(func, args, kwargs))
+        for tensor in written:
+            memory = self._memory_or_scratch(tensor)
+            memory.put(_view(tensor), blot)
+            if memory.is_model:
+                self.landed |= blot.tensors
+        if written:
+            return written[0] if len(func._schema.returns) == 1 else None
+        result = self._shapes(func, args, kwargs, blot)
+        for leaf in tree_flatten(result)[0]:
+            if not isinstance(leaf, torch.Tensor):
+                raise self._need(blot)
+            self._enter(leaf, _strides(leaf)).cover(blot)
+        return result
+
+    def _shapes(self, func: Any, args: Any, kwargs: Any, blot: Blot) -> Any:
+        bare_args, bare_kwargs = tree_map_only(torch.Tensor, _bare, (args, kwargs))
+        if "device" in bare_kwargs:
+            bare_kwargs["device"] = torch.device("meta")
+        try:
+            return func(*bare_args, **bare_kwargs)
+        except (NotImplementedError, RuntimeError) as exc:
+            if any(tensor.numel() == 0 for tensor in tree_flatten(bare_args)[0] if isinstance(tensor, torch.Tensor)):
+                raise
+            raise self._need(blot) from exc
+
+    def _need(self, blot: Blot) -> ValueNeeded:
+        self.needed = Blot(blot.why.replace("makes values", "needs values"), blot.tensors, blot.line)
+        return ValueNeeded(f"{self.needed.why} at {blot.line}")
+
+    def _blot(self, why: str, tensors: Sequence[torch.Tensor]) -> Blot:
+        found: set[int] = set()
+        for tensor in tensors:
+            memory = self.memory(tensor)
+            if memory is not None:
+                found |= memory.origins(_view(tensor))
+        return Blot(why, frozenset(found), _line())
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().nbytes())
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def _view(tensor: torch.Tensor) -> View:
+    return View(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), _dtype(tensor))
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _is_view(func: Any) -> bool:
+    arguments = func._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and not arguments[0].alias_info.is_write
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor))
+
+
+def _misfit(near: Memory, to: View, far: Memory, of: View) -> str:
+    if to.dtype != of.dtype:
+        return f"casts {of.dtype} to {to.dtype}"
+    if to.dtype != near.dtype or of.dtype != far.dtype:
+        return f"reads {far.dtype} as {near.dtype}"
+    return ""
+
+
+def _line() -> str:
+    """Return the line of the loader that is being run: file, number and text."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+    path, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{Path(path).name}:{number}: {linecache.getline(path, number).strip()}"
+
+
+def _copy(witness: Witness, target: torch.Tensor, source: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    witness.transfer(target, source)
+    return target
+
+
+def _copy_each(witness: Witness, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], *_: Any) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        witness.transfer(target, source)
+
+
+def _fill(witness: Witness, target: torch.Tensor, value: Any = 0) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        witness.transfer(target, value)
+    else:
+        witness.put(target, Blot(f"is filled with {value}", line=_line()) if value else ZEROS)
+    return target
+
+
+def _clone(witness: Witness, source: torch.Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+    made = witness.fresh(source, source.shape, dtype=dtype)
+    witness.transfer(made, source)
+    return made
+
+
+def _cat(witness: Witness, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return NotImplemented
+    plan = torch.cat([_bare(tensor) for tensor in tensors], dim)
+    made = witness.fresh(tensors[0], plan.shape)
+    parts = [tensor for tensor in tensors if tensor.shape != (0,)]
+    for place, tensor in zip(made.split([part.shape[dim] for part in parts], dim), parts, strict=True):
+        witness.transfer(place, tensor)
+    return made
+
+
+def _stack(witness: Witness, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any:
+    return _cat(witness, [tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def _repeat(witness: Witness, source: torch.Tensor, repeats: Sequence[int]) -> torch.Tensor:
+    shape = (1,) * (len(repeats) - source.dim()) + tuple(source.shape)
+    made = witness.fresh(source, [count * size for count, size in zip(repeats, shape, strict=True)])
+    pairs = [part for pair in zip(repeats, shape, strict=True) for part in pair]
+    apart = source.reshape([part for size in shape for part in (1, size)])
+    witness.transfer(made.view(pairs), apart)
+    return made
+
+
+def _rows(index: Any) -> list[tuple[int, int, int]] | None:
+    """Return known positions as runs (place, first, length), or None where they are not known."""
+    if not isinstance(index, torch.Tensor) or index.dim() != 1 or index.device.type == "meta":
+        return None
+    chosen = (index.nonzero().flatten() if index.dtype == torch.bool else index).tolist()
+    runs: list[tuple[int, int, int]] = []
+    for place, at in enumerate(chosen):
+        if runs and runs[-1][1] + runs[-1][2] == at:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((place, at, 1))
+    return runs
+
+
+def _select(witness: Witness, source: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+    runs = _rows(index)
+    if runs is None:
+        return NotImplemented
+    shape = list(source.shape)
+    size, shape[dim] = shape[dim], sum(length for _, _, length in runs)
+    made = witness.fresh(source, shape)
+    for place, first, length in runs:
+        witness.transfer(made.narrow(dim, place, length), source.narrow(dim, first % size, length))
+    return made
+
+
+def _index(witness: Witness, source: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> Any:
+    dims = [dim for dim, index in enumerate(indices) if index is not None]
+    return _select(witness, source, dims[0], indices[dims[0]]) if len(dims) == 1 else NotImplemented  # type: ignore[arg-type]
+
+
+def _index_copy(witness: Witness, target: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Any:
+    runs = _rows(index)
+    if runs is None:
+        return NotImplemented
+    shape = list(target.shape)
+    size, shape[dim] = shape[dim], sum(length for _, _, length in runs)
+    source = source.expand(shape)
+    for place, first, length in runs:
+        witness.transfer(target.narrow(dim, first % size, length), source.narrow(dim, place, length))
+    return target
+
+
+def _index_put(
+    witness: Witness, target: torch.Tensor, indices: Sequence[Any], values: torch.Tensor, accumulate: bool = False
+) -> Any:
+    dims = [dim for dim, index in enumerate(indices) if index is not None]
+    if len(dims) != 1 or accumulate:
+        return NotImplemented
+    return _index_copy(witness, target, dims[0], indices[dims[0]], values)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.copy_.default: _copy,
+    aten._foreach_copy_.default: _copy_each,
+    aten.fill_.Scalar: _fill,
+    aten.fill_.Tensor: _fill,
+    aten.zero_.default: _fill,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _clone,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.repeat.default: _repeat,
+    aten.index_select.default: _select,
+    aten.index.Tensor: _index,
+    aten.index_copy_.default: _index_copy,
+    aten.index_put_.default: _index_put,
+}
