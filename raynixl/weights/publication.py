@@ -4,53 +4,72 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from raynixl.errors import AgentClosed, ConfigError, IntegrityError, TransferTimeout
-from raynixl.weights.arenas import Arenas
+from raynixl.errors import AgentClosed, ConfigError, IntegrityError, PeerRestarted, TransferTimeout
+from raynixl.weights.conversion import Cast, Fp8, conversion
+from raynixl.weights.copies import Copies, Copy
 from raynixl.weights.digest import digest_chunks, version_digest
-from raynixl.weights.hold import Hold
-from raynixl.weights.layout import CHUNK_NBYTES, Layout, build_layout
-from raynixl.weights.protocol import Freeze, Frozen, Holder, Manifest, Release, check_weights_name, topic
-from raynixl.weights.tensors import collect, copy_tensors, describe, dtype_name, is_tied
+from raynixl.weights.hold import WhileBusy
+from raynixl.weights.layout import CHUNK_NBYTES, Layout
+from raynixl.weights.original import Original, Publish
+from raynixl.weights.outgoing import OutgoingRows
+from raynixl.weights.protocol import Frozen as OldFrozen
+from raynixl.weights.protocol import Holder, Manifest, check_weights_name, topic
+from raynixl.weights.selection import Select
+from raynixl.weights.shards import Shards
+from raynixl.weights.sourcing import Described, Freeze, Frozen, Outgoing, Release
 
 if TYPE_CHECKING:
-    import torch
-
     from raynixl.agents import Agent
     from raynixl.weights.tensors import Model, Tensors
 
-_PHASES = ("freeze", "release", "layout", "status")
+_PHASES = ("describe", "outgoing", "freeze", "release", "layout", "status")
 _CLOSE_SECONDS = 10.0
+_KEPT_PUSHES = 64
+_KEPT_PLANS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a publication works: threads that digest, the size of chunks, what a push does that finds it busy."""
+
+    threads: int
+    chunk_nbytes: int
+    while_busy: WhileBusy
+    keeps_base: bool
 
 
 class Publication:
     """A model under a name, ready to be pushed. Made by `publish`; close it, or use it as a context manager.
 
-    Each push copies the weights out once; after that the trainer may change them. Its memory is one copy of them.
+    Each push copies the weights out once; after that the trainer may change them. Its memory is one copy of them, and
+    a second one when a push may bring a delta, or with while_busy='copy'.
     """
 
-    def __init__(self, agent: Agent, name: str, source: Model, *, threads: int, chunk_nbytes: int) -> None:
+    def __init__(self, agent: Agent, name: str, source: Model, what: Publish, options: Options) -> None:
         self.name = check_weights_name(name)
         if agent.control.serves(topic(name, "freeze")):
             raise ConfigError(f"{agent.name!r} has published {name!r} already", hint="close that publication first")
-        self.layout: Layout = build_layout(describe(collect(source)))
+        self._original = Original(source, what, name=name)
+        self.layout: Layout = self._original.layout
         self._agent = agent
-        self._source = source
-        self._threads = threads
-        self._chunk_nbytes = chunk_nbytes
-        self._chunks = self.layout.chunks(chunk_nbytes)
-        self._arenas = Arenas(agent, self.layout, name=f"weights/{name}")
-        self._views: Tensors = {}
-        self._hold = Hold()
+        self._options = options
+        self._copies = Copies(
+            agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base
+        )
         self._changing = threading.RLock()  # held by a trainer that changes weights, or while they are copied out
-        self._versions = threading.Lock()  # protects _frozen, _committed, _is_closed
-        self._frozen = 0
+        self._versions = threading.Lock()  # protects _pushes, _plans, _committed, _is_closed
+        self._pushes: dict[str, int] = {}  # push -> version, of the last ones
+        self._plans: dict[str, OutgoingRows] = {}  # by the plan's digest, the last ones
         self._committed = 0
         self._is_closed = False
+        agent.serve(topic(name, "describe"), self._on_describe, threaded=False)
+        agent.serve(topic(name, "outgoing"), self._on_outgoing, threaded=True)
         agent.serve(topic(name, "freeze"), self._on_freeze, threaded=True)
         agent.serve(topic(name, "release"), self._on_release, threaded=False)
         agent.serve(topic(name, "layout"), self._on_layout, threaded=True)
@@ -88,7 +107,7 @@ class Publication:
             self._changing.release()
 
     def close(self) -> None:
-        """Answer no more pushes and let go of the arenas. Idempotent."""
+        """Answer no more pushes and let go of the copies. Idempotent."""
         with self._versions:
             if self._is_closed:
                 return
@@ -97,38 +116,49 @@ class Publication:
             self._agent.control.unserve(topic(self.name, phase))
         is_alone = self._changing.acquire(timeout=_CLOSE_SECONDS)  # a copy-out ends first
         try:
-            self._views = {}
-            self._arenas.release()
+            self._copies.close()
         finally:
             if is_alone:
                 self._changing.release()
 
-    def freeze(self, request: Freeze, peer: str) -> Frozen:
+    def freeze(self, request: Freeze, peer: str) -> bytes:
         """Copy the weights out as a version and keep them for a peer's push, for its time or until its release.
 
         Raises:
             ConfigError: the version is not above the last, or the model is not what was published.
             TransferTimeout: another push is not over, or the trainer stays in `updating()`.
         """
-        push, version = request.push, request.version
         deadline = time.monotonic() + request.seconds
-        connection = self._agent.connector.current(peer)
-        is_gone = None if connection is None else lambda: connection.lost is not None
-        self._hold.take(push, request.seconds, is_gone=is_gone)
+        plan = self._plan(request.plan) if request.plan else None
+        copy = self._copies.take(request, self._gone(peer))
         try:
             with self._versions:
-                self._check_version(version)
-                self._frozen = version
-            tensors, arrays = self._collect(), self._arenas.arrays
+                self._check_version(request.version)
+                self._note(request)
+            tensors = self._original.collect()
             began = time.monotonic()
-            self._copy_out(tensors, deadline)
+            self._copy_out(tensors, copy, deadline)
             copied = time.monotonic()
-            digests = digest_chunks(arrays, self._chunks, threads=self._threads)
+            answer = (
+                self._legacy(request, copy, copied - began)
+                if plan is None
+                else self._frozen(request, copy, plan, copied - began)
+            )
         except BaseException:
-            self._hold.release(push)
+            self._copies.release(request.push)
             raise
         self._check_open()
-        return self._describe(version, digests, (copied - began, time.monotonic() - copied))
+        copy.version = request.version
+        return answer
+
+    def _gone(self, peer: str) -> Callable[[], bool]:
+        connection = self._agent.connector.current(peer)
+        return lambda: connection is not None and connection.lost is not None
+
+    def _note(self, request: Freeze) -> None:
+        self._pushes[request.push] = request.version
+        while len(self._pushes) > _KEPT_PUSHES:
+            del self._pushes[next(iter(self._pushes))]
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -142,67 +172,77 @@ class Publication:
                 hint="versions go up",
             )
 
-    def _describe(self, version: int, digests: bytes, seconds: tuple[float, float]) -> Frozen:
+    def _plan(self, digest: str) -> OutgoingRows:
+        plan = self._plans.get(digest)
+        if plan is None:
+            raise PeerRestarted(f"{self._agent.name!r} has no plan for {self.name!r} yet", hint="send it its rows")
+        return plan
+
+    def _frozen(self, request: Freeze, copy: Copy, plan: OutgoingRows, copy_out_seconds: float) -> bytes:
+        began = time.monotonic()
+        partials = plan.digest(
+            copy.arenas.arrays, version=request.version, threads=self._options.threads, native=self._agent.native
+        )
+        return Frozen(
+            version=request.version, plan=plan.plan, shards=self._original.shards.digest, holder=self._holder(copy),
+            nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds, digest_seconds=time.monotonic() - began,
+            partials=partials,
+        ).to_bytes()  # fmt: skip
+
+    def _holder(self, copy: Copy) -> Holder:
+        regions = tuple(region.record() for region in copy.arenas.regions)
+        return Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
+
+    def _legacy(self, request: Freeze, copy: Copy, copy_out_seconds: float) -> bytes:
+        began = time.monotonic()
+        chunks = self.layout.chunks(self._options.chunk_nbytes)
+        digests = digest_chunks(copy.arenas.arrays, chunks, threads=self._options.threads)
         manifest = Manifest(
-            version=version, layout=self.layout.digest, chunk_nbytes=self._chunk_nbytes,
+            version=request.version, layout=self.layout.digest, chunk_nbytes=self._options.chunk_nbytes,
             digests=digests.hex(), digest=version_digest(digests),
         )  # fmt: skip
-        regions = tuple(region.record() for region in self._arenas.regions)
-        holder = Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
-        return Frozen(
-            manifest=manifest, holder=holder, nbytes=self.layout.nbytes,
-            copy_out_seconds=seconds[0], digest_seconds=seconds[1],
-        )  # fmt: skip
+        return OldFrozen(
+            manifest=manifest, holder=self._holder(copy), nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds,
+            digest_seconds=time.monotonic() - began,
+        ).to_bytes()  # fmt: skip
 
-    def _collect(self) -> Tensors:
-        """Return the tensors as they are now; a trainer may have replaced some by others of the same kind."""
-        tensors = collect(self._source)
-        known = self.layout.by_name
-        changed = [name for name, tensor in tensors.items() if name not in known or not self._is_like(name, tensor)]
-        changed += [name for name in known if name not in tensors]
-        if changed:
-            raise ConfigError(
-                f"{len(changed)} tensors of {self.name!r} are not what was published: {', '.join(changed[:5])}",
-                hint="close the publication and publish the changed model",
-            )
-        return tensors
-
-    def _is_like(self, name: str, tensor: torch.Tensor) -> bool:
-        entry = self.layout.by_name[name]
-        return (dtype_name(tensor), tuple(tensor.shape)) == (entry.dtype, entry.shape)
-
-    def _copy_out(self, tensors: Tensors, deadline: float) -> None:
+    def _copy_out(self, tensors: Tensors, copy: Copy, deadline: float) -> None:
         with self.updating(timeout=max(0.0, deadline - time.monotonic())):
             self._check_open()
-            sources: dict[tuple[int, int], str] = {}
-            for name, tensor in tensors.items():
-                first = sources.setdefault(self.layout.by_name[name].place, name)
-                if tensor.numel() and not is_tied(tensors[first], tensor):
-                    raise ConfigError(
-                        f"{name!r} and {first!r} were tied when {self.name!r} was published, and are no more",
-                        hint="close the publication and publish the changed model",
-                    )
-            copy_tensors(self._agent, [(self._view(name), tensors[name]) for name in sources.values()])
+            self._original.copy_out(self._agent, tensors, copy.view)
 
-    def _view(self, name: str) -> torch.Tensor:
-        """Return where a tensor lies in the arenas; made once."""
-        view = self._views.get(name)
-        if view is None:
-            view = self._views[name] = self._arenas.tensor(self.layout.by_name[name])
-        return view
+    def _on_describe(self, _peer: str, _payload: bytes) -> bytes:
+        shards = self._original.shards
+        return Described(
+            table=shards.table.digest, rank=shards.rank, version=self._committed, nbytes=self.layout.nbytes,
+            chunk_nbytes=self._options.chunk_nbytes,
+        ).to_bytes()  # fmt: skip
+
+    def _on_outgoing(self, _peer: str, payload: bytes) -> bytes:
+        rows = OutgoingRows(Outgoing.from_bytes(payload), self.layout.arenas)
+        with self._versions:
+            self._plans.pop(rows.plan, None)
+            self._plans[rows.plan] = rows
+            while len(self._plans) > _KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+        return b""
 
     def _on_freeze(self, peer: str, payload: bytes) -> bytes:
-        return self.freeze(Freeze.from_bytes(payload), peer).to_bytes()
+        return self.freeze(Freeze.from_bytes(payload), peer)
 
     def _on_release(self, _peer: str, payload: bytes) -> bytes:
         request = Release.from_bytes(payload)
-        if self._hold.release(request.push) and request.committed:
-            with self._versions:
-                self._committed = max(self._committed, self._frozen)
+        self._copies.release(request.push)
+        with self._versions:
+            if request.committed:
+                self._committed = max(self._committed, self._pushes.get(request.push, 0))
         return b""
 
     def _on_layout(self, _peer: str, payload: bytes) -> bytes:
-        if payload.decode(errors="replace") != self.layout.digest:
+        asked, table = payload.decode(errors="replace"), self._original.shards.table
+        if asked == table.digest:
+            return table.to_bytes()
+        if asked != self.layout.digest:
             raise IntegrityError(f"{self.name!r} is not published with that layout any more", hint="push again")
         return self.layout.to_bytes()
 
@@ -210,15 +250,32 @@ class Publication:
         return str(self._committed).encode()
 
 
-def publish(
-    agent: Agent, name: str, source: Model, *, copy_threads: int | None = None, chunk_nbytes: int = CHUNK_NBYTES
+def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
+    agent: Agent,
+    name: str,
+    source: Model,
+    *,
+    shards: Shards | None = None,
+    cast: Cast | None = None,
+    quantise: str | Fp8 | None = None,
+    select: Select | None = None,
+    while_busy: str = "wait",
+    delta: str = "auto",
+    copy_threads: int | None = None,
+    chunk_nbytes: int = CHUNK_NBYTES,
 ) -> Publication:
     """Offer the weights of a module or state dict to `WeightSync` under a name. Nothing moves yet.
 
-    Parameters and persistent buffers are carried, tied ones once. `copy_threads` digest them (the agent's by default).
+    Parameters and persistent buffers are carried, tied ones once; `select` (globs, or a function of the name) takes
+    some of them, such as "*.lora_*". `shards` says what the tensors are parts of; without it they are whole.
+    `cast` converts real tensors on their way out to a dtype, or to dtypes by glob; `quantise="fp8"` brings weights to
+    FP8 e4m3 with scales for blocks of 128 x 128 as `<name>_scale_inv`. `while_busy` is what becomes of a push that
+    comes while another one is not over: 'wait', 'refuse' or 'copy' into memory of its own. `delta="auto"` keeps the
+    version before, so that pushes that change little can bring that alone; 'off' does not. `copy_threads` digest
+    (the agent's by default).
 
     Raises:
-        ConfigError: the name is unusable or taken, or the model holds what cannot be carried.
+        ConfigError: an argument is unusable, the name is taken, or the model holds what cannot be carried.
         RangeError: the host has too little memory for a copy of it.
     """
     threads = agent.config.copy_threads if copy_threads is None else copy_threads
@@ -226,4 +283,9 @@ def publish(
         raise ConfigError(
             f"{threads} copy threads, chunks of {chunk_nbytes} bytes", hint="use 1 or more, and 4 KiB or more"
         )
-    return Publication(agent, name, source, threads=threads, chunk_nbytes=chunk_nbytes)
+    if while_busy not in {way.value for way in WhileBusy}:
+        raise ConfigError(f"while_busy={while_busy!r:.40} is not known", hint="use 'wait', 'refuse' or 'copy'")
+    if delta not in ("auto", "off"):
+        raise ConfigError(f"delta={delta!r:.40} is not known", hint="use 'auto' or 'off'")
+    options = Options(threads, chunk_nbytes, WhileBusy(while_busy), keeps_base=delta == "auto")
+    return Publication(agent, name, source, Publish(shards, select, conversion(cast, quantise)), options)

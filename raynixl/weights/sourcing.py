@@ -29,9 +29,10 @@ Arenas = Annotated[tuple[Annotated[int, Field(gt=0, lt=1 << 62)], ...], Field(st
 
 
 class Described(Wire):
-    """From a source: what it holds, by the digest of its shards, and the last version that some target took."""
+    """From a source: which rank of which table it is, and the last version that some target took."""
 
-    shards: Digest
+    table: Digest
+    rank: Annotated[int, Field(ge=0, lt=1 << 20)]
     version: Count
     nbytes: Count
     chunk_nbytes: ChunkNbytes
@@ -206,7 +207,7 @@ class _DeltaHead(Wire):
 class _FrozenHead(Wire):
     version: Version
     plan: Plan
-    shards: Digest
+    shards: Annotated[str, Field(pattern=r"^[0-9a-f]{32}:[0-9]{1,7}$")]
     holder: Holder
     nbytes: Count
     copy_out_seconds: Seconds

@@ -159,7 +159,8 @@ def test_a_model_made_in_inference_mode_is_a_target(fleet):
 
 
 def test_a_sharded_arena_carries_tensors_of_any_size(fleet, monkeypatch):
-    monkeypatch.setattr("raynixl.weights.layout.build_layout.__kwdefaults__", {"arena_nbytes": 8192})
+    for name in ("layout.build_layout", "table.pack"):
+        monkeypatch.setattr(f"raynixl.weights.{name}.__kwdefaults__", {"arena_nbytes": 8192})
     source = {f"w{n}": torch.randn(n * 700 + 1) for n in range(8)}
     target = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
     cluster = Cluster(fleet, source, [target])

@@ -7,6 +7,7 @@ from raynixl.errors import IntegrityError
 from raynixl.weights.protocol import Holder
 from raynixl.weights.sourcing import DeltaOffer, Frozen, ImageRows, Outgoing, Partial
 
+SHARDS = "c" * 32 + ":3"
 OUTGOING = Outgoing(
     plan="a" * 32, chunk_nbytes=4096, rows=(ImageRows(3, 1, (4096, 64), b"ranges"), ImageRows(0, 0, (), b""))
 )
@@ -17,7 +18,7 @@ def digests(count):
 
 
 FROZEN = Frozen(
-    version=7, plan="b" * 32, shards="c" * 32, holder=Holder(name="t", incarnation="d" * 32, regions=()), nbytes=5,
+    version=7, plan="b" * 32, shards=SHARDS, holder=Holder(name="t", incarnation="d" * 32, regions=()), nbytes=5,
     copy_out_seconds=0.5, digest_seconds=0.25,
     partials={4: Partial(np.array([1, 5, 9], np.uint32), digests(3)), 2: Partial(np.zeros(0, np.uint32), digests(0))},
     deltas={4: DeltaOffer(base=6, offset=64, nbytes=100, digests=digests(2))},
@@ -30,7 +31,7 @@ def test_outgoing_rows_come_back_as_they_were():
 
 def test_a_frozen_version_comes_back_as_it_was():
     back = Frozen.from_bytes(FROZEN.to_bytes())
-    assert (back.version, back.plan, back.shards, back.holder) == (7, "b" * 32, "c" * 32, FROZEN.holder)
+    assert (back.version, back.plan, back.shards, back.holder) == (7, "b" * 32, SHARDS, FROZEN.holder)
     assert list(back.partials) == [4, 2]
     for image, partial in FROZEN.partials.items():
         assert np.array_equal(back.partials[image].chunks, partial.chunks)

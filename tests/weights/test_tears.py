@@ -84,7 +84,7 @@ def test_damage_between_freeze_and_pull_is_reported_and_the_old_version_stays(fl
 
     def damaging(publication, *arguments):
         frozen = freeze(publication, *arguments)
-        DAMAGES[damage](publication._arenas.arrays[0])
+        DAMAGES[damage](publication._copies.base(arguments[0].version).arenas.arrays[0])
         return frozen
 
     for tensor in source.values():
@@ -110,7 +110,7 @@ def test_a_torn_shadow_is_not_served_even_if_it_is_asked_for(fleet, monkeypatch)
     def damaging(publication, request, peer):
         pushes.append(request.push)
         frozen = freeze(publication, request, peer)
-        publication._arenas.arrays[0][-1] ^= 1
+        publication._copies.base(request.version).arenas.arrays[0][-1] ^= 1
         return frozen
 
     monkeypatch.setattr(Publication, "freeze", damaging)

@@ -90,7 +90,7 @@ def test_a_corrupted_chunk_is_noticed_and_the_old_version_kept(fleet, monkeypatc
 
     def corrupt(publication, *arguments):
         frozen = freeze(publication, *arguments)
-        publication._arenas.arrays[0][5000] ^= 1
+        publication._copies.base(arguments[0].version).arenas.arrays[0][5000] ^= 1
         return frozen
 
     fill(source, 2)

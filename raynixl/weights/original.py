@@ -1,0 +1,96 @@
+"""The original: a source's own tensors, what is published of them, and how they get into a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from raynixl.errors import ConfigError
+from raynixl.weights.conversion import FP8, SCALE_SUFFIX, Conversion
+from raynixl.weights.converted import converted
+from raynixl.weights.layout import Layout
+from raynixl.weights.quantising import quantise
+from raynixl.weights.selection import Select, choose
+from raynixl.weights.shards import Shards, replicated
+from raynixl.weights.tensors import collect, copy_tensors, describe, dtype_name, is_tied
+
+if TYPE_CHECKING:
+    import torch
+
+    from raynixl.agents import Agent
+    from raynixl.weights.tensors import Model, Tensors
+
+    Form = tuple[str, tuple[int, ...]]
+
+_MAX_NAMES = 5
+_HINT = "close the publication and publish the changed model"
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """What is published of a model: all of it as it is, unless something else is said."""
+
+    shards: Shards | None = None
+    select: Select | None = None
+    conversion: Conversion = field(default_factory=Conversion)
+
+
+class Original:
+    """A model whose tensors are looked at anew for each version, so that a trainer may replace them.
+
+    Raises:
+        ConfigError: it holds what cannot be carried, or not what the shards name.
+    """
+
+    def __init__(self, model: Model, what: Publish, *, name: str) -> None:
+        self._model = model
+        self._name = name
+        self._select = what.select
+        tensors = choose(collect(model), what.select)
+        own = replicated(describe(tensors)) if what.shards is None else what.shards
+        self._forms: dict[str, Form] = {entry.name: (entry.dtype, entry.shape) for entry in own.layout.entries}
+        self._check(tensors, "what its shards name", "mend the shards, or what is selected")
+        self.shards = converted(own, what.conversion)
+        self.layout: Layout = self.shards.layout
+
+    def collect(self) -> Tensors:
+        """Return the published tensors as they are now.
+
+        Raises:
+            ConfigError: they are of other kinds than when they were published.
+        """
+        tensors = choose(collect(self._model), self._select)
+        self._check(tensors, "what was published", _HINT)
+        tensors = {name: tensors[name] for name in self._forms}
+        heads: dict[tuple[int, int], str] = {}
+        for name, tensor in tensors.items():
+            first = heads.setdefault(self.layout.by_name[name].place, name)
+            if tensor.numel() and not is_tied(tensors[first], tensor):
+                raise ConfigError(
+                    f"{name!r} and {first!r} were tied when {self._name!r} was published, and are no more", hint=_HINT
+                )
+        return tensors
+
+    def copy_out(self, agent: Agent, tensors: Tensors, view: Callable[[str], torch.Tensor]) -> None:
+        """Bring tensors, converted, to where they lie in a copy; tied ones once."""
+        heads = {self.layout.by_name[name].place: name for name in reversed(tensors)}
+        pairs, quantised = [], []
+        for name in reversed(heads.values()):
+            is_quantised = self.layout.by_name[name].dtype == FP8 != self._forms[name][0]
+            (quantised if is_quantised else pairs).append((name, tensors[name]))
+        copy_tensors(agent, [(view(name), tensor) for name, tensor in pairs])
+        for name, tensor in quantised:
+            quantise(tensor, view(name), view(name + SCALE_SUFFIX))
+
+    def _check(self, tensors: Tensors, what: str, hint: str) -> None:
+        """Refuse tensors that are not those of the shards."""
+        changed = [name for name in self._forms if name not in tensors or _form(tensors[name]) != self._forms[name]]
+        if changed:
+            raise ConfigError(
+                f"{len(changed)} tensors of {self._name!r} are not {what}: {', '.join(changed[:_MAX_NAMES])}", hint=hint
+            )
+
+
+def _form(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    return dtype_name(tensor), tuple(tensor.shape)
