@@ -82,12 +82,12 @@ def _untied(source: Layout, target: Layout) -> list[Difference]:
             rows.append(_tie(entry, head))
         elif entry.sharing:
             head = heads.setdefault(("cluster", entry.sharing[0]), entry)
-            if head is not entry and not _is_same_view(source.by_name[head.name], ours, head, entry):
+            if head is not entry and not is_same_view(source.by_name[head.name], ours, head, entry):
                 rows.append(_tie(entry, head))
     return rows
 
 
-def _is_same_view(head: Entry, entry: Entry, their_head: Entry, theirs: Entry) -> bool:
+def is_same_view(head: Entry, entry: Entry, their_head: Entry, theirs: Entry) -> bool:
     """Say whether two tensors overlap at the source just as they do at the target."""
     if not head.sharing or not entry.sharing or head.sharing[0] != entry.sharing[0]:
         return False

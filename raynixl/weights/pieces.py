@@ -100,3 +100,8 @@ def row_major(sizes: Ints) -> Ints:
     for axis in range(sizes.shape[-1] - 2, -1, -1):
         strides[..., axis] = strides[..., axis + 1] * sizes[..., axis + 1]
     return strides
+
+
+def widened(boxes: Ints, dims: int, fill: int) -> Ints:
+    """Return boxes with dimensions added at their end."""
+    return np.pad(boxes, ((0, 0), (0, dims - boxes.shape[1])), constant_values=fill)

@@ -1,0 +1,324 @@
+"""Plan: which bytes of which source go where at each target, decided once for two ways of sharding a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raynixl.errors import ConfigError, IntegrityError
+from raynixl.weights.columns import Columns, pack_columns
+from raynixl.weights.difference import Difference, table
+from raynixl.weights.holdings import Held, Holdings
+from raynixl.weights.intersect import overlaps, runs
+from raynixl.weights.layout import Layout, shape_text
+from raynixl.weights.needs import Image, Needs
+from raynixl.weights.pieces import Ints, widened
+from raynixl.weights.ranges import Ranges, join
+from raynixl.weights.shards import Shards
+from raynixl.weights.table import ARENA_SHIFT, Geometries, Table
+
+_MAGIC = b"RXPL"
+_OFFSET = (1 << ARENA_SHIFT) - 1
+
+
+class Group(NamedTuple):
+    """Tensors that go from everywhere to everywhere in the same way, and the runs of each; `key` sorts the runs.
+
+    A key is image * parts + part; positions are from where the tensor's slot begins on either side.
+    """
+
+    tensor: Ints
+    wanted: Ints
+    key: Ints
+    part: Ints
+    source_slot: Ints
+    source: Ints
+    slot: Ints
+    target: Ints
+    numbers: Ints  # run nbytes, repeats, source stride, stride
+    turn: Ints
+    turns: Ints
+
+
+class Images(Sequence[Layout]):
+    """The layouts of all images; each is made when it is first asked for."""
+
+    def __init__(self, images: Sequence[Image]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, number):  # type: ignore[no-untyped-def]
+        if isinstance(number, slice):
+            return tuple(image.layout for image in self._images[number])
+        return self._images[number].layout
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Who pulls what from whom. Made by `plan`; ranges are worked out when they are asked for, at whichever rank asks.
+
+    `parts` are the distinct shards of the source: which source ranks hold each. `images` are the distinct needs of the
+    targets, `image_of` names that of each target.
+    """
+
+    sources: tuple[Shards, ...]
+    targets: tuple[Shards, ...]
+    parts: tuple[tuple[int, ...], ...]
+    image_of: tuple[int, ...]
+    _holdings: Holdings
+    _images: tuple[Image, ...]
+    _groups: dict[int, list[Group]]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.sources)} sources in {len(self.parts)} parts to {len(self.targets)} targets with "
+            f"{len(self._images)} images of {sum(self.nbytes) / 1e9:,.3f} GB in all"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def images(self) -> Images:
+        """The layout of each image."""
+        return Images(self._images)
+
+    @cached_property
+    def part_of(self) -> tuple[int, ...]:
+        """The part that each source holds."""
+        found = {source: part for part, members in enumerate(self.parts) for source in members}
+        return tuple(found[source] for source in range(len(self.sources)))
+
+    @cached_property
+    def nbytes(self) -> tuple[int, ...]:
+        """The bytes that each image pulls: what its target needs, each byte once, and no padding."""
+        sums = np.zeros(len(self._images), np.int64)
+        for groups in self._groups.values():
+            for group in groups:
+                _add_nbytes(sums, group, (self._images, len(self.parts)))
+        return tuple(sums.tolist())
+
+    @cached_property
+    def digest(self) -> str:
+        """What names this plan once it has travelled."""
+        import xxhash
+
+        names = [shards.digest for shards in (*self.sources, *self.targets)]
+        return xxhash.xxh3_128_hexdigest(f"{len(self.sources)}\n{chr(10).join(names)}".encode())
+
+    def incoming(self, image: int) -> Ranges:
+        """Return all ranges that fill an image."""
+        return join(self._rows(image, range(len(self.parts))))
+
+    def outgoing(self, source: int) -> tuple[tuple[int, Ranges], ...]:
+        """Return what the part that a source holds gives to each image that needs any of it."""
+        part = self.part_of[source]
+        found = ((image, self._rows(image, range(part, part + 1))) for image in range(len(self._images)))
+        return tuple((image, join(rows)) for image, rows in found if len(rows))
+
+    def _rows(self, image: int, parts: range) -> Ints:
+        own = self._images[image]
+        rows = [
+            _instantiate(group, (first, last), (self._holdings, own))
+            for group in self._groups[id(own.needs)]
+            for first, last in [_span(group, image * len(self.parts) + np.array([parts.start, parts.stop]))]
+            if first < last
+        ]
+        return np.concatenate(rows) if rows else np.zeros((0, 9), np.int64)
+
+    def to_bytes(self) -> bytes:
+        """Return the plan as bytes for a peer, which works the ranges out again."""
+        tables: dict[str, int] = {}
+        both = (*self.sources, *self.targets)
+        numbers = np.array([tables.setdefault(own.table.digest, len(tables)) for own in both], np.int64)
+        ranks = np.array([own.rank for own in both], np.int64)
+        blobs = [next(own.table for own in both if own.table.digest == digest).to_bytes() for digest in tables]
+        counts, lengths = np.array([len(self.sources)], np.int64), np.array([len(blob) for blob in blobs], np.int64)
+        head = pack_columns(_MAGIC, [], [counts, numbers, ranks, lengths])
+        return b"".join((len(head).to_bytes(4, "little"), head, *blobs))
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Plan:
+        """Parse a plan that a peer sent.
+
+        Raises:
+            IntegrityError: it is malformed, or its shards do not fit each other.
+        """
+        length = int.from_bytes(data[:4], "little")
+        columns = Columns(data[4 : 4 + length], _MAGIC, "a plan")
+        count = int(columns.array(1)[0])
+        numbers = columns.array(None)
+        ranks = columns.array(len(numbers)).tolist()
+        lengths = columns.array(None)
+        columns.end()
+        ends = 4 + length + np.cumsum(lengths)
+        if (
+            not len(lengths)
+            or int(ends[-1]) != len(data)
+            or count > len(numbers)
+            or int(numbers.max(initial=0)) >= len(lengths)
+        ):
+            raise columns.malformed("its parts do not fit")
+        tables = [
+            Table.from_bytes(data[end - size : end]) for end, size in zip(ends.tolist(), lengths.tolist(), strict=True)
+        ]
+        both = [Shards.at(tables[number], rank) for number, rank in zip(numbers.tolist(), ranks, strict=True)]
+        try:
+            return plan(both[:count], both[count:])
+        except ConfigError as exc:
+            raise IntegrityError(f"a plan is malformed: {exc.message}", hint="it is not from raynixl") from exc
+
+
+def plan(sources: Sequence[Shards], targets: Sequence[Shards]) -> Plan:
+    """Decide which bytes of which source go where at each target.
+
+    Raises:
+        ConfigError: what a target needs is not what the sources hold; the message has a table of the differences.
+    """
+    if not sources or not targets:
+        raise ConfigError(f"a plan from {len(sources)} sources to {len(targets)} targets", hint="name one of each")
+    holdings = Holdings(sources)
+    needs: dict[str, Needs] = {}
+    for shards in targets:
+        if shards.table.digest not in needs:
+            needs[shards.table.digest] = Needs(shards.table, holdings)
+    numbers: dict[str, int] = {}
+    image_of = tuple(numbers.setdefault(shards.digest, len(numbers)) for shards in targets)
+    distinct = [targets[image_of.index(number)] for number in range(len(numbers))]
+    rows = [*holdings.differences, *_unexpected(holdings, list(needs.values()))]
+    rows += [row for own in needs.values() for row in own.differences]
+    refuse(rows)
+    images = tuple(Image(needs[shards.table.digest], shards.rank) for shards in distinct)
+    groups = {id(own): list(_groups(holdings, own, images, rows)) for own in needs.values()}
+    refuse(rows)
+    return Plan(tuple(sources), tuple(targets), holdings.parts, image_of, holdings, images, groups)
+
+
+def refuse(rows: Sequence[Difference]) -> None:
+    """Raise if there are differences.
+
+    Raises:
+        ConfigError: there are.
+    """
+    if rows:
+        tensors = "1 tensor differs" if len(rows) == 1 else f"{len(rows)} tensors differ"
+        raise ConfigError(f"{tensors} between sources and targets:\n{table(rows)}", hint="give both the same model")
+
+
+def _unexpected(holdings: Holdings, needs: Sequence[Needs]) -> Iterator[Difference]:
+    """Find tensors of the source that no target knows, under whichever of their names."""
+    known = np.zeros(len(holdings.tensors), np.bool_)
+    for own in needs:
+        numbers = [holdings.index.get(info.name, -1) for info in own.table.tensors]
+        known[holdings.alias[[number for number in numbers if number >= 0]]] = True
+    for number in np.flatnonzero(~known[holdings.alias]).tolist():
+        info = holdings.tensors[number]
+        yield Difference(info.name, shape_text(info.dtype, info.shape), "-", "unexpected: the target has none")
+
+
+def _groups(holdings: Holdings, needs: Needs, images: Sequence[Image], rows: list[Difference]) -> Iterator[Group]:
+    table = needs.table
+    number_of = np.full(table.ranks, -1, np.int64)
+    for number, image in enumerate(images):
+        if image.needs is needs:
+            number_of[image.rank] = number
+    used = np.flatnonzero((needs.wanted >= 0) & (table.geometry_of >= 0))
+    keys = np.column_stack((holdings.class_of[needs.wanted[used]], table.geometry_of[used], table.itemsizes[used]))
+    kinds, of = np.unique(keys, axis=0, return_inverse=True)
+    order = np.argsort(of.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(of.reshape(-1), minlength=len(kinds)))
+    held: dict[int, Held] = {}
+    for (kind, geometry, itemsize), first, last in zip(
+        kinds.tolist(), [0, *ends[:-1].tolist()], ends.tolist(), strict=True
+    ):
+        tensors = used[order[first:last]]
+        pieces = table.geometries.of(geometry)
+        own = Geometries(*(column[number_of[pieces.rank] >= 0] for column in pieces))
+        own = own._replace(number=number_of[own.rank])  # now of images
+        if kind not in held:
+            held[kind] = holdings.held(kind)
+        if len(own.rank):
+            group, is_whole = _group(held[kind], own, (itemsize, len(holdings.parts)))
+            if not is_whole:
+                rows += [_partial(table, tensor, holds_any=len(held[kind].part) > 0) for tensor in tensors.tolist()]
+            yield group._replace(tensor=tensors, wanted=needs.wanted[tensors])
+
+
+def _partial(table: Table, tensor: int, *, holds_any: bool) -> Difference:
+    info = table.tensors[tensor]
+    what = "some of it" if holds_any else "none of it"
+    return Difference(info.name, what, shape_text(info.dtype, info.shape), "missing at the source")
+
+
+def _group(held: Held, own: Geometries, sizes: tuple[int, int]) -> tuple[Group, bool]:
+    """Return the runs from what is held to what images need, and whether they bring all of it."""
+    itemsize, parts = sizes
+    dims = max(own.start.shape[1], held.cells.start.shape[1])
+    start, size, stride = (widened(box, dims, n) for box, n in ((own.start, 0), (own.size, 1), (own.stride, 0)))
+    known = [widened(box, dims, n) for box, n in ((held.cells.start, 0), (held.cells.size, 1), (held.stride, 0))]
+    pair, begin, extent = overlaps((start, size), (known[0], known[1]))
+    mine, theirs = pair.T
+    found = np.zeros(len(start), np.int64)
+    np.add.at(found, mine, np.where(held.cells.turn[theirs] == 0, extent.prod(axis=1), 0))
+    at = runs(extent, known[2][theirs] * itemsize, stride[mine] * itemsize, itemsize)
+    source = held.offset[theirs] + ((begin - known[0][theirs]) * known[2][theirs]).sum(axis=1)
+    target = own.offset[mine] + ((begin - start[mine]) * stride[mine]).sum(axis=1)
+    theirs, mine = theirs[at.box], mine[at.box]
+    key = own.number[mine] * parts + held.part[theirs]
+    order = np.argsort(key, kind="stable")
+    theirs, mine = theirs[order], mine[order]
+    numbers = np.column_stack((at.nbytes, at.repeats, at.source_stride, at.stride))[order]
+    group = Group(
+        mine, mine, key[order], held.part[theirs], held.slot[theirs],
+        (source[at.box] * itemsize + at.source)[order], own.slot[mine], (target[at.box] * itemsize + at.target)[order],
+        numbers, held.cells.turn[theirs], held.cells.turns[theirs],
+    )  # fmt: skip
+    return group, bool((found == size.prod(axis=1)).all())
+
+
+def _span(group: Group, keys: Ints) -> tuple[int, int]:
+    first, last = np.searchsorted(group.key, keys).tolist()
+    return first, last
+
+
+def _is_kept(group: Group, span: slice, image: Image) -> NDArray[np.bool_]:
+    """Whether (tensor, run) is real: one of several holders serves in turn, and equal needs are pulled once."""
+    turn, turns = group.turn[span], group.turns[span]
+    kept: NDArray[np.bool_] = np.arange(len(group.tensor))[:, None] % turns == turn
+    if not image.is_simple:
+        kept &= image.carried[image.needs.table.entry_of[group.slot[span], group.tensor[:, None]]]
+    return kept
+
+
+def _instantiate(group: Group, span: tuple[int, int], between: tuple[Holdings, Image]) -> Ints:
+    """Return the rows of all tensors of a group for a span of its runs."""
+    (holdings, image), own = between, slice(*span)
+    source = holdings.positions(group.wanted, group.part[own], group.source_slot[own]) + group.source[own]
+    target = image.bases[group.slot[own], group.tensor[:, None]] + group.target[own]
+    kept = _is_kept(group, own, image)
+    rows = np.empty((int(kept.sum()), 9), np.int64)
+    source, target = source[kept], target[kept]
+    rows[:, 0] = np.broadcast_to(group.part[own], kept.shape)[kept]
+    rows[:, 1], rows[:, 2] = source >> ARENA_SHIFT, source & _OFFSET
+    rows[:, 3], rows[:, 4] = target >> ARENA_SHIFT, target & _OFFSET
+    rows[:, 5:] = np.broadcast_to(group.numbers[own], (*kept.shape, 4))[kept]
+    return rows
+
+
+def _add_nbytes(sums: Ints, group: Group, known: tuple[Sequence[Image], int]) -> None:
+    images, parts = known
+    number = group.key // parts
+    for image in np.unique(number).tolist():
+        span = slice(*np.searchsorted(number, (image, image + 1)).tolist())
+        amount = group.numbers[span, 0] * group.numbers[span, 1]
+        sums[image] += int((_is_kept(group, span, images[image]) * amount).sum())
