@@ -201,9 +201,9 @@ def _merged(nest: Nest, grid: Grid) -> Nest:
     loops = sorted(nest.loops, key=lambda loop: loop[1])
     joined: list[Loop] = []
     for count, near, far in loops:
-        rounds, *steps = joined[-1] if joined else (0, 0, 0)
-        if near and [near, far] == [rounds * step for step in steps] and grid.dim(near) == grid.dim(steps[0]):
-            joined[-1] = (rounds * count, *steps)
+        rounds, inner, other = joined[-1] if joined else (0, 0, 0)
+        if near and (near, far) == (rounds * inner, rounds * other) and grid.dim(near) == grid.dim(inner):
+            joined[-1] = (rounds * count, inner, other)
         else:
             joined.append((count, near, far))
     return Nest(nest.near, nest.far, tuple(joined))

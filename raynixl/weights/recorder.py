@@ -130,7 +130,9 @@ class _Kept:
         import torch
 
         parts = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-        self._owners = [(part._parameters, dict(part._parameters)) for part in parts]
+        self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (part._parameters, dict(part._parameters)) for part in parts
+        ]
         self._owners += [(part._buffers, dict(part._buffers)) for part in parts]
         self._data = [(tensor, tensor.data) for tensor in named_tensors(model).values() if not _is_lazy(tensor)]
 
@@ -189,6 +191,8 @@ class _Findings:
             whole, strides = (0,) * len(info.shape), _contiguous(info.shape)
             self.pieces.append(Piece(number, whole, tuple(info.shape), len(self.specs), 0, strides))
             self.specs.append(TensorSpec(FULL + info.name, info.dtype, tuple(info.shape)))
+        if not self.pieces:
+            raise ConfigError("the loader fills no parameter", hint="give it the checkpoint's names of the tensors")
         return from_pieces(self.infos, build_layout(self.specs), Pieces.of(self.pieces))
 
     def _accept(self, name: str, tensor: torch.Tensor, parts: Sequence[tuple[Nest, int]]) -> None:
@@ -197,8 +201,8 @@ class _Findings:
             for start, size, offset, strides in boxes_of_full(nest, self.infos[origin].shape):
                 self.pieces.append(Piece(origin, start, size, number, offset, tuple(strides)))
         storage = self._storages.setdefault(tensor.untyped_storage()._cdata, len(self._storages) + 1)
-        address = (storage << 44) + tensor.storage_offset() * tensor.element_size()
         view = _view(tensor)
+        address = (storage << 44) + view.offset * tensor.element_size()
         self.specs.append(TensorSpec(name, view.dtype, view.shape, view.strides, str(tensor.device), address))
 
 
@@ -212,10 +216,10 @@ def _conclude(run: _Run, asked: dict[int, Blot]) -> Recording:
             found.refuse(name, Blot("was not in the model before", memory.origins()))
     for number, blot in asked.items():
         found.refuse("", Blot(blot.why, frozenset({number}), blot.line))
-    lost = frozenset(witness.read - witness.landed - found.full)
-    if lost:
+    landed = witness.landed | {piece.tensor for piece in found.pieces}
+    if lost := frozenset(witness.read - landed - found.full):
         found.refuse("", Blot("goes into what is no parameter", lost))
-    used = found.full | {piece.tensor for piece in found.pieces} | witness.landed
+    used = found.full | landed
     ignored = tuple(info.name for number, info in enumerate(run.infos) if number not in used)
     return Recording(
         shards=found.shards(),

@@ -30,11 +30,11 @@ class ValueNeeded(Exception):
     """A loader asked for the values of a tensor, and there are none while it is recorded."""
 
 
-class Witness(TorchDispatchMode):
+class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows what every memory that a loader touches holds. Writes into the model are entered, never done."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.needed: Blot | None = None
         self.read: set[int] = set()
         self.landed: set[int] = set()
@@ -112,7 +112,7 @@ class Witness(TorchDispatchMode):
     def _enter(self, tensor: torch.Tensor, strides: Sequence[int]) -> Memory:
         nelements = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
         memory = Memory(Grid.of(max(1, nelements), strides), _dtype(tensor))
-        self._memories[_key(tensor)] = (StorageWeakRef(tensor.untyped_storage()), memory)
+        self._memories[_key(tensor)] = (_weak(tensor), memory)
         return memory
 
     def _memory_or_scratch(self, tensor: torch.Tensor) -> Memory:
@@ -135,7 +135,7 @@ class Witness(TorchDispatchMode):
             if func is not aten.zero_.default or tensor.numel() * tensor.element_size() < _nbytes(tensor):
                 self._blank.pop(_key(tensor), None)
         if func in _BLANK or func in _ZEROED:
-            self._blank[_key(result)] = (StorageWeakRef(result.untyped_storage()), func in _ZEROED)
+            self._blank[_key(result)] = (_weak(result), func in _ZEROED)
         return result
 
     def _spoil(self, func: Any, args: Any, kwargs: Any, hot: Sequence[torch.Tensor]) -> Any:
@@ -183,6 +183,11 @@ class Witness(TorchDispatchMode):
 
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _weak(tensor: torch.Tensor) -> StorageWeakRef:
+    """Return what keeps a storage's key from being used again, and not its memory."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -264,7 +269,7 @@ def _cat(witness: Witness, tensors: Sequence[torch.Tensor], dim: int = 0) -> Any
     plan = torch.cat([_bare(tensor) for tensor in tensors], dim)
     made = witness.fresh(tensors[0], plan.shape)
     parts = [tensor for tensor in tensors if tensor.shape != (0,)]
-    for place, tensor in zip(made.split([part.shape[dim] for part in parts], dim), parts, strict=True):
+    for place, tensor in zip(torch.split(made, [part.shape[dim] for part in parts], dim), parts, strict=True):
         witness.transfer(place, tensor)
     return made
 
@@ -319,7 +324,7 @@ def _index_copy(witness: Witness, target: torch.Tensor, dim: int, index: torch.T
         return NotImplemented
     shape = list(target.shape)
     size, shape[dim] = shape[dim], sum(length for _, _, length in runs)
-    source = source.expand(shape)
+    source = source.view(source.shape[max(0, source.dim() - len(shape)) :]).expand(shape)
     for place, first, length in runs:
         witness.transfer(target.narrow(dim, first % size, length), source.narrow(dim, place, length))
     return target
