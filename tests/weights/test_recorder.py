@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_tools import Engine, Parallel, checkpoint, numbered, parameter
+from loader_tools import Engine, Parallel, checkpoint, numbered
+from recorder_tools import Holder, check, infos_of
 from torch import nn
 
 from raynixl.errors import ConfigError
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.recorder import FULL, record
-
-
-def infos_of(values):
-    return [
-        TensorInfo(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in values.items()
-    ]
-
-
-def local_tensors(shards, values):
-    """The local tensors that a rank gets: each piece copied out of its full tensor, zeros elsewhere."""
-    entries, pieces = shards.layout.entries, shards.pieces
-    locals_ = [torch.zeros(max(1, int(np.prod(entry.shape))), dtype=getattr(torch, entry.dtype)) for entry in entries]
-    for row in range(len(pieces)):
-        full = values[shards.tensors[int(pieces.tensor[row])].name]
-        start, size = pieces.start[row].tolist()[: full.dim()], pieces.size[row].tolist()[: full.dim()]
-        box = full[tuple(slice(at, at + count) for at, count in zip(start, size, strict=True))]
-        local = locals_[int(pieces.entry[row])]
-        local.as_strided(size, pieces.stride[row].tolist()[: full.dim()], int(pieces.offset[row])).copy_(box)
-    return {e.name: local[: int(np.prod(e.shape))].view(e.shape) for e, local in zip(entries, locals_, strict=True)}
-
-
-def check(make, values, load=None):
-    """Record a loader of a model, carry the recording out on values, and compare with the loader on values."""
-    load = load or (lambda made, weights: made.load_weights(weights))
-    model, loaded, synced = make(), make(), make()
-    before = copy.deepcopy(model.state_dict())
-    recording = record(lambda weights: load(model, weights), infos_of(values), model)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    with torch.no_grad():
-        load(loaded, iter(values.items()))
-        got = local_tensors(recording.shards, values)
-        for name, tensor in got.items():
-            if not name.startswith(FULL):
-                synced.get_parameter(name).copy_(tensor)
-        load(synced, [(name, got[FULL + name].clone()) for name in recording.full])
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(synced.state_dict()[name], tensor), name
-    return recording
-
 
 SIZES = st.fixed_dictionaries(
     {
@@ -83,137 +42,6 @@ def test_an_engine_gets_what_its_loader_would_give_it_on_any_rank(sizes, size, e
     unused = {name for name in recording.ignored if ".experts." not in name} - rows
     assert unused == {f"layers.{layer}.rotary.inv_freq" for layer in range(sizes["layers"])}
 
-
-class Holder(nn.Module):
-    """A module of some parameters."""
-
-    def __init__(self, **shapes):
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, parameter(*shape))
-
-
-def one(shape, into, load):
-    """Record a loader of one full tensor `w` into one parameter `p`."""
-    return check(
-        lambda: Holder(p=into), numbered({"w": shape}), lambda made, weights: [load(made.p, w) for _, w in weights]
-    )
-
-
-COPIES = {
-    "transposed": ((4, 6), (6, 4), lambda p, w: p.data.copy_(w.t())),
-    "transposed and made contiguous": ((4, 6), (6, 4), lambda p, w: p.data.copy_(w.t().contiguous())),
-    "transposed and flattened": ((4, 6), (24,), lambda p, w: p.data.copy_(w.t().reshape(-1))),
-    "flattened into a part": ((4, 6), (40,), lambda p, w: p.data[3:27].copy_(w.flatten())),
-    "a run of the flat tensor": ((4, 6), (13,), lambda p, w: p.data.copy_(w.flatten()[5:18])),
-    "reshaped": ((4, 6), (3, 8), lambda p, w: p.data.copy_(w.reshape(3, 8))),
-    "reshaped at both ends": ((4, 6), (3, 8), lambda p, w: p.data.view(2, 12).copy_(w.view(2, 12))),
-    "every second row": ((8, 3), (4, 3), lambda p, w: p.data.copy_(w[1::2])),
-    "interleaved": ((8, 3), (8, 3), lambda p, w: (p.data[::2].copy_(w[:4]), p.data[1::2].copy_(w[4:]))),
-    "heads interleaved": (
-        (12, 5),
-        (12, 5),
-        lambda p, w: p.data.copy_(w.view(2, 3, 2, 5).transpose(0, 1).reshape(12, 5)),
-    ),
-    "a rank's heads out of interleaved ones": (
-        (12, 5),
-        (6, 5),
-        lambda p, w: p.data.copy_(w.view(2, 3, 2, 5).transpose(0, 1).reshape(12, 5)[3:9]),
-    ),
-    "chosen rows": ((8, 3), (4, 3), lambda p, w: p.data.copy_(w[torch.tensor([6, 0, 1, 7])])),
-    "selected columns": ((3, 8), (3, 2), lambda p, w: p.data.copy_(w.index_select(1, torch.tensor([5, 2])))),
-    "masked rows": ((4, 3), (2, 3), lambda p, w: p.data.copy_(w[torch.tensor([True, False, False, True])])),
-    "into chosen rows": ((2, 3), (5, 3), lambda p, w: p.data.index_copy_(0, torch.tensor([4, 1]), w)),
-    "one row put at chosen rows": ((1, 1, 3), (5, 3), lambda p, w: p.data.__setitem__(torch.tensor([0, 3]), w)),
-    "put at chosen rows": ((2, 3), (5, 3), lambda p, w: p.data.__setitem__(torch.tensor([0, 3]), w)),
-    "joined": ((4, 3), (6, 3), lambda p, w: p.data.copy_(torch.cat([w[3:], w, w[:1]]))),
-    "stacked": (
-        (4, 3),
-        (2, 4, 3),
-        lambda p, w: p.data.copy_(torch.stack([w, w])),
-    ),
-    "repeated": ((2, 3), (4, 9), lambda p, w: p.data.copy_(w.repeat(2, 3))),
-    "repeated row by row": ((2, 3), (4, 3), lambda p, w: p.data.copy_(w.repeat_interleave(2, 0))),
-    "broadcast": ((3,), (4, 3), lambda p, w: p.data.copy_(w)),
-    "one value everywhere": ((), (4, 3), lambda p, w: p.data.fill_(w)),
-    "through a buffer": (
-        (4, 3),
-        (6, 3),
-        lambda p, w: (buffer := torch.zeros(6, 3), buffer[1:5].copy_(w), p.data.copy_(buffer)),
-    ),
-    "written twice": ((4, 3), (4, 3), lambda p, w: (p.data.copy_(w), p.data[1:3, 1:].copy_(w[2:, :2]))),
-    "padded by zeros": (
-        (4, 3),
-        (6, 4),
-        lambda p, w: ((p.data.zero_(), p.data[:4, :3].copy_(w))),
-    ),
-    "split, unbound and put by parts": (
-        (4, 3),
-        (4, 3),
-        lambda p, w: [
-            row.copy_(part)
-            for row, part in zip(
-                p.data.unbind(0), w[1:].split([1, 2])[0].unbind(0) + w.chunk(2)[1].unbind(0), strict=False
-            )
-        ],
-    ),
-    "to another device": ((4, 3), (4, 3), lambda p, w: p.data.copy_(w.to("cpu").clone())),
-    "by foreach": ((4, 3), (4, 3), lambda p, w: torch._foreach_copy_([p.data[:1], p.data[1:]], [w[:1], w[1:]])),
-    "a diagonal": ((4, 4), (4,), lambda p, w: p.data.copy_(w.diagonal())),
-}
-
-
-@pytest.mark.parametrize("way", COPIES)
-def test_a_way_of_copying_is_understood(way):
-    recording = one(*COPIES[way])
-    assert recording.full == ()
-    assert recording.unsupported == ()
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_any_chain_of_views_and_copies_is_understood(data):
-    shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))
-    steps = data.draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=5))
-    seeds = data.draw(st.lists(st.integers(0, 1000), min_size=5, max_size=5))
-
-    def change(w):
-        for step, seed in zip(steps, seeds, strict=False):
-            w = STEPS[step](w, seed)
-        return w
-
-    into = tuple(change(torch.zeros(shape)).shape)
-    recording = one(tuple(shape), into, lambda p, w: p.data.copy_(change(w)))
-    assert recording.full == ()
-    assert recording.unsupported == ()
-
-
-def _narrow(w, seed):
-    dim = seed % max(1, w.dim())
-    if w.dim() == 0 or w.shape[dim] == 0:
-        return w
-    first = seed // 7 % w.shape[dim]
-    return w.narrow(dim, first, 1 + seed // 49 % (w.shape[dim] - first))
-
-
-def _regroup(w, seed):
-    count = w.numel()
-    inner = [size for size in range(1, count + 1) if count % size == 0] or [1]
-    return w.reshape(-1, inner[seed % len(inner)])
-
-
-STEPS = {
-    "narrow": _narrow,
-    "turn": lambda w, seed: w.permute([(at + seed) % w.dim() for at in range(w.dim())]) if w.dim() else w,
-    "swap": lambda w, seed: w.transpose(0, -1) if w.dim() else w,
-    "regroup": _regroup,
-    "flatten": lambda w, seed: w.reshape(-1),
-    "step": lambda w, seed: w[seed % 2 :: 2] if w.dim() and w.shape[0] > 1 else w,
-    "own": lambda w, seed: w.contiguous().clone(),
-    "join": lambda w, seed: torch.cat([w[:1], w]) if w.dim() else w,
-    "pick": lambda w, seed: w[torch.arange(w.shape[0] - 1, -1, -1)] if w.dim() else w,
-    "widen": lambda w, seed: w.unsqueeze(0).expand(2, *w.shape),
-}
 
 VALUES = {
     "cast": lambda p, w: p.data.copy_(w.double()),
@@ -321,17 +149,16 @@ def test_tied_parameters_lie_in_one_place():
     assert first.place == second.place
 
 
-def test_a_view_of_another_parameter_gets_its_part():
-    def overlapping():
-        model = Holder(p=(4, 3), q=(4,))
-        model.q = nn.Parameter(model.p.data[:, 1], requires_grad=False)
-        return model
-
-    recording = check(
-        overlapping, numbered({"w": (4, 3)}), lambda made, weights: [made.p.data.copy_(w) for _, w in weights]
+def test_a_view_of_another_parameter_gets_its_part_and_is_known_to_share_memory():
+    model = Holder(p=(4, 3), q=(4,))
+    model.q = nn.Parameter(model.p.data[:, 1], requires_grad=False)
+    recording = record(
+        lambda weights: [model.p.data.copy_(w) for _, w in weights], [TensorInfo("w", "float32", (4, 3))], model
     )
+    pieces = recording.shards.pieces
     assert recording.full == ()
-    assert len(recording.shards.layout.entries) == 2
+    assert [entry.sharing[:1] for entry in recording.shards.layout.entries] == [(0,), (0,)]
+    assert (pieces.start.tolist(), pieces.size.tolist()) == ([[0, 0], [0, 1]], [[4, 3], [4, 1]])
 
 
 def test_a_model_on_the_meta_device_records_the_same():
@@ -388,7 +215,7 @@ def test_a_loader_that_feeds_nothing_is_an_error():
 
 def test_a_loader_that_fails_is_an_error_that_names_the_tensor():
     model = Holder(p=(4, 3))
-    with pytest.raises(ConfigError, match="failed at 'w'.*declare"):
+    with pytest.raises(ConfigError, match=r"failed at 'w'.*declare"):
         record(lambda weights: [model.p.data.copy_(w) for _, w in weights], [TensorInfo("w", "float32", (5, 3))], model)
     with pytest.raises(ConfigError, match="failed at 'w'"):
         record(lambda weights: [w.numpy() for _, w in weights], [TensorInfo("w", "float32", (5, 3))], model)
