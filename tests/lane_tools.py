@@ -74,18 +74,17 @@ class LaneWorld(World):
         plan.post(timeout=PATIENCE).wait()
         return [plan.post(timeout=60.0) for _ in range((4 << 30) // mine.nbytes)]
 
-    def until_it_fails(self, op: str, mine: Region, theirs: RemoteRegion) -> Future[type[RaynixlError]]:
+    def until_it_fails(self, op: str, mine: Region, theirs: RemoteRegion) -> Future[RaynixlError]:
         """Move the same regions one transfer after the other in a thread; its result is how the last one failed."""
         plan = self.near.prepare(op, *((theirs, mine) if op == "read" else (mine, theirs)))
-        failure: Future[type[RaynixlError]] = Future()
+        failure: Future[RaynixlError] = Future()
 
         def move() -> None:
             try:
-                while (end := end_of(plan.post(timeout=60.0))) is None:
-                    pass
-                failure.set_result(end)
-            except RaynixlError as exc:  # refused when it was posted
-                failure.set_result(type(exc))
+                while True:
+                    plan.post(timeout=60.0).wait(PATIENCE)
+            except RaynixlError as exc:
+                failure.set_result(exc)
             except BaseException as exc:  # noqa: BLE001 - handed to the one who waits
                 failure.set_exception(exc)
 
