@@ -66,6 +66,11 @@ class Copies:
     def __repr__(self) -> str:
         return f"Copies({list(self._copies.values())!r})"
 
+    @property
+    def only(self) -> Copy:
+        """The first copy, which is the only one while nothing more is asked for."""
+        return self._copies[0]
+
     def take(self, request: Freeze, is_gone: Callable[[], bool]) -> Copy:
         """Take a copy for a push, and not that of its base version if there is another; its bytes are to be replaced.
 

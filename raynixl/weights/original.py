@@ -34,6 +34,7 @@ class Publish:
     shards: Shards | None = None
     select: Select | None = None
     conversion: Conversion = field(default_factory=Conversion)
+    in_place: bool = False
 
 
 class Original:
@@ -47,12 +48,15 @@ class Original:
         self._model = model
         self._name = name
         self._select = what.select
+        self._in_place = what.in_place
         tensors = choose(collect(model), what.select)
         own = replicated(describe(tensors)) if what.shards is None else what.shards
         self._forms: dict[str, Form] = {entry.name: (entry.dtype, entry.shape) for entry in own.layout.entries}
         self._check(tensors, "what its shards name", "mend the shards, or what is selected")
         self.shards = converted(own, what.conversion)
         self.layout: Layout = self.shards.layout
+        if what.in_place:
+            self._check_movable(tensors)
 
     def collect(self) -> Tensors:
         """Return the published tensors as they are now.
@@ -73,7 +77,13 @@ class Original:
         return tensors
 
     def copy_out(self, agent: Agent, tensors: Tensors, view: Callable[[str], torch.Tensor]) -> None:
-        """Bring tensors, converted, to where they lie in a copy; tied ones once."""
+        """Bring tensors, converted, to where they lie in a copy; tied ones once.
+
+        What is published in place lies there already, save tensors that the trainer has replaced.
+        """
+        if self._in_place:
+            self._move(agent, tensors, view)
+            return
         heads = {self.layout.by_name[name].place: name for name in reversed(tensors)}
         pairs, quantised = [], []
         for name in reversed(heads.values()):
@@ -82,6 +92,26 @@ class Original:
         copy_tensors(agent, [(view(name), tensor) for name, tensor in pairs])
         for name, tensor in quantised:
             quantise(tensor, view(name), view(name + SCALE_SUFFIX))
+
+    def move(self, agent: Agent, view: Callable[[str], torch.Tensor]) -> None:
+        """Move the tensors into a copy for good: their values lie there from now on."""
+        self._move(agent, self.collect(), view)
+
+    def _move(self, agent: Agent, tensors: Tensors, view: Callable[[str], torch.Tensor]) -> None:
+        away = [(view(name), tensor) for name, tensor in tensors.items() if not is_tied(view(name), tensor)]
+        away = [(value, tensor) for value, tensor in away if tensor.numel()]
+        copy_tensors(agent, away)
+        for value, tensor in away:
+            tensor.data = value
+
+    def _check_movable(self, tensors: Tensors) -> None:
+        for name in self._forms:
+            tensor = tensors[name]
+            if tensor.device.type != "cpu" or not tensor.is_contiguous() or self.layout.by_name[name].sharing:
+                raise ConfigError(
+                    f"{name!r:.200} is not contiguous in host memory, or overlaps another tensor",
+                    hint="publish it with copy_out=True",
+                )
 
     def _check(self, tensors: Tensors, what: str, hint: str) -> None:
         """Refuse tensors that are not those of the shards."""

@@ -25,8 +25,13 @@ from raynixl.weights.shards import Shards
 from raynixl.weights.sourcing import Described, Freeze, Frozen, Outgoing, Release
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from raynixl.agents import Agent
     from raynixl.weights.tensors import Model, Tensors
+
+    Arrays = list[NDArray[np.uint8]]
 
 _PHASES = ("describe", "outgoing", "freeze", "release", "layout", "status")
 _CLOSE_SECONDS = 10.0
@@ -42,6 +47,7 @@ class Options:
     chunk_nbytes: int
     while_busy: WhileBusy
     keeps_base: bool
+    in_place: bool
 
 
 class Publication:
@@ -62,7 +68,10 @@ class Publication:
         self._copies = Copies(
             agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base
         )
+        if options.in_place:
+            self._original.move(agent, self._copies.only.view)
         self._changing = threading.RLock()  # held by a trainer that changes weights, or while they are copied out
+        self._updates = 0  # how deep the trainer is in `updating`; protected by _changing
         self._versions = threading.Lock()  # protects _pushes, _plans, _committed, _is_closed
         self._pushes: dict[str, int] = {}  # push -> version, of the last ones
         self._plans: dict[str, OutgoingRows] = {}  # by the plan's digest, the last ones
@@ -96,15 +105,38 @@ class Publication:
     def updating(self, *, timeout: float = 60.0) -> Iterator[None]:
         """Change the weights inside: a push that comes meanwhile copies them out before or after, never between.
 
+        Where they are not copied out, it waits until those who pull them have released them.
+
         Raises:
-            TransferTimeout: a copy-out did not end in time.
+            TransferTimeout: a copy-out, or a push of what is not copied out, did not end in time.
         """
-        if not self._changing.acquire(timeout=timeout):
-            raise TransferTimeout(f"the weights {self.name!r} were not free within {timeout:g} s", hint="try again")
+        deadline = time.monotonic() + timeout
+        with self._alone(deadline, timeout):
+            while self._options.in_place and not self._updates and not self._copies.wait_free(0.0):
+                self._changing.release()  # a freeze that has the weights needs it to end
+                try:
+                    self._copies.wait_free(max(0.0, deadline - time.monotonic()))
+                finally:
+                    self._changing.acquire()
+                if time.monotonic() >= deadline:
+                    raise self._not_free(timeout)
+            self._updates += 1
+            try:
+                yield
+            finally:
+                self._updates -= 1
+
+    @contextmanager
+    def _alone(self, deadline: float, timeout: float) -> Iterator[None]:
+        if not self._changing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise self._not_free(timeout)
         try:
             yield
         finally:
             self._changing.release()
+
+    def _not_free(self, timeout: float) -> TransferTimeout:
+        return TransferTimeout(f"the weights {self.name!r} were not free within {timeout:g} s", hint="try again")
 
     def close(self) -> None:
         """Answer no more pushes and let go of the copies. Idempotent."""
@@ -137,13 +169,12 @@ class Publication:
                 self._note(request)
             tensors = self._original.collect()
             began = time.monotonic()
-            self._copy_out(tensors, copy, deadline)
-            copied = time.monotonic()
-            answer = (
-                self._legacy(request, copy, copied - began)
-                if plan is None
-                else self._frozen(request, copy, plan, copied - began)
-            )
+            arrays = self._copy_out(tensors, copy, deadline)
+            seconds = time.monotonic() - began
+            if plan is None:
+                answer = self._legacy(request, copy, arrays, seconds)
+            else:
+                answer = self._frozen(request, copy, (plan, arrays), seconds)
         except BaseException:
             self._copies.release(request.push)
             raise
@@ -178,10 +209,13 @@ class Publication:
             raise PeerRestarted(f"{self._agent.name!r} has no plan for {self.name!r} yet", hint="send it its rows")
         return plan
 
-    def _frozen(self, request: Freeze, copy: Copy, plan: OutgoingRows, copy_out_seconds: float) -> bytes:
+    def _frozen(
+        self, request: Freeze, copy: Copy, served: tuple[OutgoingRows, Arrays], copy_out_seconds: float
+    ) -> bytes:
         began = time.monotonic()
+        plan, arrays = served
         partials = plan.digest(
-            copy.arenas.arrays, version=request.version, threads=self._options.threads, native=self._agent.native
+            arrays, version=request.version, threads=self._options.threads, native=self._agent.native
         )
         return Frozen(
             version=request.version, plan=plan.plan, shards=self._original.shards.digest, holder=self._holder(copy),
@@ -193,10 +227,10 @@ class Publication:
         regions = tuple(region.record() for region in copy.arenas.regions)
         return Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
 
-    def _legacy(self, request: Freeze, copy: Copy, copy_out_seconds: float) -> bytes:
+    def _legacy(self, request: Freeze, copy: Copy, arrays: Arrays, copy_out_seconds: float) -> bytes:
         began = time.monotonic()
         chunks = self.layout.chunks(self._options.chunk_nbytes)
-        digests = digest_chunks(copy.arenas.arrays, chunks, threads=self._options.threads)
+        digests = digest_chunks(arrays, chunks, threads=self._options.threads)
         manifest = Manifest(
             version=request.version, layout=self.layout.digest, chunk_nbytes=self._options.chunk_nbytes,
             digests=digests.hex(), digest=version_digest(digests),
@@ -206,10 +240,12 @@ class Publication:
             digest_seconds=time.monotonic() - began,
         ).to_bytes()  # fmt: skip
 
-    def _copy_out(self, tensors: Tensors, copy: Copy, deadline: float) -> None:
-        with self.updating(timeout=max(0.0, deadline - time.monotonic())):
+    def _copy_out(self, tensors: Tensors, copy: Copy, deadline: float) -> Arrays:
+        """Bring the weights into a copy; return its memory, which the caller so keeps if the publication is closed."""
+        with self._alone(deadline, deadline - time.monotonic()):
             self._check_open()
             self._original.copy_out(self._agent, tensors, copy.view)
+            return copy.arenas.arrays
 
     def _on_describe(self, _peer: str, _payload: bytes) -> bytes:
         shards = self._original.shards
@@ -261,6 +297,7 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
     select: Select | None = None,
     while_busy: str = "wait",
     delta: str = "auto",
+    copy_out: bool = True,
     copy_threads: int | None = None,
     chunk_nbytes: int = CHUNK_NBYTES,
 ) -> Publication:
@@ -271,8 +308,9 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
     `cast` converts real tensors on their way out to a dtype, or to dtypes by glob; `quantise="fp8"` brings weights to
     FP8 e4m3 with scales for blocks of 128 x 128 as `<name>_scale_inv`. `while_busy` is what becomes of a push that
     comes while another one is not over: 'wait', 'refuse' or 'copy' into memory of its own. `delta="auto"` keeps the
-    version before, so that pushes that change little can bring that alone; 'off' does not. `copy_threads` digest
-    (the agent's by default).
+    version before, so that pushes that change little can bring that alone; 'off' does not. With `copy_out=False` the
+    tensors move into memory that peers read, once, and nothing is copied at a push; they must not change from then
+    until it releases them: `updating()` waits for that. `copy_threads` digest (the agent's by default).
 
     Raises:
         ConfigError: an argument is unusable, the name is taken, or the model holds what cannot be carried.
@@ -287,5 +325,11 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
         raise ConfigError(f"while_busy={while_busy!r:.40} is not known", hint="use 'wait', 'refuse' or 'copy'")
     if delta not in ("auto", "off"):
         raise ConfigError(f"delta={delta!r:.40} is not known", hint="use 'auto' or 'off'")
-    options = Options(threads, chunk_nbytes, WhileBusy(while_busy), keeps_base=delta == "auto")
-    return Publication(agent, name, source, Publish(shards, select, conversion(cast, quantise)), options)
+    conversions = conversion(cast, quantise)
+    if not copy_out and (while_busy == WhileBusy.COPY.value or not conversions.is_nothing):
+        raise ConfigError(
+            "what is not copied out can be neither converted nor copied aside", hint="leave copy_out=False away"
+        )
+    keeps_base = delta == "auto" and copy_out
+    options = Options(threads, chunk_nbytes, WhileBusy(while_busy), keeps_base=keeps_base, in_place=not copy_out)
+    return Publication(agent, name, source, Publish(shards, select, conversions, in_place=not copy_out), options)
