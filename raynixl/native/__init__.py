@@ -200,6 +200,34 @@ class Native(Protocol):
             TypeError: not C-contiguous arrays of uint64 of these forms, or a seed that is not.
         """
 
+    def delta_encode(self, rows: npt.NDArray[np.uint64], itemsize: int, limit: int) -> tuple[bytes, bytes] | None:
+        """Find the elements that differ between two copies: rows of (before, after, nbytes, position), GIL released.
+
+        Returns the gaps between them and their values after (native/delta.h), or None beyond `limit` bytes.
+
+        Raises:
+            ValueError: rows that do not ascend in position, overlap or are not whole items; nothing was read.
+            TypeError: not a C-contiguous (N, 4) array of uint64.
+        """
+
+    def delta_apply(
+        self,
+        gaps: npt.NDArray[np.uint8],
+        values: npt.NDArray[np.uint8],
+        itemsize: int,
+        arenas: npt.NDArray[np.uint64],
+        *,
+        write: bool,
+    ) -> bool:
+        """Check that all elements lie in arenas of (address, nbytes), and write them if wanted, GIL released.
+
+        False if one does not, or the gaps are malformed: then check before you write, or some may be written.
+
+        Raises:
+            ValueError: the values are not whole items.
+            TypeError: not C-contiguous arrays of these types.
+        """
+
 
 def load(native: bool) -> Native:
     """Return the compiled core if it is wanted and was built, else its ctypes twin."""

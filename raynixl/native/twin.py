@@ -16,12 +16,27 @@ from raynixl.native import syscalls
 from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
 from raynixl.native.syscalls import copy, mapped
 from raynixl.native.twin_cuda import enter_cuda
+from raynixl.native.twin_delta import delta_apply, delta_encode
 from raynixl.native.twin_digest import digest_rows
 from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
 from raynixl.native.twin_rma import rma
 from raynixl.native.twin_ucx import Rail
 
-__all__ = ["NAME", "Engine", "Gate", "Job", "Program", "Rail", "copy", "digest_rows", "enter_cuda", "mapped", "rma"]
+__all__ = [
+    "NAME",
+    "Engine",
+    "Gate",
+    "Job",
+    "Program",
+    "Rail",
+    "copy",
+    "delta_apply",
+    "delta_encode",
+    "digest_rows",
+    "enter_cuda",
+    "mapped",
+    "rma",
+]
 
 NAME = "ctypes"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from raynixl.native import syscalls
+from raynixl.native.rows import group_rows
 
 __all__ = ["BLOCK_NBYTES", "CONSTANTS", "block_factors", "check_rows", "digest_rows"]
 
@@ -50,7 +50,7 @@ def digest_rows(rows: U64, out: U64, seed: int) -> None:
     heads, middles, tails = _split(rows)
     for address, nbytes, position, index in middles.tolist():
         out[index] += _digest_blocks(_words(address, nbytes), position // BLOCK_NBYTES, seed)
-    for edges in _batches(np.concatenate([heads, tails])):
+    for edges in group_rows(np.concatenate([heads, tails]), _EDGES_NBYTES, size=1):
         blocks = edges[:, 2] // np.uint64(BLOCK_NBYTES)
         np.add.at(out, edges[:, 3].astype(np.intp), _digest_edges(edges) * block_factors(blocks, seed))
 
@@ -99,12 +99,6 @@ def _digest_blocks(words: npt.NDArray[np.uint32], first: int, seed: int) -> U64:
         sums = np.stack([(wide * constants).sum(axis=1) for constants in CONSTANTS], axis=1)
         total += (sums * block_factors(blocks, seed)).sum(axis=0)
     return total
-
-
-def _batches(edges: U64) -> Iterator[U64]:
-    if len(edges):
-        group = np.cumsum(edges[:, 1]) // np.uint64(_EDGES_NBYTES)
-        yield from np.split(edges, np.flatnonzero(np.diff(group)) + 1)
 
 
 def _digest_edges(edges: U64) -> U64:

@@ -11,6 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from raynixl.native import Native, load
+from raynixl.native.rows import cut_rows, group_rows
 from raynixl.native.twin_digest import check_rows
 from raynixl.weights.workers import run_workers
 
@@ -34,16 +35,15 @@ def digest_rows(rows: U64, out: U64, *, seed: int, threads: int = 1, native: Nat
         TypeError: not C-contiguous arrays of uint64.
     """
     core = load(native=True) if native is None else native
-    if threads <= 1 or len(rows) <= 1:
+    if threads <= 1:
         core.digest_rows(rows, out, seed)
         return
     check_rows(rows, out, seed)
-    group = np.cumsum(rows[:, 1]) // np.uint64(_GROUP_NBYTES)
-    bounds = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(rows)]
+    groups = group_rows(cut_rows(rows, _GROUP_NBYTES, size=1, moving=(0, 2)), _GROUP_NBYTES, size=1)
     adding = threading.Lock()  # protects out
 
     def one(number: int) -> None:
-        mine = rows[bounds[number] : bounds[number + 1]].copy()
+        mine = groups[number].copy()
         first = mine[:, 3].min()
         mine[:, 3] -= first
         sums = np.zeros((int(mine[:, 3].max()) + 1, 2), np.uint64)
@@ -51,7 +51,7 @@ def digest_rows(rows: U64, out: U64, *, seed: int, threads: int = 1, native: Nat
         with adding:
             out[int(first) : int(first) + len(sums)] += sums
 
-    run_workers(one, len(bounds) - 1, threads=threads)
+    run_workers(one, len(groups), threads=threads)
 
 
 def chunk_rows(arrays: Sequence[NDArray[np.uint8]], chunks: NDArray[np.int64]) -> U64:
