@@ -11,6 +11,9 @@ import torch
 from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
 from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.declare import declare
+from raynixl.weights.pieces import TensorInfo
+from raynixl.weights.placement import Mesh, Shard
 from raynixl.weights.receiver import Receiver
 from raynixl.weights.subscription import Subscription
 from raynixl.weights.versionlock import VersionLock
@@ -43,6 +46,17 @@ class Child:
 
     def publish(self, chunk_nbytes):
         self.publication = publish(self.agent, "w", self.weights, chunk_nbytes=chunk_nbytes)
+        return True
+
+    def publish_shard(self, rank, ranks):
+        """Publish the weights as what this rank has of larger ones, split along their first dimension."""
+        infos = [TensorInfo(name, "float32", (ranks * len(own),)) for name, own in self.weights.items()]
+        shards = declare(infos, Mesh((("fsdp", ranks),)), (Shard(0),), (rank,))
+        self.publication = publish(self.agent, "w", self.weights, shards=shards)
+        return True
+
+    def unpublish(self):
+        self.publication.close()
         return True
 
     def subscribe(self, install="auto"):
