@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from raynixl.weights.assignment import ORIGIN, Assignment, Policy
 from raynixl.weights.bitmap import indices, pick
-from raynixl.weights.holders import Holders, Member, Pulling
+from raynixl.weights.holders import Holders, Host, Member, Pulling
 
 _HOLDERS_TRIED = 8  # free hosts that are looked at for anything of use, when the rare chunks' holders are busy
+_IDLE, _BUSY = slice(0, 2), slice(2, None)  # loads
+_SOLE = 2  # chunks that a host has yet to pass on, from which on the origin prefers those that have less
 _CHUNKS_TRIED = 4  # chunks of one rarity that are looked at for one with a free holder
 
 
@@ -36,6 +38,8 @@ class Choice:
         self._extra = int(holders.full.bit_length() * (1 + policy.extra_share))
         self._random = random
         self.active = 0  # pulls that count
+        self.waiting: dict[Member, int] = {}  # receivers that could get nothing, and the room that they have
+        self.freed: dict[Host, None] = {}  # hosts that gave or gained something: they may have something to give now
 
     def unassigned(self, member: Member) -> int:
         """Return the bitmap of what a receiver neither has nor is pulling."""
@@ -62,10 +66,11 @@ class Choice:
     def _one(self, member: Member, now: float) -> Assignment | None:
         """From the same host where one has it, but always something on the way from elsewhere, too."""
         if member.remote == 0:
-            return self._remote(member, now) or self._local(member, now)
-        return self._local(member, now) or self._remote(member, now)
+            return self._remote(member, now) or self.local(member, now)
+        return self.local(member, now) or self._remote(member, now)
 
-    def _local(self, member: Member, now: float) -> Assignment | None:
+    def local(self, member: Member, now: float) -> Assignment | None:
+        """Assign something that another receiver on the same host has."""
         want = self.unassigned(member) & member.host.has
         for _ in range(_CHUNKS_TRIED):
             if not want:
@@ -77,24 +82,55 @@ class Choice:
             want ^= 1 << chunk
         return None
 
+    def from_host(self, member: Member, host: Host, now: float) -> Assignment | None:
+        """Assign the rarest chunk of use that a host has."""
+        if useful := self._wanted(member) & host.has:
+            chunk = self._holders.rarest(useful)
+            holder = self._holders.on(host, member, chunk)
+            if holder is not None:
+                return self._assign(member, chunk, holder, now=now)
+        return None
+
+    def has_fresh(self) -> bool:
+        """Whether the origin is free, and has something that it has given nobody."""
+        origin = self._origin
+        if origin.is_gone or origin.load >= origin.uploads:
+            return False
+        return bool(self._holders.rarity[0] & ~origin.sending & ~origin.hopeless)
+
+    def fresh(self, member: Member, now: float) -> Assignment | None:
+        """Assign something that nobody has yet."""
+        origin = self._origin
+        fresh = self._wanted(member) & self._holders.rarity[0] & ~origin.sending & ~origin.hopeless
+        if fresh and self._can_origin(member):
+            return self._assign(member, pick(fresh, self._random), None, now=now)
+        return None
+
+    def _wanted(self, member: Member) -> int:
+        """What a receiver would have to bring in to its host."""
+        return self.unassigned(member) & ~(member.host.has | member.host.arriving)
+
     def _remote(self, member: Member, now: float) -> Assignment | None:
-        want = self.unassigned(member) & ~(member.host.has | member.host.arriving)
+        want = self._wanted(member)
         if not want:
             return None
-        origin, can_origin = self._origin, self._can_origin(member)
-        if can_origin and (fresh := want & self._holders.rarity[0] & ~origin.sending & ~origin.hopeless):
-            return self._assign(member, pick(fresh, self._random), None, now=now)
+        if self.has_fresh() and (found := self.fresh(member, now)):
+            return found
         if self._holders.is_any_free:
-            found = self._rare(member, want) or self._useful(member, want)
+            found = (
+                self._useful(member, _IDLE, now) or self._rare(member, want, now) or self._useful(member, _BUSY, now)
+            )
             if found is not None:
-                return self._assign(member, *found, now=now)
+                return found
+        origin = self._origin
         want &= ~origin.hopeless
-        if want and can_origin and origin.given < self._extra and not (origin.load or self._holders.rarity[0]):
+        is_idle = not (origin.load or self._holders.rarity[0])
+        if want and is_idle and origin.given < self._extra and self._can_origin(member):
             return self._assign(member, self._holders.rarest(want), None, now=now)
         return None
 
-    def _rare(self, member: Member, want: int) -> tuple[int, Member] | None:
-        """Find one of the rarest chunks that somebody is free to give."""
+    def _rare(self, member: Member, want: int, now: float) -> Assignment | None:
+        """Assign one of the rarest chunks that somebody is free to give."""
         for level in self._holders.rarity[1:]:
             able = want & level
             for _ in range(_CHUNKS_TRIED):
@@ -103,23 +139,25 @@ class Choice:
                 chunk = pick(able, self._random)
                 holder = self._holders.remote(member, chunk)
                 if holder is not None:
-                    return chunk, holder
+                    return self._assign(member, chunk, holder, now=now)
                 able ^= 1 << chunk
         return None
 
-    def _useful(self, member: Member, want: int) -> tuple[int, Member] | None:
-        """Find a host that is free and has anything of use: in the beginning, and at the end, that is not many."""
-        for host in self._holders.free_hosts(_HOLDERS_TRIED):
-            if useful := want & host.has:
-                chunk = self._holders.rarest(useful)
-                holder = self._holders.remote(member, chunk)
-                if holder is not None:
-                    return chunk, holder
+    def _useful(self, member: Member, loads: slice, now: float) -> Assignment | None:
+        """Assign anything of use that some hosts of these loads have."""
+        for host in self._holders.free_hosts(loads, _HOLDERS_TRIED):
+            if host is not member.host and (found := self.from_host(member, host, now)):
+                return found
         return None
 
     def _can_origin(self, member: Member) -> bool:
         origin = self._origin
-        return not origin.is_gone and origin.load < origin.uploads and ORIGIN not in member.avoid
+        if origin.is_gone or origin.load >= origin.uploads or ORIGIN in member.avoid:
+            return False
+        sole = member.host.sole
+        if sole < _SOLE:
+            return True
+        return not any(other.host.sole < sole for other in self.waiting)
 
     def _assign(self, member: Member, chunk: int, holder: Member | None, *, now: float) -> Assignment:
         bit = 1 << chunk
@@ -134,6 +172,7 @@ class Choice:
             self._origin.load += 1
             self._origin.given += 1
             self._origin.sending |= bit
+            member.host.sole += 1
             return Assignment(chunk, ORIGIN)
         self._holders.take(holder, is_local=is_local)
         return Assignment(chunk, holder.name)
@@ -150,6 +189,8 @@ class Choice:
             member.host.arriving &= ~bit
         if pulling.holder is not None:
             self._holders.give_back(pulling.holder, is_local=pulling.is_local)
+            self.freed[pulling.holder.host] = None
         else:
             self._origin.load -= 1
             self._origin.sending &= ~bit
+            member.host.sole -= 1

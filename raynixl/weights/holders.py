@@ -20,6 +20,7 @@ class Host:
     has: int = 0  # chunks that some member here has and serves
     arriving: int = 0  # chunks that some member is bringing in
     load: int = 0  # chunks being pulled from here by other hosts
+    sole: int = 0  # chunks that only this host has, or is being sent by the origin: what it has to pass on
 
 
 @dataclass(slots=True, eq=False)
@@ -96,18 +97,24 @@ class Holders:
                 self.scarce[1] |= bit
         if not host.has & bit:
             host.has |= bit
-            self._where[chunk] |= 1 << host.index
-            self._recount(chunk, bit, 1)
+            self._recount(chunk, bit, self._where[chunk] | 1 << host.index)
 
-    def _recount(self, chunk: int, bit: int, change: int) -> None:
-        before = self._hosts_with[chunk]
-        after = self._hosts_with[chunk] = before + change
+    def _recount(self, chunk: int, bit: int, where: int) -> None:
+        self._count_sole(self._where[chunk], self._hosts_with[chunk], -1)
+        self._where[chunk] = where
+        before, after = self._hosts_with[chunk], where.bit_count()
+        self._hosts_with[chunk] = after
+        self._count_sole(where, after, 1)
         old, new = before.bit_length(), after.bit_length()
         if old != new:
             if new == len(self.rarity):
                 self.rarity.append(0)
             self.rarity[old] ^= bit
             self.rarity[new] |= bit
+
+    def _count_sole(self, where: int, hosts: int, change: int) -> None:
+        if hosts == 1:
+            self._by_index[where.bit_length() - 1].sole += change
 
     def resume(self, member: Member) -> None:
         """Let a receiver serve (again) what it has."""
@@ -132,8 +139,7 @@ class Holders:
                 if copies == 0:
                     self.scarce[1] ^= bit
             if not rest & bit:
-                self._where[chunk] ^= 1 << host.index
-                self._recount(chunk, bit, -1)
+                self._recount(chunk, bit, self._where[chunk] ^ 1 << host.index)
         host.has = rest
 
     # how busy they are
@@ -178,11 +184,19 @@ class Holders:
                 if not found:
                     break
                 index = pick(found, self._random)
-                holder = _least_busy(self._by_index[index], member, 1 << chunk)
+                holder = self.on(self._by_index[index], member, chunk)
                 if holder is not None:
                     return holder
                 found ^= 1 << index
         return None
+
+    def on(self, host: Host, member: Member, chunk: int) -> Member | None:
+        """Return the least busy receiver of a host that can give this chunk."""
+        members, bit = host.members, 1 << chunk
+        if len(members) == 1 and not member.avoid:
+            return members[0]
+        able = [other for other in members if other.is_serving and other.has & bit and other.name not in member.avoid]
+        return min(able, key=lambda other: other.serving) if able else None
 
     def local(self, member: Member, chunk: int) -> Member | None:
         """Return the least busy receiver on the same host that can give this chunk now."""
@@ -192,9 +206,9 @@ class Holders:
                 least, found = other.copying, other
         return found
 
-    def free_hosts(self, tries: int) -> Iterator[Host]:
-        """Yield some hosts that could give something, the least busy ones first."""
-        for hosts in self._free:
+    def free_hosts(self, loads: slice, tries: int) -> Iterator[Host]:
+        """Yield some hosts of these loads, the least busy ones first."""
+        for hosts in self._free[loads]:
             left = hosts
             while left and tries > 0:
                 index = pick(left, self._random)
@@ -208,11 +222,3 @@ class Holders:
             if found := chunks & level:
                 return pick(found, self._random)
         raise AssertionError("every chunk has its level")
-
-
-def _least_busy(host: Host, member: Member, bit: int) -> Member | None:
-    members = host.members
-    if len(members) == 1 and not member.avoid:
-        return members[0]
-    able = [other for other in members if other.is_serving and other.has & bit and other.name not in member.avoid]
-    return min(able, key=lambda other: other.serving) if able else None

@@ -11,9 +11,9 @@ from raynixl.weights.assignment import ORIGIN, Assignment, Policy, Topology, Why
 from raynixl.weights.bitmap import from_bytes, indices, of, to_bytes
 from raynixl.weights.choice import Choice, Origin
 from raynixl.weights.holders import Holders, Member, Pulling
+from raynixl.weights.parking import Parking
 
 _FAULTS = 3  # corrupt pulls of one chunk from the origin, before it is asked for that no more
-_PARKED_TRIED = 4  # parked receivers that may get nothing, before the others wait for the next event
 
 
 class Swarm:
@@ -47,8 +47,8 @@ class Swarm:
         uploads = max(1, round(self.policy.uploads * self._uplinks))
         self._origin = Origin(hosts, uploads, is_gone=not hosts)
         self._choice = Choice(self._holders, self._origin, self.policy, draw)
+        self._parking = Parking(self._choice, self.policy.uploads)
         self._members: dict[str, Member] = {}
-        self._parked: dict[str, int] = {}
         self._accusations = Accusations()
         self._is_few: bool | None = None
 
@@ -68,7 +68,7 @@ class Swarm:
         member.is_serving = False
         member.has = 0 if has is None else from_bytes(has, self.chunks)
         if receiver not in self._accusations.liars:
-            self._holders.resume(member)
+            self._resume(member)
         self._is_few = None
 
     def leave(self, receiver: str) -> None:
@@ -76,7 +76,7 @@ class Swarm:
         member = self._members.pop(receiver, None)
         if member is None:
             return
-        self._parked.pop(receiver, None)
+        self._parking.forget(member)
         for pulling in member.pending.values():
             self._choice.write_off(member, pulling)
         self._holders.withdraw(member)
@@ -101,35 +101,19 @@ class Swarm:
         if member is None:
             raise ConfigError(f"{receiver!r} takes no part in this push", hint="let it join first")
         self._heard(member, now)
-        self._parked.pop(receiver, None)
+        self._parking.forget(member)
         found = (
             self._choice.direct(member, self._turn(member), now)
             if self._is_direct(member)
             else self._choice.relay(member, room, now)
         )
-        if not found and self._choice.unassigned(member):
-            self._parked[receiver] = room
+        if not found:
+            self._parking.park(member, room)
         return found
 
     def dispatch(self, now: float) -> list[tuple[str, list[Assignment]]]:
         """Return what parked receivers can get by now; they are parked no more."""
-        handed: list[tuple[str, list[Assignment]]] = []
-        misses = 0
-        for receiver, room in list(self._parked.items()):
-            if misses >= _PARKED_TRIED and self._choice.active:
-                break  # there will be another event
-            del self._parked[receiver]
-            member = self._members[receiver]
-            found = self._choice.relay(member, room, now)
-            if found:
-                handed.append((receiver, found))
-            elif self._choice.unassigned(member):
-                misses += 1
-                self._parked[receiver] = room  # behind the others
-        return handed
-
-    def _unassigned(self, member: Member) -> int:
-        return self._holders.full & ~(member.has | member.coming)
+        return list(self._parking.dispatch(now).items())
 
     def _turn(self, member: Member) -> float:
         return list(self._members).index(member.name) / len(self._members)
@@ -167,6 +151,7 @@ class Swarm:
                 pulling.holder.complaints.clear()
             if 0 <= chunk < self.chunks:
                 self._holders.gain(member, chunk)
+        self._choice.freed[member.host] = None
 
     def failed(self, receiver: str, chunk: int, holder: str, why: Why, now: float) -> None:
         """Note that a pull ended without the chunk; it is free to be assigned again, from another holder."""
@@ -204,7 +189,7 @@ class Swarm:
                 self._holders.withdraw(other)
                 other.resumes = None
             elif other.name in self._accusations.cleared and other.resumes is None:
-                self._holders.resume(other)
+                self._resume(other)
 
     def _drop(self, member: Member, chunk: int) -> Pulling | None:
         pulling = member.pending.pop(chunk, None)
@@ -213,11 +198,15 @@ class Swarm:
             member.coming ^= 1 << chunk
         return pulling
 
+    def _resume(self, member: Member) -> None:
+        self._holders.resume(member)
+        self._choice.freed[member.host] = None
+
     def _heard(self, member: Member, now: float) -> None:
         if member.resumes is not None and member.resumes <= now:
             member.resumes = None
             member.complaints.clear()
-            self._holders.resume(member)
+            self._resume(member)
 
     def tick(self, now: float) -> list[tuple[str, Assignment]]:
         """Write off pulls that take too long, and return them; call it now and then, and `dispatch` after it.
@@ -225,6 +214,7 @@ class Swarm:
         Others may bring these chunks in from then on. Their own receivers are to be told to give them up, and
         to say `failed`; until then they are not assigned these chunks again.
         """
+        self._choice.freed.update(dict.fromkeys(self._holders.hosts.values()))  # pauses may have passed
         overdue: list[tuple[str, Assignment]] = []
         limit = now - self.policy.stall_seconds
         for member in self._members.values():
@@ -245,6 +235,9 @@ class Swarm:
     def receivers(self) -> tuple[str, ...]:
         """Who takes part."""
         return tuple(self._members)
+
+    def __contains__(self, receiver: object) -> bool:
+        return receiver in self._members
 
     def is_complete(self, receiver: str) -> bool:
         """Whether a receiver that takes part has every chunk."""
