@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raynixl.errors import ConfigError
-from raynixl.weights.layout import build_layout
+from raynixl.weights.layout import build_layout, itemsize
 from raynixl.weights.ledger import Blot, View, boxes_of_full, numbers
 from raynixl.weights.nests import Nest
 from raynixl.weights.pieces import Piece, Pieces, TensorInfo
@@ -93,6 +93,7 @@ class _Run:
         self._model = model
         self.before = named_tensors(model)
         self.after: Tensors = {}
+        _check(infos, self.before)
         self.witness.watch([tensor for tensor in self.before.values() if not _is_lazy(tensor)])
 
     def load(self, load_weights: Loader) -> None:
@@ -229,6 +230,19 @@ def _conclude(run: _Run, asked: dict[int, Blot]) -> Recording:
         untouched=tuple(found.untouched),
         partial=tuple(found.partial),
     )
+
+
+def _check(infos: Sequence[TensorInfo], tensors: Tensors) -> None:
+    import torch
+
+    for info in infos:
+        itemsize(info.dtype)
+    for name, tensor in tensors.items():
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise ConfigError(
+                f"{name!r:.200} is a {type(tensor).__name__}, whose values lie elsewhere",
+                hint="only loaders of plain tensors are recorded; for DTensors use dtensor.shards_of",
+            )
 
 
 def _alike(infos: Sequence[TensorInfo], needed: Blot) -> dict[int, Blot]:

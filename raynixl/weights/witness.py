@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from raynixl.errors import ConfigError
-from raynixl.weights.ledger import ZEROS, Blot, Memory, View
+from raynixl.weights.ledger import ZEROS, Blot, Memory, View, Zeros
 from raynixl.weights.nests import Grid
 
 aten = torch.ops.aten
@@ -72,6 +72,8 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func in _VIEWS:
             return _VIEWS[func](*args, **kwargs)
+        if func in _BLANK or func in _ZEROED:
+            return self._made(self._shapes(func, args, kwargs, Blot("")), ZEROS if func in _ZEROED else None)
         handler = _HANDLERS.get(func)
         if handler is not None:
             result = handler(self, *args, **kwargs)
@@ -154,8 +156,14 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_flatten(result)[0]:
             if not isinstance(leaf, torch.Tensor):
                 raise self._need(blot)
-            self._enter(leaf, _strides(leaf)).cover(blot)
+            self._made(leaf, blot)
         return result
+
+    def _made(self, tensor: torch.Tensor, origin: Blot | Zeros | None) -> torch.Tensor:
+        memory = self._enter(tensor, _strides(tensor))
+        if origin is not None:
+            memory.cover(origin)
+        return tensor
 
     def _shapes(self, func: Any, args: Any, kwargs: Any, blot: Blot) -> Any:
         bare_args, bare_kwargs = tree_map_only(torch.Tensor, _bare, (args, kwargs))
@@ -287,6 +295,36 @@ def _repeat(witness: Witness, source: torch.Tensor, repeats: Sequence[int]) -> t
     return made
 
 
+def _pad(witness: Witness, source: torch.Tensor, pad: Sequence[int], value: Any = 0) -> Any:
+    if value:
+        return NotImplemented
+    before, after = [0] * source.dim(), [0] * source.dim()
+    for number in range(len(pad) // 2):
+        before[-1 - number], after[-1 - number] = pad[2 * number], pad[2 * number + 1]
+    made = witness.fresh(source, [sum(sizes) for sizes in zip(before, source.shape, after, strict=True)])
+    witness.put(made, ZEROS)
+    place = made
+    for dim, (low, high) in enumerate(zip(before, after, strict=True)):
+        place = place.narrow(dim, max(0, low), place.shape[dim] - max(0, low) - max(0, high))
+        source = source.narrow(dim, max(0, -low), source.shape[dim] - max(0, -low) - max(0, -high))
+    witness.transfer(place, source)
+    return made
+
+
+def _flip(witness: Witness, source: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    for dim in dims:
+        source = _select(witness, source, dim, torch.arange(source.shape[dim] - 1, -1, -1))
+    return source
+
+
+def _roll(witness: Witness, source: torch.Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
+    if len(dims) != len(shifts):
+        return NotImplemented
+    for shift, dim in zip(shifts, dims, strict=True):
+        source = _select(witness, source, dim, torch.arange(source.shape[dim]).roll(shift))
+    return source
+
+
 def _rows(index: Any) -> list[tuple[int, int, int]] | None:
     """Return known positions as runs (place, first, length), or None where they are not known."""
     if not isinstance(index, torch.Tensor) or index.dim() != 1 or index.device.type == "meta":
@@ -350,6 +388,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.repeat.default: _repeat,
+    aten.constant_pad_nd.default: _pad,
+    aten.flip.default: _flip,
+    aten.roll.default: _roll,
     aten.index_select.default: _select,
     aten.index.Tensor: _index,
     aten.index_copy_.default: _index_copy,

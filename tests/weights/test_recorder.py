@@ -239,3 +239,48 @@ def test_values_asked_of_every_layer_take_two_runs_alone():
     recording = record(load, infos, model)
     assert len(calls) == 2
     assert len(recording.full) == 50
+
+
+def test_a_sharded_model_is_refused_since_its_loader_sees_only_the_whole():
+    class Wrapped(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("is never asked")
+
+    model = {"p": torch.Tensor._make_wrapper_subclass(Wrapped, (4, 3))}
+    with pytest.raises(ConfigError, match="'p' is a Wrapped"):
+        record(list, [TensorInfo("w", "float32", (4, 3))], model)
+
+
+def test_a_dtype_that_cannot_be_carried_is_refused():
+    with pytest.raises(ConfigError, match="dtype 'int3'"):
+        record(list, [TensorInfo("w", "int3", (4, 3))], Holder(p=(4, 3)))
+
+
+def tiny(kind, **settings):
+    """A small model of transformers, and its state with a value of its own in every element."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, vocab_size=40, **settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).requires_grad_(False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return model, shapes
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Llama", {}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_transformers_models_load_their_state(kind, settings):
+    _, shapes = tiny(kind, **settings)
+    values = numbered(shapes)
+    if settings.get("tie_word_embeddings"):
+        values["lm_head.weight"] = values["model.embed_tokens.weight"]
+    load = lambda made, weights: made.load_state_dict(dict(weights), strict=False)  # noqa: E731
+    recording = check(lambda: tiny(kind, **settings)[0], values, load)
+    assert (recording.full, recording.untouched, recording.partial) == ((), (), ())

@@ -49,6 +49,25 @@ COPIES = {
         (6, 3),
         lambda p, w: (buffer := torch.zeros(6, 3), buffer[1:5].copy_(w), p.data.copy_(buffer)),
     ),
+    "through a blank buffer like it": (
+        (4, 3),
+        (4, 3),
+        lambda p, w: (
+            buffer := torch.empty_like(w),
+            buffer[:2].copy_(w[2:]),
+            buffer[2:].copy_(w[:2]),
+            p.data.copy_(buffer),
+        ),
+    ),
+    "through a zeroed buffer of its kind": (
+        (4, 3),
+        (6, 3),
+        lambda p, w: (buffer := w.new_zeros(6, 3), buffer[1:5].copy_(w), p.data.copy_(buffer)),
+    ),
+    "padded on all sides": ((4, 3), (8, 4), lambda p, w: p.data.copy_(torch.nn.functional.pad(w, (0, 1, 1, 3)))),
+    "padded and cut": ((4, 3), (4, 2), lambda p, w: p.data.copy_(torch.nn.functional.pad(w, (-1, 0, 1, -1)))),
+    "flipped": ((4, 3), (4, 3), lambda p, w: p.data.copy_(w.flip(0, 1))),
+    "rolled": ((5, 3), (5, 3), lambda p, w: p.data.copy_(w.roll(2, 0))),
     "written twice": ((4, 3), (4, 3), lambda p, w: (p.data.copy_(w), p.data[1:3, 1:].copy_(w[2:, :2]))),
     "padded by zeros": (
         (4, 3),
