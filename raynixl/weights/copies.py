@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from raynixl.errors import AgentClosed, RangeError
 from raynixl.weights.arenas import Arenas
 from raynixl.weights.hold import Holds, WhileBusy
+from raynixl.weights.layout import Layout
 
 if TYPE_CHECKING:
     import torch
 
     from raynixl.agents import Agent
-    from raynixl.weights.layout import Layout
+    from raynixl.region import Region
     from raynixl.weights.sourcing import Freeze
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Copy:
         self.arenas = arenas
         self.version = 0
         self._views: dict[str, torch.Tensor] = {}
+        self._delta: Arenas | None = None
 
     def __repr__(self) -> str:
         return f"Copy(version {self.version}, {self.arenas!r})"
@@ -39,11 +41,28 @@ class Copy:
             view = self._views[name] = self.arenas.tensor(self.arenas.layout.by_name[name])
         return view
 
+    def delta_region(self, agent: Agent, nbytes: int) -> Region:
+        """Return memory for what changed in this version: that of an earlier one, or larger.
+
+        Raises:
+            RangeError: the host has too little.
+        """
+        if self._delta is None or self._delta.layout.nbytes < nbytes:
+            self._let_go_of_delta()
+            self._delta = Arenas(agent, Layout((), (nbytes + nbytes // 2,)))
+        return self._delta.regions[0]
+
     def release(self) -> None:
         """Let go of the memory."""
         self.version = 0
         self._views = {}
         self.arenas.release()
+        self._let_go_of_delta()
+
+    def _let_go_of_delta(self) -> None:
+        if self._delta is not None:
+            self._delta.release()
+            self._delta = None
 
 
 class Copies:
@@ -99,6 +118,13 @@ class Copies:
         """Return the copy that holds a version, if one does."""
         copies = list(self._copies.values())
         return next((copy for copy in copies if version and copy.version == version), None)
+
+    def settle(self, copy: Copy, version: int) -> None:
+        """Say that a copy holds a version, and no other copy does: one of the same number was of a push that failed."""
+        for other in list(self._copies.values()):
+            if other.version == version:
+                other.version = 0
+        copy.version = version
 
     def release(self, push: str) -> bool:
         """Give back what a push has; False if it has nothing, or no more."""

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from raynixl.errors import AgentClosed, ConfigError, IntegrityError, PeerRestarted, TransferTimeout
+from raynixl.errors import AgentClosed, ConfigError, IntegrityError, TransferTimeout
 from raynixl.weights.conversion import Cast, Fp8, conversion
 from raynixl.weights.copies import Copies, Copy
 from raynixl.weights.digest import digest_chunks, version_digest
 from raynixl.weights.hold import WhileBusy
 from raynixl.weights.layout import CHUNK_NBYTES, Layout
 from raynixl.weights.original import Original, Publish
-from raynixl.weights.outgoing import OutgoingRows
 from raynixl.weights.protocol import Frozen as OldFrozen
 from raynixl.weights.protocol import Holder, Manifest, check_weights_name, topic
 from raynixl.weights.selection import Select
+from raynixl.weights.served import Served
 from raynixl.weights.shards import Shards
 from raynixl.weights.sourcing import Described, Freeze, Frozen, Outgoing, Release
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _PHASES = ("describe", "outgoing", "freeze", "release", "layout", "status")
 _CLOSE_SECONDS = 10.0
 _KEPT_PUSHES = 64
-_KEPT_PLANS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,7 @@ class Publication:
         self.layout: Layout = self._original.layout
         self._agent = agent
         self._options = options
+        self._served = Served(agent, self.layout, threads=options.threads)
         self._copies = Copies(
             agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base
         )
@@ -72,9 +72,8 @@ class Publication:
             self._original.move(agent, self._copies.only.view)
         self._changing = threading.RLock()  # held by a trainer that changes weights, or while they are copied out
         self._updates = 0  # how deep the trainer is in `updating`; protected by _changing
-        self._versions = threading.Lock()  # protects _pushes, _plans, _committed, _is_closed
+        self._versions = threading.Lock()  # protects _pushes, _committed, _is_closed
         self._pushes: dict[str, int] = {}  # push -> version, of the last ones
-        self._plans: dict[str, OutgoingRows] = {}  # by the plan's digest, the last ones
         self._committed = 0
         self._is_closed = False
         agent.serve(topic(name, "describe"), self._on_describe, threaded=False)
@@ -161,7 +160,8 @@ class Publication:
             TransferTimeout: another push is not over, or the trainer stays in `updating()`.
         """
         deadline = time.monotonic() + request.seconds
-        plan = self._plan(request.plan) if request.plan else None
+        if request.plan:
+            self._served.plan(request.plan)
         copy = self._copies.take(request, self._gone(peer))
         try:
             with self._versions:
@@ -171,15 +171,14 @@ class Publication:
             began = time.monotonic()
             arrays = self._copy_out(tensors, copy, deadline)
             seconds = time.monotonic() - began
-            if plan is None:
-                answer = self._legacy(request, copy, arrays, seconds)
-            else:
-                answer = self._frozen(request, copy, (plan, arrays), seconds)
+            answer = (self._frozen if request.plan else self._legacy)(request, copy, arrays, seconds)
         except BaseException:
             self._copies.release(request.push)
             raise
+        if self._is_closed:
+            copy.release()  # what it took after everything else was let go of
         self._check_open()
-        copy.version = request.version
+        self._copies.settle(copy, request.version)
         return answer
 
     def _gone(self, peer: str) -> Callable[[], bool]:
@@ -203,24 +202,12 @@ class Publication:
                 hint="versions go up",
             )
 
-    def _plan(self, digest: str) -> OutgoingRows:
-        plan = self._plans.get(digest)
-        if plan is None:
-            raise PeerRestarted(f"{self._agent.name!r} has no plan for {self.name!r} yet", hint="send it its rows")
-        return plan
-
-    def _frozen(
-        self, request: Freeze, copy: Copy, served: tuple[OutgoingRows, Arrays], copy_out_seconds: float
-    ) -> bytes:
-        began = time.monotonic()
-        plan, arrays = served
-        partials = plan.digest(
-            arrays, version=request.version, threads=self._options.threads, native=self._agent.native
-        )
+    def _frozen(self, request: Freeze, copy: Copy, arrays: Arrays, copy_out_seconds: float) -> bytes:
+        said = self._served.say(request, copy, arrays, self._copies)
         return Frozen(
-            version=request.version, plan=plan.plan, shards=self._original.shards.digest, holder=self._holder(copy),
-            nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds, digest_seconds=time.monotonic() - began,
-            partials=partials,
+            version=request.version, plan=request.plan, shards=self._original.shards.digest,
+            holder=self._holder(copy), nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds,
+            digest_seconds=said.seconds, partials=said.partials, deltas=said.deltas, delta_region=said.delta_region,
         ).to_bytes()  # fmt: skip
 
     def _holder(self, copy: Copy) -> Holder:
@@ -255,12 +242,7 @@ class Publication:
         ).to_bytes()  # fmt: skip
 
     def _on_outgoing(self, _peer: str, payload: bytes) -> bytes:
-        rows = OutgoingRows(Outgoing.from_bytes(payload), self.layout.arenas)
-        with self._versions:
-            self._plans.pop(rows.plan, None)
-            self._plans[rows.plan] = rows
-            while len(self._plans) > _KEPT_PLANS:
-                del self._plans[next(iter(self._plans))]
+        self._served.learn(Outgoing.from_bytes(payload))
         return b""
 
     def _on_freeze(self, peer: str, payload: bytes) -> bytes:
