@@ -11,7 +11,7 @@ from raynixl.errors import ConfigError
 from raynixl.weights.fused import Assembly, Concat, Kind, Stack, assemble, kind_of
 from raynixl.weights.pieces import Ints, TensorInfo, widened
 from raynixl.weights.placement import Mesh, Placement
-from raynixl.weights.shards import Shards
+from raynixl.weights.shards import Shards, tie
 from raynixl.weights.table import Geometries, Locals, Table
 from raynixl.weights.tablecheck import check_table
 
@@ -73,14 +73,8 @@ class _Names:
 
     def heads(self, infos: Sequence[TensorInfo]) -> Ints:
         """Return for each tensor the first that it is tied with."""
-        number = {info.name: at for at, info in enumerate(infos)}
         head = np.arange(len(infos))
-        for name, other in self.tied.items():
-            one, two = number[name], number[other]
-            if (infos[one].dtype, infos[one].shape) != (infos[two].dtype, infos[two].shape):
-                raise ConfigError(f"{name!r:.200} and {other!r:.200} cannot be tied: they differ in shape or dtype")
-            low, high = sorted((int(head[one]), int(head[two])))
-            head[head == high] = low
+        tie(head, infos, self.tied)
         return head
 
 

@@ -87,7 +87,7 @@ def _flat_kind(own: Boxes) -> Kind:
     ]
     dims = own.start.shape[1]
     rank = np.array([row[0] for row in rows], np.int64)
-    start, size = (np.array([row[n] for row in rows], np.int64).reshape(-1, dims) for n in (1, 2))
+    start, size = (np.array([row[n] for row in rows], np.int64).reshape(len(rows), dims) for n in (1, 2))
     stride = row_major(own.size)[rank]
     local = np.where(own.present, own.length, 0)[:, None]
     return Kind(own.present, local, True, rank, start, size, np.array([row[3] for row in rows], np.int64), stride)

@@ -65,17 +65,21 @@ class Holdings:
         return number
 
     def _aliases(self) -> Ints:
-        """For each tensor the first that has the same values, by every table that knows it."""
-        alias = np.full(len(self.tensors), -1, np.int64)
+        """For each tensor the first that has the same values: some table says so, and none has both apart."""
+        alias = np.arange(len(self.tensors))
+        for table in self.tables:
+            for number in np.flatnonzero(table.alias != np.arange(len(table.alias))).tolist():
+                pair = (number, int(table.alias[number]))
+                one, other = sorted(int(alias[self.index[table.tensors[at].name]]) for at in pair)
+                alias[alias == other] = one
+        tied = np.flatnonzero(alias != np.arange(len(alias)))
         for table, where in zip(self.tables, self.where, strict=True):
-            known = np.flatnonzero(where >= 0)
-            numbers = np.empty(len(table.tensors), np.int64)
-            numbers[where[known]] = known
-            head = numbers[table.alias[where[known]]]
-            agrees = (alias[known] < 0) | (alias[known] == head)
-            alias[known] = np.where(agrees, head, known)
-        heads = np.where(alias < 0, np.arange(len(alias)), alias)
-        return np.where(heads[heads] == heads, heads, np.arange(len(heads)))
+            ours, heads = where[tied], where[alias[tied]]
+            has_both = (ours >= 0) & (heads >= 0)
+            has_both[has_both] = (table.geometry_of[ours[has_both]] >= 0) & (table.geometry_of[heads[has_both]] >= 0)
+            apart = tied[has_both][table.alias[ours[has_both]] != table.alias[heads[has_both]]]
+            alias[apart] = apart
+        return alias
 
     @cached_property
     def class_of(self) -> Ints:

@@ -61,7 +61,7 @@ class Needs:
         """Bytes are carried as they are: local tensors must have the dtype of what goes into them."""
         table = self.table
         kinds = {name: at for at, name in enumerate({*table.locals.dtypes, *(info.dtype for info in table.tensors)})}
-        own = np.array([kinds[dtype] for dtype in table.locals.dtypes], np.int64)
+        own = np.array([*(kinds[dtype] for dtype in table.locals.dtypes), -1], np.int64)
         needed = np.array([kinds[info.dtype] for info in table.tensors], np.int64)
         for slot in table.entry_of:
             for at in np.flatnonzero((slot >= 0) & (self.wanted >= 0) & (own[slot] != needed)).tolist():
@@ -110,7 +110,7 @@ class Needs:
         ties = np.flatnonzero(table.locals.tied != np.arange(len(doubtful)))
         doubtful[ties] = doubtful[table.locals.tied[ties]] = True
         found: dict[int, list[tuple[object, ...]]] = {}
-        for slot, number in np.argwhere(filled & doubtful[np.where(filled, table.entry_of, 0)]).tolist():
+        for slot, number in np.argwhere(filled & np.append(doubtful, np.False_)[table.entry_of]).tolist():
             rows = table.geometries.of(int(table.geometry_of[number]))
             own = b"".join(column[rows.slot == slot].tobytes() for column in rows[3:])
             lead = table.leads[table.lead_of[slot, number]].tobytes()

@@ -104,4 +104,6 @@ def row_major(sizes: Ints) -> Ints:
 
 def widened(boxes: Ints, dims: int, fill: int) -> Ints:
     """Return boxes with dimensions added at their end."""
-    return np.pad(boxes, ((0, 0), (0, dims - boxes.shape[1])), constant_values=fill)
+    if boxes.shape[1] == dims:
+        return boxes
+    return np.hstack((boxes, np.full((len(boxes), dims - boxes.shape[1]), fill, np.int64)))

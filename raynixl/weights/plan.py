@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,11 +103,16 @@ class Plan:
     @cached_property
     def nbytes(self) -> tuple[int, ...]:
         """The bytes that each image pulls: what its target needs, each byte once, and no padding."""
-        sums = np.zeros(len(self._images), np.int64)
+        return tuple(self.shares.sum(axis=1).tolist())
+
+    @cached_property
+    def shares(self) -> Ints:
+        """The bytes that each image pulls from each part, (images, parts)."""
+        sums = np.zeros((len(self._images), len(self.parts)), np.int64)
         for groups in self._groups.values():
             for group in groups:
-                _add_nbytes(sums, group, (self._images, len(self.parts)))
-        return tuple(sums.tolist())
+                _add_nbytes(sums, group, self._images)
+        return sums
 
     @cached_property
     def digest(self) -> str:
@@ -210,6 +216,7 @@ def refuse(rows: Sequence[Difference]) -> None:
     Raises:
         ConfigError: there are.
     """
+    rows = list(dict.fromkeys(rows))
     if rows:
         tensors = "1 tensor differs" if len(rows) == 1 else f"{len(rows)} tensors differ"
         raise ConfigError(f"{tensors} between sources and targets:\n{table(rows)}", hint="give both the same model")
@@ -236,11 +243,9 @@ def _groups(holdings: Holdings, needs: Needs, images: Sequence[Image], rows: lis
     keys = np.column_stack((holdings.class_of[needs.wanted[used]], table.geometry_of[used], table.itemsizes[used]))
     kinds, of = np.unique(keys, axis=0, return_inverse=True)
     order = np.argsort(of.reshape(-1), kind="stable")
-    ends = np.cumsum(np.bincount(of.reshape(-1), minlength=len(kinds)))
+    bounds = [0, *np.cumsum(np.bincount(of.reshape(-1), minlength=len(kinds))).tolist()]
     held: dict[int, Held] = {}
-    for (kind, geometry, itemsize), first, last in zip(
-        kinds.tolist(), [0, *ends[:-1].tolist()], ends.tolist(), strict=True
-    ):
+    for (kind, geometry, itemsize), (first, last) in zip(kinds.tolist(), itertools.pairwise(bounds), strict=True):
         tensors = used[order[first:last]]
         pieces = table.geometries.of(geometry)
         own = Geometries(*(column[number_of[pieces.rank] >= 0] for column in pieces))
@@ -315,10 +320,9 @@ def _instantiate(group: Group, span: tuple[int, int], between: tuple[Holdings, I
     return rows
 
 
-def _add_nbytes(sums: Ints, group: Group, known: tuple[Sequence[Image], int]) -> None:
-    images, parts = known
-    number = group.key // parts
+def _add_nbytes(sums: Ints, group: Group, images: Sequence[Image]) -> None:
+    number, part = np.divmod(group.key, sums.shape[1])
     for image in np.unique(number).tolist():
         span = slice(*np.searchsorted(number, (image, image + 1)).tolist())
         amount = group.numbers[span, 0] * group.numbers[span, 1]
-        sums[image] += int((_is_kept(group, span, images[image]) * amount).sum())
+        np.add.at(sums[image], part[span], _is_kept(group, span, images[image]).sum(axis=0) * amount)

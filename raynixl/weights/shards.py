@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -120,11 +120,13 @@ def replicated(specs: Sequence[TensorSpec]) -> Shards:
     return from_pieces(tensors, layout, Pieces(numbers, np.zeros_like(size), size, numbers, zeros, stride))
 
 
-def from_pieces(tensors: Sequence[TensorInfo], layout: Layout, pieces: Pieces) -> Shards:
+def from_pieces(
+    tensors: Sequence[TensorInfo], layout: Layout, pieces: Pieces, *, tied: Mapping[str, str] | None = None
+) -> Shards:
     """Return the shards of a rank by itself; `pieces.entry` counts the entries of the layout, which holds ties.
 
     `tensors` are all that were offered, used or not. A local tensor without any piece is not fed by a push; what no
-    piece covers of one that is fed gets zeros.
+    piece covers of one that is fed gets zeros. `tied` names the tensor that another one is, wherever that lies.
 
     Raises:
         ConfigError: a name is used twice, a dtype cannot be carried, or a piece lies outside its tensors.
@@ -142,7 +144,8 @@ def from_pieces(tensors: Sequence[TensorInfo], layout: Layout, pieces: Pieces) -
     start, size, stride = (rows[:, 2 + dims * n : 2 + dims * (n + 1)] for n in range(3))
     known = Geometries(number, np.zeros_like(number), rows[:, 0], start, size, rows[:, 1], stride)
     own = _locals(layout)
-    alias = _aliases(tensors, (geometry_of, own.tied[entry_of], leads[lead_of, 0], entry_of))
+    alias = _aliases(tensors, (geometry_of, np.append(own.tied, -1)[entry_of], leads[lead_of, 0]))
+    tie(alias, tensors, tied or {})
     table = Table(tuple(tensors), alias, geometry_of, known, entry_of, lead_of, leads, own)
     check_table(table)
     return Shards(table, 0)
@@ -206,12 +209,11 @@ def _locals(layout: Layout) -> Locals:
     return Locals(names, dtypes, shape_of, shapes, lengths, tied, sharing)
 
 
-def _aliases(tensors: Sequence[TensorInfo], where: tuple[Ints, Ints, Ints, Ints]) -> Ints:
+def _aliases(tensors: Sequence[TensorInfo], where: tuple[Ints, Ints, Ints]) -> Ints:
     """For each tensor find the first that lies in just the same places."""
-    geometry_of, heads, leads, entry_of = where
+    geometry_of, heads, leads = where
     alias = np.arange(len(tensors))
-    places = np.where(entry_of < 0, -1, heads)
-    keys = np.column_stack((geometry_of, places.T, np.where(entry_of < 0, 0, leads).T))
+    keys = np.column_stack((geometry_of, heads.T, np.where(heads < 0, 0, leads).T))
     _, first, of, counts = np.unique(keys, axis=0, return_index=True, return_inverse=True, return_counts=True)
     of = of.reshape(-1)
     for at in np.flatnonzero((counts[of] > 1) & (geometry_of >= 0)).tolist():
@@ -219,3 +221,21 @@ def _aliases(tensors: Sequence[TensorInfo], where: tuple[Ints, Ints, Ints, Ints]
         if (tensors[at].dtype, tensors[at].shape) == (tensors[head].dtype, tensors[head].shape):
             alias[at] = head
     return alias
+
+
+def tie(alias: Ints, tensors: Sequence[TensorInfo], tied: Mapping[str, str]) -> None:
+    """Note in `alias` which tensors are one.
+
+    Raises:
+        ConfigError: there is no such tensor, or two differ in shape or dtype.
+    """
+    number = {tensors[at].name: at for at in range(len(tensors))} if tied else {}
+    for pair in tied.items():
+        missing = [name for name in pair if name not in number]
+        if missing:
+            raise ConfigError(f"there is no tensor {missing[0]!r:.200} to tie", hint="tied names tensors")
+        one, two = (number[name] for name in pair)
+        if (tensors[one].dtype, tensors[one].shape) != (tensors[two].dtype, tensors[two].shape):
+            raise ConfigError(f"{pair[0]!r:.200} and {pair[1]!r:.200} cannot be tied: they differ in shape or dtype")
+        low, high = sorted((int(alias[one]), int(alias[two])))
+        alias[alias == high] = low

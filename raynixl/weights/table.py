@@ -155,9 +155,9 @@ class Table:
 
     def bases(self, rank: int, places: Ints) -> Ints:
         """Return the position (K, G) at which each slot of each tensor begins, given where the local tensors lie."""
-        at = places[self.entry_of]
+        at = np.append(places, -1)[self.entry_of]  # no slot is entry -1, the last
         base = at + self.leads[self.lead_of, rank] * self.itemsizes
-        return np.where((self.entry_of < 0) | (at < 0), np.int64(-1), base)
+        return np.where(at < 0, np.int64(-1), base)
 
     def to_bytes(self) -> bytes:
         """Return the table as bytes for a peer."""
