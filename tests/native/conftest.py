@@ -25,6 +25,15 @@ def core(request: pytest.FixtureRequest) -> Native:
 
 
 @pytest.fixture
+def both() -> tuple[Native, Native]:
+    """The compiled core and its twin, to be compared."""
+    compiled = load(native=True)
+    if compiled.NAME != "native":
+        pytest.skip("the compiled core was not built")
+    return compiled, load(native=False)
+
+
+@pytest.fixture
 def make_engine(core: Native) -> Iterator[Callable[..., Engine]]:
     """Engines that must close, and leave no thread, when the test ends."""
     before = set(os.listdir("/proc/self/task"))
