@@ -9,10 +9,9 @@ from raynixl.weights.assignment import ORIGIN, Assignment, Policy
 from raynixl.weights.bitmap import indices, pick
 from raynixl.weights.holders import Holders, Host, Member, Pulling
 
-_HOLDERS_TRIED = 8  # free hosts that are looked at for anything of use, when the rare chunks' holders are busy
-_IDLE, _BUSY = slice(0, 2), slice(2, None)  # loads
+_HOSTS_TRIED = 6  # hosts that are looked at for anything of use: more are not worth it, and `Parking` finds them
 _SOLE = 2  # chunks that a host has yet to pass on, from which on the origin prefers those that have less
-_CHUNKS_TRIED = 4  # chunks of one rarity that are looked at for one with a free holder
+_CHUNKS_TRIED = 4  # chunks that are looked at for one with a free holder on the same host
 
 
 @dataclass(slots=True)
@@ -61,6 +60,17 @@ class Choice:
             if one is None:
                 break
             found.append(one)
+        return found
+
+    def search(self, member: Member, room: int, now: float) -> list[Assignment]:
+        """Return up to `room` chunks, having looked at every host if need be."""
+        found = self.relay(member, room, now)
+        for host in self._holders.hosts.values():
+            while len(found) < room and self._holders.is_free(host) and host is not member.host:
+                one = self.from_host(member, host, now)
+                if one is None:
+                    break
+                found.append(one)
         return found
 
     def _one(self, member: Member, now: float) -> Assignment | None:
@@ -116,12 +126,8 @@ class Choice:
             return None
         if self.has_fresh() and (found := self.fresh(member, now)):
             return found
-        if self._holders.is_any_free:
-            found = (
-                self._useful(member, _IDLE, now) or self._rare(member, want, now) or self._useful(member, _BUSY, now)
-            )
-            if found is not None:
-                return found
+        if found := self._useful(member, now):
+            return found
         origin = self._origin
         want &= ~origin.hopeless
         is_idle = not (origin.load or self._holders.rarity[0])
@@ -129,23 +135,9 @@ class Choice:
             return self._assign(member, self._holders.rarest(want), None, now=now)
         return None
 
-    def _rare(self, member: Member, want: int, now: float) -> Assignment | None:
-        """Assign one of the rarest chunks that somebody is free to give."""
-        for level in self._holders.rarity[1:]:
-            able = want & level
-            for _ in range(_CHUNKS_TRIED):
-                if not able:
-                    break
-                chunk = pick(able, self._random)
-                holder = self._holders.remote(member, chunk)
-                if holder is not None:
-                    return self._assign(member, chunk, holder, now=now)
-                able ^= 1 << chunk
-        return None
-
-    def _useful(self, member: Member, loads: slice, now: float) -> Assignment | None:
-        """Assign anything of use that some hosts of these loads have."""
-        for host in self._holders.free_hosts(loads, _HOLDERS_TRIED):
+    def _useful(self, member: Member, now: float) -> Assignment | None:
+        """Assign the rarest that one of the least busy hosts has."""
+        for host in self._holders.free_hosts(_HOSTS_TRIED):
             if host is not member.host and (found := self.from_host(member, host, now)):
                 return found
         return None

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from raynixl.weights.bitmap import indices, pick
 
-_HOSTS_TRIED = 4  # hosts looked at for one chunk, where some of them are to be avoided
-
 
 @dataclass(slots=True, eq=False)
 class Host:
@@ -168,27 +166,11 @@ class Holders:
         if host.load < self.uploads:
             self._free[host.load] |= bit
 
-    @property
-    def is_any_free(self) -> bool:
-        """Whether some host could give a chunk to another one."""
-        return any(self._free)
+    def is_free(self, host: Host) -> bool:
+        """Whether a host can give a chunk to another one."""
+        return host.load < self.uploads
 
     # who gives
-
-    def remote(self, member: Member, chunk: int) -> Member | None:
-        """Return the least busy receiver on another host that can give this chunk now."""
-        where = self._where[chunk] & ~(1 << member.host.index)
-        for hosts in self._free:
-            found = hosts & where
-            for _ in range(_HOSTS_TRIED):
-                if not found:
-                    break
-                index = pick(found, self._random)
-                holder = self.on(self._by_index[index], member, chunk)
-                if holder is not None:
-                    return holder
-                found ^= 1 << index
-        return None
 
     def on(self, host: Host, member: Member, chunk: int) -> Member | None:
         """Return the least busy receiver of a host that can give this chunk."""
@@ -206,9 +188,9 @@ class Holders:
                 least, found = other.copying, other
         return found
 
-    def free_hosts(self, loads: slice, tries: int) -> Iterator[Host]:
-        """Yield some hosts of these loads, the least busy ones first."""
-        for hosts in self._free[loads]:
+    def free_hosts(self, tries: int) -> Iterator[Host]:
+        """Yield some hosts that can give something, the least busy ones first."""
+        for hosts in self._free:
             left = hosts
             while left and tries > 0:
                 index = pick(left, self._random)

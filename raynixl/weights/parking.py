@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from raynixl.weights.assignment import Assignment
 from raynixl.weights.choice import Choice
-from raynixl.weights.holders import Host, Member
+from raynixl.weights.holders import Holders, Host, Member
 
-_TRIED = 16  # parked receivers that are asked whether a free host has anything for them
+_TRIED = 8  # parked receivers that are asked whether a free host has anything for them
 
-Handed = dict[str, list[Assignment]]
+Handed = dict[Member, list[Assignment]]
 
 
 class Parking:
     """Hands out what has become possible: it starts from the hosts where something changed, not from who waits."""
 
-    def __init__(self, choice: Choice, uploads: int) -> None:
+    def __init__(self, choice: Choice, holders: Holders) -> None:
         self._choice = choice
+        self._holders = holders
         self._waiting = choice.waiting
-        self._uploads = uploads
 
     def park(self, member: Member, room: int) -> None:
         """Let a receiver wait for up to `room` chunks, if there are any that it is not pulling yet."""
@@ -39,23 +39,19 @@ class Parking:
             self._from_host(host, handed, now)
         freed.clear()
         if not self._choice.active:
-            self.retry(handed, now)  # or there would be no event to go on from
-        self._answered(handed)
+            self._retry(handed, now)  # or there would be no event to go on from
+        for member in handed:
+            self.forget(member)
         return handed
 
-    def retry(self, handed: Handed, now: float) -> None:
-        """Try for all that wait, wherever they might get something."""
-        for member, room in list(self._waiting.items()):
-            if found := self._choice.relay(member, room, now):
-                handed.setdefault(member.name, []).extend(found)
-                self._waiting[member] = room - len(found)
-
-    def _answered(self, handed: Handed) -> None:
-        for member in [member for member in self._waiting if member.name in handed]:
-            del self._waiting[member]
+    def _retry(self, handed: Handed, now: float) -> None:
+        """Try every host for all that wait."""
+        for member in list(self._waiting):
+            for assignment in self._choice.search(member, self._waiting[member], now):
+                self._hand(member, assignment, handed)
 
     def _hand(self, member: Member, assignment: Assignment, handed: Handed) -> None:
-        handed.setdefault(member.name, []).append(assignment)
+        handed.setdefault(member, []).append(assignment)
         room = self._waiting.pop(member) - 1
         if room:
             self._waiting[member] = room  # behind the others
@@ -76,7 +72,7 @@ class Parking:
 
     def _from_host(self, host: Host, handed: Handed, now: float) -> None:
         tries = _TRIED
-        while tries and self._waiting and host.load < self._uploads:
+        while tries and self._waiting and self._holders.is_free(host):
             tries -= 1
             member = self._next_waiting()
             found = None if member.host is host else self._choice.from_host(member, host, now)

@@ -47,7 +47,7 @@ class Swarm:
         uploads = max(1, round(self.policy.uploads * self._uplinks))
         self._origin = Origin(hosts, uploads, is_gone=not hosts)
         self._choice = Choice(self._holders, self._origin, self.policy, draw)
-        self._parking = Parking(self._choice, self.policy.uploads)
+        self._parking = Parking(self._choice, self._holders)
         self._members: dict[str, Member] = {}
         self._accusations = Accusations()
         self._is_few: bool | None = None
@@ -113,7 +113,7 @@ class Swarm:
 
     def dispatch(self, now: float) -> list[tuple[str, list[Assignment]]]:
         """Return what parked receivers can get by now; they are parked no more."""
-        return list(self._parking.dispatch(now).items())
+        return [(member.name, found) for member, found in self._parking.dispatch(now).items()]
 
     def _turn(self, member: Member) -> float:
         return list(self._members).index(member.name) / len(self._members)
