@@ -183,3 +183,12 @@ def test_scales_of_fp8_are_spread_as_their_weights():
 def test_a_mesh_that_does_not_fit_is_refused(model, side, text, message):
     with pytest.raises(ConfigError, match="(?s)" + message.replace("(", r"\(")):
         side(parameters(model), text)
+
+
+def test_a_plan_says_how_much_comes_from_each_part():
+    found = parameters_of(MOE)
+    decided = plan(source_shards(found, "replicas=2,fsdp=4,ep=2"), target_shards(found, "tp=2,ep=4"))
+    for image, shares in enumerate(decided.shares.tolist()):
+        rows = decided.incoming(image)
+        assert shares == [rows.rows[rows.rows[:, 0] == part, 5:7].prod(axis=1).sum() for part in range(4)]
+    assert decided.nbytes == tuple(decided.shares.sum(axis=1))
