@@ -112,6 +112,8 @@ def _digest_edges(edges: U64) -> U64:
     if code != 0:
         raise OSError(-code, os.strerror(-code))
     first = edges[:, 2] % np.uint64(BLOCK_NBYTES) // np.uint64(4)
-    places = np.arange(len(words), dtype=np.uint64) + np.repeat(first - starts, counts.astype(np.int64))
-    products = words.astype(np.uint64)[:, None] * CONSTANTS.T[places.astype(np.intp)]
-    return np.add.reduceat(products, starts.astype(np.intp), axis=0)
+    skipped = np.repeat((first - starts).astype(np.int64), counts.astype(np.int64))
+    places = np.arange(len(words)) + skipped
+    wide = words.astype(np.uint64)
+    lanes = [np.add.reduceat(wide * constants[places], starts.astype(np.intp)) for constants in CONSTANTS]
+    return np.stack(lanes, axis=1)
