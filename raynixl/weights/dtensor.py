@@ -6,6 +6,7 @@ import functools
 import graphlib
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,13 +78,8 @@ class _Spread:
 
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:
-    import torch.distributed
-
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second; without it there are none
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _spread(name: str, tensor: Any) -> _Spread:

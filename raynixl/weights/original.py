@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from raynixl.errors import ConfigError
 from raynixl.weights.conversion import FP8, SCALE_SUFFIX, Conversion
 from raynixl.weights.converted import converted
+from raynixl.weights.dtensor import local_tensors, shards_of
 from raynixl.weights.layout import Layout
 from raynixl.weights.quantising import quantise
 from raynixl.weights.selection import Select, choose
-from raynixl.weights.shards import Shards, replicated
-from raynixl.weights.tensors import collect, copy_tensors, describe, dtype_name, is_tied
+from raynixl.weights.shards import Shards
+from raynixl.weights.tensors import copy_tensors, dtype_name, is_tied, named_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -49,14 +50,15 @@ class Original:
         self._name = name
         self._select = what.select
         self._in_place = what.in_place
-        tensors = choose(collect(model), what.select)
-        own = replicated(describe(tensors)) if what.shards is None else what.shards
+        chosen = choose(named_tensors(model), what.select)
+        tensors = local_tensors(chosen)
+        own = shards_of(chosen) if what.shards is None else what.shards
         self._forms: dict[str, Form] = {entry.name: (entry.dtype, entry.shape) for entry in own.layout.entries}
         self._check(tensors, "what its shards name", "mend the shards, or what is selected")
         self.shards = converted(own, what.conversion)
         self.layout: Layout = self.shards.layout
         if what.in_place:
-            self._check_movable(tensors)
+            self._check_movable(chosen)
 
     def collect(self) -> Tensors:
         """Return the published tensors as they are now.
@@ -64,7 +66,7 @@ class Original:
         Raises:
             ConfigError: they are of other kinds than when they were published.
         """
-        tensors = choose(collect(self._model), self._select)
+        tensors = local_tensors(choose(named_tensors(self._model), self._select))
         self._check(tensors, "what was published", _HINT)
         tensors = {name: tensors[name] for name in self._forms}
         heads: dict[tuple[int, int], str] = {}
@@ -105,11 +107,15 @@ class Original:
             tensor.data = value
 
     def _check_movable(self, tensors: Tensors) -> None:
+        import torch
+
         for name in self._forms:
             tensor = tensors[name]
-            if tensor.device.type != "cpu" or not tensor.is_contiguous() or self.layout.by_name[name].sharing:
+            is_plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+            is_host = is_plain and tensor.device.type == "cpu" and tensor.is_contiguous()
+            if not is_host or self.layout.by_name[name].sharing:
                 raise ConfigError(
-                    f"{name!r:.200} is not contiguous in host memory, or overlaps another tensor",
+                    f"{name!r:.200} is not plain and contiguous in host memory, or overlaps another tensor",
                     hint="publish it with copy_out=True",
                 )
 

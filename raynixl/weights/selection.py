@@ -32,11 +32,13 @@ def selector(select: Select | None) -> Callable[[str], bool]:
 
 
 def choose(tensors: Mapping[str, T], select: Select | None) -> dict[str, T]:
-    """Return what is selected, by name, in order.
+    """Return what is selected, by name, in order; without a selection all.
 
     Raises:
         ConfigError: it is nothing.
     """
+    if select is None:
+        return dict(tensors)
     is_selected = selector(select)
     chosen = {name: tensor for name, tensor in tensors.items() if is_selected(name)}
     if not chosen:

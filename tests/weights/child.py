@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import warnings
 
 import torch
 
@@ -53,6 +54,26 @@ class Child:
         infos = [TensorInfo(name, "float32", (ranks * len(own),)) for name, own in self.weights.items()]
         shards = declare(infos, Mesh((("fsdp", ranks),)), (Shard(0),), (rank,))
         self.publication = publish(self.agent, "w", self.weights, shards=shards)
+        return True
+
+    def publish_fsdp(self, rank, ranks, store):
+        """Publish a module that torch shards over processes, and keep what trains it."""
+        warnings.simplefilter("ignore")  # of torch's
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        torch.manual_seed(0)
+        self.model = fully_shard(torch.nn.Sequential(torch.nn.Linear(33, 51), torch.nn.Linear(51, 17)))
+        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.5)
+        self.publication = publish(self.agent, "w", self.model)
+        return True
+
+    def train(self):
+        """Take a step, the same on every rank."""
+        with self.publication.updating():
+            self.model(torch.ones(2, 33)).sum().backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
         return True
 
     def unpublish(self):

@@ -56,15 +56,21 @@ def test_modules_without_shapes_and_wrapped_tensors_are_refused(fleet):
                 action(agent, "w", model)
 
 
-def test_a_dtensor_is_refused(fleet):
+def test_a_dtensor_is_published_by_its_local_part_unless_it_is_an_unfinished_sum(fleet):
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Partial
 
+    agent = fleet("a")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        sharded = DTensor.from_local(torch.ones(4), DeviceMesh("cpu", [0]))
-        with pytest.raises(ConfigError, match="DTensor"):
-            publish(fleet("a"), "w", {"w": torch.nn.Parameter(sharded)})
+        mesh = DeviceMesh("cpu", [0])
+        sharded = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh))
+        with publish(agent, "w", {"w": sharded}) as publication:
+            assert publication.layout.by_name["w"].shape == (4,)
+        with pytest.raises(ConfigError, match="copy_out=True"):
+            publish(agent, "w", {"w": sharded}, copy_out=False)
+        with pytest.raises(ConfigError, match="a sum that is not done yet"):
+            publish(agent, "w", {"w": DTensor.from_local(torch.ones(4), mesh, [Partial()])})
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,13 +1,14 @@
 """Publications: sources of any sharding, converted and selected tensors, pushes that find them busy."""
 
 import threading
+import time
 
 import pytest
 import torch
 from weights_sources import Puller
 from weights_tools import Policy, fill, same
 
-from raynixl.errors import ConfigError, PeerRestarted, RangeError, TransferTimeout
+from raynixl.errors import ConfigError, PeerRestarted, RangeError, RaynixlError, TransferTimeout
 from raynixl.weights import publish
 from raynixl.weights.conversion import Fp8
 from raynixl.weights.declare import Concat, declare
@@ -288,3 +289,26 @@ def test_shards_travel_with_the_tables_digest_alone(fleet):
     assert isinstance(puller.plan.sources[0], Shards)
     assert puller.plan.sources[0].rank == 1
     assert puller.plan.sources[0].layout == publication.layout
+
+
+def test_a_publication_closed_in_the_middle_of_freezes_answers_with_a_typed_error(fleet):
+    publication, puller = puller_of(fleet, Policy(width=512))
+    outcomes = []
+
+    def freeze():
+        for version in range(1, 2000):
+            try:
+                puller.release(puller.freeze(version, base=version - 1)[0])
+            except RaynixlError as exc:
+                outcomes.append(type(exc))
+                return
+
+    freezing = threading.Thread(target=freeze)
+    freezing.start()
+    while publication.version < 3:
+        time.sleep(0.01)
+    publication.close()
+    freezing.join(30)
+    assert len(outcomes) == 1
+    assert outcomes[0] is not RaynixlError
+    assert fleet.agents[0].statistics().regions == 0
