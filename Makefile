@@ -1,4 +1,4 @@
-# make test | make demo | make lint | make soak | make bench-hosts | make clean
+# make test | make test-verl | make demo | make lint | make soak | make bench-hosts | make clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 FAST := not gpu and not slow and not heavy
 
-.PHONY: test demo lint soak bench-hosts clean install
+.PHONY: test test-verl demo lint soak bench-hosts clean install
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
@@ -19,6 +19,23 @@ demo: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+# verl without what it would bring (wandb, datasets, peft, ...): only what its checkpoint engines import. torch, ray and
+# raynixl are those of the environment above. Its imports warn, so warnings are no errors here.
+VERL := .venv-verl
+VERL_BARE := verl==0.9.1 tensordict==0.10.0
+VERL_NEEDS := antlr4-python3-runtime==4.9.3 cloudpickle codetiming fastapi hydra-core importlib_metadata omegaconf orjson pyvers~=0.1.0 uvicorn
+
+test-verl: $(VERL)/.installed
+	$(VERL)/bin/python -m pytest -W ignore -m heavy tests/integrations/test_verl.py $(PYTEST_ARGS)
+
+$(VERL)/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear $(VERL)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(VERL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/raynixl-venv.pth
+	$(VERL)/bin/python -m pip install -q $(VERL_NEEDS)
+	$(VERL)/bin/python -m pip install -q --no-deps $(VERL_BARE)
+	@touch $@
 
 # Needs root: it makes two network namespaces, and a cable of 10 Gbit/s between them.
 bench-hosts: $(STAMP)
@@ -47,5 +64,5 @@ $(STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png
+	rm -rf $(VENV) $(VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
