@@ -58,7 +58,7 @@ def random_side(model, rng, *, is_tied):
     names = [str(name) for name in rng.permutation(["dp", "pp", "tp", "ep", "fsdp"])[: int(rng.integers(0, 4))]]
     if rng.random() < 0.25:
         names.append("flat")
-    largest = {0: 1, 1: 8, 2: 4}.get(len(names), 3 if len(names) == 3 else 2)
+    largest = {0: 1, 1: 6, 2: 3}.get(len(names), 2)
     mesh = Mesh(tuple((name, int(rng.integers(1, largest + 1))) for name in names))
     infos = [model.infos[at] for at in rng.permutation(len(model.infos))] if rng.random() < 0.3 else list(model.infos)
     draw = _Draw(model, mesh, rng)
@@ -158,7 +158,7 @@ def _join_flat(side, model, rng):
         for dtype, infos in kinds.items():
             counts = [math.prod(info.shape) for info in infos]
             starts = np.cumsum([0, *counts[:-1]]).tolist()
-            for info, start in zip(infos, starts):
+            for info, start in zip(infos, starts, strict=True):
                 flat = Flat(start, sum(counts))
                 side.placements[info.name] = (*side.placements[info.name][:-1], flat)
             per = -(-sum(counts) // sizes["flat"])

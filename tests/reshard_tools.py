@@ -98,8 +98,8 @@ def sliced(side, ids, name, coordinate):
     value = ids[name]
     shape = side.padded.get(name, value.shape)
     if shape != value.shape:
-        value = np.pad(value, [(0, new - old) for new, old in zip(shape, value.shape)], constant_values=-1)
-    for placement, (_, size), at in zip(side.placements[name], side.mesh.dims, coordinate):
+        value = np.pad(value, [(0, new - old) for new, old in zip(shape, value.shape, strict=True)], constant_values=-1)
+    for placement, (_, size), at in zip(side.placements[name], side.mesh.dims, coordinate, strict=True):
         if isinstance(placement, Owner) and at != placement.index:
             return None
         if isinstance(placement, Shard):

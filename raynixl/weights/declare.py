@@ -91,14 +91,14 @@ class _Kinds:
     assemblies: dict[object, Assembly] = field(default_factory=dict)
 
     def number(self, name: str) -> int:
-        info = self.infos[name]
-        placed = self._placed(name)
-        shape = tuple(self.padded.get(name, info.shape))
-        key = (info.shape, shape, placed)
-        if key not in self.numbers:
-            self.numbers[key] = len(self.kinds)
-            self.kinds.append(kind_of(info.shape, shape, self.mesh, placed))
-        return self.numbers[key]
+        own = self.infos[name].shape
+        shape = tuple(self.padded[name]) if name in self.padded else own
+        key = (own, shape, self._placed(name))
+        found = self.numbers.get(key)
+        if found is None:
+            found = self.numbers[key] = len(self.kinds)
+            self.kinds.append(kind_of(*key[:2], self.mesh, key[2]))
+        return found
 
     def _placed(self, name: str) -> tuple[Placement, ...]:
         if callable(self.placements):
@@ -112,10 +112,11 @@ class _Kinds:
     def assembly(self, tree: Fused) -> Assembly:
         """Return how a local tensor is put together; alike ones are worked out once."""
         key = self._signature(tree)
-        if key not in self.assemblies:
+        found = self.assemblies.get(key)
+        if found is None:
             numbers = iter(self.number(leaf) for leaf in leaves(tree))
-            self.assemblies[key] = assemble(tree, self.kinds, numbers)
-        return self.assemblies[key]
+            found = self.assemblies[key] = assemble(tree, self.kinds, numbers)
+        return found
 
     def _signature(self, tree: Fused) -> object:
         if isinstance(tree, str):
@@ -140,10 +141,9 @@ class _Builder:
         self._infos = tuple(infos)
         self._ranks = ranks
         self._number = {info.name: at for at, info in enumerate(infos)}
-        self._entry_of, self._lead_of = np.full(len(infos), -1, np.int64), np.zeros(len(infos), np.int64)
-        self._geometry_of = np.full(len(infos), -1, np.int64)
+        self._places = [(-1, -1, 0)] * len(infos)  # entry, geometry, lead
         self._locals: list[tuple[str, str, int]] = []
-        self._plain: dict[int, str] = {}
+        self._plain: list[int] = []
         self._geometries: dict[object, int] = {}
         self._leads: dict[bytes, int] = {np.zeros(ranks, np.int64).tobytes(): 0}
         self._forms: dict[tuple[int, bytes], int] = {}
@@ -153,19 +153,18 @@ class _Builder:
     def add(self, name: str, tree: Fused, kinds: _Kinds) -> None:
         """Add a local tensor."""
         made = kinds.assembly(tree)
-        names = list(leaves(tree))
-        dtypes = {kinds.infos[leaf].dtype for leaf in names}
-        if len(dtypes) != 1:
-            raise ConfigError(f"{name!r:.200} is made of {' and '.join(sorted(dtypes))}", hint="fuse equal dtypes")
+        names = (tree,) if isinstance(tree, str) else tuple(leaves(tree))
+        dtype = kinds.infos[names[0]].dtype
+        if len(names) > 1 and any(kinds.infos[leaf].dtype != dtype for leaf in names):
+            raise ConfigError(f"{name!r:.200} is made of tensors of several dtypes", hint="fuse equal dtypes")
         if id(made) not in self._known:
             self._known[id(made)] = (self._form(made), [self._leaf(made, at, kinds) for at in range(len(names))])
         form, found = self._known[id(made)]
-        for leaf, (geometry, lead) in zip(names, found, strict=True):
-            at = self._number[leaf]
-            self._entry_of[at], self._geometry_of[at], self._lead_of[at] = len(self._locals), geometry, lead
+        for leaf, known in zip(names, found, strict=True):
+            self._places[self._number[leaf]] = (len(self._locals), *known)
         if isinstance(tree, str):
-            self._plain[self._number[tree]] = tree
-        self._locals.append((name, dtypes.pop(), form))
+            self._plain.append(self._number[tree])
+        self._locals.append((name, dtype, form))
 
     def _form(self, made: Assembly) -> int:
         shape = np.where(made.present[:, None], made.shape, -1)
@@ -198,8 +197,9 @@ class _Builder:
             for own in self._rows
         ]
         known = Geometries(*(np.concatenate(columns) for columns in zip(blank, *rows, strict=True)))
-        places = self._entry_of[None, :], self._lead_of[None, :]
-        return Table(self._infos, heads, self._geometry_of, known, *places, leads, self._own(heads))
+        entry_of, geometry_of, lead_of = np.array(self._places, np.int64).reshape(-1, 3).T
+        places = entry_of[None, :], lead_of[None, :]
+        return Table(self._infos, heads, geometry_of, known, *places, leads, self._own(heads))
 
     def _own(self, heads: Ints) -> Locals:
         width = max([1, *(dims for dims, _ in self._forms)])
@@ -212,7 +212,8 @@ class _Builder:
         tied = np.arange(len(self._locals))
         first: dict[tuple[int, int], int] = {}
         for at in sorted(self._plain):
-            entry = int(self._entry_of[at])
-            tied[entry] = first.setdefault((int(heads[at]), int(shape_of[entry])), entry)
+            entry = self._places[at][0]
+            key = (int(heads[at]), int(shape_of[entry]))
+            tied[entry] = first.setdefault(key, entry)
         names, dtypes = tuple(name for name, _, _ in self._locals), tuple(dtype for _, dtype, _ in self._locals)
         return Locals(names, dtypes, shape_of, shapes, lengths, tied, {})

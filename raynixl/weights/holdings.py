@@ -11,7 +11,7 @@ import numpy as np
 from raynixl.weights.difference import Difference
 from raynixl.weights.intersect import Cells, cells
 from raynixl.weights.layout import shape_text
-from raynixl.weights.pieces import Ints, TensorInfo, widened
+from raynixl.weights.pieces import Ints, TensorInfo, distinct, widened
 from raynixl.weights.shards import Shards
 from raynixl.weights.table import Table
 
@@ -91,8 +91,8 @@ class Holdings:
         lies = np.full(self.where.shape, -1, np.int64)
         for row, table, where in zip(lies, self.tables, self.where, strict=True):
             row[where >= 0] = table.geometry_of[where[where >= 0]]
-        keys, of = np.unique(lies.T, axis=0, return_inverse=True)
-        return of.reshape(-1).astype(np.int64), keys
+        keys, of = distinct(tuple(lies))
+        return of, keys
 
     def held(self, number: int) -> Held:
         """Return who has which box of the tensors of one class, no box by two at once."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from raynixl.weights.difference import Difference, is_same_view
 from raynixl.weights.holdings import Holdings
 from raynixl.weights.layout import Layout, shape_text
-from raynixl.weights.pieces import Ints
+from raynixl.weights.pieces import Ints, TensorInfo
 from raynixl.weights.shards import entry_at
 from raynixl.weights.table import Table, pack
 
@@ -37,17 +37,11 @@ class Needs:
             found = index.get(info.name, -1)
             if found < 0:
                 found = self._by_alias(number)
-            ours = shape_text(info.dtype, info.shape)
-            if found < 0:
-                self.differences.append(Difference(info.name, "-", ours, "missing at the source"))
-                continue
-            theirs = known[found]
-            what = [label for label in ("shape", "dtype") if getattr(theirs, label) != getattr(info, label)]
-            if what:
-                why = f"{' and '.join(what)} {'differs' if len(what) == 1 else 'differ'}"
-                self.differences.append(Difference(info.name, shape_text(theirs.dtype, theirs.shape), ours, why))
-                continue
-            wanted[number] = self._holdings.alias[found]
+            theirs = known[found] if found >= 0 else None
+            if theirs is not None and theirs.shape == info.shape and theirs.dtype == info.dtype:
+                wanted[number] = self._holdings.alias[found]
+            else:
+                self.differences.append(_unlike(theirs, info))
         return wanted
 
     def _by_alias(self, number: int) -> int:
@@ -78,8 +72,12 @@ class Needs:
         for slot in table.entry_of:
             used = np.flatnonzero((slot >= 0) & (self.wanted >= 0))
             np.minimum.at(first, slot[used], self.wanted[used])
-        names = np.argsort(np.argsort(np.array(table.locals.names, object), kind="stable"))
-        return np.lexsort((names, first)).astype(np.int64)
+        order = np.argsort(first, kind="stable")
+        names, starts = table.locals.names, np.flatnonzero(np.diff(first[order], prepend=-1))
+        for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+            if end - begin > 1:
+                order[begin:end] = sorted(order[begin:end].tolist(), key=names.__getitem__)
+        return order.astype(np.int64)
 
     @cached_property
     def group_of(self) -> Ints:
@@ -160,6 +158,15 @@ class Needs:
         found = np.zeros((len(self.table.entry_of), count, self.table.ranks), np.bool_)
         found[rows.slot, rows.number, rows.rank] = True
         return found
+
+
+def _unlike(theirs: TensorInfo | None, ours: TensorInfo) -> Difference:
+    cell = shape_text(ours.dtype, ours.shape)
+    if theirs is None:
+        return Difference(ours.name, "-", cell, "missing at the source")
+    what = [label for label in ("shape", "dtype") if getattr(theirs, label) != getattr(ours, label)]
+    why = f"{' and '.join(what)} {'differs' if len(what) == 1 else 'differ'}"
+    return Difference(ours.name, shape_text(theirs.dtype, theirs.shape), cell, why)
 
 
 class Image:

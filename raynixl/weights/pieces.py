@@ -107,3 +107,17 @@ def widened(boxes: Ints, dims: int, fill: int) -> Ints:
     if boxes.shape[1] == dims:
         return boxes
     return np.hstack((boxes, np.full((len(boxes), dims - boxes.shape[1]), fill, np.int64)))
+
+
+def distinct(columns: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Return the distinct rows of columns, in order, and the number of each row among them."""
+    keys, spans = np.zeros(len(columns[0]), np.int64), 1
+    for column in columns:
+        low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+        spans *= high - low + 1
+        if spans >= 1 << 62:  # too wide for one integer
+            rows, of = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
+            return rows, of.reshape(-1).astype(np.int64)
+        keys = keys * (high - low + 1) + (column - low)
+    _, first, of = np.unique(keys, return_index=True, return_inverse=True)
+    return np.column_stack([column[first] for column in columns]), of.reshape(-1).astype(np.int64)

@@ -18,7 +18,7 @@ from raynixl.weights.holdings import Held, Holdings
 from raynixl.weights.intersect import overlaps, runs
 from raynixl.weights.layout import Layout, shape_text
 from raynixl.weights.needs import Image, Needs
-from raynixl.weights.pieces import Ints, widened
+from raynixl.weights.pieces import Ints, distinct, widened
 from raynixl.weights.ranges import Ranges, join
 from raynixl.weights.shards import Shards
 from raynixl.weights.table import ARENA_SHIFT, Geometries, Table
@@ -240,10 +240,9 @@ def _groups(holdings: Holdings, needs: Needs, images: Sequence[Image], rows: lis
         if image.needs is needs:
             number_of[image.rank] = number
     used = np.flatnonzero((needs.wanted >= 0) & (table.geometry_of >= 0))
-    keys = np.column_stack((holdings.class_of[needs.wanted[used]], table.geometry_of[used], table.itemsizes[used]))
-    kinds, of = np.unique(keys, axis=0, return_inverse=True)
-    order = np.argsort(of.reshape(-1), kind="stable")
-    bounds = [0, *np.cumsum(np.bincount(of.reshape(-1), minlength=len(kinds))).tolist()]
+    kinds, of = distinct((holdings.class_of[needs.wanted[used]], table.geometry_of[used], table.itemsizes[used]))
+    order = np.argsort(of, kind="stable")
+    bounds = [0, *np.cumsum(np.bincount(of, minlength=len(kinds))).tolist()]
     held: dict[int, Held] = {}
     for (kind, geometry, itemsize), (first, last) in zip(kinds.tolist(), itertools.pairwise(bounds), strict=True):
         tensors = used[order[first:last]]

@@ -11,7 +11,7 @@ import numpy as np
 
 from raynixl.errors import ConfigError, IntegrityError
 from raynixl.weights.layout import Entry, Layout, build_layout
-from raynixl.weights.pieces import Ints, Pieces, TensorInfo, padded, row_major
+from raynixl.weights.pieces import Ints, Pieces, TensorInfo, distinct, padded, row_major
 from raynixl.weights.sharing import TensorSpec
 from raynixl.weights.table import ARENA_SHIFT, Geometries, Locals, Table, pack
 from raynixl.weights.tablecheck import check_table
@@ -177,8 +177,7 @@ def _slots(pieces: Pieces, tensors: int) -> tuple[Ints, Ints, Ints, Ints]:
 
 def _intern(tensor: Ints, rows: Ints, tensors: int) -> tuple[Ints, Ints, Ints]:
     """Give tensors whose rows are equal one number: it for each tensor, the rows of all numbers, the number of each."""
-    distinct, row_of = np.unique(rows, axis=0, return_inverse=True)
-    row_of = row_of.reshape(-1)
+    known, row_of = distinct(tuple(rows.T))
     first, last = np.searchsorted(tensor, np.arange(tensors)), np.searchsorted(tensor, np.arange(tensors), side="right")
     numbers: dict[bytes, int] = {}
     geometry_of = np.full(tensors, -1, np.int64)
@@ -190,7 +189,7 @@ def _intern(tensor: Ints, rows: Ints, tensors: int) -> tuple[Ints, Ints, Ints]:
             kept.append(own)
         geometry_of[at] = number
     index = np.repeat(np.arange(len(kept)), [len(own) for own in kept])
-    return geometry_of, distinct[np.concatenate(kept)] if kept else rows[:0], index.astype(np.int64)
+    return geometry_of, known[np.concatenate(kept)] if kept else rows[:0], index.astype(np.int64)
 
 
 def _locals(layout: Layout) -> Locals:
@@ -213,9 +212,10 @@ def _aliases(tensors: Sequence[TensorInfo], where: tuple[Ints, Ints, Ints]) -> I
     """For each tensor find the first that lies in just the same places."""
     geometry_of, heads, leads = where
     alias = np.arange(len(tensors))
-    keys = np.column_stack((geometry_of, heads.T, np.where(heads < 0, 0, leads).T))
-    _, first, of, counts = np.unique(keys, axis=0, return_index=True, return_inverse=True, return_counts=True)
-    of = of.reshape(-1)
+    _, of = distinct((geometry_of, *heads, *np.where(heads < 0, 0, leads)))
+    counts = np.bincount(of) if len(of) else of
+    first = np.full(len(counts), len(tensors))
+    np.minimum.at(first, of, np.arange(len(of)))
     for at in np.flatnonzero((counts[of] > 1) & (geometry_of >= 0)).tolist():
         head = int(first[of[at]])
         if (tensors[at].dtype, tensors[at].shape) == (tensors[head].dtype, tensors[head].shape):

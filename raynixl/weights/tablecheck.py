@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raynixl.errors import ConfigError
+from raynixl.weights.pieces import Ints, distinct
 
 if TYPE_CHECKING:
-    from raynixl.weights.pieces import Ints
     from raynixl.weights.table import Table
 
 MAX_EXTENT = 1 << 44
@@ -50,7 +50,7 @@ def _check_shapes(shapes: Sequence[Sequence[int]]) -> None:
 
 def _differ(table: Table, heads: Ints) -> bool:
     """Whether local tensors in one place differ in size on some rank that has both."""
-    pairs = np.unique(np.column_stack((table.locals.shape_of, table.locals.shape_of[heads])), axis=0)
+    pairs, _ = distinct((table.locals.shape_of, table.locals.shape_of[heads]))
     one, other = table.counts[pairs[:, 0]], table.counts[pairs[:, 1]]
     return bool(((one != other) & (one >= 0) & (other >= 0)).any())
 
@@ -64,9 +64,19 @@ def _check_geometries(table: Table) -> None:
         raise ConfigError("pieces are out of order")
     if (known.slot >= len(table.entry_of)).any() or (known.size < 1).any() or (known.stride < 0).any():
         raise ConfigError("a piece is empty or lies backwards")
+    if _do_overlap(known.size, known.stride):
+        raise ConfigError("elements of a piece share memory", hint="an expanded tensor cannot be carried")
     reach = known.offset.astype(np.float64) + ((known.size - 1).astype(np.float64) * known.stride).sum(axis=1)
     if len(reach) and float(reach.max()) > MAX_EXTENT:
         raise ConfigError("a piece lies outside its local tensor")
+
+
+def _do_overlap(size: Ints, stride: Ints) -> bool:
+    """Whether elements of some box may lie in one place: each stride must step over all smaller ones."""
+    order = np.argsort(np.where(size > 1, stride, 0), axis=1, kind="stable")
+    steps, extents = np.take_along_axis(stride, order, axis=1), np.take_along_axis(size, order, axis=1)
+    spans = np.cumsum((extents - 1) * steps, axis=1) - (extents - 1) * steps
+    return bool(((extents > 1) & (steps <= spans)).any())
 
 
 def _check_boxes(table: Table) -> None:
@@ -78,7 +88,7 @@ def _check_boxes(table: Table) -> None:
         return
     shapes: dict[tuple[int, ...], int] = {}
     number = np.array([shapes.setdefault(table.tensors[at].shape, len(shapes)) for at in used.tolist()], np.int64)
-    pairs = np.unique(np.column_stack((table.geometry_of[used], number)), axis=0)
+    pairs, _ = distinct((table.geometry_of[used], number))
     ends = np.zeros((int(known.number[-1]) + 1, dims), np.int64)
     np.maximum.at(ends, known.number, known.start + known.size)
     sizes = np.array([[*shape, *(1,) * (dims - len(shape))][:dims] for shape in shapes], np.int64)
@@ -100,9 +110,16 @@ def _check_extents(table: Table) -> None:
         np.minimum.at(least, (known.number[rows], known.rank[rows]), known.offset[rows])
         used = np.flatnonzero(table.geometry_of >= 0)
         entry = table.entry_of[slot, used]
-        ours = (table.geometry_of[used], table.lead_of[slot, used], table.locals.shape_of[entry], entry < 0)
-        geometry, lead, form, lacks = np.unique(np.column_stack(ours), axis=0).T
-        needs, has = last[geometry], np.where(lacks[:, None], -1, table.counts[form])
+        if not len(used):
+            continue
+        ours = (
+            table.geometry_of[used],
+            table.lead_of[slot, used],
+            table.locals.shape_of[entry],
+            (entry < 0).astype(np.int64),
+        )
+        geometry, lead, form, lacks = distinct(ours)[0].T
+        needs, has = last[geometry], np.where(lacks[:, None] > 0, -1, table.counts[form])
         begins = table.leads[lead] + least[geometry]
         if ((needs >= 0) & ((table.leads[lead] + needs >= has) | (begins < 0))).any():
             raise ConfigError("a piece lies outside its local tensor", hint="offsets and strides count its elements")

@@ -37,7 +37,7 @@ def check(seed):
     if rng.random() < 0.2:
         made = Plan.from_bytes(made.to_bytes())
     coordinates = [side.mesh.coordinates()[shards.rank] for shards, side in sources]
-    arenas = [fill(shards, side, ids, at) for (shards, side), at in zip(sources, coordinates)]
+    arenas = [fill(shards, side, ids, at) for (shards, side), at in zip(sources, coordinates, strict=True)]
     held = [arenas[int(rng.choice(members))] for members in made.parts]
     for target, shards in enumerate(targets):
         image = made.image_of[target]
