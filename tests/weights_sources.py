@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 
 import numpy as np
 
@@ -53,6 +54,15 @@ class Puller:
     def release(self, push, *, committed=True):
         for source in self.sources:
             self.ask(source, "release", Release(push=push, committed=committed).to_bytes())
+
+    def warm(self, *publications):
+        """Push versions 1 and 2, so that the sources have room for a base version from now on."""
+        self.push(1)
+        self.push(2, base=1)
+        deadline = time.monotonic() + SECONDS
+        while any(len(publication._copies._copies) < 2 for publication in publications):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def pull(self, version, frozen):
         """Return the tensors of each image; every chunk's digest is the sum of what the sources said."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from raynixl.errors import AgentClosed, RangeError
+from raynixl.errors import RaynixlError
 from raynixl.weights.arenas import Arenas
 from raynixl.weights.hold import Holds, WhileBusy
 from raynixl.weights.layout import Layout
@@ -66,9 +66,9 @@ class Copy:
 
 
 class Copies:
-    """One copy, or two with `WhileBusy.COPY`, and one more for the base version once a delta is asked for.
+    """One copy, or two with `WhileBusy.COPY`, and one more for the base version once a delta was asked for.
 
-    The first is made at once, others when they are needed.
+    That one is made between two pushes: fresh memory comes at 1 GB/s or less, and a push has a deadline.
     """
 
     def __init__(self, agent: Agent, layout: Layout, name: str, *, while_busy: WhileBusy, keeps_base: bool) -> None:
@@ -76,18 +76,20 @@ class Copies:
         self._layout = layout
         self._waits = while_busy is not WhileBusy.REFUSE
         self._at_once = 2 if while_busy is WhileBusy.COPY else 1
-        self._keeps_base = keeps_base
         self._holds = Holds(self._at_once + keeps_base, at_once=self._at_once)
-        self._growing = threading.Lock()  # protects _copies and _is_closed
-        self._copies: dict[int, Copy] = {0: Copy(Arenas(agent, layout, name=name))}
+        self._growing = threading.Lock()  # protects _is_closed, and _copies from growing
+        self._may_grow, self._wants_base = keeps_base, False
         self._is_closed = False
+        self._copies = [Copy(Arenas(agent, layout, name=name))]
+        if self._at_once > 1:
+            self._copies.append(Copy(Arenas(agent, layout)))
 
     def __repr__(self) -> str:
-        return f"Copies({list(self._copies.values())!r})"
+        return f"Copies({self._copies!r})"
 
     @property
-    def only(self) -> Copy:
-        """The first copy, which is the only one while nothing more is asked for."""
+    def first(self) -> Copy:
+        """The copy that is there from the beginning."""
         return self._copies[0]
 
     def take(self, request: Freeze, is_gone: Callable[[], bool]) -> Copy:
@@ -95,40 +97,33 @@ class Copies:
 
         Raises:
             TransferTimeout: other pushes have them, and do not end in time or are not to be waited for.
-            RangeError: the host has too little memory for one more copy.
         """
-        order = self._order(request.base)
+        self._wants_base = self._wants_base or request.base > 0
+        versions = [copy.version for copy in self._copies]
+        order = sorted(range(len(versions)), key=lambda place: (versions[place] == request.base > 0, place))
         place = self._holds.take(request.push, request.seconds, is_gone=is_gone, order=order, waits=self._waits)
-        try:
-            copy = self._at(place)
-        except RangeError as exc:
-            self._holds.release(request.push)
-            if place < self._at_once:
-                raise
-            logger.info("no memory for a base version, and so no deltas: %s", exc)
-            self._keeps_base = False
-            return self.take(request, is_gone)
-        except BaseException:
-            self._holds.release(request.push)
-            raise
+        copy = self._copies[place]
         copy.version = 0
         return copy
 
     def base(self, version: int) -> Copy | None:
         """Return the copy that holds a version, if one does."""
-        copies = list(self._copies.values())
-        return next((copy for copy in copies if version and copy.version == version), None)
+        return next((copy for copy in self._copies if version and copy.version == version), None)
 
     def settle(self, copy: Copy, version: int) -> None:
         """Say that a copy holds a version, and no other copy does: one of the same number was of a push that failed."""
-        for other in list(self._copies.values()):
+        for other in self._copies:
             if other.version == version:
                 other.version = 0
         copy.version = version
 
     def release(self, push: str) -> bool:
         """Give back what a push has; False if it has nothing, or no more."""
-        return self._holds.release(push)
+        is_released = self._holds.release(push)
+        if is_released and self._wants_base and self._may_grow:
+            self._may_grow = False
+            threading.Thread(target=self._grow, name="raynixl-copy", daemon=True).start()
+        return is_released
 
     def wait_free(self, timeout: float) -> bool:
         """Wait until no push has a copy; return whether that came in time."""
@@ -138,20 +133,14 @@ class Copies:
         """Let go of all memory; idempotent."""
         with self._growing:
             self._is_closed = True
-            copies = list(self._copies.values())
-        for copy in copies:
-            copy.release()
+            for copy in self._copies:
+                copy.release()
 
-    def _order(self, base: int) -> list[int]:
-        """Return the places in the order in which they are to be taken: that of the base version last."""
-        places = self._at_once + (self._keeps_base and base > 0)
-        known = {number: copy.version for number, copy in self._copies.items()}
-        return sorted(range(places), key=lambda number: (base > 0 and known.get(number) == base, number))
-
-    def _at(self, place: int) -> Copy:
-        with self._growing:
-            if self._is_closed:
-                raise AgentClosed("the publication was closed", hint="publish it again")
-            if place not in self._copies:
-                self._copies[place] = Copy(Arenas(self._agent, self._layout))
-            return self._copies[place]
+    def _grow(self) -> None:
+        """Make one more copy, which the next push takes in place of its base version's."""
+        try:
+            with self._growing:
+                if not self._is_closed:
+                    self._copies.append(Copy(Arenas(self._agent, self._layout)))
+        except RaynixlError as exc:
+            logger.info("no second copy of the weights in %r, and so no deltas: %s", self._agent.name, exc)

@@ -69,7 +69,7 @@ class Publication:
             agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base
         )
         if options.in_place:
-            self._original.move(agent, self._copies.only.view)
+            self._original.move(agent, self._copies.first.view)
         self._changing = threading.RLock()  # held by a trainer that changes weights, or while they are copied out
         self._updates = 0  # how deep the trainer is in `updating`; protected by _changing
         self._versions = threading.Lock()  # protects _pushes, _committed, _is_closed

@@ -36,14 +36,14 @@ def _quantise_strip(source: torch.Tensor, stored: torch.Tensor, scales: torch.Te
 
     rows, columns = source.shape
     down, across = scales.shape[0], scales.shape[1]
-    values = source.to(torch.float32)
+    values = source.to(torch.float32, copy=True)
     if (rows, columns) != (down * BLOCK, across * BLOCK):
         values = torch.nn.functional.pad(values, (0, across * BLOCK - columns, 0, down * BLOCK - rows))
     blocks = values.view(down, BLOCK, across, BLOCK)
     scale = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
     scale[scale == 0] = 1.0
-    quotient = (blocks / scale[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
-    stored.copy_(quotient.view(down * BLOCK, across * BLOCK)[:rows, :columns].to(stored.dtype))
+    blocks.div_(scale[:, None, :, None])  # rounding may pass FP8_MAX by an ulp, which is stored as FP8_MAX
+    stored.copy_(values[:rows, :columns])
     scales.copy_(scale)
 
 

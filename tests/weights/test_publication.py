@@ -270,16 +270,21 @@ def test_a_source_released_early_may_freeze_again_and_learns_later_that_the_vers
 def test_no_memory_for_a_base_version_means_no_delta_and_no_failure(fleet, monkeypatch):
     source = Policy(value=1.0)
     _, puller = puller_of(fleet, source)
-    puller.push(1)
+    asked = threading.Event()
 
     def refuse(*_arguments, **_options):
+        asked.set()
         raise RangeError("no memory")
 
     monkeypatch.setattr("raynixl.weights.copies.Arenas", refuse)
+    puller.push(1)
+    assert not asked.is_set()
+    puller.push(2, base=1)
+    assert asked.wait(10)
     fill(source, 2.0)
-    push, frozen = puller.freeze(2, base=1)
+    push, frozen = puller.freeze(3, base=2)
     assert not frozen[0].deltas
-    assert same(puller.pull(2, frozen)[0], source)
+    assert same(puller.pull(3, frozen)[0], source)
     puller.release(push)
 
 

@@ -83,16 +83,18 @@ def raw(puller, frozen, version):
 @pytest.fixture
 def sharded(fleet):
     """Two sources of halves, each in a mesh of two replicas, and an engine that wants other halves."""
-    weights, models = full(), []
+    weights, models, publications = full(), [], []
     mesh = Mesh((("replica", 2), ("fsdp", 2)))
     for number in range(4):
         model = {name: tensor.chunk(2)[number % 2].clone() for name, tensor in weights.items()}
         shards = declare(INFOS, mesh, (Replicate(), Shard(0)), (number // 2, number % 2))
-        publish(fleet(f"trainer-{number}"), "w", model, shards=shards)
+        publications.append(publish(fleet(f"trainer-{number}"), "w", model, shards=shards))
         models.append(model)
     placements = {info.name: (Shard(1),) if info.name == "down" else (Replicate(),) for info in INFOS}
     target = declare(INFOS, Mesh((("tp", 2),)), placements, (1,))
-    return models, Puller(fleet("engine"), "w", [f"trainer-{n}" for n in range(4)], [target])
+    puller = Puller(fleet("engine"), "w", [f"trainer-{n}" for n in range(4)], [target])
+    puller.warm(*publications)
+    return models, puller
 
 
 def change(models, share, seed):
@@ -102,10 +104,10 @@ def change(models, share, seed):
 
 def test_a_chain_of_deltas_is_bit_equal_to_full_versions_and_small(sharded):
     models, puller = sharded
-    push, frozen = puller.freeze(1)
-    base = raw(puller, frozen, 1)
+    push, frozen = puller.freeze(3)
+    base = raw(puller, frozen, 3)
     puller.release(push)
-    for version in (2, 3, 4):
+    for version in (4, 5, 6):
         change(models, 0.01, 10 * version)
         push, frozen = puller.freeze(version, base=version - 1)
         rebuilt = rebuild(puller, frozen, 0, base)
@@ -121,12 +123,11 @@ def test_a_chain_of_deltas_is_bit_equal_to_full_versions_and_small(sharded):
 
 def test_nothing_changed_is_next_to_nothing_and_much_changed_is_not_offered(sharded):
     models, puller = sharded
-    puller.push(1)
-    push, frozen = puller.freeze(2, base=1)
+    push, frozen = puller.freeze(3, base=2)
     assert all(said.deltas[0].nbytes < 100 for said in frozen)
     puller.release(push)
     change(models, 0.9, 5)
-    push, frozen = puller.freeze(3, base=2)
+    push, frozen = puller.freeze(4, base=3)
     assert not any(said.deltas for said in frozen)
     assert not any(said.delta_region for said in frozen)
     puller.release(push)
@@ -150,16 +151,15 @@ def test_a_version_of_a_failed_push_is_no_base_for_what_was_pushed_under_its_num
     source = {"w": torch.zeros(5000)}
     publish(fleet("trainer"), "w", source, while_busy="copy")
     puller = Puller(fleet("engine"), "w", ["trainer"], [replicated(describe(source))])
-    puller.push(1)
     source["w"][:10] = 2
-    failed, _ = puller.freeze(2, base=1)
+    failed, _ = puller.freeze(1)
     source["w"][:10] = 3
-    push, frozen = puller.freeze(2, base=1)
-    base = raw(puller, frozen, 2)
+    push, frozen = puller.freeze(1)
+    base = raw(puller, frozen, 1)
     puller.release(failed, committed=False)
     puller.release(push)
     source["w"][10:20] = 4
-    push, frozen = puller.freeze(3, base=2)
+    push, frozen = puller.freeze(2, base=1)
     assert same(tensors_of(puller.images[0], rebuild(puller, frozen, 0, base)), source)
     puller.release(push)
 
@@ -169,17 +169,18 @@ def test_a_publication_without_deltas_offers_none(fleet):
     publish(fleet("trainer"), "w", source, delta="off")
     puller = Puller(fleet("engine"), "w", ["trainer"], [replicated(describe(source))])
     puller.push(1)
-    push, frozen = puller.freeze(2, base=1)
-    assert not frozen[0].deltas
-    puller.release(push)
+    for version in (2, 3, 4):
+        push, frozen = puller.freeze(version, base=version - 1)
+        assert not frozen[0].deltas
+        puller.release(push)
+    assert fleet.agents[0].statistics().regions == 1
 
 
 def test_without_memory_for_the_blobs_the_version_is_still_frozen(fleet, monkeypatch):
     source = {"w": torch.zeros(5000)}
-    publish(fleet("trainer"), "w", source)
+    publication = publish(fleet("trainer"), "w", source)
     puller = Puller(fleet("engine"), "w", ["trainer"], [replicated(describe(source))])
-    puller.push(1)
-    puller.push(2, base=1)
+    puller.warm(publication)
 
     def refuse(*_arguments):
         raise RangeError("no memory")
