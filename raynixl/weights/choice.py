@@ -10,7 +10,7 @@ from raynixl.weights.bitmap import indices, pick
 from raynixl.weights.holders import Holders, Host, Member, Pulling
 
 _HOSTS_TRIED = 6  # hosts that are looked at for anything of use: more are not worth it, and `Parking` finds them
-_SOLE = 2  # chunks that a host has yet to pass on, from which on the origin prefers those that have less
+_SOLE = 1  # chunks that a host has yet to pass on, from which on the origin prefers those that have less
 _CHUNKS_TRIED = 4  # chunks that are looked at for one with a free holder on the same host
 
 
@@ -52,8 +52,6 @@ class Choice:
 
     def relay(self, member: Member, room: int, now: float) -> list[Assignment]:
         """Return up to `room` chunks, each from whoever can best give it."""
-        if member.avoid:
-            member.avoid = {holder: until for holder, until in member.avoid.items() if until > now}
         found: list[Assignment] = []
         while len(found) < room:
             one = self._one(member, now)

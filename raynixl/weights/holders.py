@@ -18,6 +18,7 @@ class Host:
     has: int = 0  # chunks that some member here has and serves
     arriving: int = 0  # chunks that some member is bringing in
     load: int = 0  # chunks being pulled from here by other hosts
+    level: int = 0  # that for each of its members
     sole: int = 0  # chunks that only this host has, or is being sent by the origin: what it has to pass on
 
 
@@ -159,16 +160,17 @@ class Holders:
             self._reload(holder.host, -1)
 
     def _reload(self, host: Host, change: int) -> None:
-        before, bit = host.load, 1 << host.index
+        bit = 1 << host.index
         host.load += change
-        if before < self.uploads:
-            self._free[before] ^= bit
-        if host.load < self.uploads:
-            self._free[host.load] |= bit
+        if self.is_free(host):
+            self._free[host.level] ^= bit
+        host.level = host.load // max(1, len(host.members))
+        if self.is_free(host):
+            self._free[host.level] |= bit
 
     def is_free(self, host: Host) -> bool:
         """Whether a host can give a chunk to another one."""
-        return host.load < self.uploads
+        return host.level < self.uploads
 
     # who gives
 

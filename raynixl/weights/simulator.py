@@ -82,7 +82,8 @@ class _Play:
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._count = 0
         self._origin = _Link(1 / scenario.origin)
-        uplinks = scenario.origin / max(node.down for node in scenario.nodes) / len(scenario.images)
+        link = max(min(node.down, node.rank) for node in scenario.nodes)
+        uplinks = scenario.origin / link / len(scenario.images)
         policy = scenario.policy if scenario.policy.uplinks is not None else replace(scenario.policy, uplinks=uplinks)
         hosts = [f"origin-{number}" for number in range(scenario.origin_hosts)]
         self._chunks = [max(1, -(-nbytes // scenario.chunk_nbytes)) for nbytes in scenario.images]
@@ -151,21 +152,23 @@ class _Play:
         swarm.done(receiver.name, news, self._now)
         if room > 0:
             found = swarm.next(receiver.name, room, self._now)
-            receiver.is_asking = bool(found)
-            self._answer(receiver, found)
+            self._at(self._now + self._scenario.control / 2, self._start, receiver, found)
         self._settle(image)
 
     def _fail(self, pull: _Pull, why: Why) -> None:
-        receiver, image = pull.receiver, pull.receiver.rank.image
+        receiver = pull.receiver
         if receiver.is_gone(self._now):
             return
         self._failures += 1
         receiver.pulling -= 1
-        chosen = pull.assignment
-        self._swarms[image].failed(receiver.name, chosen.chunk, chosen.holder, why, self._now)
         self._work(receiver)
-        self._ask(receiver)
+        self._at(self._now + self._scenario.control / 2, self._hear_failure, receiver, pull.assignment, why)
+
+    def _hear_failure(self, receiver: _Receiver, chosen: Assignment, why: Why) -> None:
+        image = receiver.rank.image
+        self._swarms[image].failed(receiver.name, chosen.chunk, chosen.holder, why, self._now)
         self._settle(image)
+        self._at(self._now + self._scenario.control / 2, self._ask, receiver)
 
     def _tick(self, idle: int) -> None:
         """What a coordinator does now and then, until all have finished or nothing happens any more."""
@@ -190,8 +193,7 @@ class _Play:
                 self._release = self._now
 
     def _answer(self, receiver: _Receiver, assignments: list[Assignment]) -> None:
-        if assignments:
-            self._at(self._now + self._scenario.control / 2, self._start, receiver, assignments)
+        self._at(self._now + self._scenario.control / 2, self._start, receiver, assignments)
 
     # a receiver
 
@@ -209,7 +211,8 @@ class _Play:
         receiver.is_asking = False
         receiver.todo.extend(assignments)
         self._work(receiver)
-        self._ask(receiver)
+        if assignments or receiver.news:
+            self._ask(receiver)
 
     def _work(self, receiver: _Receiver) -> None:
         scenario = self._scenario

@@ -100,7 +100,7 @@ class Swarm:
         member = self._members.get(receiver)
         if member is None:
             raise ConfigError(f"{receiver!r} takes no part in this push", hint="let it join first")
-        self._heard(member, now)
+        self._catch_up(member, now)
         self._parking.forget(member)
         found = (
             self._choice.direct(member, self._turn(member), now)
@@ -119,7 +119,7 @@ class Swarm:
         return list(self._members).index(member.name) / len(self._members)
 
     def _is_direct(self, member: Member) -> bool:
-        if self._origin.is_gone or self.topology is Topology.RELAY:
+        if self._origin.is_gone or self.topology is Topology.RELAY or ORIGIN in member.avoid:
             return False
         if self.topology is Topology.DIRECT:
             return True
@@ -143,7 +143,7 @@ class Swarm:
         member = self._members.get(receiver)
         if member is None:
             return  # it left, and this was on its way
-        self._heard(member, now)
+        self._catch_up(member, now)
         member.progressed = now
         for chunk in chunks:
             pulling = self._drop(member, chunk)
@@ -159,7 +159,7 @@ class Swarm:
         pulling = None if member is None else member.pending.get(chunk)
         if member is None or pulling is None or holder != (pulling.holder.name if pulling.holder else ORIGIN):
             return  # it left, or this was answered already
-        self._heard(member, now)
+        self._catch_up(member, now)
         self._drop(member, chunk)
         if why is Why.CORRUPT:
             self._accuse(member, pulling)
@@ -202,7 +202,10 @@ class Swarm:
         self._holders.resume(member)
         self._choice.freed[member.host] = None
 
-    def _heard(self, member: Member, now: float) -> None:
+    def _catch_up(self, member: Member, now: float) -> None:
+        """Note what has passed by now."""
+        if member.avoid:
+            member.avoid = {holder: until for holder, until in member.avoid.items() if until > now}
         if member.resumes is not None and member.resumes <= now:
             member.resumes = None
             member.complaints.clear()
@@ -211,14 +214,14 @@ class Swarm:
     def tick(self, now: float) -> list[tuple[str, Assignment]]:
         """Write off pulls that take too long, and return them; call it now and then, and `dispatch` after it.
 
-        Others may bring these chunks in from then on. Their own receivers are to be told to give them up, and
-        to say `failed`; until then they are not assigned these chunks again.
+        Those are of receivers that finished nothing in `stall_seconds`. Others may bring these chunks in from then on;
+        they themselves are to be told to give them up and to say `failed`, and get them again only then.
         """
         self._choice.freed.update(dict.fromkeys(self._holders.hosts.values()))  # pauses may have passed
         overdue: list[tuple[str, Assignment]] = []
         limit = now - self.policy.stall_seconds
         for member in self._members.values():
-            self._heard(member, now)
+            self._catch_up(member, now)
             if member.progressed > limit:
                 continue
             for pulling in member.pending.values():
@@ -256,7 +259,7 @@ class Swarm:
 
     @property
     def lost(self) -> tuple[int, ...]:
-        """The chunks that nobody can give any more: the push cannot be completed by all."""
+        """The chunks that nobody can give any more: unless somebody joins who has them, not all can complete."""
         gone = self._holders.scarce[0]
         if not self._origin.is_gone:
             gone &= self._origin.hopeless
