@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
 
 import numpy as np
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 from raynixl.weights.difference import Difference, is_same_view
 from raynixl.weights.holdings import Holdings
 from raynixl.weights.layout import Layout, shape_text
-from raynixl.weights.pieces import Ints, TensorInfo
-from raynixl.weights.shards import entry_at
+from raynixl.weights.pieces import Ints, TensorInfo, widened
+from raynixl.weights.shards import Shards, entry_at
 from raynixl.weights.table import Table, pack
 
 _LAST = np.int64(1 << 62)
@@ -74,7 +75,7 @@ class Needs:
             np.minimum.at(first, slot[used], self.wanted[used])
         order = np.argsort(first, kind="stable")
         names, starts = table.locals.names, np.flatnonzero(np.diff(first[order], prepend=-1))
-        for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+        for begin, end in itertools.pairwise([*starts.tolist(), len(order)]):
             if end - begin > 1:
                 order[begin:end] = sorted(order[begin:end].tolist(), key=names.__getitem__)
         return order.astype(np.int64)
@@ -213,6 +214,19 @@ class Image:
         table, places = self.needs.table, self.places
         own = self._entries.tolist()
         return Layout(tuple(entry_at(table, (self.rank, entry), int(places[entry])) for entry in own), self.arenas)
+
+    def key(self, dims: int) -> object:
+        """Return what is equal for images of equal needs, whatever tables they come from; `dims` suffice for all."""
+        table, own = self.needs.table, self._entries.tolist()
+        pieces = Shards(table, self.rank).pieces
+        wanted = self.needs.wanted[pieces.tensor]
+        entry = np.flatnonzero(table.entry_nbytes(self.rank) >= 0)[pieces.entry]
+        at = self.places[entry] + pieces.offset * table.entry_itemsizes[entry]
+        boxes = (widened(box, dims, n) for box, n in ((pieces.start, 0), (pieces.size, 1), (pieces.stride, 0)))
+        rows = np.column_stack((wanted, at, *boxes))[wanted >= 0]
+        kinds = tuple((table.locals.names[n], table.locals.dtypes[n], table.entry_shape(n, self.rank)) for n in own)
+        sharing = tuple(table.locals.sharing.get(n, ()) for n in own)
+        return self.arenas, kinds, sharing, self.places[own].tobytes(), np.unique(rows, axis=0).tobytes()
 
     @cached_property
     def bases(self) -> Ints:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -198,16 +198,29 @@ def plan(sources: Sequence[Shards], targets: Sequence[Shards]) -> Plan:
     for shards in targets:
         if shards.table.digest not in needs:
             needs[shards.table.digest] = Needs(shards.table, holdings)
-    numbers: dict[str, int] = {}
-    image_of = tuple(numbers.setdefault(shards.digest, len(numbers)) for shards in targets)
-    distinct = [targets[image_of.index(number)] for number in range(len(numbers))]
     rows = [*holdings.differences, *_unexpected(holdings, list(needs.values()))]
     rows += [row for own in needs.values() for row in own.differences]
     refuse(rows)
-    images = tuple(Image(needs[shards.table.digest], shards.rank) for shards in distinct)
+    images, image_of = _images(needs, targets)
     groups = {id(own): list(_groups(holdings, own, images, rows)) for own in needs.values()}
     refuse(rows)
     return Plan(tuple(sources), tuple(targets), holdings.parts, image_of, holdings, images, groups)
+
+
+def _images(needs: Mapping[str, Needs], targets: Sequence[Shards]) -> tuple[tuple[Image, ...], tuple[int, ...]]:
+    """Return the distinct images, and which one each target has."""
+    made: dict[str, Image] = {}
+    for shards in targets:
+        if shards.digest not in made:
+            made[shards.digest] = Image(needs[shards.table.digest], shards.rank)
+    dims = max(own.table.geometries.start.shape[1] for own in needs.values())
+    keys = {digest: image.key(dims) if len(needs) > 1 else digest for digest, image in made.items()}
+    first: dict[object, int] = {}
+    images: list[Image] = []
+    for digest, image in made.items():
+        if first.setdefault(keys[digest], len(images)) == len(images):
+            images.append(image)
+    return tuple(images), tuple(first[keys[shards.digest]] for shards in targets)
 
 
 def refuse(rows: Sequence[Difference]) -> None:
