@@ -148,7 +148,7 @@ def boxes_of_full(
     for dim in reversed(wide):
         strides[dim] = span
         span *= shape[dim]
-    grid = Grid.of(span, strides)
+    grid = Grid.of(span, tuple(strides))
     for fitted in fit(nest, grid):
         for box in boxes(fitted, grid):
             start, size, steps = [0] * len(shape), [1] * len(shape), [0] * len(shape)

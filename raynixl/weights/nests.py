@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class Grid:
     strides: tuple[int, ...]
 
     @staticmethod
-    def of(nelements: int, strides: Sequence[int]) -> Grid:
+    @functools.lru_cache(maxsize=4096)
+    def of(nelements: int, strides: tuple[int, ...]) -> Grid:
         """Return the grid of a memory that is seen with these strides; of one dimension if they do not nest."""
         chain = sorted({1, *(stride for stride in strides if 0 < stride < nelements)}, reverse=True)
         if any(outer % inner for outer, inner in itertools.pairwise(chain)):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from raynixl.errors import ConfigError
 from raynixl.weights.ledger import ZEROS, Blot, Memory, View, Zeros
@@ -60,9 +61,8 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-        hot = [tensor for tensor in tensors if (memory := self.memory(tensor)) and memory.contents]
-        written = list(_written(func, args, kwargs))
+        hot = [tensor for tensor in _tensors((*args, *kwargs.values())) if self._is_hot(tensor)]
+        written = _written(func, args, kwargs)
         if not hot and not any(self.memory(tensor) for tensor in written):
             return self._pass(func, args, kwargs, written)
         if func in _HARMLESS or _is_view(func):
@@ -77,6 +77,10 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if result is not NotImplemented:
                 return result
         return self._spoil(func, args, kwargs, hot)
+
+    def _is_hot(self, tensor: torch.Tensor) -> bool:
+        memory = self.memory(tensor)
+        return memory is not None and len(memory.contents) > 0
 
     def transfer(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enter a copy, one of the operations that are understood."""
@@ -110,7 +114,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _enter(self, tensor: torch.Tensor, strides: Sequence[int]) -> Memory:
         nelements = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
-        memory = Memory(Grid.of(max(1, nelements), strides), _dtype(tensor))
+        memory = Memory(Grid.of(max(1, nelements), tuple(strides)), _dtype(tensor))
         self._memories[_key(tensor)] = (_weak(tensor), memory)
         return memory
 
@@ -141,7 +145,7 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Enter that an operation makes values: what it writes can come from full tensors only."""
         blot = self._blot(f"{func.overloadpacket} makes values", hot)
         self.read |= blot.tensors
-        written = list(_written(func, args, kwargs))
+        written = _written(func, args, kwargs)
         for tensor in written:
             memory = self._memory_or_scratch(tensor)
             memory.put(_view(tensor), blot)
@@ -150,9 +154,10 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if written:
             return written[0] if len(func._schema.returns) == 1 else None
         result = self._shapes(func, args, kwargs, blot)
-        for leaf in tree_flatten(result)[0]:
-            if not isinstance(leaf, torch.Tensor):
-                raise self._need(blot)
+        made = list(_tensors([result]))
+        if not made:
+            raise self._need(blot)
+        for leaf in made:
             self._made(leaf, blot)
         return result
 
@@ -163,14 +168,14 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor
 
     def _shapes(self, func: Any, args: Any, kwargs: Any, blot: Blot) -> Any:
+        if torch.Tag.data_dependent_output in func.tags:
+            raise self._need(blot)
         bare_args, bare_kwargs = tree_map_only(torch.Tensor, bare, (args, kwargs))
         if "device" in bare_kwargs:
             bare_kwargs["device"] = torch.device("meta")
         try:
             return func(*bare_args, **bare_kwargs)
-        except (NotImplementedError, RuntimeError) as exc:
-            if any(tensor.numel() == 0 for tensor in tree_flatten(bare_args)[0] if isinstance(tensor, torch.Tensor)):
-                raise
+        except NotImplementedError as exc:  # the shape of the result depends on values
             raise self._need(blot) from exc
 
     def _need(self, blot: Blot) -> ValueNeeded:
@@ -211,16 +216,33 @@ def _view(tensor: torch.Tensor) -> View:
     return View(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), _dtype(tensor))
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@functools.cache
 def _is_view(func: Any) -> bool:
     arguments = func._schema.arguments
     return bool(arguments) and arguments[0].alias_info is not None and not arguments[0].alias_info.is_write
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    for number, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor))
+@functools.cache
+def _outputs(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return which arguments of an operation it writes into: position and name."""
+    return tuple(
+        (number, argument.name)
+        for number, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    values = (args[number] if number < len(args) else kwargs.get(name) for number, name in _outputs(func))
+    return list(_tensors(values))
 
 
 def _misfit(near: Memory, to: View, far: Memory, of: View) -> str:

@@ -53,6 +53,9 @@ VALUES = {
     "by an output": lambda p, w: torch.mul(w, 2, out=p.data),
     "filled by a value": lambda p, w: p.data.fill_(w[0, 0].item()),
     "asked": lambda p, w: p.data.copy_(w if (w > 0).all() else -w),
+    "compared": lambda p, w: p.data.copy_(w if torch.equal(w, p) else w.clone()),
+    "positions of values": lambda p, w: p.data[: w.nonzero().shape[0] // 12].copy_(w[:1]),
+    "sorted": lambda p, w: p.data.copy_(w.sort(0, descending=True)[0]),
     "rows chosen by values": lambda p, w: p.data[:2].copy_(w[w[:, 0] > 5][:2]),
 }
 
@@ -250,6 +253,16 @@ def test_a_sharded_model_is_refused_since_its_loader_sees_only_the_whole():
     model = {"p": torch.Tensor._make_wrapper_subclass(Wrapped, (4, 3))}
     with pytest.raises(ConfigError, match="'p' is a Wrapped"):
         record(list, [TensorInfo("w", "float32", (4, 3))], model)
+
+
+def test_an_operation_that_does_not_fit_fails_as_it_does_with_values():
+    model = Holder(p=(4, 3))
+    with pytest.raises(ConfigError, match="failed at 'w' without values: RuntimeError"):
+        record(
+            lambda weights: [model.p.data.copy_(w + torch.ones(5)) for _, w in weights],
+            [TensorInfo("w", "float32", (4, 3))],
+            model,
+        )
 
 
 def test_a_dtype_that_cannot_be_carried_is_refused():
