@@ -34,7 +34,7 @@ class Choice:
     def __init__(self, holders: Holders, origin: Origin, policy: Policy, random: Callable[[], float]) -> None:
         self._holders = holders
         self._origin = origin
-        self._extra = int(holders.full.bit_length() * (1 + policy.extra_share))
+        self._extra = int(holders.full.bit_length() * policy.extra_share)  # chunks that it may yet give twice
         self._random = random
         self.active = 0  # pulls that count
         self.waiting: dict[Member, int] = {}  # receivers that could get nothing, and the room that they have
@@ -129,7 +129,8 @@ class Choice:
         origin = self._origin
         want &= ~origin.hopeless
         is_idle = not (origin.load or self._holders.rarity[0])
-        if want and is_idle and origin.given < self._extra and self._can_origin(member):
+        if want and is_idle and self._extra > 0 and self._can_origin(member):
+            self._extra -= 1
             return self._assign(member, self._holders.rarest(want), None, now=now)
         return None
 
