@@ -1,0 +1,230 @@
+"""Origins: the sources of a push as whoever pushes sees them: what they hold, what they serve, what they froze."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError, RegionUnknown
+from raynixl.weights.assembly import Assembled, assemble
+from raynixl.weights.conversation import ask_all
+from raynixl.weights.plan import Plan
+from raynixl.weights.protocol import topic
+from raynixl.weights.shards import Shards
+from raynixl.weights.sourcing import Described, Freeze, Frozen, ImageRows, Outgoing, Release
+from raynixl.weights.table import Table, pack
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+
+T = TypeVar("T")
+Answers = Mapping[str, bytes | RaynixlError]
+_RELEASE_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Origin:
+    """What is known of a source: in which life of it, which shards, which plans it was told."""
+
+    incarnation: str
+    described: Described
+    shards: Shards
+    arenas: list[int]
+    told: set[tuple[str, int]] = field(default_factory=set)
+
+
+class Origins:
+    """The sources of the weights under a name. Not safe in threads: one push at a time asks them."""
+
+    def __init__(self, agent: Agent, name: str, sources: Sequence[str]) -> None:
+        self.name = name
+        self.sources = tuple(sources)
+        self._agent = agent
+        self._known: dict[str, _Origin] = {}
+        self._tables: dict[str, Table] = {}
+        self._rows: dict[tuple[str, int], tuple[ImageRows, ...]] = {}  # (plan, part) -> what it serves
+
+    def __repr__(self) -> str:
+        return f"Origins({self.name!r}, {len(self._known)} of {len(self.sources)} known)"
+
+    @property
+    def planned(self) -> dict[str, Shards]:
+        """The shards of the sources that were ever described, in order, for the plan; some may be gone by now."""
+        return {name: self._known[name].shards for name in self.sources if name in self._known}
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """The chunk size that the first source wants."""
+        return next(iter(self._known.values())).described.chunk_nbytes
+
+    @property
+    def version(self) -> int:
+        """The highest version that some source knows to have been taken, when it was described."""
+        return max((origin.described.version for origin in self._known.values()), default=0)
+
+    def describe(self, deadline: float, *, until: float = 0.0) -> dict[str, RaynixlError]:
+        """Ask sources that are new or restarted what they hold; return those that do not answer, and why.
+
+        Until the monotonic time `until`, sources that are just starting are asked again.
+        """
+        fresh = [name for name in self.sources if not self._is_known(name)]
+        answers = ask_all(self._agent, self._topic("describe"), dict.fromkeys(fresh, b""), deadline, until=until)
+        found, failed = self._parsed(answers, Described.from_bytes)
+        failed |= self._fetch_tables(found, deadline)
+        for name, described in found.items():
+            if name in failed:
+                continue
+            try:
+                shards = Shards.at(self._tables[described.table], described.rank)
+            except IntegrityError as exc:
+                failed[name] = exc
+                continue
+            sizes = pack(shards.table.entry_nbytes(shards.rank), shards.table.locals.tied)[1].tolist()
+            self._known[name] = _Origin(self._incarnation(name), described, shards, sizes)
+        self._forget_tables()
+        return failed
+
+    def tell(self, plan: Plan, chunk_nbytes: int, deadline: float) -> dict[str, RaynixlError]:
+        """Tell sources what they serve under a plan of `planned`, where they were not told yet; return who failed."""
+        key = (plan.digest, chunk_nbytes)
+        fresh = {n: name for n, name in enumerate(self.planned) if key not in self._known[name].told}
+        fresh = {n: name for n, name in fresh.items() if self._is_known(name)}
+        if not fresh:
+            return {}
+        messages: dict[int, bytes] = {}
+        for part in {plan.part_of[number] for number in fresh}:
+            messages[part] = Outgoing(plan.digest, chunk_nbytes, self._served(plan, part)).to_bytes()
+        payloads = {name: messages[plan.part_of[number]] for number, name in fresh.items()}
+        told, failed = self._parsed(ask_all(self._agent, self._topic("outgoing"), payloads, deadline), bytes)
+        for name in told:
+            self._known[name].told.add(key)
+        return failed
+
+    def freeze(self, request: Freeze, plan: Plan, chunk_nbytes: int, deadline: float) -> Assembled:
+        """Have the sources copy their weights out, and put together what they say of the version.
+
+        Raises:
+            IntegrityError: replicas of a part hold different weights.
+            RaynixlError: no source of some part took part: the error of one.
+        """
+        names = list(self.planned)
+        frozen: dict[str, Frozen] = {}
+        failed = {name: self._gone(name) for name in names if not self._is_known(name)}
+        for _ in range(2):  # a source that has forgotten the plan is told again
+            failed |= self.tell(plan, chunk_nbytes, deadline)
+            asked = [name for name in names if name not in frozen and name not in failed]
+            answers = ask_all(self._agent, self._topic("freeze"), dict.fromkeys(asked, request.to_bytes()), deadline)
+            found, refused = self._parsed(answers, Frozen.from_bytes)
+            for name, one in found.items():
+                if self._fits(name, request, one):
+                    frozen[name] = one
+                else:
+                    wrong = f"{name!r} froze something else than it was asked to"
+                    failed[name] = IntegrityError(wrong, hint="push again", peer=name)
+            forgetful = [
+                name for name, error in refused.items() if isinstance(error, PeerRestarted) and self._is_known(name)
+            ]
+            for name in forgetful:
+                self._known[name].told.clear()
+            failed |= {name: error for name, error in refused.items() if name not in forgetful}
+            if not forgetful or time.monotonic() >= deadline:
+                break
+        failed |= {name: self._gone(name) for name in names if name not in frozen and name not in failed}
+        ordered = {name: frozen[name] for name in names if name in frozen}
+        return assemble(plan, (request, chunk_nbytes), (names, ordered, failed))
+
+    def release(self, push: str, *, committed: bool) -> None:
+        """Tell the sources that they need not keep a push; one that does not hear it frees itself in time."""
+        request = Release(push=push, committed=committed).to_bytes()
+        payloads = {name: request for name in self.sources if self._incarnation(name)}
+        ask_all(self._agent, self._topic("release"), payloads, time.monotonic() + _RELEASE_SECONDS)
+
+    def gone(self, names: Iterable[str], deadline: float) -> dict[str, RaynixlError]:
+        """Return which of these sources do not answer any more, and why."""
+        answers = ask_all(self._agent, self._topic("status"), dict.fromkeys(names, b""), deadline)
+        return self._parsed(answers, bytes)[1]
+
+    # What these share
+
+    def _topic(self, phase: str) -> str:
+        return topic(self.name, phase)
+
+    def _incarnation(self, name: str) -> str:
+        """Return the incarnation of a source that we are connected to, or ''."""
+        connection = self._agent.connector.current(name)
+        return "" if connection is None or connection.lost is not None else connection.incarnation
+
+    def _is_known(self, name: str) -> bool:
+        origin = self._known.get(name)
+        return origin is not None and origin.incarnation == self._incarnation(name)
+
+    def _fits(self, name: str, request: Freeze, frozen: Frozen) -> bool:
+        """Whether an answer is to what was asked, with the memory that the plan reads from."""
+        origin, sizes = self._known[name], [region.nbytes for region in frozen.holder.regions]
+        said = (frozen.version, frozen.plan, frozen.shards, frozen.holder.name, sizes)
+        return said == (request.version, request.plan, origin.shards.digest, name, origin.arenas)
+
+    def _gone(self, name: str) -> RaynixlError:
+        lost = self._agent.lost(name)
+        return PeerLost(f"source {name!r} is gone", hint="restart it", peer=name) if lost is None else lost
+
+    def _fetch_tables(self, found: Mapping[str, Described], deadline: float) -> dict[str, RaynixlError]:
+        """Fetch each table that is not known from one of the sources that name it; return the sources left without."""
+        failed: dict[str, RaynixlError] = {}
+        while True:
+            first: dict[str, str] = {}
+            for name, described in found.items():
+                if described.table not in self._tables and name not in failed:
+                    first.setdefault(described.table, name)
+            if not first:
+                return failed
+            payloads = {name: table.encode() for table, name in first.items()}
+            answers = ask_all(self._agent, self._topic("layout"), payloads, deadline)
+            tables, errors = self._parsed(answers, Table.from_bytes)
+            failed |= errors
+            for name, table in tables.items():
+                if table.digest == found[name].table:
+                    self._tables[table.digest] = table
+                else:
+                    failed[name] = ConfigError(f"{name!r} sent another table than it named", peer=name)
+
+    def _forget_tables(self) -> None:
+        used = {origin.described.table for origin in self._known.values()}
+        self._tables = {digest: table for digest, table in self._tables.items() if digest in used}
+
+    def _served(self, plan: Plan, part: int) -> tuple[ImageRows, ...]:
+        """Return what a part serves; worked out for all parts of a plan at once, an image at a time."""
+        if (plan.digest, part) not in self._rows:
+            rows: dict[int, list[ImageRows]] = {number: [] for number in range(len(plan.parts))}
+            for image, layout in enumerate(plan.images):
+                ranges = plan.incoming(image)
+                for place, own in enumerate(ranges.parts):
+                    mine = ranges[ranges.part == own].to_bytes()
+                    rows[own].append(ImageRows(image, place, layout.arenas, mine))
+            self._rows = {(plan.digest, number): tuple(own) for number, own in rows.items()}
+        return self._rows[plan.digest, part]
+
+    def _parsed(self, answers: Answers, parse: Callable[[bytes], T]) -> tuple[dict[str, T], dict[str, RaynixlError]]:
+        """Return what sources answered, and why others did not."""
+        well: dict[str, T] = {}
+        failed: dict[str, RaynixlError] = {}
+        for name, answer in answers.items():
+            try:
+                if isinstance(answer, RaynixlError):
+                    failed[name] = self._explained(name, answer)
+                else:
+                    well[name] = parse(answer)
+            except IntegrityError as exc:
+                failed[name] = IntegrityError(f"{name!r} answered nonsense: {exc.message}", hint=exc.hint, peer=name)
+        return well, failed
+
+    def _explained(self, name: str, error: RaynixlError) -> RaynixlError:
+        """Say in the words of weight sync that a source does not take part."""
+        if not isinstance(error, RegionUnknown):
+            return error
+        return RegionUnknown(
+            f"{name!r} does not publish the weights {self.name!r}",
+            hint=f"call rx.publish({self.name!r}, module) there, and keep what it returns open", peer=name,
+        )  # fmt: skip
