@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,11 @@ class Images(Sequence[Layout]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, number):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, number: int) -> Layout: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[Layout, ...]: ...
+    def __getitem__(self, number: int | slice) -> Layout | tuple[Layout, ...]:
         if isinstance(number, slice):
             return tuple(image.layout for image in self._images[number])
         return self._images[number].layout
