@@ -53,7 +53,7 @@ def check(make, values, load=None):
         for name, tensor in got.items():
             if not name.startswith(FULL):
                 synced.get_parameter(name).copy_(tensor)
-        load(synced, [(name, got[FULL + name].clone()) for name in recording.full])
+        load(synced, recording.to_load(got))
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(synced.state_dict()[name], tensor), name
     return recording

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,10 @@ class Recording:
     ignored: tuple[str, ...]
     untouched: tuple[str, ...]
     partial: tuple[str, ...]
+
+    def to_load(self, local: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Return what must go through `load_weights` at an install, out of the local tensors that came."""
+        return [(name, local[FULL + name]) for name in self.full]
 
 
 def record(load_weights: Loader, infos: Sequence[TensorInfo], model: Model) -> Recording:
