@@ -28,6 +28,11 @@ def plot_weights(rows: Sequence[Row], path: Path) -> None:
     _plot(rows, path, _draw_bars)
 
 
+def plot_plan(row: Row, path: Path) -> None:
+    """Write a picture of a plan: predicted seconds of each way beside the lower bound."""
+    _plot([row], path, _draw_plan)
+
+
 def _plot(rows: Sequence[Row], path: Path, draw: Callable[[Any, Sequence[Row]], None]) -> None:
     try:
         import matplotlib as mpl
@@ -63,6 +68,27 @@ def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
     axes.grid(axis="y", color="#e4e4e4", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def _draw_plan(axes: Any, rows: Sequence[Row]) -> None:
+    (row,) = rows
+    bound, *ways = row["predicted"]
+    names, seconds = [way["way"] for way in ways], [way["seconds"] for way in ways]
+    colours = [_COLOURS["raynixl"] if name == "swarm" else _COLOURS["memcpy"] for name in names]
+    bars = axes.barh(names, seconds, 0.62, color=colours, zorder=2)
+    axes.bar_label(bars, [f"{value:,.3g} s" for value in seconds], fontsize=9, padding=4)
+    axes.axvline(bound["seconds"], color="#2e4057", linestyle="--", linewidth=1.4, zorder=3)
+    axes.annotate(f"no way is below {bound['seconds']:,.3g} s", (bound["seconds"], 1.0), (4, -10),
+                  xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9)  # fmt: skip
+    if max(seconds) > 20 * min(seconds):
+        axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds, predicted")
+    title = f"{row['model']}: {row['sources']} trainers ({row['source']}) to {row['targets']} ranks ({row['target']})"
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.grid(axis="x", color="#e4e4e4", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw(axes: Any, rows: Sequence[Row]) -> None:
