@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from raynixl.agents import Agent
     from raynixl.region import Region
+    from raynixl.weights.original import Work
     from raynixl.weights.sourcing import Freeze
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ class Copy:
         self.arenas = arenas
         self.version = 0
         self._views: dict[str, torch.Tensor] = {}
+        self.work: Work | None = None
+        """What brings tensors into it, kept by whoever does that."""
         self._delta: Arenas | None = None
 
     def __repr__(self) -> str:
@@ -56,6 +59,7 @@ class Copy:
         """Let go of the memory."""
         self.version = 0
         self._views = {}
+        self.work = None
         self.arenas.release()
         self._let_go_of_delta()
 

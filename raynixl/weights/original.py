@@ -14,12 +14,13 @@ from raynixl.weights.layout import Layout
 from raynixl.weights.quantising import quantise
 from raynixl.weights.selection import Select, choose
 from raynixl.weights.shards import Shards
-from raynixl.weights.tensors import copy_tensors, dtype_name, is_tied, named_tensors
+from raynixl.weights.tensors import CopyJob, copy_tensors, dtype_name, is_tied, memory_of, named_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from raynixl.agents import Agent
+    from raynixl.weights.copies import Copy
     from raynixl.weights.tensors import Model, Tensors
 
     Form = tuple[str, tuple[int, ...]]
@@ -38,6 +39,23 @@ class Publish:
     in_place: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """The tensors that were found at one look, and where each of them lay."""
+
+    tensors: Tensors
+    memory: list[tuple[object, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """What brings the tensors of a look into one copy, prepared once."""
+
+    look: Look
+    job: CopyJob
+    quantised: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
 class Original:
     """A model whose tensors are looked at anew for each version, so that a trainer may replace them.
 
@@ -54,19 +72,29 @@ class Original:
         tensors = local_tensors(chosen)
         own = shards_of(chosen) if what.shards is None else what.shards
         self._forms: dict[str, Form] = {entry.name: (entry.dtype, entry.shape) for entry in own.layout.entries}
+        self._is_plain = all(tensor is chosen[name] for name, tensor in tensors.items())
+        self._last: Look | None = None
         self._check(tensors, "what its shards name", "mend the shards, or what is selected")
         self.shards = converted(own, what.conversion)
         self.layout: Layout = self.shards.layout
         if what.in_place:
             self._check_movable(chosen)
 
-    def collect(self) -> Tensors:
-        """Return the published tensors as they are now.
+    def look(self) -> Look:
+        """Return the published tensors as they are now: the same value as before while all lie where they lay.
 
         Raises:
             ConfigError: they are of other kinds than when they were published.
         """
-        tensors = local_tensors(choose(named_tensors(self._model), self._select))
+        chosen = choose(named_tensors(self._model), self._select)
+        memory = [memory_of(tensor) for tensor in chosen.values()] if self._is_plain else []
+        last = self._last
+        if last is None or not memory or chosen.keys() != last.tensors.keys() or memory != last.memory:
+            last = self._last = Look(self._checked(chosen), memory)
+        return last
+
+    def _checked(self, chosen: Tensors) -> Tensors:
+        tensors = local_tensors(chosen)
         self._check(tensors, "what was published", _HINT)
         tensors = {name: tensors[name] for name in self._forms}
         heads: dict[tuple[int, int], str] = {}
@@ -78,26 +106,33 @@ class Original:
                 )
         return tensors
 
-    def copy_out(self, agent: Agent, tensors: Tensors, view: Callable[[str], torch.Tensor]) -> None:
+    def copy_out(self, agent: Agent, look: Look, copy: Copy) -> None:
         """Bring tensors, converted, to where they lie in a copy; tied ones once.
 
         What is published in place lies there already, save tensors that the trainer has replaced.
         """
         if self._in_place:
-            self._move(agent, tensors, view)
+            self._move(agent, look.tensors, copy.view)
             return
-        heads = {self.layout.by_name[name].place: name for name in reversed(tensors)}
+        if copy.work is None or copy.work.look is not look:
+            copy.work = self._work(look, copy)
+        copy.work.job.run(agent)
+        for tensor, stored, scales in copy.work.quantised:
+            quantise(tensor, stored, scales)
+
+    def _work(self, look: Look, copy: Copy) -> Work:
+        heads = {self.layout.by_name[name].place: name for name in reversed(look.tensors)}
         pairs, quantised = [], []
         for name in reversed(heads.values()):
-            is_quantised = self.layout.by_name[name].dtype == FP8 != self._forms[name][0]
-            (quantised if is_quantised else pairs).append((name, tensors[name]))
-        copy_tensors(agent, [(view(name), tensor) for name, tensor in pairs])
-        for name, tensor in quantised:
-            quantise(tensor, view(name), view(name + SCALE_SUFFIX))
+            if self.layout.by_name[name].dtype == FP8 != self._forms[name][0]:
+                quantised.append((look.tensors[name], copy.view(name), copy.view(name + SCALE_SUFFIX)))
+            else:
+                pairs.append((copy.view(name), look.tensors[name]))
+        return Work(look, CopyJob(pairs), quantised)
 
     def move(self, agent: Agent, view: Callable[[str], torch.Tensor]) -> None:
         """Move the tensors into a copy for good: their values lie there from now on."""
-        self._move(agent, self.collect(), view)
+        self._move(agent, self.look().tensors, view)
 
     def _move(self, agent: Agent, tensors: Tensors, view: Callable[[str], torch.Tensor]) -> None:
         away = [(view(name), tensor) for name, tensor in tensors.items() if not is_tied(view(name), tensor)]

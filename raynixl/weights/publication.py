@@ -16,7 +16,7 @@ from raynixl.weights.copies import Copies, Copy
 from raynixl.weights.digest import digest_chunks, version_digest
 from raynixl.weights.hold import WhileBusy
 from raynixl.weights.layout import CHUNK_NBYTES, Layout
-from raynixl.weights.original import Original, Publish
+from raynixl.weights.original import Look, Original, Publish
 from raynixl.weights.protocol import Frozen as OldFrozen
 from raynixl.weights.protocol import Holder, Manifest, check_weights_name, topic
 from raynixl.weights.selection import Select
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raynixl.agents import Agent
-    from raynixl.weights.tensors import Model, Tensors
+    from raynixl.weights.tensors import Model
 
     Arrays = list[NDArray[np.uint8]]
 
@@ -167,9 +167,9 @@ class Publication:
             with self._versions:
                 self._check_version(request.version)
                 self._note(request)
-            tensors = self._original.collect()
+            look = self._original.look()
             began = time.monotonic()
-            arrays = self._copy_out(tensors, copy, deadline)
+            arrays = self._copy_out(look, copy, deadline)
             seconds = time.monotonic() - began
             answer = (self._frozen if request.plan else self._legacy)(request, copy, arrays, seconds)
         except BaseException:
@@ -227,11 +227,11 @@ class Publication:
             digest_seconds=time.monotonic() - began,
         ).to_bytes()  # fmt: skip
 
-    def _copy_out(self, tensors: Tensors, copy: Copy, deadline: float) -> Arrays:
+    def _copy_out(self, look: Look, copy: Copy, deadline: float) -> Arrays:
         """Bring the weights into a copy; return its memory, which the caller so keeps if the publication is closed."""
         with self._alone(deadline, deadline - time.monotonic()):
             self._check_open()
-            self._original.copy_out(self._agent, tensors, copy.view)
+            self._original.copy_out(self._agent, look, copy)
             return copy.arenas.arrays
 
     def _on_describe(self, _peer: str, _payload: bytes) -> bytes:

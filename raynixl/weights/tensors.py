@@ -134,22 +134,41 @@ def view_of(arenas: Sequence[NDArray[np.uint8]], entry: Entry) -> torch.Tensor:
 
 def copy_tensors(agent: Agent, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy (destination, source) pairs: whatever is plain bytes in one batch by several threads, the rest by torch."""
+    CopyJob(pairs).run(agent)
+
+
+class CopyJob:
+    """Copies of (destination, source) pairs, sorted out once; to be run while both lie where they lie now."""
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        rows, self._plain, self._others = [], [], []
+        for target, source in pairs:
+            same = target.dtype == source.dtype and target.shape == source.shape
+            if same and _is_plain(target) and _is_plain(source):
+                rows.append((source.data_ptr(), target.data_ptr(), source.numel() * source.element_size()))
+                self._plain.append((target, source))
+            else:
+                self._others.append((target, source))
+        table = np.array(rows, np.uint64).reshape(-1, 3)
+        self._rows = np.ascontiguousarray(table[table[:, 2] > 0])
+
+    def run(self, agent: Agent) -> None:
+        """Copy everything: plain bytes by the agent's threads, the rest by torch."""
+        others = self._others
+        if len(self._rows) and not _copy_rows(agent, self._rows):
+            others = [*others, *self._plain]
+        if others:
+            _copy_by_torch(others)
+
+
+def _copy_by_torch(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     import torch
 
-    rows, plain, others = [], [], []
-    for target, source in pairs:
-        if _is_plain(target) and _is_plain(source) and target.dtype == source.dtype and target.shape == source.shape:
-            rows.append((source.data_ptr(), target.data_ptr(), source.numel() * source.element_size()))
-            plain.append((target, source))
-        else:
-            others.append((target, source))
-    if rows and not _copy_rows(agent, np.array(rows, np.uint64)):
-        others = list(pairs)
-    inference = any(target.is_inference() for target, _ in others)
-    devices = {tensor.device for pair in others for tensor in pair if tensor.device.type == "cuda"}
+    inference = any(target.is_inference() for target, _ in pairs)
+    devices = {tensor.device for pair in pairs for tensor in pair if tensor.device.type == "cuda"}
     _synchronise(devices)  # kernels that readers or trainers have launched on streams of their own
     with torch.inference_mode() if inference else torch.no_grad():
-        for target, source in others:
+        for target, source in pairs:
             target.copy_(source)
     _synchronise(devices)
 
@@ -159,6 +178,12 @@ def note_change(tensors: Sequence[torch.Tensor]) -> None:
     import torch
 
     torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what tells where and how a plain tensor lies in memory; equal for two that are the same memory."""
+    flags = (tensor.is_conj(), tensor.is_neg())
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), flags
 
 
 def is_tied(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -181,10 +206,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _copy_rows(agent: Agent, rows: NDArray[np.uint64]) -> bool:
     """Copy by the agent's engine; False if it did not, as when the agent is being closed."""
-    rows = rows[rows[:, 2] > 0]
-    if not len(rows):
-        return True
-    result = agent.engine.program(COPY, 0, np.ascontiguousarray(rows), []).run(_COPY_SECONDS)
+    result = agent.engine.program(COPY, 0, rows, []).run(_COPY_SECONDS)
     if not isinstance(result, int):
         result.wait(_COPY_SECONDS)
         result.wait_settled(_COPY_SECONDS)
