@@ -22,33 +22,24 @@ from raynixl.errors import (
     RaynixlError,
     TransferTimeout,
 )
-from raynixl.memory import MemoryKind
 from raynixl.record import AgentRecord
 from raynixl.region import RemoteRegion, check_descriptor
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
-    from raynixl.agents.prepared import Prepared, Route
+    from raynixl.agents.prepared import Kinds, Prepared, Route
 
 MAX_LOST = 256
 """So many peers that are gone are remembered, the latest: agents of many names may come and go for months."""
-
-Kinds = frozenset[tuple[MemoryKind, MemoryKind]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
     """What a binding is for."""
 
-    prepared: Prepared
+    kinds: Kinds
     fds: Sequence[int]
     deadline: float
-
-    @property
-    def kinds(self) -> Kinds:
-        """The (local, remote) kinds of memory that take part."""
-        plan = self.prepared
-        return frozenset((ours.kind, theirs.kind) for ours in plan.local for theirs in plan.remote)
 
 
 class Connector:
@@ -152,7 +143,8 @@ class Connector:
         if not connection.binding.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TransferTimeout(f"the regions of {prepared.peer!r} were not bound in time", peer=prepared.peer)
         try:
-            bindings = [self._bind(connection, remote, prepared, deadline) for remote in prepared.remote]
+            kinds = prepared.kinds()
+            bindings = [self._bind(connection, remote, kinds, deadline) for remote in prepared.remote]
         finally:
             connection.binding.release()
         prepared.bind(bindings)
@@ -270,7 +262,7 @@ class Connector:
             hint="run both on one host, or enable a backend for networks", peer=record.name,
         )  # fmt: skip
 
-    def _bind(self, connection: Connection, remote: RemoteRegion, prepared: Prepared, deadline: float) -> Binding:
+    def _bind(self, connection: Connection, remote: RemoteRegion, kinds: Kinds, deadline: float) -> Binding:
         key = (remote.id, remote.generation)
         with connection.lock:
             held = connection.bindings.get(key)
@@ -281,7 +273,7 @@ class Connector:
             withdrawals = connection.withdrawals
             fds = self._agent.consent.ask_to_bind(connection, remote, deadline)
             try:
-                binding = self._choose(connection, remote, _Need(prepared, fds, deadline))
+                binding = self._choose(connection, remote, _Need(kinds, fds, deadline))
             finally:
                 _close_all(fds)
             try:

@@ -52,7 +52,7 @@ def explain(agent: Agent, src: Selections, dst: Selections) -> Explanation:
     op = Op.WRITE if isinstance(getattr(first, "region", first), Region) else Op.READ
     plan = Prepared(agent, op, src, dst)
     bindings = agent.connector.bind(plan, time.monotonic() + agent.config.connect_timeout)
-    kinds = frozenset((ours.kind, theirs.kind) for ours in plan.local for theirs in plan.remote)
+    kinds = plan.kinds()
     rejected = []
     is_later = False
     for backend in agent.backends:

@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
 from raynixl.backends.base import Binding, Link, Op, Request
-from raynixl.blocks import Blocks, Segments, match
+from raynixl.blocks import Blocks, Segments, Table, match
 from raynixl.config import check_timeout
 from raynixl.errors import (
     AgentClosed,
@@ -26,6 +27,7 @@ from raynixl.errors import (
     TransferCancelled,
     TransferTimeout,
 )
+from raynixl.memory import MemoryKind
 from raynixl.messages import check_payload
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, RESET, STALE, TIMEOUT, Job, Program
 from raynixl.region import Region, RemoteRegion
@@ -34,6 +36,7 @@ from raynixl.telemetry import RouteCounter
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
 
+Kinds = frozenset[tuple[MemoryKind, MemoryKind]]
 Selection = Region | RemoteRegion | Blocks
 Selections = Selection | Sequence[Selection]
 _UNBOUND = RouteCounter("", "")
@@ -79,11 +82,11 @@ class Prepared:
         mine, theirs = (dst, src) if op is Op.READ else (src, dst)
         ours = [_as_blocks(item, Region, op, "local") for item in as_list(mine)]
         remotes = [_as_blocks(item, RemoteRegion, op, "peer's") for item in as_list(theirs)]
-        self.local: list[Region] = _distinct(ours)
-        self._remote: list[RemoteRegion] = _distinct(remotes)
+        self.local: list[Region]
+        self._remote: list[RemoteRegion]
+        self.local, ours_table = _distinct(ours)
+        self._remote, remote_table = _distinct(remotes)
         self._check_regions()
-        ours_table = [(self.local.index(item.region), item.table) for item in ours]
-        remote_table = [(self._remote.index(item.region), item.table) for item in remotes]
         source, target = (remote_table, ours_table) if op is Op.READ else (ours_table, remote_table)
         self.segments: Segments = match(source, target)
         self.nbytes = self.segments.total
@@ -220,6 +223,10 @@ class Prepared:
         """The peer's regions that take part."""
         return self._remote
 
+    def kinds(self) -> Kinds:
+        """Return the (local, remote) kinds of memory that take part."""
+        return frozenset(product({region.kind for region in self.local}, {region.kind for region in self._remote}))
+
     def count_end(self, error: RaynixlError | None) -> None:
         """Count a transfer that took the long way."""
         counter = self._counter
@@ -310,12 +317,24 @@ def _as_blocks(item: Selection, kind: type[Region] | type[RemoteRegion], op: Op,
     return blocks
 
 
-def _distinct(items: list[Blocks]) -> list[Any]:
+def _distinct(items: list[Blocks]) -> tuple[list[Any], list[tuple[int, Table]]]:
+    """Return the regions, each once, and for each item which one it lies in, and its table.
+
+    Descriptors are compared only with those of the same number: there may be thousands, and each costs microseconds.
+    """
     regions: list[Any] = []
+    known: dict[tuple[int, int], list[int]] = {}
+    tables = []
     for item in items:
-        if item.region not in regions:
-            regions.append(item.region)
-    return regions
+        region = item.region
+        alike = known.setdefault((region.id, region.generation), [])
+        place = next((number for number in alike if regions[number] == region), None)
+        if place is None:
+            place = len(regions)
+            regions.append(region)
+            alike.append(place)
+        tables.append((place, item.table))
+    return regions, tables
 
 
 def _translate_errno(number: int, plan: Prepared) -> RaynixlError:

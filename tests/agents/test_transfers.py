@@ -164,3 +164,13 @@ def test_an_arena_is_seen_as_arrays_and_tensors(pair: tuple[Agent, Agent]) -> No
     alice.write(near, far.describe()).wait(PATIENCE)
     assert far.array(np.float32).tolist() == list(range(256))
     assert far.array(np.float32, (2, 4), offset=32).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_a_read_may_span_a_thousand_regions_at_both_ends(pair: tuple[Agent, Agent]) -> None:
+    """Meeting them took a time that grew with the cube of their number: half a minute for 300."""
+    alice, bob = pair
+    whole = random_bytes(1000 * 64, 3)
+    theirs = [bob.register(piece.copy()) for piece in whole.reshape(1000, 64)]
+    mine = [alice.register(np.zeros(64, np.uint8)) for _ in range(1000)]
+    alice.read([region.describe() for region in theirs], mine).wait(PATIENCE)
+    assert np.concatenate([region.array() for region in mine]).tobytes() == whole.tobytes()
