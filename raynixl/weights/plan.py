@@ -21,7 +21,7 @@ from raynixl.weights.needs import Image, Needs
 from raynixl.weights.pieces import Ints, distinct, widened
 from raynixl.weights.ranges import Ranges, join
 from raynixl.weights.shards import Shards
-from raynixl.weights.table import ARENA_SHIFT, Geometries, Table
+from raynixl.weights.table import ARENA_SHIFT, Geometries, Table, hashes
 
 _MAGIC = b"RXPL"
 _OFFSET = (1 << ARENA_SHIFT) - 1
@@ -245,7 +245,10 @@ def _unexpected(holdings: Holdings, needs: Sequence[Needs]) -> Iterator[Differen
     for own in needs:
         numbers = [holdings.index.get(info.name, -1) for info in own.table.tensors]
         known[holdings.alias[[number for number in numbers if number >= 0]]] = True
-    for number in np.flatnonzero(~known[holdings.alias]).tolist():
+    unknown = np.flatnonzero(~known[holdings.alias])
+    named = hashes(holdings.tensors[number].name for number in unknown.tolist())
+    offered = np.unique(np.concatenate([own.table.others for own in needs]))
+    for number in unknown[~np.isin(named, offered)].tolist():
         info = holdings.tensors[number]
         yield Difference(info.name, shape_text(info.dtype, info.shape), "-", "unexpected: the target has none")
 

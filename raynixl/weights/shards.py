@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from raynixl.errors import ConfigError, IntegrityError
 from raynixl.weights.layout import Entry, Layout, build_layout
 from raynixl.weights.pieces import Ints, Pieces, TensorInfo, distinct, padded, row_major
 from raynixl.weights.sharing import TensorSpec
-from raynixl.weights.table import ARENA_SHIFT, Geometries, Locals, Table, pack
+from raynixl.weights.table import ARENA_SHIFT, Geometries, Locals, Table, hashes, pack
 from raynixl.weights.tablecheck import check_table
 
 _MAGIC = b"RXSH"
@@ -32,7 +32,7 @@ class Shards:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """The full tensors that this is a part of, those included of which it holds nothing."""
+        """The full tensors that this is a part of; of some it may hold nothing."""
         return self.table.tensors
 
     @cached_property
@@ -125,8 +125,9 @@ def from_pieces(
 ) -> Shards:
     """Return the shards of a rank by itself; `pieces.entry` counts the entries of the layout, which holds ties.
 
-    `tensors` are all that were offered, used or not. A local tensor without any piece is not fed by a push; what no
-    piece covers of one that is fed gets zeros. `tied` names the tensor that another one is, wherever that lies.
+    `tensors` are all that were offered; of those that are not used only the names are remembered. A local tensor
+    without any piece is not fed by a push; what no piece covers of one that is fed gets zeros. `tied` names the tensor
+    that another one is, wherever that lies.
 
     Raises:
         ConfigError: a name is used twice, a dtype cannot be carried, or a piece lies outside its tensors.
@@ -134,6 +135,7 @@ def from_pieces(
     order = np.lexsort((pieces.offset, pieces.entry, pieces.tensor))
     pieces = pieces[order][pieces.counts[order] > 0]
     _check_numbers(pieces, (len(tensors), len(layout.entries)))
+    tensors, pieces, others = _pruned(tensors, pieces, tied or {})
     slot, entry_of, lead_of, leads = _slots(pieces, len(tensors))
     rest = pieces.offset - leads[lead_of[slot, pieces.tensor], 0]
     stride = np.where(pieces.size > 1, pieces.stride, 0)
@@ -146,9 +148,25 @@ def from_pieces(
     own = _locals(layout)
     alias = _aliases(tensors, (geometry_of, np.append(own.tied, -1)[entry_of], leads[lead_of, 0]))
     tie(alias, tensors, tied or {})
-    table = Table(tuple(tensors), alias, geometry_of, known, entry_of, lead_of, leads, own)
+    table = Table(tuple(tensors), alias, geometry_of, known, entry_of, lead_of, leads, own, others)
     check_table(table)
     return Shards(table, 0)
+
+
+def _pruned(
+    tensors: Sequence[TensorInfo], pieces: Pieces, tied: Mapping[str, str]
+) -> tuple[Sequence[TensorInfo], Pieces, Ints]:
+    """Leave out tensors of which nothing is used, a model's worth of experts for one, and return their hashes."""
+    if len({info.name for info in tensors}) != len(tensors):
+        raise ConfigError("two tensors have one name", hint="give each tensor its own name")
+    kept = np.zeros(len(tensors), np.bool_)
+    kept[pieces.tensor] = True
+    named = {*tied, *tied.values()}
+    for at in np.flatnonzero(~kept).tolist():
+        kept[at] = 0 in tensors[at].shape or tensors[at].name in named
+    others = np.sort(hashes(tensors[at].name for at in np.flatnonzero(~kept).tolist()))
+    moved = replace(pieces, tensor=(np.cumsum(kept) - 1)[pieces.tensor])
+    return [tensors[at] for at in np.flatnonzero(kept).tolist()], moved, others
 
 
 def _check_numbers(pieces: Pieces, limits: tuple[int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -64,7 +64,8 @@ class Table:
     """What the ranks of one mesh hold. Tensor g has geometry `geometry_of[g]` (-1: no rank has any of it).
 
     Its slot k lies in local tensor `entry_of[k, g]` (-1: no slot), from element `leads[lead_of[k, g], rank]` on.
-    `alias[g]` is the first tensor that has the same values, g itself if it is alone. Equal tables have one digest.
+    `alias[g]` is the first tensor that has the same values, g itself if it is alone. `others` are the hashes of names
+    of tensors that are known and not needed. Equal tables have one digest.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -75,6 +76,7 @@ class Table:
     lead_of: Ints
     leads: Ints
     locals: Locals
+    others: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     _places: dict[bytes, Ints] = field(default_factory=dict, init=False, repr=False)
 
     def __str__(self) -> str:
@@ -176,6 +178,7 @@ class Table:
             np.array(sorted(own.sharing), np.int64),
             np.array([len(own.sharing[entry]) for entry in sorted(own.sharing)], np.int64),
             np.array(flat, np.int64),
+            self.others,
         ]  # fmt: skip
         return pack_columns(MAGIC, [dtypes, [info.name for info in self.tensors], own.names], arrays)
 
@@ -223,7 +226,9 @@ def _read(columns: Columns) -> Table:
     if is_outside or not leads.size or (lead_of.size and int(lead_of.max()) >= len(leads)):
         raise columns.malformed("a piece is on no rank")
     own = _read_locals(columns, (local_names, dtypes, leads.shape[1]))
-    return Table(tensors, alias, geometry_of, known, entry_of, lead_of, leads, own)
+    others = columns.array(None, low=-(1 << 63), high=1 << 63)
+    columns.end()
+    return Table(tensors, alias, geometry_of, known, entry_of, lead_of, leads, own, others)
 
 
 def _read_locals(columns: Columns, known: tuple[list[str], list[str], int]) -> Locals:
@@ -238,13 +243,20 @@ def _read_locals(columns: Columns, known: tuple[list[str], list[str], int]) -> L
     shared = columns.array(None, high=max(entries, 1))
     lengths = columns.array(len(shared), high=MAX_DIMS + 3)
     flat = columns.array(int(lengths.sum())).tolist()
-    columns.end()
     ends = np.cumsum(lengths).tolist()
     sharing = {
         entry: tuple(flat[end - length : end])
         for entry, length, end in zip(shared.tolist(), lengths.tolist(), ends, strict=True)
     }
     return Locals(tuple(names), tuple(dtypes[at] for at in dtype_of), shape_of, shapes, dims, tied, sharing)
+
+
+def hashes(names: Iterable[str]) -> Ints:
+    """Return a number for each name, in their order."""
+    import xxhash
+
+    found = [xxhash.xxh3_64_intdigest(name.encode(errors="surrogatepass")) for name in names]
+    return np.array(found, np.uint64).view(np.int64)
 
 
 def pack(nbytes: Ints, tied: Ints, *, arena_nbytes: int = ARENA_NBYTES) -> tuple[Ints, Ints]:
