@@ -40,13 +40,9 @@ class Choice:
         self.waiting: dict[Member, int] = {}  # receivers that could get nothing, and the room that they have
         self.freed: dict[Host, None] = {}  # hosts that gave or gained something: they may have something to give now
 
-    def unassigned(self, member: Member) -> int:
-        """Return the bitmap of what a receiver neither has nor is pulling."""
-        return self._holders.full & ~(member.has | member.coming)
-
     def direct(self, member: Member, turn: float, now: float) -> list[Assignment]:
         """Return everything from the origin; receivers begin at other places, so that they spread over its sources."""
-        numbers = indices(self.unassigned(member) & ~self._origin.hopeless).tolist()
+        numbers = indices(member.wants & ~self._origin.hopeless).tolist()
         first = int(len(numbers) * turn)
         return [self._assign(member, chunk, None, now=now) for chunk in [*numbers[first:], *numbers[:first]]]
 
@@ -79,7 +75,7 @@ class Choice:
 
     def local(self, member: Member, now: float) -> Assignment | None:
         """Assign something that another receiver on the same host has."""
-        want = self.unassigned(member) & member.host.has
+        want = member.wants & member.host.has
         for _ in range(_CHUNKS_TRIED):
             if not want:
                 return None
@@ -116,7 +112,8 @@ class Choice:
 
     def _wanted(self, member: Member) -> int:
         """What a receiver would have to bring in to its host."""
-        return self.unassigned(member) & ~(member.host.has | member.host.arriving)
+        host = member.host
+        return member.wants if len(host.members) == 1 else member.wants & ~(host.has | host.arriving)
 
     def _remote(self, member: Member, now: float) -> Assignment | None:
         want = self._wanted(member)
@@ -154,7 +151,7 @@ class Choice:
         bit = 1 << chunk
         is_local = holder is not None and holder.host is member.host
         member.pending[chunk] = Pulling(chunk, holder, now, is_local)
-        member.coming |= bit
+        member.wants ^= bit
         self.active += 1
         if not is_local:
             member.remote += 1

@@ -39,9 +39,9 @@ class Member:
 
     name: str
     host: Host
-    has: int = 0
+    has: int
+    wants: int  # what it neither has nor is pulling
     pending: dict[int, Pulling] = field(default_factory=dict)
-    coming: int = 0  # the bitmap of `pending`
     remote: int = 0  # how many of them come from other hosts
     is_serving: bool = True
     serving: int = 0  # chunks being pulled from it, by whomever
@@ -85,6 +85,7 @@ class Holders:
         if member.has & bit:
             return
         member.has |= bit
+        member.wants &= ~bit
         if member.is_serving:
             self._offer(member.host, chunk, bit)
 

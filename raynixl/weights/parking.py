@@ -21,7 +21,7 @@ class Parking:
 
     def park(self, member: Member, room: int) -> None:
         """Let a receiver wait for up to `room` chunks, if there are any that it is not pulling yet."""
-        if room > 0 and self._choice.unassigned(member):
+        if room > 0 and member.wants:
             self._waiting[member] = room
 
     def forget(self, member: Member) -> None:
@@ -75,7 +75,9 @@ class Parking:
         while tries and self._waiting and self._holders.is_free(host):
             tries -= 1
             member = self._next_waiting()
-            found = None if member.host is host else self._choice.from_host(member, host, now)
+            if not member.wants & host.has or member.host is host:
+                continue
+            found = self._choice.from_host(member, host, now)
             if found is not None:
                 self._hand(member, found, handed)
 

@@ -52,7 +52,7 @@ class Scenario:
     control: float = 200e-6  # from a receiver's question to the coordinator's answer
     detection: float = 0.1  # from a death to its being known
     read_timeout: float = 1.0  # after which a pull from a frozen holder fails
-    room: int = 8  # chunks that a receiver is assigned at a time
+    room: int = 4  # chunks that a receiver is assigned at a time
     depth: int = 4  # of them, those that it pulls at once
     topology: Topology = Topology.AUTO
     policy: Policy = field(default_factory=Policy)

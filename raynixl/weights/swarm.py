@@ -62,11 +62,11 @@ class Swarm:
         """
         if receiver == ORIGIN or receiver in self._members:
             raise ConfigError(f"{receiver!r} takes part already", hint="let it leave first")
-        member = Member(receiver, self._holders.host(host))
+        present = 0 if has is None else from_bytes(has, self.chunks)
+        member = Member(receiver, self._holders.host(host), present, self._holders.full & ~present)
         self._members[receiver] = member
         member.host.members.append(member)
         member.is_serving = False
-        member.has = 0 if has is None else from_bytes(has, self.chunks)
         if receiver not in self._accusations.liars:
             self._resume(member)
         self._is_few = None
@@ -195,7 +195,7 @@ class Swarm:
         pulling = member.pending.pop(chunk, None)
         if pulling is not None:
             self._choice.write_off(member, pulling)
-            member.coming ^= 1 << chunk
+            member.wants |= 1 << chunk & ~member.has
         return pulling
 
     def _resume(self, member: Member) -> None:
@@ -264,7 +264,7 @@ class Swarm:
         if not self._origin.is_gone:
             gone &= self._origin.hopeless
         for member in self._members.values() if gone else ():
-            gone &= ~member.coming
+            gone &= ~of(member.pending)
             gone &= ~member.has if member.resumes is not None else -1
         return tuple(indices(gone).tolist())
 
