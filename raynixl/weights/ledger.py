@@ -109,11 +109,13 @@ class Memory:
 
     def _erase(self, gone: Sequence[Box]) -> None:
         for box in gone:
-            kept: list[Content] = []
-            for content in self.contents:
-                rest = without(content.box, box)
-                kept += [content] if rest[:1] == [content.box] else [Content(part, content.origin) for part in rest]
-            self.contents = kept
+            first, end = box.start[0], box.start[0] + box.size[0]
+            near = [own for own in self.contents if own[0][0][0] < end and first < own[0][0][0] + own[0][1][0]]
+            changed = {id(own): rest for own in near if (rest := without(own.box, box))[:1] != [own.box]}
+            if changed:
+                kept = [own for own in self.contents if id(own) not in changed]
+                kept += [Content(part, own.origin) for own in near for part in changed.get(id(own), ())]
+                self.contents = kept
 
 
 def numbers(origins: Iterable[Origin]) -> frozenset[int]:
