@@ -70,12 +70,12 @@ class Cluster:
 class Child:
     """An agent in a process of its own, that follows commands over pipes."""
 
-    def __init__(self, name):
+    def __init__(self, name, script=CHILD):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(CHILD), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            [sys.executable, "-W", "error", str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment,
         )  # fmt: skip
         self.record = b""
 
