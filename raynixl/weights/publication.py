@@ -76,7 +76,7 @@ class Publication:
         self._pushes: dict[str, int] = {}  # push -> version, of the last ones
         self._committed = 0
         self._is_closed = False
-        agent.serve(topic(name, "describe"), self._on_describe, threaded=False)
+        agent.serve(topic(name, "describe"), self._on_describe, threaded=True)
         agent.serve(topic(name, "outgoing"), self._on_outgoing, threaded=True)
         agent.serve(topic(name, "freeze"), self._on_freeze, threaded=True)
         agent.serve(topic(name, "release"), self._on_release, threaded=False)
