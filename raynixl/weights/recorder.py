@@ -33,7 +33,10 @@ Loader = Callable[[Iterable[tuple[str, Any]]], Any]
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """A parameter that copies do not explain: the operation, the full tensors behind it and the loader's line."""
+    """A parameter that copies do not explain: the operation, the full tensors behind it and the loader's line.
+
+    `parameter` is empty where a tensor goes into none, or the loader asks for its values before that is known.
+    """
 
     parameter: str
     why: str
@@ -42,7 +45,8 @@ class Unsupported:
 
     def __str__(self) -> str:
         of = f" of {', '.join(self.tensors)}" if self.tensors else ""
-        return f"{self.parameter}: {self.why}{of} at {self.line}"
+        at = f" at {self.line}" if self.line else ""
+        return f"{self.parameter if self.parameter else 'no parameter'}: {self.why}{of}{at}"
 
 
 @dataclass(frozen=True)

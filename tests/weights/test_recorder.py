@@ -241,6 +241,9 @@ def test_values_asked_of_every_layer_take_two_runs_alone():
     ]
     recording = record(load, infos, model)
     assert len(calls) == 2
+    assert str(recording.unsupported[0]).startswith(
+        "no parameter: aten._local_scalar_dense needs values of layers.0.scale at test_recorder.py:"
+    )
     assert len(recording.full) == 50
 
 
