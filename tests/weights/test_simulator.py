@@ -101,20 +101,20 @@ def test_the_origin_gives_at_most_a_tenth_more_than_one_model(receivers):
 
 
 def test_a_thousand_receivers_are_within_15_percent_of_the_bound():
-    scenario = relayed(256, 1024)
+    scenario = relayed(240, 1024)
     run = simulate(scenario)
     assert run.seconds <= 1.15 * lower_bound(scenario)
-    assert run.origin_nbytes <= 1.05 * 256 * CHUNK
+    assert run.origin_nbytes <= 1.05 * 240 * CHUNK
     assert run.release_seconds < run.seconds
 
 
 def test_a_thousand_receivers_of_which_a_tenth_dies_midway_are_within_30_percent():
-    bound = lower_bound(relayed(256, 1024))
+    bound = lower_bound(relayed(240, 1024))
     doomed = random.Random(1).sample(range(1024), 102)
-    run = simulate(with_deaths(relayed(256, 1024, detection=0.1 * bound), doomed, at=bound / 2))
+    run = simulate(with_deaths(relayed(240, 1024, detection=0.1 * bound), doomed, at=bound / 2))
     assert run.failures > 100
     assert run.seconds <= 1.3 * bound
-    assert run.origin_nbytes <= 1.1 * 256 * CHUNK
+    assert run.origin_nbytes <= 1.1 * 240 * CHUNK
     assert np.count_nonzero(np.isnan(run.finished)) == 102
 
 
