@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-from raynixl.errors import ConfigError
+from raynixl.weights.architecture import Architecture, Grouped, parameters_of
+from raynixl.weights.catalogue import parameters
 
 if TYPE_CHECKING:
     import torch
@@ -16,37 +17,19 @@ ITEM_NBYTES = 2
 """All of them are bfloat16."""
 
 
-def _qwen2(layers: int, hidden: int, inner: int, vocabulary: int, *, heads: int, kv_heads: int) -> Shapes:
-    """Return the parameters of a Qwen2 model whose embedding is its head, too."""
-    head = hidden // heads
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name, rows in (("q", heads * head), ("k", kv_heads * head), ("v", kv_heads * head)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
-            shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes[f"{prefix}.input_layernorm.weight"] = shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-    return shapes | {"model.norm.weight": (hidden,)}
-
-
-_MODELS = {
-    "qwen2.5-0.5b": lambda: _qwen2(24, 896, 4864, 151_936, heads=14, kv_heads=2),
-    "tiny": lambda: _qwen2(2, 64, 160, 500, heads=4, kv_heads=2),
-}
+_TINY = Architecture(
+    layers=2, hidden=64, inner=160, vocabulary=500, attention=Grouped(4, 2, 16, has_bias=True), is_tied=True
+)
 
 
 def shapes_of(model: str) -> Shapes:
-    """Return the parameters of a model by name.
+    """Return the parameters of a model of the catalogue by name, or of "tiny".
 
     Raises:
-        ConfigError: there is no such model here.
+        ConfigError: there is no such model.
     """
-    if model not in _MODELS:
-        raise ConfigError(f"there are no shapes of {model!r}", hint=f"known are: {', '.join(_MODELS)}")
-    return _MODELS[model]()
+    found = parameters_of(_TINY) if model == "tiny" else parameters(model)
+    return {one.info.name: one.info.shape for one in found}
 
 
 def count_nbytes(shapes: Shapes) -> int:

@@ -92,7 +92,7 @@ def test_qwen_has_its_real_shapes():
     ("spec", "message"),
     [
         (WeightsSpec("tiny", 1, 1, ("nccl",)), "no baseline 'nccl'"),
-        (WeightsSpec("gpt-2", 1, 1), "no shapes of 'gpt-2'"),
+        (WeightsSpec("gpt-2", 1, 1), "no model 'gpt-2'"),
         (WeightsSpec("qwen2.5-0.5b", 64, 1, ("transfer",)), "are needed"),
     ],
 )
