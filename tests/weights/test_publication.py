@@ -13,7 +13,7 @@ from raynixl.weights import publish
 from raynixl.weights.conversion import Fp8
 from raynixl.weights.declare import Concat, declare
 from raynixl.weights.pieces import TensorInfo
-from raynixl.weights.placement import Mesh, Replicate, Shard
+from raynixl.weights.placement import Mesh, Owner, Replicate, Shard
 from raynixl.weights.quantising import dequantise
 from raynixl.weights.shards import Shards, replicated
 from raynixl.weights.tensors import collect, describe
@@ -317,3 +317,18 @@ def test_a_publication_closed_in_the_middle_of_freezes_answers_with_a_typed_erro
     assert len(outcomes) == 1
     assert outcomes[0] is not RaynixlError
     assert fleet.agents[0].statistics().regions == 0
+
+
+def test_pipeline_stages_quantise_what_they_own(fleet):
+    infos = [TensorInfo(f"layers.{n}.up.weight", "float32", (256, 128)) for n in range(2)]
+    weights = {info.name: torch.randn(256, 128) for info in infos}
+    placements = {info.name: (Owner(number),) for number, info in enumerate(infos)}
+    for rank, info in enumerate(infos):
+        shards = declare(infos, Mesh((("pp", 2),)), placements, (rank,))
+        publish(fleet(f"stage-{rank}"), "w", {info.name: weights[info.name].clone()}, shards=shards, quantise="fp8")
+    with publish(fleet("whole"), "w", weights, quantise="fp8") as whole:
+        target = replicated(describe({entry.name: publication_zeros(entry) for entry in whole.layout.entries}))
+        engine = fleet("engine")
+        one = Puller(engine, "w", ["whole"], [target]).push(1)
+        two = Puller(engine, "w", ["stage-0", "stage-1"], [target]).push(1)
+    assert same(one[0], two[0])
