@@ -13,6 +13,7 @@ from raynixl.weights.pieces import Piece, Pieces, TensorInfo
 from raynixl.weights.placement import Flat, Mesh, Owner, Replicate, Shard
 from raynixl.weights.shards import Shards, from_pieces, replicated
 from raynixl.weights.sharing import TensorSpec
+from raynixl.weights.table import ARENA_SHIFT, pack
 
 A, B = TensorInfo("a", "float32", (4, 6)), TensorInfo("b", "float32", (4, 6))
 TWO = Mesh((("tp", 2),))
@@ -67,6 +68,23 @@ def test_a_replicated_rank_has_the_layout_of_its_tensors():
     shards = replicated(specs)
     assert shards.layout == build_layout(specs)
     assert shards.table.alias.tolist() == [0, 1, 2, 0]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 200), st.booleans()), max_size=20), st.sampled_from([64, 256, 4096]))
+def test_local_tensors_are_packed_as_layouts_are(sizes, arena_nbytes):
+    first = {}
+    tied = [first.setdefault(size, at) if is_tied else at for at, (size, is_tied) in enumerate(sizes)]
+    specs = [
+        TensorSpec(str(at), "int8", (size,), (1,), "cpu", (tied[at] + 1) << 20) for at, (size, _) in enumerate(sizes)
+    ]
+    layout = build_layout(specs, arena_nbytes=arena_nbytes)
+    places, arenas = pack(
+        np.array([size for size, _ in sizes], np.int64), np.array(tied, np.int64), arena_nbytes=arena_nbytes
+    )
+    assert tuple(arenas.tolist()) == layout.arenas
+    for place, entry in zip(places.tolist(), layout.entries, strict=True):
+        assert place == (entry.arena << ARENA_SHIFT | entry.offset if entry.nbytes else -1)
 
 
 @settings(deadline=None, max_examples=200)
