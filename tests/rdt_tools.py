@@ -10,6 +10,7 @@ import torch
 
 import raynixl as rx
 from raynixl.integrations import ray_rdt
+from raynixl.integrations.rdt_transport import transport
 
 ray_rdt.register()
 
@@ -90,7 +91,7 @@ class Worker:
     def held(self) -> tuple[int, int]:
         """How many storages are registered, and how many objects Ray keeps."""
         store = ray._private.worker.global_worker.rdt_manager.rdt_store
-        return len(ray_rdt._transport().desk().shelf), store.get_num_objects()
+        return len(transport().desk().shelf), store.get_num_objects()
 
     def read_from(self) -> dict[str, int]:
         """How many bytes came from whom."""

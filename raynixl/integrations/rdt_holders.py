@@ -25,7 +25,8 @@ class _Object:
     """An object that this process can give, and who else can."""
 
     holding: Holding
-    others: dict[str, Holding] = field(default_factory=dict)
+    data: bytes
+    others: dict[str, bytes] = field(default_factory=dict)
     turn: Iterator[int] = field(default_factory=itertools.count)
 
 
@@ -43,7 +44,7 @@ class Holders:
     def add(self, object_id: str, holding: Holding) -> None:
         """Give an object from now on."""
         with self._lock:
-            self._objects[object_id] = _Object(holding)
+            self._objects[object_id] = _Object(holding, holding.to_bytes())
 
     def remove(self, object_id: str) -> None:
         """Give an object no more."""
@@ -89,10 +90,9 @@ class Holders:
             if known is None:
                 raise RegionUnknown(f"{self._agent.name!r} has no object {object_id}", hint="it went out of scope")
             if rest:
-                return known.holding.to_bytes()
-            everyone = [None, *known.others.values()]
-            chosen = everyone[next(known.turn) % len(everyone)]
-        return b"" if chosen is None else chosen.to_bytes()
+                return known.data
+            everyone = [b"", *known.others.values()]
+            return everyone[next(known.turn) % len(everyone)]
 
     def _on_join(self, peer: str, payload: bytes) -> bytes:
         head, _, body = payload.partition(b"\n")
@@ -105,7 +105,7 @@ class Holders:
                 raise RegionUnknown(f"{self._agent.name!r} has no object to hold", hint="it went out of scope")
             if [part.region < 0 for part in holding.parts] != [part.region < 0 for part in known.holding.parts]:
                 raise IntegrityError("the holder has other tensors than the source", hint="hold what came by the ref")
-            known.others[peer] = holding
+            known.others[peer] = body
         return b""
 
     def _on_leave(self, peer: str, payload: bytes) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from raynixl.errors import IntegrityError, RaynixlError
-from raynixl.integrations.strided import Index, Strided, contiguous
+from raynixl.integrations.strided import Strided
 from raynixl.record import Incarnation, Name, RegionRecord, parse
 from raynixl.region import Region, RemoteRegion
 
@@ -76,7 +76,7 @@ class Held:
     """Tensors whose storages are registered until `release`."""
 
     def __init__(self, shelf: Shelf, places: Sequence[tuple[int, Strided]], keep: Sequence[Any]) -> None:
-        self._shelf = shelf
+        self.shelf = shelf
         self._places = places
         self._keep = keep  # copies that nobody else holds on to
 
@@ -86,25 +86,25 @@ class Held:
         for pointer, strided in self._places:
             if strided.nbytes:
                 offsets, run = strided.runs()
-                blocks.append(self._shelf.region(pointer).blocks(offsets, [run]))
+                blocks.append(self.shelf.region(pointer).blocks(offsets, [run]))
         return blocks
 
     def holding(self) -> Holding:
         """Return what travels of the tensors."""
-        agent = self._shelf.agent
+        agent = self.shelf.agent
         pointers = list(dict.fromkeys(pointer for pointer, strided in self._places if strided.nbytes))
         numbers = {pointer: number for number, pointer in enumerate(pointers)}
         parts = tuple(
             Part(region=numbers.get(pointer, -1), offset=strided.offset, strides=strided.strides)
             for pointer, strided in self._places
         )
-        records = tuple(self._shelf.region(pointer).record() for pointer in pointers)
+        records = tuple(self.shelf.region(pointer).record() for pointer in pointers)
         return Holding(agent=agent.name, incarnation=agent.incarnation, regions=records, parts=parts)
 
     def release(self) -> None:
         """Let go of the storages that nobody else uses. Idempotent."""
         places, self._places, self._keep = self._places, (), ()
-        self._shelf.release([pointer for pointer, strided in places if strided.nbytes])
+        self.shelf.release([pointer for pointer, strided in places if strided.nbytes])
 
 
 class Shelf:
@@ -196,7 +196,4 @@ def read_into(
             wanted.append((number, cut))
     if not wanted:
         return None
-    return held._shelf.agent.read(holding.sources(wanted), held.blocks())
-
-
-__all__ = ["Held", "Holding", "Index", "Part", "Shelf", "contiguous", "place_of", "read_into"]
+    return held.shelf.agent.read(holding.sources(wanted), held.blocks())

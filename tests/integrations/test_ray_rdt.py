@@ -1,6 +1,7 @@
 """Ray Direct Transport over raynixl, in a real cluster: bytes, slices, holders, await, deaths, and nothing left."""
 
 import asyncio
+import gc
 import time
 
 import psutil
@@ -14,7 +15,7 @@ from rdt_tools import COLUMNS, ROWS, Actor, AsyncTaker, bits, made  # noqa: E402
 
 import raynixl as rx  # noqa: E402
 from raynixl.integrations import ray_rdt  # noqa: E402
-from raynixl.integrations.rdt_ray import manager_of  # noqa: E402
+from raynixl.integrations.rdt_ray import manager_of, metadata_of  # noqa: E402
 
 pytestmark = [
     pytest.mark.ray,
@@ -165,7 +166,7 @@ def test_nothing_stays_when_references_go_out_of_scope(pair):
     eventually(lambda: get(source.held.remote()) == (0, 0), "the source lets go of memory and objects")
     assert get(taker.held.remote()) == (0, 0)
     assert len(manager_of("raynixl").desk().shelf) == 0
-    assert manager_of("raynixl")._flying == {}
+    assert manager_of("raynixl")._flights == {}
 
 
 def test_registering_again_changes_nothing(pair):
@@ -234,6 +235,38 @@ def test_an_actor_that_restarts_gives_again(start):
             return False
 
     eventually(gives, "the restarted actor gives")
+
+
+def test_a_fetch_that_nobody_waits_for_is_ended_by_the_next(pair):
+    transport = manager_of("raynixl")
+    ref = pair[0].give_big.remote()
+    meta = metadata_of(ref, TIMEOUT)
+    fetch = transport.fetch_multiple_tensors(ref.hex(), meta, None)
+    assert len(transport.desk().shelf) == 1
+    del fetch
+    gc.collect()
+    get(ref)
+    assert len(transport.desk().shelf) == 0
+    assert transport._flights == {}
+
+
+def test_a_fetch_of_which_the_time_runs_out_is_a_timeout(pair):
+    class Slow:
+        done = False
+
+        def wait(self, timeout):
+            raise rx.TransferTimeout(f"not within {timeout} s")
+
+        def cancel(self):
+            return True
+
+    transport = manager_of("raynixl")
+    ref = pair[0].give_big.remote()
+    fetch = transport.fetch_multiple_tensors(ref.hex(), metadata_of(ref, TIMEOUT), None)
+    fetch.flight.transfer.wait()
+    fetch.flight.transfer = Slow()
+    with pytest.raises(TimeoutError):
+        transport.wait_fetch_complete(fetch, 0.01)
 
 
 def test_aborting_ends_what_is_under_way_and_no_more(pair):
