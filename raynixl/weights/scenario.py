@@ -54,7 +54,7 @@ class Scenario:
     read_timeout: float = 1.0  # after which a pull from a frozen holder fails
     room: int = 4  # chunks that a receiver is assigned at a time
     depth: int = 4  # of them, those that it pulls at once
-    topology: Topology = Topology.AUTO
+    topology: Topology | str = Topology.AUTO
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:

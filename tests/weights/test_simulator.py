@@ -111,7 +111,7 @@ def test_a_thousand_receivers_are_within_15_percent_of_the_bound():
 def test_a_thousand_receivers_of_which_a_tenth_dies_midway_are_within_30_percent():
     bound = lower_bound(relayed(240, 1024))
     doomed = random.Random(1).sample(range(1024), 102)
-    run = simulate(with_deaths(relayed(240, 1024, detection=0.1 * bound), doomed, at=bound / 2))
+    run = simulate(with_deaths(relayed(240, 1024, detection=0.05 * bound), doomed, at=bound / 2))
     assert run.failures > 100
     assert run.seconds <= 1.3 * bound
     assert run.origin_nbytes <= 1.1 * 240 * CHUNK
