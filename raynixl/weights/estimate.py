@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raynixl.weights.assignment import Policy
 from raynixl.weights.pieces import Ints
 from raynixl.weights.plan import Plan
 from raynixl.weights.scenario import Node, Rank, Scenario
@@ -20,8 +19,6 @@ MAX_PULLS = 150_000
 
 COORDINATOR_SECONDS = 20e-6
 """What the coordinator computes for each pull of a chunk, measured on one core of a 2.6 GHz EPYC."""
-
-_UPLOADS = 8  # links of 400 Gbit/s carry a chunk of 16 MiB in 0.3 ms, in which nobody may wait for an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +155,6 @@ def _scenario(plan: Plan, site: Site, images: Sequence[int], chunk_nbytes: int) 
         tuple(nbytes), tuple(map(site.node, on_hosts.values())), ranks, share * origin_bandwidth(plan, site),
         chunk_nbytes=max(chunk_nbytes, -(-pulled // MAX_PULLS)),
         origin_hosts=-(-len(plan.sources) // site.per_host),
-        policy=Policy(uploads=_UPLOADS, uplinks=share * origin_bandwidth(plan, site) / site.link / len(images)),
     )  # fmt: skip
 
 
