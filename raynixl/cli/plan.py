@@ -144,7 +144,7 @@ def _notes(row: Row) -> Iterator[str]:
     yield f"{row['images']} distinct images, the largest of {_size(row['image_nbytes'])}"
     for side, own in row["memory"].items():
         yield f"peak memory of a {side} rank: {_size(own['peak'])}, twice its weights"
-    yield f"assigning all chunks takes the coordinator {row['coordinator_seconds']:.2g} s of CPU, not in the seconds above"
+    yield f"assigning all chunks takes the coordinator {row['coordinator_seconds']:.2g} s of CPU, not in these seconds"
 
 
 def _size(nbytes: int) -> str:
