@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raynixl.bench.crew import Crew, Fields, ProcessCrew
-from raynixl.bench.shapes import count_nbytes, shapes_of
+from raynixl.bench.shapes import count_nbytes, infos_of
 from raynixl.bench.timing import rounded
 from raynixl.errors import BackendUnavailable, ConfigError
 from raynixl.memory import available_nbytes
@@ -34,12 +34,14 @@ class WeightsSpec:
     rounds: int = 5
     baselines: tuple[str, ...] = ()
     install: str = "auto"
+    is_in_place: bool = False
+    """The source's own memory is read, instead of a copy of it that lets the trainer go on at once."""
     is_verified: bool = True
 
     @property
     def nbytes(self) -> int:
         """Bytes of the model."""
-        return count_nbytes(shapes_of(self.model))
+        return count_nbytes(infos_of(self.model))
 
     def check(self) -> None:
         """Refuse what cannot be measured.
@@ -50,7 +52,7 @@ class WeightsSpec:
         for name in self.baselines:
             if name not in BASELINES:
                 raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
-        copies = 2 + 2 * self.receivers + 2 * ("ray" in self.baselines)
+        copies = 2 - self.is_in_place + 2 * self.receivers + 2 * ("ray" in self.baselines)
         copies += (self.receivers + 1) * ("transfer" in self.baselines)
         if copies * self.nbytes > available_nbytes() * 0.9:
             raise ConfigError(
@@ -182,7 +184,7 @@ def _make_way(name: str, stack: ExitStack, crew: Crew, spec: WeightsSpec, skippe
             return None
     if name == "gloo":
         return GlooWay(stack, crew, spec.nbytes)
-    return OwnWay(crew, spec.install) if name == "raynixl" else TransferWay(crew, spec.nbytes)
+    return OwnWay(crew, spec) if name == "raynixl" else TransferWay(crew, spec.nbytes)
 
 
 class OwnWay:
@@ -190,14 +192,15 @@ class OwnWay:
 
     impl = "raynixl"
 
-    def __init__(self, crew: Crew, install: str) -> None:
+    def __init__(self, crew: Crew, spec: WeightsSpec) -> None:
         self._crew, self._version, self._egress = crew, 0, 0
         self._receivers = range(1, crew.world)
         names = [f"rank-{rank}" for rank in range(crew.world)]
         records = [one["record"] for one in crew.each("agent", [{"name": name} for name in names])]
         crew.some("meet", range(crew.world), records=records)
-        crew.some("publish", range(1), targets=names[1:])
-        crew.some("subscribe", self._receivers, install=install)
+        options = {"delta": "off", "copy_out": not spec.is_in_place}  # nothing stays the same from run to run
+        crew.some("publish", range(1), targets=names[1:], options=options)
+        crew.some("subscribe", self._receivers, install=spec.install)
 
     def prepare(self) -> None:
         """Remember what was pulled before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import xxhash
 
 from raynixl.agents import Agent
 from raynixl.bench.layout import Bytes, fill
-from raynixl.bench.shapes import make_module, shapes_of
+from raynixl.bench.shapes import infos_of, make_module
 from raynixl.bench.target import Fields, answer_requests
 from raynixl.region import Region
-from raynixl.weights import Subscription, WeightSync, publish, subscribe
+from raynixl.weights import Publication, Subscription, WeightSync, publish, subscribe
 
 NAME, ARENA = "bench", "bench-arena"
 STEP_SECONDS = 120.0
@@ -28,6 +28,7 @@ class Rank:
         self._stack = ExitStack()
         self._module: Any = None
         self._agent: Agent | None = None
+        self._publication: Publication | None = None
         self._sync: WeightSync | None = None
         self._subscription: Subscription | None = None
         self._arena: Region | None = None
@@ -61,13 +62,14 @@ class Rank:
 
     def do_model(self, model: str) -> Fields:
         """Make this rank's model."""
-        self._module = make_module(shapes_of(model))
+        self._module = make_module(infos_of(model))
         return {}
 
     def do_fill(self, seed: int) -> Fields:
         """Fill all parameters, each with other bytes; seed 0 clears them."""
-        for number, view in enumerate(self.bytes_of_tensors()):
-            fill(view, seed and seed + number)
+        with nullcontext() if self._publication is None else self._publication.updating():
+            for number, view in enumerate(self.bytes_of_tensors()):
+                fill(view, seed and seed + number)
         return {}
 
     def do_digest(self) -> Fields:
@@ -90,9 +92,9 @@ class Rank:
             self.agent.peer(base64.b64decode(record))
         return {}
 
-    def do_publish(self, targets: list[str]) -> Fields:
+    def do_publish(self, targets: list[str], options: Fields) -> Fields:
         """Publish the model, to be pushed to targets from here."""
-        self._stack.enter_context(publish(self.agent, NAME, self._module))
+        self._publication = self._stack.enter_context(publish(self.agent, NAME, self._module, **options))
         self._sync = WeightSync(self.agent, NAME, [self.agent.name], targets, timeout=STEP_SECONDS)
         return {}
 

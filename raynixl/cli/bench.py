@@ -120,13 +120,16 @@ def broadcast(
 
 
 @bench_app.command()
-def weights(
+def weights(  # noqa: PLR0913 - a command's options
     *,
     model: Annotated[str, typer.Option(help="Whose parameters, as qwen2.5-0.5b.")] = "qwen2.5-0.5b",
     receivers: Annotated[str, typer.Option(help="Receiving processes; several counts as 1,2,4.")] = "1",
     rounds: Rounds = 5,
     baseline: Annotated[list[str] | None, typer.Option(help="ray, gloo, rdt or transfer; repeatable.")] = None,
     install: Annotated[str, typer.Option(help="How a receiver takes a version: auto, swap or copy.")] = "auto",
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Read the trainer's own memory, which it may not change meanwhile.")
+    ] = False,
     verify: Verify = True,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of GB/s over receivers.")] = None,
     is_json: Json = False,
@@ -136,7 +139,7 @@ def weights(
 
     names = tuple(dict.fromkeys(baseline or ()))
     counts = parse_counts(receivers)
-    specs = [WeightsSpec(model, count, rounds, names, install, verify) for count in counts]
+    specs = [WeightsSpec(model, count, rounds, names, install, in_place, verify) for count in counts]
     with progress("weights", (rounds + 1) * len(specs)) as step:
         every = itertools.chain.from_iterable(run_weights(spec, step, skipped=say) for spec in specs)
         rows = report(every, f"weights of {model}", is_json=is_json, is_verified=verify)

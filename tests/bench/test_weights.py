@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from raynixl.bench import weights
 from raynixl.bench.crew import ProcessCrew
 from raynixl.bench.plot import plot_weights
-from raynixl.bench.shapes import count_nbytes, make_module, shapes_of
+from raynixl.bench.shapes import count_nbytes, infos_of, make_module
 from raynixl.bench.sizes import parse_counts
 from raynixl.bench.weights import OwnWay, WeightsSpec, run_weights
 from raynixl.cli import app
@@ -19,7 +19,7 @@ CONTRACT = {
     "bench": str, "impl": str, "model": str, "receivers": int, "gbps": float, "seconds": float,
     "source_egress_nbytes": int, "flip_ms": float, "verified": bool,
 }  # fmt: skip
-TINY = count_nbytes(shapes_of("tiny"))
+TINY = count_nbytes(infos_of("tiny"))
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,9 @@ def check(rows, receivers):
         assert row["gbps"] == pytest.approx(TINY * receivers / row["seconds"] / 1e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("install", ["auto", "copy"])
-def test_every_way_without_ray_brings_the_weights_to_every_receiver(install):
-    rows = list(run_weights(WeightsSpec("tiny", 2, 1, ("gloo", "transfer"), install)))
+@pytest.mark.parametrize(("install", "is_in_place"), [("auto", False), ("copy", True)])
+def test_every_way_without_ray_brings_the_weights_to_every_receiver(install, is_in_place):
+    rows = list(run_weights(WeightsSpec("tiny", 2, 1, ("gloo", "transfer"), install, is_in_place)))
     assert [row["impl"] for row in rows] == ["raynixl", "gloo", "transfer"]
     check(rows, 2)
     egress = {row["impl"]: row["source_egress_nbytes"] for row in rows}
@@ -80,12 +80,11 @@ def test_every_round_carries_other_weights(monkeypatch):
 
 
 def test_qwen_has_its_real_shapes():
-    shapes = shapes_of("qwen2.5-0.5b")
-    assert (len(shapes), count_nbytes(shapes)) == (290, 988_065_536)
-    assert shapes["model.layers.23.self_attn.k_proj.weight"] == (128, 896)
-    assert {name: tuple(one.shape) for name, one in make_module(shapes_of("tiny")).named_parameters()} == dict(
-        shapes_of("tiny")
-    )
+    infos = infos_of("qwen2.5-0.5b")
+    assert (len(infos), count_nbytes(infos)) == (290, 988_065_536)
+    assert {info.name: info.shape for info in infos}["model.layers.23.self_attn.k_proj.weight"] == (128, 896)
+    made = {name: (str(one.dtype), tuple(one.shape)) for name, one in make_module(infos_of("tiny")).named_parameters()}
+    assert made == {info.name: (f"torch.{info.dtype}", info.shape) for info in infos_of("tiny")}
 
 
 @pytest.mark.parametrize(
