@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from raynixl.errors import PeerLost, PeerUnknown, RaynixlError, RegionUnknown, TransferTimeout
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 NOT_YET = (PeerUnknown, PeerLost, RegionUnknown)
 """What a peer that is just starting answers: not published, listed but not listening, nothing served yet."""
+
+
+_LOOK_SECONDS = 0.02
+"""How often it is looked who else has answered, while one peer has not."""
 
 
 def ask_all(
@@ -42,6 +47,22 @@ def ask_all(
             waiting[name].start(name)
         results.update({name: waiting[name].result(name) for name in late})
     return results
+
+
+def ask_each(
+    agent: Agent, topic: str, payloads: Mapping[str, bytes], deadline: float, *, every: float
+) -> Iterator[dict[str, bytes | RaynixlError]]:
+    """Ask every peer of `payloads` at once; yield what has come, as it comes, and nothing after `every` seconds."""
+    replies = {name: _send(agent, name, topic, payload, deadline) for name, payload in payloads.items()}
+    while replies:
+        first = next(iter(replies.values()))
+        if not isinstance(first, RaynixlError) and not first.done:
+            with contextlib.suppress(RaynixlError):  # it is asked again below
+                first.wait(min(every, _LOOK_SECONDS))
+        over = {name: reply for name, reply in replies.items() if isinstance(reply, RaynixlError) or reply.done}
+        for name in over:
+            del replies[name]
+        yield {name: _wait(reply, deadline) for name, reply in over.items()}
 
 
 class _Newcomer:

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from raynixl.errors import ConfigError
 from raynixl.weights.difference import difference, table
+from raynixl.weights.digest import ARENA_BIT, digest_rows, version_digest
+from raynixl.weights.dtensor import local_tensors, shards_of
 from raynixl.weights.layout import Entry, Layout, build_layout
-from raynixl.weights.tensors import collect, copy_tensors, describe, is_writable_in_place, note_change
+from raynixl.weights.recorder import FULL, Loader, Recording, record
+from raynixl.weights.selection import Select
+from raynixl.weights.selection import choose as choose_names
+from raynixl.weights.tensors import copy_tensors, describe, is_writable_in_place, named_tensors, note_change
 
 if TYPE_CHECKING:
     import torch
 
     from raynixl.agents import Agent
     from raynixl.weights.arenas import Arenas
+    from raynixl.weights.pieces import TensorInfo
+    from raynixl.weights.shards import Shards
     from raynixl.weights.tensors import Model, Tensors
 
 
 Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What of a model follows: all of it as whole tensors, unless something else is said."""
+
+    shards: Shards | None = None
+    select: Select | None = None
+    record: Loader | None = None
 
 
 class Install(enum.Enum):
@@ -32,20 +50,20 @@ class Install(enum.Enum):
     COPY = "copy"
 
 
-def choose(install: str, model: Model) -> Install:
-    """Return SWAP or COPY for a target.
+def choose(install: str, model: Model, tensors: Tensors) -> Install:
+    """Return SWAP or COPY for a target and its local tensors.
 
     Raises:
         ConfigError: it is no way to install, or not one for this target.
     """
     if install not in {way.value for way in Install}:
         raise ConfigError(f"install={install!r:.40} is not known", hint="use 'auto', 'swap' or 'copy'")
-    tensors = collect(model)
     is_host = all(tensor.device.type == "cpu" for tensor in tensors.values())
     if install == Install.SWAP.value and not is_host:
         raise ConfigError("tensors on a device cannot be repointed to host memory", hint="use install='copy'")
     if install == Install.AUTO.value:
-        return Install.SWAP if is_host and not isinstance(model, Mapping) else Install.COPY
+        is_plain = not isinstance(model, Mapping) and all(one is tensors.get(name, one) for name, one in _own(model))
+        return Install.SWAP if is_host and is_plain else Install.COPY
     return Install(install)
 
 
@@ -55,6 +73,8 @@ class Steps:
 
     repoint: list[tuple[torch.Tensor, torch.Tensor]]
     copy: list[tuple[torch.Tensor, torch.Tensor]]
+    load: Callable[[], object] | None = None
+    """What the engine's own loader does with tensors that it gets whole."""
 
     def run(self, agent: Agent) -> list[torch.Tensor]:
         """Install the version; the caller has the weights alone.
@@ -65,6 +85,8 @@ class Steps:
         old = [tensor.data for tensor, _ in self.repoint]
         for tensor, value in self.repoint:
             tensor.data = value
+        if self.load is not None:
+            self.load()
         note_change([tensor for tensor, _ in (*self.repoint, *self.copy)])
         return old
 
@@ -72,10 +94,12 @@ class Steps:
 class Installer:
     """Knows a target's tensors. They are looked at anew for each version, so a module may replace its own."""
 
-    def __init__(self, model: Model, install: str, *, owner: str) -> None:
+    def __init__(self, model: Model, what: Target, install: str, *, owner: str) -> None:
         self._owner = owner
-        self.way = choose(install, model)
         self._model = model
+        self._what = what
+        self.way = choose(install, model, self._collect())
+        self._recording: Recording | None = None
         self._tensors: Tensors = {}
         self._forms: dict[str, Form] = {}
         self._layout = Layout((), ())
@@ -87,25 +111,46 @@ class Installer:
         """The target's own layout."""
         return self._layout
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether what it needs is found out by running its loader over the source's tensors."""
+        return self._what.record is not None
+
     def has_changed(self) -> bool:
         """Whether tensors of the model were replaced, cast or cut anew since it was last looked at."""
-        tensors, known = collect(self._model), self._tensors
+        tensors, known = self._collect(), self._tensors
         if tensors.keys() != known.keys() or any(tensor is not known[name] for name, tensor in tensors.items()):
             return True
         return {name: _form(tensor) for name, tensor in tensors.items()} != self._forms
 
     def lies_in(self, slot: Arenas) -> bool:
         """Whether a tensor of the model lies in a slot, which then must not be written."""
-        return any(slot.holds(tensor) for tensor in collect(self._model).values())
+        return any(slot.holds(tensor) for tensor in self._collect().values())
 
-    def check(self, source: Layout) -> None:
-        """Refuse a source whose tensors do not fit.
+    def needs(self, infos: Sequence[TensorInfo]) -> Shards:
+        """Return what the target needs of a source that has these tensors.
+
+        Raises:
+            ConfigError: the recorded loader fails, or the declared shards do not speak of the target's tensors.
+        """
+        self._look()
+        if self._what.record is not None:
+            self._recording = record(self._what.record, infos, self._model)
+            return self._recording.shards
+        shards = self._what.shards
+        return shards_of(choose_names(named_tensors(self._model), self._what.select)) if shards is None else shards
+
+    def check(self, image: Layout) -> None:
+        """Refuse an image whose tensors are not the target's.
 
         Raises:
             ConfigError: with a table of all differences.
         """
         self._look()
-        rows = difference(source, self._layout)
+        known = self._layout.by_name
+        named = [entry for entry in image.entries if not entry.name.startswith(FULL)]
+        mine = Layout(tuple(known[entry.name] for entry in named if entry.name in known), ())
+        rows = difference(Layout(tuple(named), ()), mine)
         if rows:
             raise ConfigError(
                 f"{len(rows)} tensors differ between the source and {self._owner!r}:\n{table(rows)}\n",
@@ -124,8 +169,8 @@ class Installer:
         owners: dict[tuple[int, int], tuple[int, int]] = {}
         done: set[int] = set()
         for name, tensor in self._tensors.items():
-            source, mine = slot.layout.by_name[name], self._layout.by_name[name]
-            if id(tensor) in done or source.nbytes == 0:
+            source, mine = slot.layout.by_name.get(name), self._layout.by_name[name]
+            if source is None or id(tensor) in done or source.nbytes == 0:
                 continue
             done.add(id(tensor))
             key = (source.place, source.dtype, source.shape)
@@ -135,7 +180,35 @@ class Installer:
                 repoint.append((tensor, value))
             else:
                 copy.append((tensor, value))
-        return Steps(repoint, copy)
+        return Steps(repoint, copy, self._load(slot))
+
+    def _load(self, slot: Arenas) -> Callable[[], object] | None:
+        """Return what runs the loader over the tensors that it must get whole, if there are any."""
+        recording, loader = self._recording, self._what.record
+        if recording is None or loader is None or not recording.full:
+            return None
+        local = {entry.name: slot.tensor(entry) for entry in slot.layout.entries}
+        return lambda: loader(recording.to_load(local))
+
+    def is_installed(self, slot: Arenas, version: int, digest: str, agent: Agent) -> bool:
+        """Whether what a version was copied into holds its very bytes; False, too, if that cannot be seen from here."""
+        rows = [
+            (tensor.data_ptr(), entry.nbytes, entry.arena << ARENA_BIT | entry.offset, 0)
+            for tensor, entry in self._heads(slot)
+            if tensor.device.type == "cpu" and tensor.is_contiguous()
+        ]
+        out = np.zeros((1, 2), np.uint64)
+        digest_rows(np.array(rows, np.uint64).reshape(-1, 4), out, seed=version, native=agent.native)
+        return version_digest(out) == digest
+
+    def _heads(self, slot: Arenas) -> Iterator[tuple[torch.Tensor, Entry]]:
+        """Yield one tensor for each place in a slot."""
+        places = set()
+        for entry in slot.layout.entries:
+            tensor = self._tensors.get(entry.name)
+            if tensor is not None and entry.nbytes and entry.place not in places:
+                places.add(entry.place)
+                yield tensor, entry
 
     def _is_repointed(self, tensor: torch.Tensor, mine: Entry) -> bool:
         """Strided tensors keep their strides, and views of each other their tie, by being copied into."""
@@ -143,9 +216,12 @@ class Installer:
             return False
         return tensor.is_contiguous() or not is_writable_in_place(tensor)
 
+    def _collect(self) -> Tensors:
+        return local_tensors(choose_names(named_tensors(self._model), self._what.select))
+
     def _look(self) -> None:
         """Look at the model again."""
-        tensors = collect(self._model)
+        tensors = self._collect()
         self._tensors, self._layout = tensors, build_layout(describe(tensors))
         self._forms = {name: _form(tensor) for name, tensor in tensors.items()}
         self._plans.clear()
@@ -154,6 +230,10 @@ class Installer:
                 raise ConfigError(
                     f"elements of {name!r} share memory: it cannot be copied into", hint="subscribe a contiguous copy"
                 )
+
+
+def _own(model: Model) -> Iterable[tuple[str, torch.Tensor]]:
+    return named_tensors(model).items()
 
 
 def _form(tensor: torch.Tensor) -> Form:

@@ -170,4 +170,6 @@ class Answer(Wire):
     pull_seconds: Seconds = 0.0
     verify_seconds: Seconds = 0.0
     nbytes: Annotated[int, Field(ge=0)] = 0
+    origin_nbytes: Annotated[int, Field(ge=0)] = 0
+    peer_nbytes: Annotated[int, Field(ge=0)] = 0
     note: Annotated[str, Field(max_length=2_000)] = ""

@@ -1,108 +1,213 @@
-"""The receiver: brings the chunks of a version into a slot, each checked by its digest right after it landed."""
+"""The receiver: brings the chunks of a cargo into a slot, each checked by its digest right after it has landed."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from raynixl.errors import IntegrityError, PeerLost, PeerRestarted, RegionStale, TransferCancelled, TransferTimeout
-from raynixl.weights.digest import chunk_digest
-from raynixl.weights.workers import run_workers
+import numpy as np
+from numpy.typing import NDArray
+
+from raynixl.errors import (
+    IntegrityError,
+    PeerLost,
+    PeerRestarted,
+    RaynixlError,
+    RegionStale,
+    RegionUnknown,
+    TransferCancelled,
+    TransferTimeout,
+)
+from raynixl.weights.assignment import ORIGIN, Why
+from raynixl.weights.cargo import Cargo, Giver, Share, digest_table
+from raynixl.weights.digest import digest_rows
+from raynixl.weights.throttle import Throttle
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
-    from raynixl.region import RemoteRegion
-    from raynixl.weights.arenas import Arenas
-    from raynixl.weights.protocol import Pull
+    from raynixl.agents.transfer import Transfer
+    from raynixl.region import Region
 
-_MAX_NAMES = 4
-_GONE = (PeerLost, PeerRestarted, RegionStale)
+GONE = (PeerLost, PeerRestarted, RegionStale, RegionUnknown)
+STALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class PullTimes:
-    """How long a pull took: by the clock, and its two parts, averaged over the threads."""
+    """How long a pull took: by the clock, and its two parts, averaged over the threads; and the bytes by giver."""
 
     seconds: float
     pull_seconds: float
     verify_seconds: float
+    origin_nbytes: int
+    peer_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a cargo goes: registered arenas, and the same memory as arrays."""
+
+    regions: Sequence[Region]
+    arrays: Sequence[NDArray[np.uint8]]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What several threads have measured."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)  # protects the numbers
+    pull: float = 0.0
+    verify: float = 0.0
+    origin_nbytes: int = 0
+    peer_nbytes: int = 0
+
+    def add(self, pull: float, verify: float, nbytes: int, *, is_origin: bool) -> None:
+        """Count one chunk."""
+        with self.lock:
+            self.pull += pull
+            self.verify += verify
+            if is_origin:
+                self.origin_nbytes += nbytes
+            else:
+                self.peer_nbytes += nbytes
 
 
 @dataclass(slots=True)
 class Receiver:
-    """One pull of one version. `stop` ends it early, between two chunks."""
+    """One pull of one cargo. `stop` ends it early, between two chunks; `names` says what lies in a chunk."""
 
     agent: Agent
-    request: Pull
-    slot: Arenas
+    cargo: Cargo
+    slot: Place
+    version: int
+    digests: NDArray[np.uint64]
+    givers: Mapping[int, Sequence[Giver]]
     deadline: float
     stop: threading.Event
-    _holders: list[list[RemoteRegion]] = field(default_factory=list)
-    _digests: Sequence[bytes] = ()
-    _rows: list[tuple[int, int, int]] = field(default_factory=list)
-    _times: list[tuple[float, float]] = field(default_factory=list)
+    names: Callable[[int], str]
+    throttle: Throttle
+    tally: Tally = field(default_factory=Tally)
+    _bases: Sequence[int] = ()
+    _turn: int = 0
 
-    def run(self, *, threads: int) -> PullTimes:
-        """Bring everything in, or fail; after a failure the slot's bytes are undefined.
+    def __post_init__(self) -> None:
+        if len(self.digests) != len(self.cargo.chunks):
+            raise IntegrityError("the manifest does not fit the image", hint="run one version of raynixl everywhere")
+        self._bases = [array.ctypes.data for array in self.slot.arrays]
+        self._turn = sum(self.agent.name.encode())  # receivers spread over the replicas of a part
+
+    def times(self, began: float, threads: int) -> PullTimes:
+        """Return what was measured."""
+        count, tally = max(1, min(threads, len(self.digests))), self.tally
+        return PullTimes(
+            time.monotonic() - began, tally.pull / count, tally.verify / count, tally.origin_nbytes, tally.peer_nbytes
+        )
+
+    def from_origin(self, chunk: int) -> None:
+        """Bring one chunk in from the sources.
 
         Raises:
-            IntegrityError: a chunk does not match its digest, or the manifest does not fit the layout.
-            RaynixlError: a transfer failed at every holder.
+            IntegrityError: it does not match its digest.
+            RaynixlError: nobody could give it, or it did not come in time.
         """
-        began = time.monotonic()
-        self._rows = [tuple(row) for row in self.slot.layout.chunks(self.request.manifest.chunk_nbytes).tolist()]
-        self._digests = self.request.manifest.chunk_digests()
-        self._holders = [holder.remotes() for holder in self.request.holders]
-        self._check()
-        run_workers(self._bring, len(self._rows), threads=threads)
-        count = max(1, min(threads, len(self._rows)))
-        pull, verify = (sum(times) / count for times in zip(*self._times, strict=True)) if self._times else (0.0, 0.0)
-        return PullTimes(time.monotonic() - began, pull, verify)
+        shares = self.cargo.shares(chunk)
+        began = self._begin(chunk)
+        failed: dict[int, set[str]] = {}
+        names: set[str] = set()
+        while shares:
+            started = [(share, *self._start(chunk, share, failed.get(share.part, set()))) for share in shares]
+            ends = [(share, giver.name, _end(transfer)) for share, giver, transfer in started]
+            names |= {name for _, name, error in ends if error is None}
+            for share, name, error in ends:
+                failed.setdefault(share.part, set()).add(name)
+                if error is not None and (not isinstance(error, GONE) or self._is_last(share.part, failed)):
+                    raise error
+            shares = [share for share, _, error in ends if error is not None]
+        self._verify(chunk, began, who=", ".join(sorted(names)), is_origin=True)
 
-    def _check(self) -> None:
-        sizes = list(self.slot.layout.arenas)
-        fits = all([region.nbytes for region in regions] == sizes for regions in self._holders)
-        if len(self._digests) != len(self._rows) or not fits:
-            raise IntegrityError("the manifest does not fit the layout", hint="run one version of raynixl everywhere")
+    def _is_last(self, part: int, failed: Mapping[int, set[str]]) -> bool:
+        return all(giver.name in failed[part] for giver in self.givers[part])
 
-    def _bring(self, number: int) -> None:
-        """Bring one chunk in, from the first holder that still lives."""
+    def from_peer(self, chunk: int, giver: Giver) -> None:
+        """Bring one chunk in from a receiver that has it whole.
+
+        Raises:
+            IntegrityError, RaynixlError: as `from_origin`.
+        """
+        arena, offset, nbytes = self.cargo.chunks[chunk].tolist()
+        began = self._begin(chunk)
+        source, target = giver.regions[arena], self.slot.regions[arena]
+        self.agent.read(source.span(offset, nbytes), target.span(offset, nbytes), timeout=self._patience()).wait()
+        self._verify(chunk, began, who=giver.name, is_origin=False)
+
+    def is_whole(self, chunk: int) -> bool:
+        """Whether a chunk in the slot matches its digest."""
+        out = np.zeros((1, 2), np.uint64)
+        digest_rows(digest_table(self.cargo, chunk, self._bases), out, seed=self.version, native=self.agent.native)
+        return bool(np.array_equal(out[0], self.digests[chunk]))
+
+    def left(self) -> float:
+        """Return the time that is left.
+
+        Raises:
+            TransferTimeout: none is.
+            TransferCancelled: a newer push has begun.
+        """
         if self.stop.is_set():
             raise TransferCancelled("a newer push has begun", hint="its version comes instead")
-        for regions in self._holders[:-1]:
-            try:
-                return self._take(number, regions)
-            except _GONE:
-                continue
-        return self._take(number, self._holders[-1])
-
-    def _take(self, number: int, regions: Sequence[RemoteRegion]) -> None:
-        arena, offset, nbytes = self._rows[number]
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise TransferTimeout(f"version {self.request.manifest.version} did not come in time", peer=self.agent.name)
-        began = time.monotonic()
-        source, target = regions[arena], self.slot.regions[arena]
-        self.agent.read(source.span(offset, nbytes), target.span(offset, nbytes), timeout=left).wait()
-        landed = time.monotonic()
-        digest = chunk_digest(number, self.slot.arrays[arena][offset : offset + nbytes])
-        if digest != self._digests[number]:
-            raise IntegrityError(
-                f"chunk {number} of version {self.request.manifest.version} from {source.owner!r} is not what was "
-                f"published; it holds {self._names(arena, offset, nbytes)}",
-                hint="the old version stays; push again", peer=source.owner,
-            )  # fmt: skip
-        self._times.append((landed - began, time.monotonic() - landed))
+            raise TransferTimeout(f"version {self.version} did not come in time", peer=self.agent.name)
+        return left
 
-    def _names(self, arena: int, offset: int, nbytes: int) -> str:
-        """Name the tensors that lie in a chunk, the first few of many."""
-        names = [
-            entry.name
-            for entry in self.slot.layout.entries
-            if entry.arena == arena and entry.offset < offset + nbytes and offset < entry.offset + entry.nbytes
-        ]
-        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        return ", ".join(repr(name[:100]) for name in names[:_MAX_NAMES]) + more
+    def _patience(self) -> float:
+        return min(self.left(), STALL_SECONDS)
+
+    def _begin(self, chunk: int) -> float:
+        self.throttle.take(int(self.cargo.chunks[chunk, 2]), self.left())
+        return time.monotonic()
+
+    def _start(self, chunk: int, share: Share, gone: set[str]) -> tuple[Giver, Transfer]:
+        givers = [giver for giver in self.givers.get(share.part, ()) if giver.name not in gone]
+        if not givers:
+            raise PeerLost(f"nobody gives part {share.part} any more", hint="push again")
+        giver = givers[(self._turn + chunk) % len(givers)]
+        target = self.slot.regions[int(self.cargo.chunks[chunk, 0])]
+        return giver, self.agent.read(share.far(giver), share.near(target), timeout=self.left())
+
+    def _verify(self, chunk: int, began: float, *, who: str, is_origin: bool) -> None:
+        landed = time.monotonic()
+        if not self.is_whole(chunk):
+            raise IntegrityError(
+                f"chunk {chunk} of version {self.version} from {who!r} is not what was published; "
+                f"it holds {self.names(chunk)}",
+                hint="the old version stays; push again", peer=who,
+            )  # fmt: skip
+        nbytes = int(self.cargo.extents(chunk)[:, 1].sum()) if is_origin else int(self.cargo.chunks[chunk, 2])
+        self.tally.add(landed - began, time.monotonic() - landed, nbytes, is_origin=is_origin)
+
+
+def _end(transfer: Transfer) -> RaynixlError | None:
+    """Wait for a transfer; return how it failed, if it did. All of a chunk are waited for, whatever becomes of one."""
+    try:
+        transfer.wait()
+    except RaynixlError as exc:
+        return exc
+    return None
+
+
+def reason(error: RaynixlError) -> Why:
+    """Return how the swarm calls a failure."""
+    if isinstance(error, IntegrityError):
+        return Why.CORRUPT
+    if isinstance(error, TransferTimeout):
+        return Why.STALLED
+    return Why.STALE if isinstance(error, RegionStale | RegionUnknown) else Why.LOST
+
+
+def is_origin(holder: str) -> bool:
+    """Whether a holder is the sources together."""
+    return holder == ORIGIN

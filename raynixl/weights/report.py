@@ -37,15 +37,28 @@ class PushReport:
     ranks: Mapping[str, RankReport] = field(default_factory=dict)
     targets: int = 0
     """How many targets there were; sources that took no part are among the excluded too."""
+    release_seconds: float = 0.0
+    """When the sources were needed no more, from the beginning of the push."""
+    origin_nbytes: int = 0
+    """Bytes that the sources gave; the others, `peer_nbytes`, receivers gave to each other."""
+    peer_nbytes: int = 0
+    deltas: int = 0
+    """How many targets got what had changed since the version that they served, instead of everything."""
+    liars: tuple[str, ...] = ()
+    """Receivers that gave corrupt chunks to others, which then got them elsewhere."""
+    replans: int = 0
+    """How often chunks had to come from somebody else than planned: the holder died, stalled or lied."""
 
     def __str__(self) -> str:
         head = (
             f"version {self.version}: {self.nbytes / 1e6:,.1f} MB to {len(self.ranks)} of {self.targets} "
             f"in {self.seconds * 1e3:,.1f} ms, {self.gbps:.2f} GB/s "
             f"(copy out {self.copy_out_seconds * 1e3:.1f} ms, digest {self.digest_seconds * 1e3:.1f} ms, "
-            f"flip {self.flip_seconds * 1e3:.2f} ms)"
+            f"flip {self.flip_seconds * 1e3:.2f} ms; sources gave {self.origin_nbytes / 1e6:,.1f} MB, peers "
+            f"{self.peer_nbytes / 1e6:,.1f} MB; sources free after {self.release_seconds * 1e3:,.1f} ms)"
         )
-        return "\n".join([head, *_rows(self.ranks), *_excluded(self.excluded)])
+        liars = [f"  {name} gave corrupt chunks to others" for name in self.liars]
+        return "\n".join([head, *_rows(self.ranks), *_excluded(self.excluded), *liars])
 
     __repr__ = __str__
 

@@ -88,7 +88,7 @@ class Outgoing:
             _RowsHead(image=row.image, place=row.place, arenas=row.arenas, nbytes=len(row.ranges)) for row in self.rows
         )
         head = _OutgoingHead(plan=self.plan, chunk_nbytes=self.chunk_nbytes, rows=heads)
-        return _pack(head, [row.ranges for row in self.rows])
+        return pack(head, [row.ranges for row in self.rows])
 
     @staticmethod
     def from_bytes(data: bytes) -> Outgoing:
@@ -97,11 +97,11 @@ class Outgoing:
         Raises:
             IntegrityError: it is malformed.
         """
-        head, tail = _unpack(_OutgoingHead, data)
+        head, tail = unpack(_OutgoingHead, data)
         rows = tuple(ImageRows(row.image, row.place, row.arenas, bytes(tail.take(row.nbytes))) for row in head.rows)
         tail.end()
         if len({row.image for row in rows}) != len(rows):
-            raise _malformed("it names an image twice")
+            raise malformed("it names an image twice")
         return Outgoing(head.plan, head.chunk_nbytes, rows)
 
 
@@ -150,8 +150,8 @@ class Frozen:
             copy_out_seconds=self.copy_out_seconds, digest_seconds=self.digest_seconds, partials=partials,
             deltas=deltas, delta_region=self.delta_region,
         )  # fmt: skip
-        tail = [part for one in self.partials.values() for part in (_u4(one.chunks), _u8(one.digests))]
-        return _pack(head, [*tail, *(_u8(one.digests) for one in self.deltas.values())])
+        tail = [part for one in self.partials.values() for part in (_u4(one.chunks), u8(one.digests))]
+        return pack(head, [*tail, *(u8(one.digests) for one in self.deltas.values())])
 
     @staticmethod
     def from_bytes(data: bytes) -> Frozen:
@@ -160,7 +160,7 @@ class Frozen:
         Raises:
             IntegrityError: it is malformed.
         """
-        head, tail = _unpack(_FrozenHead, data)
+        head, tail = unpack(_FrozenHead, data)
         partials = {
             row.image: Partial(tail.numbers("<u4", row.count), tail.digests(row.count)) for row in head.partials
         }
@@ -169,9 +169,9 @@ class Frozen:
         }
         tail.end()
         if len(partials) != len(head.partials) or len(deltas) != len(head.deltas):
-            raise _malformed("it names an image twice")
+            raise malformed("it names an image twice")
         if any(np.any(one.chunks[1:] <= one.chunks[:-1]) for one in partials.values()):
-            raise _malformed("its chunks are not in order")
+            raise malformed("its chunks are not in order")
         return Frozen(
             head.version, head.plan, head.shards, head.holder, head.nbytes, head.copy_out_seconds, head.digest_seconds,
             partials, deltas, head.delta_region,
@@ -217,7 +217,7 @@ class _FrozenHead(Wire):
     delta_region: RegionRecord | None
 
 
-class _Tail:
+class Tail:
     """The binary end of a message, taken piece by piece; no piece is longer than what came."""
 
     def __init__(self, data: memoryview) -> None:
@@ -225,7 +225,7 @@ class _Tail:
 
     def take(self, nbytes: int) -> memoryview:
         if nbytes > len(self._data):
-            raise _malformed("it is truncated")
+            raise malformed("it is truncated")
         piece, self._data = self._data[:nbytes], self._data[nbytes:]
         return piece
 
@@ -237,31 +237,31 @@ class _Tail:
 
     def end(self) -> None:
         if len(self._data):
-            raise _malformed("it has bytes to spare")
+            raise malformed("it has bytes to spare")
 
 
-def _pack(head: Wire, tail: list[bytes]) -> bytes:
+def pack(head: Wire, tail: list[bytes]) -> bytes:
     raw = head.to_bytes()
     return b"".join((_TAIL.pack(_MAGIC, len(raw)), raw, *tail))
 
 
-def _unpack(kind: type[M], data: bytes) -> tuple[M, _Tail]:
+def unpack(kind: type[M], data: bytes) -> tuple[M, Tail]:
     if not _TAIL.size <= len(data) <= LIMIT:
-        raise _malformed(f"it has {len(data)} bytes")
+        raise malformed(f"it has {len(data)} bytes")
     magic, nbytes = _TAIL.unpack_from(data)
     if magic != _MAGIC or nbytes > len(data) - _TAIL.size:
-        raise _malformed("it is not of this version, or truncated")
+        raise malformed("it is not of this version, or truncated")
     end = _TAIL.size + nbytes
-    return kind.from_bytes(data[_TAIL.size : end]), _Tail(memoryview(data)[end:])
+    return kind.from_bytes(data[_TAIL.size : end]), Tail(memoryview(data)[end:])
 
 
 def _u4(numbers: NDArray[np.uint32]) -> bytes:
     return numbers.astype("<u4", copy=False).tobytes()
 
 
-def _u8(numbers: NDArray[np.uint64]) -> bytes:
+def u8(numbers: NDArray[np.uint64]) -> bytes:
     return numbers.astype("<u8", copy=False).tobytes()
 
 
-def _malformed(why: str) -> IntegrityError:
+def malformed(why: str) -> IntegrityError:
     return IntegrityError(f"a message of weight sync is malformed: {why}", hint="run one version of raynixl everywhere")

@@ -115,6 +115,11 @@ class Swarm:
         """Return what parked receivers can get by now; they are parked no more."""
         return [(member.name, found) for member, found in self._parking.dispatch(now).items()]
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether all who take part pull straight from the origin, which then needs not be asked chunk by chunk."""
+        return all(self._is_direct(member) for member in self._members.values())
+
     def _turn(self, member: Member) -> float:
         return list(self._members).index(member.name) / len(self._members)
 

@@ -5,90 +5,79 @@ from __future__ import annotations
 import asyncio
 import logging
 import operator
-import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from raynixl.errors import ConfigError, IntegrityError, RaynixlError, RegionUnknown, TransferTimeout
-from raynixl.weights.conversation import ask_all
-from raynixl.weights.protocol import Answer, Flip, Freeze, Frozen, Match, Pull, Release, Wire, check_weights_name, topic
-from raynixl.weights.report import PushReport, RankReport
+from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
+from raynixl.weights.assignment import Topology
+from raynixl.weights.catchup import CatchUp
+from raynixl.weights.origins import Origins
+from raynixl.weights.protocol import check_weights_name
+from raynixl.weights.push import Push
+from raynixl.weights.report import PushReport
+from raynixl.weights.rounds import Round
+from raynixl.weights.targeting import Return
+from raynixl.weights.targets import Targets
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
 
 logger = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Wire)
-_GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
-_RELEASE_SECONDS = 1.0
-_FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
-_MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
 _MAX_VERSION = 1 << 62
-
-
-@dataclass(slots=True)
-class _Round:
-    """One push on its way."""
-
-    version: int
-    began: float
-    timeout: float
-    push: str = field(default_factory=lambda: secrets.token_hex(16))
-    frozen: dict[str, Frozen] = field(default_factory=dict)
-    pulled: dict[str, Answer] = field(default_factory=dict)
-    flipped: dict[str, Answer] = field(default_factory=dict)
-    excluded: dict[str, RaynixlError] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def left(self, share: float = 1.0) -> float:
-        """Return a share of the time that is left."""
-        return max(0.001, (self.began + self.timeout - time.monotonic()) * share)
-
-    def deadline(self, share: float = 1.0) -> float:
-        return time.monotonic() + self.left(share)
-
-    @property
-    def first(self) -> Frozen:
-        return next(iter(self.frozen.values()))
+Replica = str | Sequence[str]
 
 
 class WeightSync:
     """Carries the weights that sources publish under a name to the targets that subscribe to it.
 
-    Sources and targets are agents' names. Several sources are replicas: they must hold the same weights, and targets
-    spread over them. A target that restarts takes part in the next push by itself. Any thread may push; pushes
-    follow one another. With `exclude_failed` targets that die, freeze or are too slow are left on their old
-    version and reported; without it the first such failure is raised, and no target flips unless that was in the
-    flip itself, such as a reader that does not leave.
+    Sources and targets are agents' names; a list among the targets is a replica, whose ranks flip together or not at
+    all. Sources that publish equal shards are replicas of each other, and must hold the same weights; targets spread
+    over them. A target that restarts takes part in the next push by itself. Any thread may push; pushes follow one
+    another. With `exclude_failed` targets that die, freeze or are too slow are left on their old version and
+    reported; without it the first such failure is raised, and no target flips unless that was in the flip itself,
+    such as a reader that does not leave.
+
+    `topology` is 'direct' (targets pull from the sources), 'relay' (they also feed each other) or 'auto'. With
+    `delta="auto"` a push brings what has changed where that is little, with 'off' always everything. `max_lag`
+    is how many versions a target may fall behind: a push that would leave one further behind fails instead.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each of them is one thing that who pushes may say
         self,
         agent: Agent,
         name: str,
         sources: Sequence[str],
-        targets: Sequence[str],
+        targets: Sequence[Replica],
         *,
+        topology: str = "auto",
+        delta: str = "auto",
+        max_lag: int | None = None,
         timeout: float = 60.0,
         exclude_failed: bool = True,
     ) -> None:
         self.name = check_weights_name(name)
         self.sources = _names(sources, "sources")
-        self.targets = _names(targets, "targets")
         self.timeout = _check_timeout(timeout)
         self._agent = agent
         self._exclude_failed = exclude_failed
-        self._pushing = threading.Lock()  # held by one push at a time; protects _version, _matched, _heard
+        self._topology = _check_topology(topology)
+        self._delta = _check_delta(delta)
+        self._max_lag = _check_lag(max_lag)
+        self._origins = Origins(agent, self.name, self.sources)
+        self._targets = Targets(agent, self.name, _replicas(targets))
+        self._pushing = threading.Lock()  # held by one push at a time; protects all of the above, and _version
         self._version = 0
-        self._matched: dict[str, tuple[str, str]] = {}  # target -> (incarnation, layout that fits)
-        self._heard: set[str] = set()
 
     def __repr__(self) -> str:
         return f"WeightSync({self.name!r}, {len(self.sources)} to {len(self.targets)}, version {self._version})"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All targets, the ranks of replicas one after the other."""
+        return self._targets.names
 
     @property
     def version(self) -> int:
@@ -106,193 +95,111 @@ class WeightSync:
             IntegrityError: the sources hold different weights.
         """
         seconds = self.timeout if timeout is None else _check_timeout(timeout)
-        began = time.monotonic()
-        version = _check_version(version)
-        if not self._pushing.acquire(timeout=seconds):
-            raise TransferTimeout(f"another push of {self.name!r} is not over after {seconds:g} s", hint="push again")
-        try:
-            if version <= self._version:
+        now = Round(_check_version(version), time.monotonic(), seconds)
+        with self._alone(seconds):
+            if now.version <= self._version:
                 raise ConfigError(
-                    f"version {version} of {self.name!r} is not above {self._version}, which was pushed",
+                    f"version {now.version} of {self.name!r} is not above {self._version}, which was pushed",
                     hint="versions go up",
                 )
-            return self._push(_Round(version, began, seconds))
-        finally:
-            self._pushing.release()
+            work = Push(
+                self._agent, self.name, now, (self._origins, self._targets), topology=self._topology,
+                base=self._version if self._delta else 0, exclude_failed=self._exclude_failed, max_lag=self._max_lag,
+            )  # fmt: skip
+            try:
+                return work.run()
+            finally:
+                if now.flipped:
+                    self._version = now.version
 
     async def push_async(self, version: int, *, timeout: float | None = None) -> PushReport:
         """Push from an event loop, which goes on meanwhile. A push whose waiter is cancelled still ends by itself."""
         return await asyncio.to_thread(self.push, version, timeout=timeout)
 
-    def _push(self, now: _Round) -> PushReport:
-        try:
-            self._freeze(now)
-            self._match(now)
-            self._pull(now)
-            self._flip(now)
-        finally:
-            self._release(now)
-        return self._report(now)
+    def join(self, targets: Sequence[Replica], *, timeout: float | None = None) -> dict[str, RaynixlError]:
+        """Have more targets follow, also while a push is under way: they catch up from those that have its version.
 
-    # Phases
+        Returns the targets that could not catch up, with the reasons; they take part in the next push.
 
-    def _freeze(self, now: _Round) -> None:
-        """Have the sources copy their weights out."""
-        request = Freeze(push=now.push, version=now.version, seconds=now.left()).to_bytes()
-        share = 1.0 if len(self.sources) == 1 else _FREEZE_SHARE
-        answers = self._ask("freeze", dict.fromkeys(self.sources, request), now, share)
-        for name, data in answers.items():
-            frozen = _parse(Frozen, data, name)
-            if isinstance(frozen, RaynixlError):
-                self._exclude(now, name, frozen)
-            else:
-                now.frozen[name] = frozen
-        if not now.frozen:
-            raise next(iter(now.excluded.values()))
-        self._check_replicas(now)
+        Raises:
+            ConfigError: one follows already.
+            TransferTimeout: the push that is under way did not end in time.
+        """
+        seconds = self.timeout if timeout is None else _check_timeout(timeout)
+        began = time.monotonic()
+        new = _replicas(targets)
+        with self._alone(seconds):
+            taken = sorted(set(self.targets) & {name for replica in new for name in replica})
+            if taken:
+                raise ConfigError(f"{', '.join(taken)} follow already", hint="name those that are new")
+            self._targets.replicas += new
+            left = max(0.001, began + seconds - time.monotonic())
+            return CatchUp(self._agent, self.name, (self._origins, self._targets), left).run(new, self._version)
 
-    def _check_replicas(self, now: _Round) -> None:
-        """Refuse sources that do not hold the same bytes, cut into the same chunks."""
-        first, head = now.first.manifest, now.first.holder.name
-        for name, frozen in now.frozen.items():
-            manifest = frozen.manifest
-            if (manifest.layout, manifest.chunk_nbytes) != (first.layout, first.chunk_nbytes):
-                raise ConfigError(
-                    f"sources {head!r} and {name!r} publish different layouts or chunks of {self.name!r}",
-                    hint="sources are replicas: publish the same model in the same way", peer=name,
-                )  # fmt: skip
-            if manifest.digests != first.digests:
-                raise IntegrityError(
-                    f"sources {head!r} and {name!r} hold different weights under {self.name!r}",
-                    hint="sources are replicas: give one, or bring them into step", peer=name,
-                )  # fmt: skip
+    def leave(self, targets: Sequence[str], *, timeout: float | None = None) -> None:
+        """Have targets follow no more; they keep the version that they serve. A replica leaves as a whole.
 
-    def _match(self, now: _Round) -> None:
-        """Ask targets that are new whether the layout fits, before anything moves."""
-        layout = now.first.manifest.layout
-        fresh = [name for name in self.targets if self._matched.get(name) != (self._incarnation(name), layout)]
-        source = next(iter(now.frozen))
-        request = Match(layout=layout, source=source, seconds=now.left(_MATCH_SHARE)).to_bytes()
-        answers = self._ask("match", dict.fromkeys(fresh, request), now, _MATCH_SHARE)
-        fitting = self._answers(answers, now)
-        wrong = [error for name, error in now.excluded.items() if name in fresh and isinstance(error, ConfigError)]
-        if wrong:
-            raise wrong[0]
-        for name, answer in fitting.items():
-            self._matched[name] = (self._incarnation(name), layout)
-            if answer.version >= now.version:
-                stale = f"{name!r} serves version {answer.version} of {self.name!r}, {now.version} is not above it"
-                self._exclude(now, name, ConfigError(stale, hint="versions go up", peer=name))
+        Raises:
+            ConfigError: one does not follow, or is only a part of a replica.
+            TransferTimeout: the push that is under way did not end in time.
+        """
+        gone = set(_names(targets, "targets"))
+        with self._alone(self.timeout if timeout is None else _check_timeout(timeout)):
+            kept = [replica for replica in self._targets.replicas if not gone & set(replica)]
+            dropped = {name for replica in self._targets.replicas if replica not in kept for name in replica}
+            if dropped != gone:
+                odd = ", ".join(sorted(dropped ^ gone))
+                raise ConfigError(f"{odd}: not a follower, or a rank of a replica", hint="name whole replicas")
+            self._targets.replicas = kept
+            self._targets.forget(gone)
 
-    def _pull(self, now: _Round) -> None:
-        """Have all targets that are left pull and verify."""
-        holders = [frozen.holder for frozen in now.frozen.values()]
-        manifest, seconds = now.first.manifest, now.left(_PULL_SHARE)
-        names = [name for name in self.targets if name not in now.excluded]
-        requests = {}
-        for number, name in enumerate(names):
-            turn = number % len(holders)
-            preferred = (*holders[turn:], *holders[:turn])
-            requests[name] = Pull(
-                push=now.push, seconds=seconds, flip_seconds=now.left(), manifest=manifest, holders=preferred
-            ).to_bytes()
-        now.pulled = self._answers(self._ask("pull", requests, now, _PULL_SHARE), now)
-        self._check_sources(now)
+    def roll_back(self, version: int, *, timeout: float | None = None) -> dict[str, RaynixlError]:
+        """Have all targets serve a version again that they still hold; return those that could not, with the reasons.
 
-    def _check_sources(self, now: _Round) -> None:
-        """If pulls failed because every source is gone, the push has failed: nobody flips."""
-        suspects = {error.peer for error in now.excluded.values() if error.peer in now.frozen}
-        if not suspects:
-            return
-        answers = ask_all(self._agent, topic(self.name, "status"), dict.fromkeys(suspects, b""), now.deadline())
-        gone = {name: error for name, error in answers.items() if isinstance(error, RaynixlError)}
-        if len(gone) == len(now.frozen):
-            raise next(iter(gone.values()))
+        Targets hold as many versions as `subscribe(keep=)` says. The next push must still be above the last one.
 
-    def _flip(self, now: _Round) -> None:
-        """Have all targets that are ready serve the new version."""
-        request = Flip(push=now.push, seconds=now.left()).to_bytes()
-        answers = self._ask("flip", dict.fromkeys(now.pulled, request), now, 1.0)
-        now.flipped, failed = _sort(answers)
-        now.excluded.update(failed)
-        now.seconds = time.monotonic() - now.began
-        if now.flipped:
-            self._version = now.version
-        else:
-            logger.warning("version %d of %r reached nobody: %s", now.version, self.name, now.excluded)
-        if failed and not self._exclude_failed:
+        Raises:
+            RaynixlError: no target could: the first reason.
+            TransferTimeout: the push that is under way did not end in time.
+        """
+        seconds = self.timeout if timeout is None else _check_timeout(timeout)
+        request = Return(version=_check_version(version), seconds=seconds).to_bytes()
+        deadline = time.monotonic() + seconds
+        with self._alone(seconds):
+            answers = self._targets.ask("return", dict.fromkeys(self.targets, request), deadline)
+            well, failed = self._targets.answers(answers)
+            self._targets.forget(self.targets)
+        if not well and failed:
             raise next(iter(failed.values()))
+        return failed
 
-    def _release(self, now: _Round) -> None:
-        """Tell the sources that the push is over; one that does not hear it frees itself at the push's deadline."""
-        request = Release(push=now.push, committed=bool(now.flipped)).to_bytes()
-        payloads = {name: request for name in self.sources if self._incarnation(name)}
-        ask_all(self._agent, topic(self.name, "release"), payloads, time.monotonic() + _RELEASE_SECONDS)
+    def lag(self, *, timeout: float = 5.0) -> dict[str, int | RaynixlError]:
+        """Return by how many versions each target is behind the last that was pushed, or why it does not say.
 
-    # What the phases share
+        Raises:
+            TransferTimeout: the push that is under way did not end in time.
+        """
+        with self._alone(timeout):
+            return CatchUp(self._agent, self.name, (self._origins, self._targets), timeout).lag(self._version)
 
-    def _ask(
-        self, phase: str, payloads: Mapping[str, bytes], now: _Round, share: float
-    ) -> dict[str, bytes | RaynixlError]:
-        """Ask ranks; those never heard of get time to start."""
-        new = {name: payload for name, payload in payloads.items() if name not in self._heard}
-        until = min(now.began + _GRACE_SECONDS, now.deadline(share / 2)) if new else 0.0
-        answers = ask_all(self._agent, topic(self.name, phase), payloads, now.deadline(share), until=until)
-        self._heard.update(name for name, answer in answers.items() if isinstance(answer, bytes))
-        return {name: self._explain(name, phase, answer) for name, answer in answers.items()}
-
-    def _explain(self, name: str, phase: str, answer: bytes | RaynixlError) -> bytes | RaynixlError:
-        """Say in the words of weight sync that a rank does not take part."""
-        if not isinstance(answer, RegionUnknown):
-            return answer
-        does, call = ("publish", "publish") if phase == "freeze" else ("subscribe to", "subscribe")
-        return RegionUnknown(
-            f"{name!r} does not {does} the weights {self.name!r}",
-            hint=f"call rx.{call}({self.name!r}, module) there, and keep what it returns open", peer=name,
-        )  # fmt: skip
-
-    def _answers(self, answers: Mapping[str, bytes | RaynixlError], now: _Round) -> dict[str, Answer]:
-        """Return the answers of targets that did well; exclude the others."""
-        well, failed = _sort(answers)
-        for name, error in failed.items():
-            self._exclude(now, name, error)
-        return well
-
-    def _exclude(self, now: _Round, name: str, error: RaynixlError) -> None:
-        now.excluded[name] = error
-        if name in self.targets and not self._exclude_failed:
-            raise error
-
-    def _incarnation(self, name: str) -> str:
-        """Return the incarnation of a rank that we are connected to, or ''."""
-        connection = self._agent.connector.current(name)
-        return "" if connection is None or connection.lost is not None else connection.incarnation
-
-    def _report(self, now: _Round) -> PushReport:
-        ranks = {name: _rank(now.pulled[name], answer) for name, answer in now.flipped.items()}
-        return PushReport(
-            version=now.version, seconds=now.seconds, nbytes=now.first.nbytes,
-            gbps=now.first.nbytes * len(ranks) / now.seconds / 1e9,
-            copy_out_seconds=max(frozen.copy_out_seconds for frozen in now.frozen.values()),
-            digest_seconds=max(frozen.digest_seconds for frozen in now.frozen.values()),
-            flip_seconds=max((rank.flip_seconds for rank in ranks.values()), default=0.0),
-            digest=now.first.manifest.digest, excluded=now.excluded, ranks=ranks,
-            targets=len(self.targets),
-        )  # fmt: skip
+    def _alone(self, timeout: float) -> _Alone:
+        return _Alone(self._pushing, self.name, timeout)
 
 
-def _sort(answers: Mapping[str, bytes | RaynixlError]) -> tuple[dict[str, Answer], dict[str, RaynixlError]]:
-    """Return the answers of targets that did well, and why the others did not."""
-    well, failed = {}, {}
-    for name, data in answers.items():
-        answer = _parse(Answer, data, name)
-        if isinstance(answer, RaynixlError):
-            failed[name] = answer
-        elif answer.fault is not None:
-            failed[name] = answer.fault.error()
-        else:
-            well[name] = answer
-    return well, failed
+class _Alone:
+    """Holds the lock of a sync, which is waited for no longer than the timeout."""
+
+    def __init__(self, lock: threading.Lock, name: str, timeout: float) -> None:
+        self._lock, self._name, self._timeout = lock, name, timeout
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._timeout):
+            raise TransferTimeout(
+                f"another push of {self._name!r} is not over after {self._timeout:g} s", hint="push again"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _check_version(version: object) -> int:
@@ -304,20 +211,30 @@ def _check_version(version: object) -> int:
     return number
 
 
-def _rank(pulled: Answer, flipped: Answer) -> RankReport:
-    return RankReport(
-        seconds=pulled.seconds + flipped.seconds, pull_seconds=pulled.pull_seconds,
-        verify_seconds=pulled.verify_seconds, flip_seconds=flipped.seconds, nbytes=pulled.nbytes, note=flipped.note,
-    )  # fmt: skip
+def _check_topology(topology: str) -> Topology:
+    if topology not in list(Topology):
+        raise ConfigError(f"topology={topology!r:.40} is not known", hint="use 'auto', 'direct' or 'relay'")
+    return Topology(topology)
 
 
-def _parse(kind: type[M], data: bytes | RaynixlError, name: str) -> M | RaynixlError:
-    if isinstance(data, RaynixlError):
-        return data
-    try:
-        return kind.from_bytes(data)
-    except IntegrityError as exc:
-        return IntegrityError(f"{name!r} answered nonsense: {exc.message}", hint=exc.hint, peer=name)
+def _check_delta(delta: str) -> bool:
+    if delta not in ("auto", "off"):
+        raise ConfigError(f"delta={delta!r:.40} is not known", hint="use 'auto' or 'off'")
+    return delta == "auto"
+
+
+def _check_lag(max_lag: int | None) -> int | None:
+    if max_lag is not None and (isinstance(max_lag, bool) or not isinstance(max_lag, int) or max_lag < 0):
+        raise ConfigError(f"max_lag={max_lag!r:.40} is not usable", hint="give a number of versions, or None")
+    return max_lag
+
+
+def _replicas(targets: Sequence[Replica]) -> list[tuple[str, ...]]:
+    if isinstance(targets, str) or not targets:
+        raise ConfigError(f"targets {targets!r:.80} are not agents' names", hint="give a list of one name or more")
+    replicas = [(one,) if isinstance(one, str) else _names(one, "targets") for one in targets]
+    _names([name for replica in replicas for name in replica], "targets")
+    return replicas
 
 
 def _names(names: Sequence[str], what: str) -> tuple[str, ...]:

@@ -66,18 +66,32 @@ class VersionLock:
         Raises:
             TransferTimeout: some reader did not leave in time; all goes on as before.
         """
-        self._acquire(timeout)
+        self.hold(timeout)
         try:
             yield
         finally:
-            with self._changed:
-                self._writer = None
-                self._changed.notify_all()
+            self.let_go()
+
+    def adopt(self) -> None:
+        """Have this thread go on as the one that `hold` was called by."""
+        with self._changed:
+            self._writer = threading.current_thread()
+
+    def let_go(self) -> None:
+        """Let readers in again."""
+        with self._changed:
+            self._writer = None
+            self._changed.notify_all()
 
     def _is_calm(self) -> bool:
         return self._writer is None and not self._waiting
 
-    def _acquire(self, timeout: float) -> None:
+    def hold(self, timeout: float) -> None:
+        """Wait for the readers to leave and keep new ones out until `let_go`, which any thread may call.
+
+        Raises:
+            TransferTimeout: some reader did not leave in time; all goes on as before.
+        """
         deadline = time.monotonic() + timeout
         me = threading.current_thread()
         with self._changed:

@@ -1,0 +1,140 @@
+"""Catching up: a target that is new or was left behind gets the version that others serve, from these alone."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from raynixl.errors import PeerLost, RaynixlError
+from raynixl.weights.assignment import Topology
+from raynixl.weights.exchange import Exchange
+from raynixl.weights.plan import Plan
+from raynixl.weights.push import planned
+from raynixl.weights.swarm import Swarm
+from raynixl.weights.targeting import Describe, Held, Manifest, Pull, Step
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+    from raynixl.weights.origins import Origins
+    from raynixl.weights.targets import Errors, Targets
+
+_NOBODY = "0" * 32
+
+
+class CatchUp:
+    """Brings targets to a version that peers hold."""
+
+    def __init__(self, agent: Agent, name: str, ranks: tuple[Origins, Targets], seconds: float) -> None:
+        self._agent = agent
+        self._name = name
+        self._origins, self._targets = ranks
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+
+    def lag(self, version: int) -> dict[str, int | RaynixlError]:
+        """Return how far each target is behind a version."""
+        failed = self._look()
+        return {
+            name: failed[name] if name in failed else max(0, version - self._targets[name].version)
+            for name in self._targets.names
+        }
+
+    def run(self, replicas: Sequence[tuple[str, ...]], version: int) -> Errors:
+        """Bring replicas to a version; return those ranks that could not, and why."""
+        if version == 0:
+            return {}
+        failed = self._look()
+        new = [name for replica in replicas for name in replica]
+        errors: Errors = {name: failed[name] for name in new if name in failed}
+        for name in new:
+            if name not in errors and self._targets[name].version != version:
+                try:
+                    self._bring(name, version)
+                except RaynixlError as exc:
+                    errors[name] = exc
+        return errors
+
+    def _look(self) -> Errors:
+        """Ask all targets anew what they hold."""
+        names = self._targets.names
+        self._targets.forget(names)
+        sources = self._origins.planned
+        first = next(iter(sources), names[0] if names else "nobody")
+        table = sources[first].table.digest if sources else _NOBODY
+        request = Describe(source=first, table=table, seconds=max(0.001, self._deadline - time.monotonic()))
+        until = time.monotonic() + self._seconds / 2
+        return self._targets.describe(names, request, self._deadline, until=until)
+
+    def _bring(self, name: str, version: int) -> None:
+        """Bring one target to a version and have it flip.
+
+        Raises:
+            RaynixlError: nobody holds it, or it did not come.
+        """
+        target = self._targets[name]
+        sources = tuple(self._origins.planned.values()) or (target.shards,)
+        plan: Plan = planned(sources, (target.shards,))
+        layout = plan.images[0]
+        held = self._held(layout.digest, version, name)
+        if not held:
+            raise PeerLost(
+                f"no target holds version {version} of {self._name!r} as {name!r} needs it",
+                hint="push the next version",
+            )
+        manifest = self._manifest(held, version, layout.digest)
+        chunk_nbytes = held[0][2].chunk_nbytes
+        told = self._targets.tell(plan, {name: 0}, chunk_nbytes, self._deadline)
+        if told:
+            raise told[name]
+        push = secrets.token_hex(16)
+        exchange = Exchange(self._agent, self._name, push, on_released=_nothing)
+        try:
+            swarm = Swarm(len(manifest.digests), origin_hosts=(), topology=Topology.RELAY)
+            for _, host, one in held:
+                exchange.offer(swarm, host, one.holder)
+            exchange.add(swarm, {name: target.host})
+            left = max(0.001, self._deadline - time.monotonic())
+            pull = Pull(
+                push=push, version=version, plan=plan.digest, seconds=left, flip_seconds=left, is_relay=True,
+                origins={}, digests=manifest.digests,
+            ).to_bytes()  # fmt: skip
+            self._require(name, "pull", pull)
+        finally:
+            exchange.close()
+        left = max(0.001, self._deadline - time.monotonic())
+        self._require(name, "flip", Step(push=push, seconds=left).to_bytes())
+        target.version = version
+
+    def _held(self, image: str, version: int, name: str) -> list[tuple[str, str, Held]]:
+        """Return who holds a version of an image whole: (name, host, where)."""
+        found = []
+        for other in self._targets.names:
+            known = self._targets.get(other)
+            if known is None or other == name:
+                continue
+            found += [(other, known.host, one) for one in known.held if (one.image, one.version) == (image, version)]
+        return [one for one in found if one[2].chunk_nbytes == found[0][2].chunk_nbytes]
+
+    def _manifest(self, held: Sequence[tuple[str, str, Held]], version: int, image: str) -> Manifest:
+        """Ask holders for the digests of a version's chunks until one answers as most of them say it is."""
+        named = [one.digest for _, _, one in held]
+        wanted = max(set(named), key=named.count)
+        asked = {name: str(version).encode() for name, _, one in held if one.digest == wanted}
+        answers, failed = self._targets.parsed(
+            self._targets.ask("manifest", asked, self._deadline), Manifest.from_bytes
+        )
+        for manifest in answers.values():
+            if (manifest.version, manifest.image) == (version, image):
+                return manifest
+        raise next(iter(failed.values()), PeerLost(f"nobody says what version {version} is", hint="push the next one"))
+
+    def _require(self, name: str, phase: str, payload: bytes) -> None:
+        _, failed = self._targets.answers(self._targets.ask(phase, {name: payload}, self._deadline))
+        if failed:
+            raise failed[name]
+
+
+def _nothing() -> None:
+    return None

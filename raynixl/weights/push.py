@@ -1,0 +1,328 @@
+"""A push at work: describe, plan, freeze, pull, flip, release; each a question to all ranks at once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raynixl.errors import ConfigError, PeerLost, PeerRestarted, RaynixlError
+from raynixl.weights.assembly import DeltaPart
+from raynixl.weights.assignment import Topology
+from raynixl.weights.conversation import ask_each
+from raynixl.weights.digest import version_digest
+from raynixl.weights.exchange import Exchange
+from raynixl.weights.plan import plan
+from raynixl.weights.protocol import topic
+from raynixl.weights.sourcing import Freeze
+from raynixl.weights.swarm import Swarm
+from raynixl.weights.targeting import Blob, BlobAt, Describe, Pull, Step
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+    from raynixl.weights.origins import Origins
+    from raynixl.weights.report import PushReport
+    from raynixl.weights.rounds import Round
+    from raynixl.weights.shards import Shards
+    from raynixl.weights.targets import Targets
+
+logger = logging.getLogger(__name__)
+_GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
+_FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
+_MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
+_TICK_SECONDS = 0.5
+
+planned = lru_cache(8)(plan)
+"""Plans that were made: the same ranks push again and again."""
+
+
+class Push:
+    """One push of one version. `run` it once."""
+
+    def __init__(
+        self, agent: Agent, name: str, now: Round, ranks: tuple[Origins, Targets], *, topology: Topology, base: int,
+        exclude_failed: bool, max_lag: int | None,
+    ) -> None:  # fmt: skip
+        self._agent = agent
+        self._name = name
+        self._now = now
+        self._origins, self._targets = ranks
+        self._topology = topology
+        self._base = base
+        self._exclude_failed = exclude_failed
+        self._max_lag = max_lag
+        self._releasing = threading.Lock()  # held while the sources are told
+
+    def run(self) -> PushReport:
+        """Bring the version to all targets that can take it.
+
+        Raises:
+            RaynixlError: see `WeightSync.push`.
+        """
+        now = self._now
+        try:
+            self._describe()
+            self._plan()
+            self._freeze()
+            self._pull()
+            self._flip()
+        finally:
+            with self._releasing:
+                self._origins.release(now.push, committed=bool(now.flipped))
+        first = next((now.image_of[name] for name in now.flipped), 0)
+        digest = version_digest(now.froze.digests[first]) if now.froze.digests else ""
+        return now.report(digest, len(self._targets.names))
+
+    # Phases
+
+    def _describe(self) -> None:
+        """Ask ranks that are new what they hold and need."""
+        now = self._now
+        until = min(now.began + _GRACE_SECONDS, now.deadline(_FREEZE_SHARE / 2))
+        alone = len(self._origins.sources) == 1
+        failed = self._origins.describe(now.deadline(_MATCH_SHARE if alone else _FREEZE_SHARE), until=until)
+        now.excluded.update(failed)
+        if not self._origins.planned:
+            raise next(iter(failed.values()))
+        first, shards = next(
+            ((name, own) for name, own in self._origins.planned.items() if name not in failed),
+            next(iter(self._origins.planned.items())),
+        )
+        request = Describe(source=first, table=shards.table.digest, seconds=now.left(_MATCH_SHARE))
+        until = min(now.began + _GRACE_SECONDS, now.deadline(_MATCH_SHARE / 2))
+        for name, error in self._targets.describe(
+            self._targets.names, request, now.deadline(_MATCH_SHARE), until=until
+        ).items():
+            if isinstance(error, ConfigError):
+                raise error
+            self._exclude(name, error)
+        for name in self._live():
+            version = self._targets[name].version
+            if version >= now.version:
+                stale = f"{name!r} serves version {version} of {self._name!r}, {now.version} is not above it"
+                self._exclude(name, ConfigError(stale, hint="versions go up", peer=name))
+
+    def _plan(self) -> None:
+        """Decide who pulls what from whom, and tell the targets; sources are told when they freeze."""
+        now = self._now
+        sources: Sequence[Shards] = tuple(self._origins.planned.values())
+        names = self._live()
+        if not names:
+            raise next(iter(now.excluded.values()))
+        now.plan = planned(tuple(sources), tuple(self._targets[name].shards for name in names))
+        now.image_of = dict(zip(names, now.plan.image_of, strict=True))
+        told = self._targets.tell(now.plan, now.image_of, self._origins.chunk_nbytes, now.deadline(_MATCH_SHARE))
+        for name, error in told.items():
+            self._exclude(name, error)
+
+    def _freeze(self) -> None:
+        """Have the sources copy their weights out."""
+        now = self._now
+        alone = len(self._origins.sources) == 1
+        request = Freeze(
+            push=now.push, version=now.version, seconds=now.left(), plan=now.planned.digest, base=self._usable_base()
+        )
+        deadline = now.deadline(1.0 if alone else _FREEZE_SHARE)
+        now.assembled = self._origins.freeze(request, now.planned, self._origins.chunk_nbytes, deadline)
+        now.excluded.update(now.assembled.failed)
+
+    def _usable_base(self) -> int:
+        """Return the version that a delta may start from, if some target serves it."""
+        return self._base if any(self._targets[name].version == self._base for name in self._live()) else 0
+
+    def _pull(self) -> None:
+        """Have all targets that are left pull and verify."""
+        now = self._now
+        seconds, deadline = now.left(_PULL_SHARE), now.deadline(_PULL_SHARE)
+        exchange = Exchange(self._agent, self._name, now.push, on_released=self._release_early)
+        try:
+            payloads = {}
+            for image in sorted(set(now.image_of.values())):
+                payloads |= self._pulls(image, exchange, seconds)
+            answers = self._ask_pulls(payloads, deadline, exchange)
+            now.liars = exchange.liars
+        finally:
+            exchange.close()
+        now.pulled, failed = self._targets.answers(answers)
+        if not now.released:
+            now.released = time.monotonic() - now.began
+        self._targets.forget(name for name, error in failed.items() if isinstance(error, PeerRestarted))
+        for name, error in failed.items():
+            self._exclude(name, error)
+        self._check_sources()
+
+    def _pulls(self, image: int, exchange: Exchange, seconds: float) -> dict[str, bytes]:
+        """Return what the targets of one image are told to pull; those that relay take part in the exchange."""
+        now, froze = self._now, self._now.froze
+        names = [name for name in self._live() if now.image_of[name] == image]
+        blobs, blob_digests = _delta(froze.deltas.get(image, ()))
+        with_delta = {name for name in names if blobs and self._targets[name].version == froze.base}
+        now.deltas += len(with_delta)
+        others = [name for name in names if name not in with_delta]
+        chunks = len(froze.digests[image])
+        hosts = {name: self._targets[name].host for name in others}
+        is_relay = self._relays(Swarm(chunks, origin_hosts=self._hosts(), topology=self._topology), hosts)
+        if is_relay:
+            exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts)
+        origins = {part: froze.holders[part] for part in now.planned.incoming(image).parts}
+        common = {
+            "push": now.push, "version": now.version, "plan": now.planned.digest, "seconds": seconds,
+            "flip_seconds": now.left(), "origins": origins, "digests": froze.digests[image],
+        }  # fmt: skip
+        full = Pull(**common, is_relay=is_relay).to_bytes() if others else b""
+        delta = b""
+        if with_delta:
+            delta = Pull(**common, is_relay=False, base=froze.base, blobs=blobs, blob_digests=blob_digests).to_bytes()
+        return {name: delta if name in with_delta else full for name in names}
+
+    def _relays(self, swarm: Swarm, hosts: Mapping[str, str]) -> bool:
+        """Whether receivers feed each other."""
+        for name, host in hosts.items():
+            swarm.join(name, host)
+        return len(hosts) > 1 and not swarm.is_direct
+
+    def _hosts(self) -> list[str]:
+        """Return the hosts of the sources, as far as they are known."""
+        hosts = []
+        for name in self._origins.planned:
+            connection = self._agent.connector.current(name)
+            record = None if connection is None else connection.record
+            hosts.append(f"host of {name}" if record is None else record.host)
+        return hosts
+
+    def _ask_pulls(
+        self, payloads: Mapping[str, bytes], deadline: float, exchange: Exchange
+    ) -> dict[str, bytes | RaynixlError]:
+        """Ask targets to pull, and look after those that feed each other until all have answered."""
+        answers: dict[str, bytes | RaynixlError] = {}
+        ticked = time.monotonic()
+        for found in ask_each(self._agent, topic(self._name, "pull"), payloads, deadline, every=_TICK_SECONDS):
+            answers |= {name: self._targets.explained(name, answer) for name, answer in found.items()}
+            _, failed = self._targets.answers(found)
+            if failed:
+                exchange.lost(failed)
+            if time.monotonic() - ticked > _TICK_SECONDS:
+                ticked = time.monotonic()
+                exchange.tick()
+        return answers
+
+    def _release_early(self) -> None:
+        """Tell the sources that others hold all they have to give."""
+        self._now.released = time.monotonic() - self._now.began
+        with self._releasing:
+            self._origins.release(self._now.push, committed=False)
+
+    def _check_sources(self) -> None:
+        """If pulls failed because every source of some part is gone, the push has failed: nobody flips."""
+        now = self._now
+        names = list(self._origins.planned)
+        suspects = {error.peer for error in now.excluded.values() if error.peer in names}
+        if not now.pulled:
+            suspects = set(names)
+        gone = self._origins.gone(suspects, now.deadline()) if suspects and now.excluded else {}
+        for members in now.planned.parts:
+            if gone and all(names[member] in gone for member in members):
+                raise gone[names[members[0]]]
+        if gone:
+            now.replans += len(gone)
+
+    def _flip(self) -> None:
+        """Have all replicas that are ready serve the new version, each with all of its ranks or not at all."""
+        now = self._now
+        self._leave_out_partial_replicas()
+        self._check_lag()
+        together = [replica for replica in self._targets.replicas if len(replica) > 1 and replica[0] in now.pulled]
+        held = self._hold(together)
+        names = [name for name in now.pulled if name not in now.excluded]
+        names = [name for name in names if name in held or not any(name in replica for replica in together)]
+        request = Step(push=now.push, seconds=now.left()).to_bytes()
+        now.flipped, failed = self._targets.answers(
+            self._targets.ask("flip", dict.fromkeys(names, request), now.deadline())
+        )
+        now.excluded.update(failed)
+        for name in now.flipped:
+            self._targets[name].version = now.version
+        self._targets.forget(failed)
+        now.seconds = time.monotonic() - now.began
+        if not now.flipped:
+            logger.warning("version %d of %r reached nobody: %s", now.version, self._name, now.excluded)
+        if failed and not self._exclude_failed:
+            raise next(iter(failed.values()))
+
+    def _leave_out_partial_replicas(self) -> None:
+        now = self._now
+        for replica in self._targets.replicas:
+            missing = [name for name in replica if name not in now.pulled]
+            for name in replica:
+                if missing and name in now.pulled:
+                    error = PeerLost(
+                        f"{name!r} stays on its old version with {missing[0]!r} of its replica",
+                        hint=f"see why {missing[0]!r} was excluded", peer=missing[0],
+                    )  # fmt: skip
+                    self._exclude(name, error)
+                    del now.pulled[name]
+
+    def _check_lag(self) -> None:
+        """Refuse to flip if that would leave a target further behind than is allowed."""
+        now = self._now
+        if self._max_lag is None:
+            return
+        for name, error in now.excluded.items():
+            known = self._targets.get(name)
+            if name in self._targets.names and now.version - (known.version if known else 0) > self._max_lag:
+                raise error
+
+    def _hold(self, replicas: Sequence[tuple[str, ...]]) -> set[str]:
+        """Have the ranks of replicas keep their readers out; return those of replicas where all do."""
+        if not replicas:
+            return set()
+        now = self._now
+        names = [name for replica in replicas for name in replica]
+        request = Step(push=now.push, seconds=now.left()).to_bytes()
+        answers = self._targets.ask("hold", dict.fromkeys(names, request), now.deadline(_PULL_SHARE))
+        well, failed = self._targets.answers(answers)
+        held, dropped = set(), []
+        for replica in replicas:
+            if all(name in well for name in replica):
+                held |= set(replica)
+                continue
+            dropped += [name for name in replica if name in well]
+            for name in replica:
+                why = failed.get(name) or next(failed[one] for one in replica if one in failed)
+                self._exclude(name, why)
+        if dropped:
+            self._targets.ask("let-go", dict.fromkeys(dropped, request), now.deadline())
+        return held
+
+    # What the phases share
+
+    def _live(self) -> list[str]:
+        return [name for name in self._targets.names if name not in self._now.excluded]
+
+    def _exclude(self, name: str, error: RaynixlError) -> None:
+        self._now.excluded[name] = error
+        if name in self._targets.names and not self._exclude_failed:
+            raise error
+
+
+def _delta(parts: Sequence[DeltaPart]) -> tuple[tuple[Blob, ...], NDArray[np.uint64]]:
+    """Return a delta's blobs as they are told to targets, and the digests of all their chunks."""
+    blobs = tuple(
+        Blob(
+            nbytes=part.nbytes,
+            at=tuple(
+                BlobAt(owner=region.owner, incarnation=region.incarnation, region=region.record, offset=offset)
+                for region, offset in part.holders
+            ),
+        )
+        for part in parts
+    )
+    if not parts:
+        return (), np.zeros((0, 2), np.uint64)
+    return blobs, np.concatenate([part.digests for part in parts])

@@ -1,0 +1,178 @@
+"""The relay: a receiver's part in a swarm: it asks what to pull from whom, pulls, and says what became of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from raynixl.errors import PeerLost, RaynixlError
+from raynixl.weights.cargo import Giver
+from raynixl.weights.protocol import Holder, topic
+from raynixl.weights.receiver import Receiver, is_origin, reason
+from raynixl.weights.targeting import Batch, Failed, Next
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+
+_ROOM = 4  # chunks under way or waiting at a time
+_ASK_SECONDS = 10.0
+
+
+def next_topic(name: str, push: str) -> str:
+    """Return the topic under which receivers of a push ask for chunks, and are answered when there are some."""
+    return topic(name, f"next/{push}")
+
+
+def done_topic(name: str, push: str) -> str:
+    """Return the topic under which they say what they have meanwhile."""
+    return topic(name, f"done/{push}")
+
+
+@dataclass(slots=True)
+class Relay:
+    """One receiver's part in a push. `coordinator` is the agent that answers; `holder` is this receiver's slot."""
+
+    agent: Agent
+    receiver: Receiver
+    name: str
+    push: str
+    coordinator: str
+    holder: Holder
+    _changed: threading.Condition = field(default_factory=threading.Condition)  # protects all below
+    _todo: deque[tuple[int, str]] = field(default_factory=deque)
+    _pulling: int = 0
+    _done: list[int] = field(default_factory=list)
+    _failed: list[Failed] = field(default_factory=list)
+    _have: int = 0
+    _is_asking: bool = False
+    _is_over: bool = False
+    _error: BaseException | None = None
+    _givers: dict[str, Giver] = field(default_factory=dict)
+
+    def run(self, *, threads: int) -> None:
+        """Bring everything in.
+
+        Raises:
+            RaynixlError: nobody can give some chunk any more, whoever coordinates is gone, or it did not come in time.
+        """
+        helpers = [threading.Thread(target=self._work, name="raynixl-relay", daemon=True) for _ in range(threads)]
+        for helper in helpers:
+            helper.start()
+        try:
+            self._talk()
+        finally:
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
+            for helper in helpers:
+                helper.join()
+        if self._error is not None:
+            raise self._error
+        self._report(is_last=True)
+
+    def _talk(self) -> None:
+        """Ask for more whenever there is room, until all is here."""
+        total = len(self.receiver.digests)
+        first: Holder | None = self.holder
+        while True:
+            with self._changed:
+                left = self.receiver.left()
+                self._changed.wait_for(lambda: self._error is not None or self._has_room(total), min(left, 1.0))
+                if self._error is not None or self._have >= total:
+                    return
+                if not self._has_room(total):
+                    continue
+                room = _ROOM - len(self._todo) - self._pulling
+                message = self._take_news(room, first)
+                self._is_asking = True
+            try:
+                self._take(self._ask(next_topic(self.name, self.push), message))
+            finally:
+                with self._changed:
+                    self._is_asking = False
+            first = None
+
+    def _has_room(self, total: int) -> bool:
+        return self._have >= total or len(self._todo) + self._pulling <= _ROOM // 2
+
+    def _take_news(self, room: int, holder: Holder | None) -> bytes:
+        message = Next(done=tuple(self._done), failed=tuple(self._failed), room=room, holder=holder).to_bytes()
+        self._done, self._failed = [], []
+        return message
+
+    def _ask(self, where: str, message: bytes) -> Batch:
+        timeout = max(0.001, min(_ASK_SECONDS, self.receiver.left()))
+        return Batch.from_bytes(self.agent.ask(self.coordinator, where, message, timeout=timeout).wait())
+
+    def _take(self, batch: Batch) -> None:
+        if batch.fault is not None:
+            raise batch.fault.error()
+        with self._changed:
+            self._givers.update((one.name, Giver(one.name, one.remotes())) for one in batch.holders)
+            self._todo.extend(batch.chunks)
+            self._changed.notify_all()
+
+    def _report(self, *, is_last: bool = False) -> None:
+        """Say what is here while a question is still out; the answer means nothing."""
+        with self._changed:
+            if not (self._done or self._failed) or not (self._is_asking or is_last):
+                return
+            message = self._take_news(0, None)
+        reply = self.agent.ask(self.coordinator, done_topic(self.name, self.push), message, timeout=_ASK_SECONDS)
+        if is_last:
+            reply.wait()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._todo or self._is_over or self._error is not None)
+                if self._is_over or self._error is not None:
+                    return
+                chunk, holder = self._todo.popleft()
+                self._pulling += 1
+            try:
+                failed = self._bring(chunk, holder)
+            except BaseException as exc:  # noqa: BLE001 - thread edge: `run` raises it
+                with self._changed:
+                    self._pulling -= 1
+                    self._error = exc
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._pulling -= 1
+                if failed is None:
+                    self._have += 1
+                    self._done.append(chunk)
+                else:
+                    self._failed.append(failed)
+                self._changed.notify_all()
+            self._report_safely()
+
+    def _report_safely(self) -> None:
+        try:
+            self._report()
+        except RaynixlError as exc:
+            with self._changed:
+                self._error = exc
+                self._changed.notify_all()
+
+    def _bring(self, chunk: int, holder: str) -> Failed | None:
+        """Pull one chunk; return how that failed, if it did and others may do better."""
+        try:
+            if is_origin(holder):
+                self.receiver.from_origin(chunk)
+            else:
+                self.receiver.from_peer(chunk, self._giver(holder))
+        except RaynixlError as exc:
+            self.receiver.left()  # raises if it is our own time that is over
+            return Failed(chunk=chunk, holder=holder, why=reason(exc))
+        return None
+
+    def _giver(self, holder: str) -> Giver:
+        with self._changed:
+            giver = self._givers.get(holder)
+        if giver is None:
+            raise PeerLost(f"{holder!r} has told nobody where its chunks lie", peer=holder)
+        return giver

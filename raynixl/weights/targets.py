@@ -1,0 +1,171 @@
+"""Targets: those that follow the weights, as whoever pushes sees them: what they need, hold and serve, and where."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from raynixl.errors import ConfigError, IntegrityError, RaynixlError, RegionUnknown
+from raynixl.weights.conversation import ask_all
+from raynixl.weights.plan import Plan
+from raynixl.weights.protocol import Answer, topic
+from raynixl.weights.shards import Shards
+from raynixl.weights.table import Table
+from raynixl.weights.targeting import Describe, Held, Incoming, Subscribed
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+
+T = TypeVar("T")
+Errors = dict[str, RaynixlError]
+
+
+@dataclass(slots=True)
+class Target:
+    """What is known of a target: in which life of it, what it needs, and the version that it serves."""
+
+    incarnation: str
+    shards: Shards
+    host: str
+    version: int
+    held: tuple[Held, ...]
+    told: set[tuple[str, int]] = field(default_factory=set)
+
+
+class Targets:
+    """The targets of the weights under a name, in replicas that flip together. One push at a time uses them."""
+
+    def __init__(self, agent: Agent, name: str, replicas: Sequence[tuple[str, ...]]) -> None:
+        self.name = name
+        self.replicas = list(replicas)
+        self._agent = agent
+        self._known: dict[str, Target] = {}
+        self._tables: dict[str, Table] = {}
+        self._heard: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"Targets({self.name!r}, {len(self.replicas)} replicas)"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All targets, in order."""
+        return tuple(name for replica in self.replicas for name in replica)
+
+    def __getitem__(self, name: str) -> Target:
+        return self._known[name]
+
+    def get(self, name: str) -> Target | None:
+        """Return what is known of a target in its present life."""
+        return self._known[name] if self._is_known(name) else None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Ask these again before anything else."""
+        for name in names:
+            self._known.pop(name, None)
+
+    def describe(self, names: Sequence[str], request: Describe, deadline: float, *, until: float = 0.0) -> Errors:
+        """Ask targets that are new or restarted what they need; return those that do not answer, and why."""
+        fresh = [name for name in names if not self._is_known(name)]
+        answers = self.ask("target", dict.fromkeys(fresh, request.to_bytes()), deadline, until=until)
+        found, failed = self.parsed(answers, Subscribed.from_bytes)
+        for name, one in list(found.items()):
+            if one.fault is not None:
+                failed[name] = one.fault.error()
+                del found[name]
+        failed |= self._fetch_tables(found, deadline)
+        for name, one in found.items():
+            if name in failed:
+                continue
+            try:
+                shards = Shards.at(self._tables[one.table], one.rank)
+            except IntegrityError as exc:
+                failed[name] = exc
+                continue
+            self._known[name] = Target(self._incarnation(name), shards, one.host, one.version, one.held)
+        return failed
+
+    def tell(self, plan: Plan, image_of: Mapping[str, int], chunk_nbytes: int, deadline: float) -> Errors:
+        """Send targets what they pull from whom under a plan, where they were not told yet; return who failed."""
+        key = (plan.digest, chunk_nbytes)
+        fresh = [name for name in image_of if key not in self._known[name].told]
+        messages: dict[int, bytes] = {}
+        for image in {image_of[name] for name in fresh}:
+            layout, ranges = plan.images[image].to_bytes(), plan.incoming(image).to_bytes()
+            messages[image] = Incoming(plan.digest, image, chunk_nbytes, layout, ranges).to_bytes()
+        payloads = {name: messages[image_of[name]] for name in fresh}
+        told, failed = self.parsed(self.ask("incoming", payloads, deadline), bytes)
+        for name in told:
+            self._known[name].told.add(key)
+        return failed
+
+    def ask(
+        self, phase: str, payloads: Mapping[str, bytes], deadline: float, *, until: float = 0.0
+    ) -> dict[str, bytes | RaynixlError]:
+        """Ask targets; those never heard of get until `until` to start."""
+        new = any(name not in self._heard for name in payloads)
+        answers = ask_all(self._agent, topic(self.name, phase), payloads, deadline, until=until if new else 0.0)
+        self._heard.update(name for name, answer in answers.items() if isinstance(answer, bytes))
+        return {name: self.explained(name, answer) for name, answer in answers.items()}
+
+    def explained(self, name: str, answer: bytes | RaynixlError) -> bytes | RaynixlError:
+        """Say in the words of weight sync that a target does not take part."""
+        if not isinstance(answer, RegionUnknown):
+            return answer
+        return RegionUnknown(
+            f"{name!r} does not subscribe to the weights {self.name!r}",
+            hint=f"call rx.subscribe({self.name!r}, module) there, and keep what it returns open", peer=name,
+        )  # fmt: skip
+
+    def parsed(
+        self, answers: Mapping[str, bytes | RaynixlError], parse: Callable[[bytes], T]
+    ) -> tuple[dict[str, T], Errors]:
+        """Return what targets answered, and why others did not."""
+        well: dict[str, T] = {}
+        failed: Errors = {}
+        for name, answer in answers.items():
+            try:
+                if isinstance(answer, RaynixlError):
+                    failed[name] = answer
+                else:
+                    well[name] = parse(answer)
+            except IntegrityError as exc:
+                failed[name] = IntegrityError(f"{name!r} answered nonsense: {exc.message}", hint=exc.hint, peer=name)
+        return well, failed
+
+    def answers(self, answers: Mapping[str, bytes | RaynixlError]) -> tuple[dict[str, Answer], Errors]:
+        """Return the answers of targets that did well, and why the others did not."""
+        found, failed = self.parsed(answers, Answer.from_bytes)
+        for name, answer in found.items():
+            if answer.fault is not None:
+                failed[name] = answer.fault.error()
+        return {name: answer for name, answer in found.items() if name not in failed}, failed
+
+    def _incarnation(self, name: str) -> str:
+        connection = self._agent.connector.current(name)
+        return "" if connection is None or connection.lost is not None else connection.incarnation
+
+    def _is_known(self, name: str) -> bool:
+        known = self._known.get(name)
+        return known is not None and known.incarnation == self._incarnation(name)
+
+    def _fetch_tables(self, found: Mapping[str, Subscribed], deadline: float) -> Errors:
+        """Fetch each table that is not known from one of the targets that name it; return the targets left without."""
+        failed: Errors = {}
+        while time.monotonic() < deadline:
+            first: dict[str, str] = {}
+            for name, one in found.items():
+                if one.table not in self._tables and name not in failed:
+                    first.setdefault(one.table, name)
+            if not first:
+                break
+            asked = {name: table.encode() for table, name in first.items()}
+            tables, errors = self.parsed(self.ask("table", asked, deadline), Table.from_bytes)
+            failed |= errors
+            for name, table in tables.items():
+                if table.digest == found[name].table:
+                    self._tables[table.digest] = table
+                else:
+                    failed[name] = ConfigError(f"{name!r} sent another table than it named", peer=name)
+        return failed

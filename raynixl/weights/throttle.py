@@ -1,0 +1,41 @@
+"""The throttle: holds a pull to a number of bytes a second, over all of its threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from raynixl.errors import ConfigError, TransferTimeout
+
+
+class Throttle:
+    """Lets so many gigabits a second through, or all if None; a chunk waits for its turn before it is pulled.
+
+    Raises:
+        ConfigError: the rate is not positive.
+    """
+
+    def __init__(self, max_gbps: float | None = None) -> None:
+        if max_gbps is not None and not max_gbps > 0:
+            raise ConfigError(f"max_gbps={max_gbps!r} is not usable", hint="give gigabits a second, or None")
+        self.max_gbps = max_gbps
+        self._lock = threading.Lock()  # protects _free
+        self._free = 0.0  # when the next bytes may go
+
+    def take(self, nbytes: int, timeout: float) -> None:
+        """Wait for the turn of so many bytes.
+
+        Raises:
+            TransferTimeout: it does not come in time.
+        """
+        if self.max_gbps is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            begins = max(now, self._free)
+            if begins - now > timeout:
+                raise TransferTimeout(
+                    f"{nbytes} bytes have no room in {self.max_gbps:g} Gbit/s in time", hint="raise max_gbps"
+                )
+            self._free = begins + nbytes * 8e-9 / self.max_gbps
+        time.sleep(max(0.0, begins - now))  # the wait itself is the point
