@@ -20,7 +20,7 @@ from raynixl.weights.delta import apply
 from raynixl.weights.installer import Install, Installer, Steps
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import Answer, Fault, topic
-from raynixl.weights.pulling import Pulling, require
+from raynixl.weights.pulling import Pulling, mend
 from raynixl.weights.receiver import PullTimes
 from raynixl.weights.shards import Shards
 from raynixl.weights.slots import Slot, Slots
@@ -230,8 +230,8 @@ class Follower:
         for blob in blobs:
             apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
         whole = work.receiver(cargo, slot.arenas, throttle)
-        run_workers(lambda chunk: require(whole, chunk), len(cargo.chunks), threads=threads)
-        return slot, times
+        run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
+        return slot, times.plus(whole.tally)
 
     def _slot(self, cargo: ImageCargo, base: Slot | None) -> Slot:
         """Return a slot to fill. One that the model's own tensors lie in stays as it is."""
@@ -314,12 +314,13 @@ class Follower:
         if push and self._held == push:
             self._held = ""
             self.lock.adopt()
+            try:
+                yield
+            finally:
+                self.lock.let_go()
         else:
-            self.lock.hold(min(self._options.flip_timeout, max(0.0, until - time.monotonic())))
-        try:
-            yield
-        finally:
-            self.lock.let_go()
+            with self.lock.writing(min(self._options.flip_timeout, max(0.0, until - time.monotonic()))):
+                yield
 
     def _install(self, slot: Slot, version: int) -> list:  # type: ignore[type-arg]
         """Put a version in place and say so; return the old values."""

@@ -35,6 +35,10 @@ class _Origin:
     told: set[tuple[str, int]] = field(default_factory=set)
 
 
+class ShardsChanged(PeerRestarted):
+    """Sources hold other shards than the plan was made of: it must be made again."""
+
+
 class Origins:
     """The sources of the weights under a name. Not safe in threads: one push at a time asks them."""
 
@@ -48,6 +52,10 @@ class Origins:
 
     def __repr__(self) -> str:
         return f"Origins({self.name!r}, {len(self._known)} of {len(self.sources)} known)"
+
+    def forget(self) -> None:
+        """Ask all sources again before anything else."""
+        self._known.clear()
 
     @property
     def planned(self) -> dict[str, Shards]:
@@ -126,8 +134,7 @@ class Origins:
             forgetful = [
                 name for name, error in refused.items() if isinstance(error, PeerRestarted) and self._is_known(name)
             ]
-            for name in forgetful:
-                self._known[name].told.clear()
+            self._again(forgetful, deadline)
             failed |= {name: error for name, error in refused.items() if name not in forgetful}
             if not forgetful or time.monotonic() >= deadline:
                 break
@@ -145,6 +152,22 @@ class Origins:
         """Return which of these sources do not answer any more, and why."""
         answers = ask_all(self._agent, self._topic("status"), dict.fromkeys(names, b""), deadline)
         return self._parsed(answers, bytes)[1]
+
+    def _again(self, names: Iterable[str], deadline: float) -> None:
+        """Ask sources that have forgotten what they were told: they may have been published anew, in another way.
+
+        Raises:
+            ShardsChanged: one holds other shards now.
+        """
+        before = {name: self._known.pop(name).shards.digest for name in names}
+        if before:
+            self.describe(deadline)
+        changed = [name for name, digest in before.items() if name in self._known and self._of(name) != digest]
+        if changed:
+            raise ShardsChanged(f"{', '.join(changed)} were published anew with other shards", hint="push again")
+
+    def _of(self, name: str) -> str:
+        return self._known[name].shards.digest
 
     # What these share
 

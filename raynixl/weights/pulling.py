@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raynixl.errors import IntegrityError
 from raynixl.weights.cargo import DeltaCargo, Giver, ImageCargo, givers_of, givers_of_blob
 from raynixl.weights.receiver import Place, PullTimes, Receiver
 from raynixl.weights.relay import Relay
@@ -75,12 +74,10 @@ class Pulling:
         )  # fmt: skip
 
 
-def require(receiver: Receiver, chunk: int) -> None:
+def mend(receiver: Receiver, chunk: int) -> None:
+    """Bring a chunk in whole if a delta has not made it right: its base may lie in tensors that the engine changed."""
     if not receiver.is_whole(chunk):
-        raise IntegrityError(
-            f"chunk {chunk} of version {receiver.version} is not what was published once its delta was applied",
-            hint="push again: it comes whole then",
-        )
+        receiver.from_origin(chunk)
 
 
 def names_in(cargo: ImageCargo, chunk: int) -> str:

@@ -18,6 +18,7 @@ from raynixl.weights.assignment import Topology
 from raynixl.weights.conversation import ask_each
 from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
+from raynixl.weights.origins import ShardsChanged
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import topic
 from raynixl.weights.sourcing import Freeze
@@ -68,6 +69,8 @@ class Push:
         now = self._now
         try:
             self._describe()
+            if not self._live():
+                return self._in_vain()
             self._plan()
             self._freeze()
             self._pull()
@@ -108,18 +111,47 @@ class Push:
                 stale = f"{name!r} serves version {version} of {self._name!r}, {now.version} is not above it"
                 self._exclude(name, ConfigError(stale, hint="versions go up", peer=name))
 
+    def _in_vain(self) -> PushReport:
+        """Report that no target takes part, unless the sources would not have either.
+
+        Raises:
+            ConfigError: the version was pushed already.
+        """
+        now = self._now
+        self._origins.forget()
+        failed = self._origins.describe(now.deadline(_FREEZE_SHARE))
+        if now.version <= self._origins.version:
+            raise ConfigError(
+                f"version {now.version} of {self._name!r} is not above {self._origins.version}, which was pushed",
+                hint="versions go up",
+            )
+        now.excluded.update(failed)
+        now.seconds = time.monotonic() - now.began
+        logger.warning("version %d of %r reached nobody: %s", now.version, self._name, now.excluded)
+        return now.report("", len(self._targets.names))
+
     def _plan(self) -> None:
         """Decide who pulls what from whom, and tell the targets; sources are told when they freeze."""
         now = self._now
         sources: Sequence[Shards] = tuple(self._origins.planned.values())
         names = self._live()
-        if not names:
-            raise next(iter(now.excluded.values()))
-        now.plan = planned(tuple(sources), tuple(self._targets[name].shards for name in names))
+        try:
+            now.plan = planned(tuple(sources), tuple(self._targets[name].shards for name in names))
+        except ConfigError as exc:
+            raise self._misfit(tuple(sources), names, exc) from exc
         now.image_of = dict(zip(names, now.plan.image_of, strict=True))
         told = self._targets.tell(now.plan, now.image_of, self._origins.chunk_nbytes, now.deadline(_MATCH_SHARE))
         for name, error in told.items():
             self._exclude(name, error)
+
+    def _misfit(self, sources: tuple[Shards, ...], names: Sequence[str], error: ConfigError) -> ConfigError:
+        """Say at which target tensors differ from the sources'."""
+        for name in names:
+            try:
+                planned(sources, (self._targets[name].shards,))
+            except ConfigError as exc:
+                return ConfigError(f"{name!r}: {exc.message}", hint=exc.hint, peer=name)
+        return error
 
     def _freeze(self) -> None:
         """Have the sources copy their weights out."""
@@ -129,7 +161,14 @@ class Push:
             push=now.push, version=now.version, seconds=now.left(), plan=now.planned.digest, base=self._usable_base()
         )
         deadline = now.deadline(1.0 if alone else _FREEZE_SHARE)
-        now.assembled = self._origins.freeze(request, now.planned, self._origins.chunk_nbytes, deadline)
+        try:
+            now.assembled = self._origins.freeze(request, now.planned, self._origins.chunk_nbytes, deadline)
+        except ShardsChanged:
+            self._origins.release(now.push, committed=False)
+            self._plan()
+            now.replans += 1
+            request = request.model_copy(update={"plan": now.planned.digest})
+            now.assembled = self._origins.freeze(request, now.planned, self._origins.chunk_nbytes, deadline)
         now.excluded.update(now.assembled.failed)
 
     def _usable_base(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +44,14 @@ class PullTimes:
     verify_seconds: float
     origin_nbytes: int
     peer_nbytes: int
+
+    def plus(self, tally: Tally) -> PullTimes:
+        """Return these with what came afterwards."""
+        return replace(
+            self,
+            origin_nbytes=self.origin_nbytes + tally.origin_nbytes,
+            peer_nbytes=self.peer_nbytes + tally.peer_nbytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

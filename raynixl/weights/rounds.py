@@ -56,11 +56,13 @@ class Round:
     def report(self, digest: str, targets: int) -> PushReport:
         """Return what there is to tell."""
         ranks = {name: _rank(self.pulled[name], answer) for name, answer in self.flipped.items()}
+        froze = self.assembled
         nbytes = max((rank.nbytes for rank in ranks.values()), default=0)
         return PushReport(
             version=self.version, seconds=self.seconds, nbytes=nbytes,
             gbps=sum(rank.nbytes for rank in ranks.values()) / self.seconds / 1e9,
-            copy_out_seconds=self.froze.copy_out_seconds, digest_seconds=self.froze.digest_seconds,
+            copy_out_seconds=0.0 if froze is None else froze.copy_out_seconds,
+            digest_seconds=0.0 if froze is None else froze.digest_seconds,
             flip_seconds=max((rank.flip_seconds for rank in ranks.values()), default=0.0), digest=digest,
             excluded=self.excluded, ranks=ranks, targets=targets, release_seconds=self.released,
             origin_nbytes=sum(answer.origin_nbytes for answer in self.pulled.values()),

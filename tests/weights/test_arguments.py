@@ -120,11 +120,12 @@ def test_nonsense_from_a_stranger_changes_nothing(fleet):
     target = Policy().eval()
     cluster = Cluster(fleet, Policy(value=1.0), [target])
     stranger: Agent = fleet("stranger")
-    for topic in ("match", "pull", "flip", "freeze", "release"):
-        peer = "trainer" if topic in ("freeze", "release") else "rollout-0"
+    whole = ("target", "incoming", "freeze", "release", "outgoing")
+    for topic in (*whole, "pull", "flip", "hold", "let-go", "return"):
+        peer = "trainer" if topic in ("freeze", "release", "outgoing") else "rollout-0"
         for payload in (b"", b"{}", b"[1]", b"\xff" * 99, b'{"push": "x", "version": -1}'):
             reply = stranger.ask(peer, f"weights/policy/{topic}", payload, timeout=5)
-            if topic in ("freeze", "release"):
+            if topic in whole:
                 with pytest.raises(IntegrityError):
                     reply.wait()
             else:

@@ -110,7 +110,7 @@ def test_a_torn_shadow_is_not_served_even_if_it_is_asked_for(fleet, monkeypatch)
     def damaging(publication, request, peer):
         pushes.append(request.push)
         frozen = freeze(publication, request, peer)
-        publication._copies.base(request.version).arenas.arrays[0][-1] ^= 1
+        publication._copies.base(request.version).arenas.arrays[0][100] ^= 1
         return frozen
 
     monkeypatch.setattr(Publication, "freeze", damaging)
