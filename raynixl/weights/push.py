@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -181,7 +182,7 @@ class Push:
         seconds, deadline = now.left(_PULL_SHARE), now.deadline(_PULL_SHARE)
         exchange = Exchange(self._agent, self._name, now.push, on_released=self._release_early)
         try:
-            payloads = {}
+            payloads: dict[str, bytes] = {}
             for image in sorted(set(now.image_of.values())):
                 payloads |= self._pulls(image, exchange, seconds)
             answers = self._ask_pulls(payloads, deadline, exchange)
@@ -210,14 +211,15 @@ class Push:
         if is_relay:
             exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts)
         origins = {part: froze.holders[part] for part in now.planned.incoming(image).parts}
-        common = {
-            "push": now.push, "version": now.version, "plan": now.planned.digest, "seconds": seconds,
-            "flip_seconds": now.left(), "origins": origins, "digests": froze.digests[image],
-        }  # fmt: skip
-        full = Pull(**common, is_relay=is_relay).to_bytes() if others else b""
+        pull = Pull(
+            push=now.push, version=now.version, plan=now.planned.digest, seconds=seconds, flip_seconds=now.left(),
+            is_relay=is_relay, origins=origins, digests=froze.digests[image],
+        )  # fmt: skip
+        full = pull.to_bytes() if others else b""
         delta = b""
         if with_delta:
-            delta = Pull(**common, is_relay=False, base=froze.base, blobs=blobs, blob_digests=blob_digests).to_bytes()
+            pull = replace(pull, is_relay=False, base=froze.base, blobs=blobs, blob_digests=blob_digests)
+            delta = pull.to_bytes()
         return {name: delta if name in with_delta else full for name in names}
 
     def _relays(self, swarm: Swarm, hosts: Mapping[str, str]) -> bool:
