@@ -13,10 +13,10 @@ from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.declare import declare
+from raynixl.weights.follower import Follower
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.placement import Mesh, Shard
 from raynixl.weights.receiver import Receiver
-from raynixl.weights.subscription import Subscription
 from raynixl.weights.versionlock import VersionLock
 
 
@@ -86,36 +86,36 @@ class Child:
 
     def stall(self):
         """From now on say so at the second chunk of a pull, and go no further for a minute."""
-        take = Receiver._take
+        begin = Receiver._begin
         calls = []
 
-        def slow(receiver, number, regions):
-            calls.append(number)
+        def slow(receiver, chunk):
+            calls.append(chunk)
             if len(calls) == 2:
                 self.say("stalled")
             if len(calls) >= 2:
                 threading.Event().wait(60)
-            return take(receiver, number, regions)
+            return begin(receiver, chunk)
 
-        Receiver._take = slow
+        Receiver._begin = slow
         return True
 
     def stall_flip(self):
         """At the next flip say so, and go on when told; from now on note which versions are served."""
-        writing, serve = VersionLock.writing, Subscription._serve
+        hold, install = VersionLock.hold, Follower._install
         self.told, self.served = threading.Event(), []
 
         def stall(lock, timeout):
-            VersionLock.writing = writing
+            VersionLock.hold = hold
             self.say("stalled")
             self.told.wait(60)
-            return writing(lock, timeout)
+            return hold(lock, timeout)
 
-        def note(subscription, ready):
-            self.served.append(ready.version)
-            return serve(subscription, ready)
+        def note(follower, slot, version):
+            self.served.append(version)
+            return install(follower, slot, version)
 
-        VersionLock.writing, Subscription._serve = stall, note
+        VersionLock.hold, Follower._install = stall, note
         return True
 
     def go_on(self):
