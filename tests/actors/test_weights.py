@@ -56,9 +56,9 @@ def _kinds() -> tuple[Any, Any]:
     @ray.remote(num_cpus=0)
     @rx.worker
     class Rollout(_Model):
-        def __init__(self, seed: int, width: int = 64) -> None:
+        def __init__(self, seed: int, width: int = 64, keep: int = 1) -> None:
             super().__init__(seed, width=width)
-            self.subscription = rx.subscribe("model", self.model, on_flip=self.flips.append)
+            self.subscription = rx.subscribe("model", self.model, on_flip=self.flips.append, keep=keep)
 
     return Trainer, Rollout
 
@@ -112,3 +112,30 @@ def test_another_model_is_refused_with_the_differences_and_nothing_moves(make: M
     assert "64" in str(caught.value)
     assert "32" in str(caught.value)
     assert get([one.weights.remote() for one in (rollout, other)]) == before
+
+
+def test_replicas_of_handles_flip_together_and_rollouts_join_leave_and_roll_back(make: Make) -> None:
+    trainer_kind, rollout_kind = _kinds()
+    trainer, alone, late = make(trainer_kind, 0), make(rollout_kind, 1, keep=2), make(rollout_kind, 2, keep=2)
+    pair = [make(rollout_kind, number, keep=2) for number in (3, 4)]
+    sync = rx.WeightSync("model", sources=[trainer], targets=[alone, pair], timeout=30.0)
+    sync.push(1).raise_for_excluded()
+    first = get(trainer.weights.remote())
+    get(trainer.step.remote())
+    assert sync.join([late]) == {}
+    assert get(late.weights.remote()) == first
+    sync.push(2).raise_for_excluded()
+    assert set(sync.lag().values()) == {0}
+    assert len(sync.targets) == 4
+    assert set(get([one.weights.remote() for one in (alone, late, *pair)])) == {get(trainer.weights.remote())}
+    assert sync.roll_back(1) == {}
+    assert set(get([one.weights.remote() for one in (alone, late, *pair)])) == {first}
+    ray.kill(pair[1])
+    report = sync.push(3, timeout=10.0)
+    assert len(report.ranks) == 2  # a replica whose one rank is dead stays as it was
+    assert get(pair[0].tell.remote())[1][-1] == 1
+    sync.leave([pair])
+    get(trainer.step.remote())
+    sync.push(4).raise_for_excluded()
+    with pytest.raises(rx.ConfigError, match="follow"):
+        sync.leave([trainer])
