@@ -135,7 +135,7 @@ class Exchange:
     def _is_parked(self, peer: str, member: _Member) -> bool:
         """Whether there is nothing to tell a receiver yet. _changed is held."""
         is_over = self._is_closed or self._members.get(peer) is not member
-        return not (is_over or member.mail or member.swarm.lost)
+        return not (is_over or member.mail or member.swarm.lost or member.swarm.is_complete(peer))
 
     def _on_done(self, peer: str, payload: bytes) -> bytes:
         with self._changed:
