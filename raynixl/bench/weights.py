@@ -36,6 +36,7 @@ class WeightsSpec:
     install: str = "auto"
     is_in_place: bool = False
     """The source's own memory is read, instead of a copy of it that lets the trainer go on at once."""
+    topology: str = "auto"
     is_verified: bool = True
 
     @property
@@ -199,7 +200,7 @@ class OwnWay:
         records = [one["record"] for one in crew.each("agent", [{"name": name} for name in names])]
         crew.some("meet", range(crew.world), records=records)
         options = {"delta": "off", "copy_out": not spec.is_in_place}  # nothing stays the same from run to run
-        crew.some("publish", range(1), targets=names[1:], options=options)
+        crew.some("publish", range(1), targets=names[1:], topology=spec.topology, options=options)
         crew.some("subscribe", self._receivers, install=spec.install)
 
     def prepare(self) -> None:

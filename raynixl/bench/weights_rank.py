@@ -92,10 +92,12 @@ class Rank:
             self.agent.peer(base64.b64decode(record))
         return {}
 
-    def do_publish(self, targets: list[str], options: Fields) -> Fields:
+    def do_publish(self, targets: list[str], topology: str, options: Fields) -> Fields:
         """Publish the model, to be pushed to targets from here."""
         self._publication = self._stack.enter_context(publish(self.agent, NAME, self._module, **options))
-        self._sync = WeightSync(self.agent, NAME, [self.agent.name], targets, timeout=STEP_SECONDS)
+        self._sync = WeightSync(
+            self.agent, NAME, [self.agent.name], targets, topology=topology, delta="off", timeout=STEP_SECONDS
+        )
         return {}
 
     def do_subscribe(self, install: str) -> Fields:

@@ -58,6 +58,12 @@ def test_ray_s_own_ways_bring_the_same_weights_in_the_same_run():
     assert next(row for row in rows if row["impl"] == "ray")["source_egress_nbytes"] == TINY
 
 
+def test_receivers_feed_each_other_where_that_is_asked_for():
+    (row,) = run_weights(WeightsSpec("tiny", 3, 2, topology="relay"))
+    check([row], 3)
+    assert row["source_egress_nbytes"] <= 3 * TINY
+
+
 def test_weights_that_do_not_arrive_are_noticed(monkeypatch):
     run = OwnWay.run
     monkeypatch.setattr(OwnWay, "run", lambda way: run(way) if way._version < 2 else [{"at": 0.0, "flip_ms": 0.0}])
