@@ -1,0 +1,149 @@
+"""A process with one agent for the tests of faults: trains or serves weights, watches them, stalls and lies."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from weights_nursery import serve
+
+from raynixl.agents import Agent
+from raynixl.errors import RaynixlError
+from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.receiver import Receiver
+
+VERIFY = Receiver._verify
+
+
+class Child:
+    """The commands."""
+
+    def __init__(self, name, send):
+        self.agent = Agent(name)
+        self.send = send
+        self.weights = {}
+        self.saying = threading.Lock()
+        self.told, self.stop = threading.Event(), threading.Event()
+        self.reads, self.torn, self.seen = 0, [], []
+
+    def say(self, value):
+        with self.saying:
+            self.send(value)
+
+    def meet(self, record):
+        self.agent.peer(bytes.fromhex(record))
+        return True
+
+    def make(self, tensors, elements, value=0.0):
+        self.weights = {f"w{number}": torch.full((elements,), float(value)) for number in range(tensors)}
+        return True
+
+    def fill(self, value):
+        with self.publication.updating():
+            for tensor in self.weights.values():
+                tensor.fill_(value)
+        return True
+
+    def publish(self, **options):
+        self.publication = publish(self.agent, "w", self.weights, **options)
+        return True
+
+    def is_free(self):
+        """Whether no push has the weights."""
+        return self.publication._copies.wait_free(0.0)
+
+    def subscribe(self, **options):
+        self.module = torch.nn.ParameterDict(self.weights)
+        self.subscription = subscribe(self.agent, "w", self.module, **options)
+        return True
+
+    def unsubscribe(self):
+        self.subscription.close()
+        return True
+
+    def values(self):
+        """Return the version served and the distinct values of all tensors."""
+        with self.subscription.pinned() as version:
+            return [version, sorted({value for tensor in self.module.values() for value in tensor.unique().tolist()})]
+
+    def wait_version(self, version):
+        return self.subscription.wait_version(version, 30.0)
+
+    def watch(self):
+        """Read the weights in a tight loop from now on; every version has its number in all its elements."""
+
+        def read():
+            while not self.stop.is_set():
+                with self.subscription.pinned() as version:
+                    ends = {t.data[at].item() for t in self.module.values() for at in (0, len(t) // 2, -1)}
+                self.reads += 1
+                if not self.seen or self.seen[-1] != version:
+                    self.seen.append(version)
+                if ends != {float(version)}:
+                    self.torn.append([version, sorted(ends)])
+
+        self.reader = threading.Thread(target=read, daemon=True)
+        self.reader.start()
+        return True
+
+    def watched(self):
+        """Stop reading; return how often it read, what was torn, and the versions that it saw."""
+        self.stop.set()
+        self.reader.join(10)
+        found = [self.reads, self.torn[:3], self.seen]
+        self.stop.clear()
+        self.reads, self.torn, self.seen = 0, [], []
+        return found
+
+    def reset(self):
+        """Do no more harm."""
+        Receiver._verify = VERIFY
+        self.told.set()
+        return True
+
+    def stall_at(self, chunk):
+        """At the n-th chunk that lands say so, and go no further until told."""
+        verify, landed = VERIFY, []
+        self.told.clear()
+
+        def slow(receiver, *arguments, **options):
+            landed.append(1)
+            if len(landed) == chunk:
+                self.say("stalled")
+            if len(landed) >= chunk:
+                self.told.wait(60)
+            return verify(receiver, *arguments, **options)
+
+        Receiver._verify = slow
+        return True
+
+    def lie(self):
+        """From now on damage every chunk once it is verified, before anybody gets it from here."""
+        verify = VERIFY
+
+        def damage(receiver, chunk, *arguments, **options):
+            verify(receiver, chunk, *arguments, **options)
+            arena, offset, _ = receiver.cargo.chunks[chunk].tolist()
+            receiver.slot.arrays[arena][offset] ^= 1
+
+        Receiver._verify = damage
+        return True
+
+    def go_on(self):
+        self.told.set()
+        return True
+
+    def push(self, version, sources, targets, **options):
+        sync = WeightSync(self.agent, "w", sources, targets, **options)
+        try:
+            report = sync.push(version)
+        except RaynixlError as error:
+            return type(error).__name__
+        return sorted(report.ranks)
+
+
+serve(Child)

@@ -1,0 +1,111 @@
+"""A nursery: a process that has imported everything, and forks children that follow commands, in no time each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+SECONDS = 60.0
+
+
+class Nursery:
+    """Runs a script whose main loop is `serve`. Close it, which ends its children too."""
+
+    def __init__(self, script):
+        here, there = socket.socketpair()
+        self._control = here
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(script), str(there.fileno())],
+            pass_fds=[there.fileno()],
+            env=environment,
+        )
+        there.close()
+        self._control.settimeout(SECONDS)
+        self._children = []
+
+    def child(self, name):
+        """Fork a child; it says something first."""
+        here, there = socket.socketpair()
+        socket.send_fds(self._control, [name.encode()], [there.fileno()])
+        there.close()
+        child = Forked(name, here, int(self._control.recv(32)))
+        self._children.append(child)
+        return child
+
+    def close(self):
+        for child in self._children:
+            child.kill()
+        self._control.close()
+        self._process.wait(10)
+
+
+class Forked:
+    """A child that follows commands over a socket."""
+
+    def __init__(self, name, link, pid):
+        self.name, self._link, self.pid = name, link, pid
+        self._link.settimeout(SECONDS)
+        self._lines = link.makefile("r")
+        self.is_alive = True
+        self.record = bytes.fromhex(self.hear())
+
+    def send(self, do, **arguments):
+        self._link.sendall((json.dumps({"do": do, **arguments}) + "\n").encode())
+
+    def hear(self):
+        line = self._lines.readline()
+        assert line, f"child {self.name} ended"
+        return json.loads(line)
+
+    def ask(self, do, **arguments):
+        self.send(do, **arguments)
+        return self.hear()
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        """End it, and return when it has ended."""
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        self.signal(signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):
+            while self._lines.readline():
+                pass
+        self._lines.close()
+        self._link.close()
+
+
+def serve(make):
+    """Be a nursery: fork a child for each name that comes, which runs `make(name, say)`'s methods as they are asked."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children
+    while True:
+        name, fds, _, _ = socket.recv_fds(control, 256, 1)
+        if not name:
+            return
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _follow(make, name.decode(), socket.socket(fileno=fds[0]))
+        os.close(fds[0])
+        control.send(str(pid).encode())
+
+
+def _follow(make, name, link):
+    try:
+        child = make(name, lambda value: link.sendall((json.dumps(value) + "\n").encode()))
+        child.say(child.agent.record().hex())
+        for line in link.makefile("r"):
+            arguments = json.loads(line)
+            child.say(getattr(child, arguments.pop("do"))(**arguments))
+    finally:
+        os._exit(0)
