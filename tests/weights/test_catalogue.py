@@ -9,6 +9,8 @@ from raynixl.weights.architecture import Split
 from raynixl.weights.catalogue import names, parameters
 from raynixl.weights.layout import itemsize
 
+pytestmark = pytest.mark.pure
+
 # Tensors and parameters as the published indexes and model cards have them.
 PUBLISHED = [
     ("qwen2.5-0.5b", {}, 290, 494_032_768, 988_065_536),

@@ -20,6 +20,8 @@ from raynixl.weights.plan import plan
 from raynixl.weights.shards import Shards, replicated
 from raynixl.weights.tensors import describe
 
+pytestmark = pytest.mark.pure
+
 CLEAR = [getattr(debug, name) for name in dir(debug) if name.startswith("_clear") and "sharding_prop" in name]
 
 

@@ -9,6 +9,8 @@ from raynixl.weights.difference import MAX_ROWS, difference, table
 from raynixl.weights.layout import ALIGNMENT, Layout, build_layout, itemsize
 from raynixl.weights.sharing import TensorSpec
 
+pytestmark = pytest.mark.pure
+
 DTYPES = ("float32", "bfloat16", "bool", "int8", "complex64", "float8_e4m3fn", "int64")
 
 

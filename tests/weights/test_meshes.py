@@ -11,6 +11,8 @@ from raynixl.weights.catalogue import parameters
 from raynixl.weights.meshes import SOURCE_WORDS, parse_mesh, ranks_of_replica, source_shards, target_shards
 from raynixl.weights.plan import plan
 
+pytestmark = pytest.mark.pure
+
 DENSE = Architecture(
     layers=2, hidden=32, inner=48, vocabulary=100, attention=Grouped(8, 2, 4, has_bias=True, has_norms=True)
 )

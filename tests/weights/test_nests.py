@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from raynixl.errors import ConfigError
 from raynixl.weights.nests import MAX_BOXES, Box, Grid, Nest, boxes, clip, fit, nest_of, without
 
+pytestmark = pytest.mark.pure
+
 
 def pairs(nest):
     """Which element of the near memory is which of the far one, for every round of the loops."""

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from raynixl.errors import ConfigError
 from raynixl.weights.placement import Flat, Mesh, Owner, Replicate, Shard, boxes, flat_boxes
 
+pytestmark = pytest.mark.pure
+
 ONE = Mesh((("tp", 4),))
 
 

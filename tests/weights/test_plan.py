@@ -16,6 +16,8 @@ from raynixl.weights.plan import Plan, plan
 from raynixl.weights.shards import Shards, from_pieces, replicated
 from raynixl.weights.sharing import TensorSpec
 
+pytestmark = pytest.mark.pure
+
 MIB = 1 << 20
 
 

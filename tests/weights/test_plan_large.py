@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.pure
+
 SCRIPT = """
 import json, math, resource, sys, time
 from raynixl.weights.catalogue import parameters

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from raynixl.weights.prediction import chain, direct, lower_bound, swarm, tree
 from raynixl.weights.scenario import Node, Rank, Scenario, uniform
 
+pytestmark = pytest.mark.pure
+
 CHUNK = 10
 
 

@@ -10,6 +10,8 @@ from raynixl.weights.intersect import cells, overlaps, runs
 from raynixl.weights.layout import Layout
 from raynixl.weights.ranges import Ranges, join
 
+pytestmark = pytest.mark.pure
+
 ARENAS = (900, 1, 300)
 
 

@@ -14,6 +14,8 @@ from raynixl.errors import ConfigError
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.recorder import FULL, record
 
+pytestmark = pytest.mark.pure
+
 SIZES = st.fixed_dictionaries(
     {
         "width": st.sampled_from([4, 6]),

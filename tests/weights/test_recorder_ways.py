@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorder_tools import one
 
+pytestmark = pytest.mark.pure
+
 COPIES = {
     "transposed": ((4, 6), (6, 4), lambda p, w: p.data.copy_(w.t())),
     "transposed and made contiguous": ((4, 6), (6, 4), lambda p, w: p.data.copy_(w.t().contiguous())),

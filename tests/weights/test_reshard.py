@@ -9,6 +9,8 @@ from raynixl.weights.plan import Plan, plan
 from raynixl.weights.shards import from_pieces
 from raynixl.weights.table import pack
 
+pytestmark = pytest.mark.pure
+
 BATCHES, CASES = 21, 50
 
 

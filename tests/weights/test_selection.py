@@ -5,6 +5,8 @@ import pytest
 from raynixl.errors import ConfigError
 from raynixl.weights.selection import choose, selector
 
+pytestmark = pytest.mark.pure
+
 NAMES = dict.fromkeys(("base.weight", "lora_A.weight", "lora_B.weight", "Lora_C"))
 
 

@@ -15,6 +15,8 @@ from raynixl.weights.shards import Shards, from_pieces, replicated
 from raynixl.weights.sharing import TensorSpec
 from raynixl.weights.table import ARENA_SHIFT, pack
 
+pytestmark = pytest.mark.pure
+
 A, B = TensorInfo("a", "float32", (4, 6)), TensorInfo("b", "float32", (4, 6))
 TWO = Mesh((("tp", 2),))
 WHOLE = Piece(0, (0, 0), (4, 6), 0, 0, (6, 1))

@@ -13,6 +13,8 @@ from raynixl.weights.prediction import direct, lower_bound, swarm
 from raynixl.weights.scenario import GBPS, Node, Rank, Scenario, uniform, with_deaths
 from raynixl.weights.simulator import simulate
 
+pytestmark = pytest.mark.pure
+
 CHUNK = 16 << 20
 LINK = 400 * GBPS
 

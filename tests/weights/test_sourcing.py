@@ -7,6 +7,8 @@ from raynixl.errors import IntegrityError
 from raynixl.weights.protocol import Holder
 from raynixl.weights.sourcing import DeltaOffer, Frozen, ImageRows, Outgoing, Partial
 
+pytestmark = pytest.mark.pure
+
 SHARDS = "c" * 32 + ":3"
 OUTGOING = Outgoing(
     plan="a" * 32, chunk_nbytes=4096, rows=(ImageRows(3, 1, (4096, 64), b"ranges"), ImageRows(0, 0, (), b""))

@@ -11,6 +11,8 @@ from raynixl.errors import ConfigError
 from raynixl.weights.assignment import ORIGIN, Assignment, Policy, Why
 from raynixl.weights.swarm import Swarm, bitmap
 
+pytestmark = pytest.mark.pure
+
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
