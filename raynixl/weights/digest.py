@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, overload
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from raynixl.native import Native, load
@@ -15,7 +13,6 @@ from raynixl.native.rows import cut_rows, group_rows
 from raynixl.native.twin_digest import check_rows
 from raynixl.weights.workers import run_workers
 
-DIGEST_NBYTES = 16
 ARENA_BIT = 48
 """A position is `arena << ARENA_BIT | offset`: it names a byte of an image."""
 
@@ -66,9 +63,6 @@ def chunk_rows(arrays: Sequence[NDArray[np.uint8]], chunks: NDArray[np.int64]) -
     return np.stack([addresses[arena] + start, nbytes.astype(np.uint64), position, numbers], axis=1)
 
 
-@overload
-def digest_chunks(arrays: Sequence[NDArray[np.uint8]], chunks: NDArray[np.int64], *, threads: int) -> bytes: ...
-@overload
 def digest_chunks(
     arrays: Sequence[NDArray[np.uint8]],
     chunks: NDArray[np.int64],
@@ -76,47 +70,14 @@ def digest_chunks(
     threads: int,
     seed: int,
     native: Native | None = None,
-) -> U64: ...
-def digest_chunks(
-    arrays: Sequence[NDArray[np.uint8]],
-    chunks: NDArray[np.int64],
-    *,
-    threads: int,
-    seed: int | None = None,
-    native: Native | None = None,
-) -> U64 | bytes:
+) -> U64:
     """Return the (M, 2) digests of all chunks of an image, made by several threads."""
-    if seed is None:
-        return _digest_chunks_xxh3(arrays, chunks, threads=threads)
     out = np.zeros((len(chunks), 2), np.uint64)
     digest_rows(chunk_rows(arrays, chunks), out, seed=seed, threads=threads, native=native)
     return out
 
 
-def version_digest(digests: U64 | bytes) -> str:
+def version_digest(digests: U64) -> str:
     """Return the digest of a whole image from those of its chunks, or of any other disjoint ranges of it."""
-    if isinstance(digests, bytes):
-        return xxhash.xxh3_128_hexdigest(digests)
     first, second = digests.sum(axis=0, dtype=np.uint64).tolist()
     return f"{first:016x}{second:016x}"
-
-
-def chunk_digest(number: int, chunk: Any) -> bytes:
-    """Return the digest of one chunk. Its number is the seed, so that swapped chunks do not pass.
-
-    Runs without the interpreter's lock, so several threads digest several chunks.
-    """
-    return xxhash.xxh3_128_digest(chunk, seed=number)
-
-
-def _digest_chunks_xxh3(arenas: Sequence[NDArray[np.uint8]], chunks: NDArray[np.int64], *, threads: int) -> bytes:
-    out = bytearray(DIGEST_NBYTES * len(chunks))
-    table: list[tuple[int, int, int]] = [tuple(row) for row in chunks.tolist()]
-
-    def one(number: int) -> None:
-        arena, offset, nbytes = table[number]
-        digest = chunk_digest(number, arenas[arena][offset : offset + nbytes])
-        out[number * DIGEST_NBYTES : (number + 1) * DIGEST_NBYTES] = digest
-
-    run_workers(one, len(chunks), threads=threads)
-    return bytes(out)

@@ -10,7 +10,6 @@ from raynixl import errors
 from raynixl.errors import ConfigError, RaynixlError
 from raynixl.record import Incarnation, Name, RegionRecord, check_name, parse
 from raynixl.region import RemoteRegion
-from raynixl.weights.digest import DIGEST_NBYTES
 
 LIMIT = 60 << 20
 MAX_NAME_CHARS = 150
@@ -81,14 +80,6 @@ class Fault(Wire):
         return kind(self.message, hint=self.hint, peer=self.peer)
 
 
-class Freeze(Wire):
-    """To a source: copy your weights out as this version and keep them for this push."""
-
-    push: Push
-    version: Version
-    seconds: Seconds
-
-
 class Holder(Wire):
     """An agent that holds a version, and the regions that it lies in."""
 
@@ -99,66 +90,6 @@ class Holder(Wire):
     def remotes(self) -> list[RemoteRegion]:
         """Return the regions as a transfer takes them."""
         return [RemoteRegion(self.name, self.incarnation, record) for record in self.regions]
-
-
-class Manifest(Wire):
-    """What a version is: its layout by digest, and the digests of its chunks."""
-
-    version: Version
-    layout: Digest
-    chunk_nbytes: Annotated[int, Field(ge=4096, le=1 << 40)]
-    digests: Annotated[str, Field(max_length=LIMIT, pattern=r"^[0-9a-f]*$")]
-    digest: Digest
-
-    def chunk_digests(self) -> list[bytes]:
-        """Return one digest for each chunk."""
-        raw = bytes.fromhex(self.digests)
-        return [raw[at : at + DIGEST_NBYTES] for at in range(0, len(raw), DIGEST_NBYTES)]
-
-
-class Frozen(Wire):
-    """From a source: the version is ready to be pulled."""
-
-    manifest: Manifest
-    holder: Holder
-    nbytes: Annotated[int, Field(ge=0)]
-    copy_out_seconds: Seconds
-    digest_seconds: Seconds
-
-
-class Release(Wire):
-    """To a source: the push is over."""
-
-    push: Push
-    committed: bool
-
-
-class Match(Wire):
-    """To a target that is new or restarted: do your tensors fit this layout of that source?"""
-
-    layout: Digest
-    source: Name
-    seconds: Seconds
-
-
-class Pull(Wire):
-    """To a target: bring this version into your shadow slot and check it. The first holder is to be preferred.
-
-    After `flip_seconds` whoever pushes has given the target up, and it must not flip any more.
-    """
-
-    push: Push
-    seconds: Seconds
-    flip_seconds: Seconds
-    manifest: Manifest
-    holders: Annotated[tuple[Holder, ...], Field(strict=False, min_length=1, max_length=1024)]
-
-
-class Flip(Wire):
-    """To a target that has pulled: serve the new version."""
-
-    push: Push
-    seconds: Seconds
 
 
 class Answer(Wire):

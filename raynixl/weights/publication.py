@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 from raynixl.errors import AgentClosed, ConfigError, IntegrityError, TransferTimeout
 from raynixl.weights.conversion import Cast, Fp8, conversion
 from raynixl.weights.copies import Copies, Copy
-from raynixl.weights.digest import digest_chunks, version_digest
 from raynixl.weights.hold import WhileBusy
 from raynixl.weights.layout import CHUNK_NBYTES, Layout
 from raynixl.weights.original import Look, Original, Publish
-from raynixl.weights.protocol import Frozen as OldFrozen
-from raynixl.weights.protocol import Holder, Manifest, check_weights_name, topic
+from raynixl.weights.protocol import Holder, check_weights_name, topic
 from raynixl.weights.selection import Select
 from raynixl.weights.served import Served
 from raynixl.weights.shards import Shards
@@ -160,8 +158,7 @@ class Publication:
             TransferTimeout: another push is not over, or the trainer stays in `updating()`.
         """
         deadline = time.monotonic() + request.seconds
-        if request.plan:
-            self._served.plan(request.plan)
+        self._served.plan(request.plan)
         copy = self._copies.take(request, self._gone(peer))
         try:
             with self._versions:
@@ -171,7 +168,7 @@ class Publication:
             began = time.monotonic()
             arrays = self._copy_out(look, copy, deadline)
             seconds = time.monotonic() - began
-            answer = (self._frozen if request.plan else self._legacy)(request, copy, arrays, seconds)
+            answer = self._frozen(request, copy, arrays, seconds)
         except BaseException:
             self._copies.release(request.push)
             raise
@@ -214,19 +211,6 @@ class Publication:
         regions = tuple(region.record() for region in copy.arenas.regions)
         return Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
 
-    def _legacy(self, request: Freeze, copy: Copy, arrays: Arrays, copy_out_seconds: float) -> bytes:
-        began = time.monotonic()
-        chunks = self.layout.chunks(self._options.chunk_nbytes)
-        digests = digest_chunks(arrays, chunks, threads=self._options.threads)
-        manifest = Manifest(
-            version=request.version, layout=self.layout.digest, chunk_nbytes=self._options.chunk_nbytes,
-            digests=digests.hex(), digest=version_digest(digests),
-        )  # fmt: skip
-        return OldFrozen(
-            manifest=manifest, holder=self._holder(copy), nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds,
-            digest_seconds=time.monotonic() - began,
-        ).to_bytes()  # fmt: skip
-
     def _copy_out(self, look: Look, copy: Copy, deadline: float) -> Arrays:
         """Bring the weights into a copy; return its memory, which the caller so keeps if the publication is closed."""
         with self._alone(deadline, deadline - time.monotonic()):
@@ -257,12 +241,10 @@ class Publication:
         return b""
 
     def _on_layout(self, _peer: str, payload: bytes) -> bytes:
-        asked, table = payload.decode(errors="replace"), self._original.shards.table
-        if asked == table.digest:
-            return table.to_bytes()
-        if asked != self.layout.digest:
-            raise IntegrityError(f"{self.name!r} is not published with that layout any more", hint="push again")
-        return self.layout.to_bytes()
+        table = self._original.shards.table
+        if payload.decode(errors="replace") != table.digest:
+            raise IntegrityError(f"{self.name!r} is not published with that table any more", hint="push again")
+        return table.to_bytes()
 
     def _on_status(self, _peer: str, _payload: bytes) -> bytes:
         return str(self._committed).encode()

@@ -23,7 +23,6 @@ _MAGIC = b"RXS1"
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 ChunkNbytes = Annotated[int, Field(ge=4096, le=1 << 40)]
-Plan = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 Image = Annotated[int, Field(ge=0, lt=MAX_IMAGES)]
 Arenas = Annotated[tuple[Annotated[int, Field(gt=0, lt=1 << 62)], ...], Field(strict=False, max_length=_MAX_ARENAS)]
 
@@ -47,7 +46,7 @@ class Freeze(Wire):
     push: Push
     version: Version
     seconds: Seconds
-    plan: Plan = ""
+    plan: Digest
     base: Count = 0
 
 
@@ -206,7 +205,7 @@ class _DeltaHead(Wire):
 
 class _FrozenHead(Wire):
     version: Version
-    plan: Plan
+    plan: Digest
     shards: Annotated[str, Field(pattern=r"^[0-9a-f]{32}:[0-9]{1,7}$")]
     holder: Holder
     nbytes: Count

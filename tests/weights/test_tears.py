@@ -10,8 +10,9 @@ from weights_tools import INSTALLS, Cluster
 
 from raynixl.errors import IntegrityError, PeerRestarted
 from raynixl.weights import WeightSync
-from raynixl.weights.protocol import Answer, Flip
+from raynixl.weights.protocol import Answer
 from raynixl.weights.publication import Publication
+from raynixl.weights.targeting import Step
 
 FLIPS, READERS = 120, 3
 
@@ -115,7 +116,7 @@ def test_a_torn_shadow_is_not_served_even_if_it_is_asked_for(fleet, monkeypatch)
 
     monkeypatch.setattr(Publication, "freeze", damaging)
     assert cluster.sync.push(1).excluded
-    request = Flip(push=pushes[0], seconds=5.0).to_bytes()
+    request = Step(push=pushes[0], seconds=5.0).to_bytes()
     answer = Answer.from_bytes(cluster.trainer.ask("rollout-0", "weights/policy/flip", request, timeout=5).wait())
     assert isinstance(answer.fault.error(), PeerRestarted)
     assert target["a"].unique().tolist() == [0.0]

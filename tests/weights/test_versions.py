@@ -15,8 +15,8 @@ from raynixl.errors import (
     TransferTimeout,
 )
 from raynixl.weights import WeightSync, publish, subscribe
-from raynixl.weights.protocol import Freeze
 from raynixl.weights.publication import Publication
+from raynixl.weights.sourcing import Freeze
 
 
 @pytest.mark.parametrize("install", INSTALLS)
@@ -275,7 +275,9 @@ def test_a_long_forward_is_waited_for(fleet):
 
 def test_weights_held_for_one_who_is_gone_are_free_again(fleet):
     cluster = Cluster(fleet, torch.nn.Linear(4, 4), [torch.nn.Linear(4, 4)])
+    cluster.sync.push(1)
+    (plan,) = cluster.publication._served._plans
     with Agent("gone", directory=fleet.directory) as stranger:
-        request = Freeze(push="0" * 32, version=1, seconds=600.0)
+        request = Freeze(push="0" * 32, version=2, seconds=600.0, plan=plan)
         stranger.ask("trainer", "weights/policy/freeze", request.to_bytes()).wait(5)
-    assert not cluster.sync.push(1, timeout=5).excluded
+    assert not cluster.sync.push(2, timeout=5).excluded
