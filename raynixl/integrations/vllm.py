@@ -5,9 +5,9 @@ vLLM's workers find the backend "raynixl" through the entry point `vllm.general_
     llm = LLM(model, weight_transfer_config=WeightTransferConfig(backend="raynixl"))
     rx.publish("policy", model)
     llm.init_weight_transfer_engine({"init_info": init_info("policy", model)})
-    sync = rx.WeightSync("policy", ["driver"], worker_names("policy", 1))
+    sync = rx.WeightSync("policy", ["driver"], [worker_names("policy", 2)])  # two workers, which flip together
     for version in ...:
-        sync.push(version)  # arrives while the engine generates
+        sync.push(version).raise_for_excluded()  # arrives while the engine generates
         llm.start_weight_update()
         llm.update_weights({"update_info": {"version": version}})
         llm.finish_weight_update()
@@ -37,7 +37,7 @@ def init_info(name: str, model: Model, *, workers: str = "") -> dict[str, Any]:
     """Return what to give to `init_weight_transfer_engine`: plain values, fit for JSON.
 
     The tensors of `model`, a module or state dict (on the meta device, too), must be named as in a checkpoint of what
-    vLLM serves. `workers` is what the names of the workers' agents begin with, by default the name of the weights.
+    vLLM serves, and be of the dtypes in which they are published. `workers` is what the names of the workers' agents begin with, by default the name of the weights.
 
     Raises:
         ConfigError: Ray is not initialised, through which workers and trainers find each other.
@@ -46,12 +46,9 @@ def init_info(name: str, model: Model, *, workers: str = "") -> dict[str, Any]:
     from raynixl.weights.tensors import dtype_name, named_tensors
 
     place = here()
-    found = named_tensors(model)
-    heads: dict[int, str] = {}
-    tied = {key: head for key, tensor in found.items() if (head := heads.setdefault(id(tensor), key)) != key}
-    tensors = {key: (dtype_name(tensor), list(tensor.shape)) for key, tensor in found.items()}
+    tensors = {key: (dtype_name(tensor), list(tensor.shape)) for key, tensor in named_tensors(model).items()}
     return {
-        "name": name, "workers": workers or name, "tensors": tensors, "tied": tied,
+        "name": name, "workers": workers or name, "tensors": tensors,
         "gcs": place.gcs, "session": place.session, "job": place.job,
     }  # fmt: skip
 

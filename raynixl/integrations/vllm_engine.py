@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +20,17 @@ from raynixl.actors.gcs import GcsDirectory
 from raynixl.agents import Agent
 from raynixl.config import from_env
 from raynixl.errors import ConfigError
+from raynixl.integrations.needs import Landing, landing
 from raynixl.integrations.vllm import worker_names
 from raynixl.weights import Subscription, subscribe
+from raynixl.weights.pieces import TensorInfo
+from raynixl.weights.recorder import Recording, record
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.weight_transfer import WeightTransferConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,7 +40,6 @@ class RaynixlInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is 
     name: str
     workers: str
     tensors: dict[str, tuple[str, list[int]]]
-    tied: dict[str, str]
     gcs: str
     session: str
     job: str
@@ -49,8 +56,9 @@ class RaynixlUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  # type: ignore[misc]
     """Loads versions of weights that land beside the model, pushed by `raynixl.WeightSync` while vLLM generates.
 
-    They land as tensors of the checkpoint; vLLM's own loader then cuts, fuses and repacks them for this worker, as
-    its kernels need them. `update_weights` waits for a version and loads it whole, so that the other phases do nothing.
+    What lands is the part of the checkpoint's tensors that this worker's own loader was seen to use when it ran once
+    over tensors without memory. The loader then cuts, fuses and repacks it as this device's kernels need it.
+    `update_weights` waits for a version and loads it whole, so that the other phases do nothing.
     """
 
     init_info_cls = RaynixlInitInfo
@@ -62,7 +70,7 @@ class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  
         super().__init__(config, vllm_config, device, model)
         self._agent: Agent | None = None
         self._subscription: Subscription | None = None
-        self._landed: dict[str, torch.Tensor] = {}
+        self._landing: Landing | None = None
 
     def init_transfer_engine(self, init_info: RaynixlInitInfo) -> None:
         """Subscribe to the weights; another trainer's take the place of those followed before."""
@@ -72,11 +80,23 @@ class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  
         directory = GcsDirectory(init_info.session, init_info.job, address=init_info.gcs)
         config = from_env().model_copy(update={"secret": SecretBytes(directory.secret)})
         self._agent = Agent(worker_names(init_info.workers, rank + 1)[rank], config=config, directory=directory)
-        self._landed = {
-            name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in init_info.tensors.items()
-        }
-        self._landed |= {name: self._landed[other] for name, other in init_info.tied.items()}
-        self._subscription = subscribe(self._agent, init_info.name, self._landed, install="swap")
+        infos = [TensorInfo(key, dtype, tuple(shape)) for key, (dtype, shape) in init_info.tensors.items()]
+        self._landing = landing(infos, self._record(infos))
+        self._subscription = subscribe(
+            self._agent, init_info.name, self._landing.tensors, shards=self._landing.shards, install="swap"
+        )
+
+    def _record(self, infos: Sequence[TensorInfo]) -> Recording | None:
+        """Return what this worker's loader uses of a checkpoint's tensors; None if it does not say so."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+
+        with set_current_vllm_config(self.vllm_config), disable_mtp_completeness_check(), _as_loaded(self.model):
+            try:
+                return record(self.model.load_weights, infos, self.model)
+            except ConfigError as exc:
+                logger.warning("this worker gets whole tensors, since its loader was not understood: %s", exc)
+                return None
 
     def start_weight_update(self) -> None:
         """Nothing: `update_weights` loads a version whole."""
@@ -100,12 +120,12 @@ class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  
         from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        if self._subscription is None:
+        if self._subscription is None or self._landing is None:
             raise ConfigError("this worker follows no weights yet", hint="call init_weight_transfer_engine first")
         self._subscription.wait_version(update_info.version, update_info.timeout)
         with self._subscription.pinned(), disable_mtp_completeness_check():
             initialize_layerwise_reload(self.model)
-            self.model.load_weights(self._landed.items())
+            self.model.load_weights(self._landing.full())
             finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
@@ -116,4 +136,23 @@ class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  
             subscription.close()
         if agent is not None:
             agent.close()
-        self._landed = {}
+        self._landing = None
+
+
+@contextmanager
+def _as_loaded(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model have the parameters that its loader fills, without memory, in place of those that its kernels use."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+
+    layers = [
+        (layer, dict(layer._parameters), dict(layer._buffers), set(layer._non_persistent_buffers_set))
+        for layer in model.modules()
+    ]
+    try:
+        for layer, *_ in layers:
+            restore_layer_on_meta(layer, get_layerwise_info(layer))
+        yield
+    finally:
+        for layer, parameters, buffers, hidden in layers:
+            layer._parameters, layer._buffers, layer._non_persistent_buffers_set = parameters, buffers, hidden
