@@ -37,7 +37,8 @@ def init_info(name: str, model: Model, *, workers: str = "") -> dict[str, Any]:
     """Return what to give to `init_weight_transfer_engine`: plain values, fit for JSON.
 
     The tensors of `model`, a module or state dict (on the meta device, too), must be named as in a checkpoint of what
-    vLLM serves, and be of the dtypes in which they are published. `workers` is what the names of the workers' agents begin with, by default the name of the weights.
+    vLLM serves, and be of the dtypes in which they are published. `workers` is what the names of the workers' agents
+    begin with, by default the name of the weights.
 
     Raises:
         ConfigError: Ray is not initialised, through which workers and trainers find each other.
