@@ -1,20 +1,11 @@
-"""Tools of the weight sync tests: a model, a cluster in one process, and agents in processes of their own."""
+"""Tools of the weight sync tests: a model, and a cluster in one process."""
 
 from __future__ import annotations
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import torch
 
 from raynixl.weights import WeightSync, publish, subscribe
 
-CHILD = Path(__file__).parent / "weights" / "child.py"
 INSTALLS = ("swap", "copy")
 
 
@@ -65,47 +56,3 @@ class Cluster:
         pairs = zip(self.rollouts, targets, strict=True)
         self.subscriptions = [subscribe(agent, "policy", target, **options) for agent, target in pairs]
         self.sync = WeightSync(self.trainer, "policy", ["trainer"], [agent.name for agent in self.rollouts], timeout=20)
-
-
-class Child:
-    """An agent in a process of its own, that follows commands over pipes."""
-
-    def __init__(self, name, script=CHILD):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(script), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment,
-        )  # fmt: skip
-        self.record = b""
-
-    def start(self):
-        self.record = bytes.fromhex(self.hear())
-        return self
-
-    def send(self, do, **arguments):
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self.process.stdin.flush()
-
-    def hear(self, timeout=30.0):
-        timer = threading.Timer(timeout, self.process.kill)
-        timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        assert line, f"child {self.name} ended"
-        return json.loads(line)
-
-    def ask(self, do, **arguments):
-        self.send(do, **arguments)
-        return self.hear()
-
-    def signal(self, number):
-        os.kill(self.process.pid, number)
-
-    def kill(self):
-        if self.process.poll() is None:
-            self.signal(signal.SIGCONT)
-            self.process.kill()
-        self.process.wait(10)
-        self.process.stdin.close()
-        self.process.stdout.close()

@@ -75,10 +75,13 @@ class Origins:
     def describe(self, deadline: float, *, until: float = 0.0) -> dict[str, RaynixlError]:
         """Ask sources that are new or restarted what they hold; return those that do not answer, and why.
 
-        Until the monotonic time `until`, sources that are just starting are asked again.
+        Until the monotonic time `until`, sources that were never heard of are asked again: they may be just starting.
         """
         fresh = [name for name in self.sources if not self._is_known(name)]
-        answers = ask_all(self._agent, self._topic("describe"), dict.fromkeys(fresh, b""), deadline, until=until)
+        new = [name for name in fresh if name not in self._known]
+        gone = [name for name in fresh if name in self._known]
+        answers = ask_all(self._agent, self._topic("describe"), dict.fromkeys(gone, b""), deadline)
+        answers |= ask_all(self._agent, self._topic("describe"), dict.fromkeys(new, b""), deadline, until=until)
         found, failed = self._parsed(answers, Described.from_bytes)
         failed |= self._fetch_tables(found, deadline)
         for name, described in found.items():

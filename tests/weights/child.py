@@ -1,13 +1,16 @@
-"""A process with one agent, driven by JSON lines: {"do": command, ...} on stdin, one JSON value a line on stdout."""
+"""A process with one agent that trains or rolls out, as it is told; see `weights_nursery`."""
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from weights_nursery import serve
 
 from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
@@ -23,14 +26,15 @@ from raynixl.weights.versionlock import VersionLock
 class Child:
     """The commands."""
 
-    def __init__(self, name):
+    def __init__(self, name, send):
         self.agent = Agent(name)
+        self.send = send
         self.weights = {}
         self.lock = threading.Lock()
 
     def say(self, value):
         with self.lock:
-            print(json.dumps(value), flush=True)
+            self.send(value)
 
     def meet(self, record):
         self.agent.peer(bytes.fromhex(record))
@@ -142,13 +146,4 @@ class Child:
         return self.subscription.wait_version(version, 20.0)
 
 
-def main():
-    child = Child(sys.argv[1])
-    child.say(child.agent.record().hex())
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        child.say(getattr(child, arguments.pop("do"))(**arguments))
-    child.agent.close()
-
-
-main()
+serve(Child)

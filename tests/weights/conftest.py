@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from weights_tools import Child
+from weights_nursery import Nursery
 
 from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
@@ -31,16 +33,21 @@ def fleet():
         agent.close()
 
 
+@pytest.fixture(scope="session")
+def nursery():
+    made = Nursery(Path(__file__).parent / "child.py")
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def children():
-    """Start children by name, all at once, and introduce them and given agents to each other."""
+def children(nursery):
+    """Start children by name, and introduce them and given agents to each other."""
     made = []
 
     def start(*names, known=()):
-        fresh = [Child(name) for name in names]
+        fresh = [nursery.child(name) for name in names]
         made.extend(fresh)
-        for child in fresh:
-            child.start()
         for child in fresh:
             for other in fresh:
                 child.ask("meet", record=other.record.hex())

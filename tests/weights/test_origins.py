@@ -211,3 +211,11 @@ def test_deltas_are_there_if_every_part_offers_one(trainers, origins):
     trainers.models["trainer-3"]["a"].add_(1)
     _, frozen = freeze(origins, 4, base=3)
     assert frozen.deltas == {}
+
+
+def test_a_source_that_was_there_and_is_gone_is_not_waited_for(trainers, origins):
+    origins.describe(soon())
+    trainers.agent("trainer-2").close()
+    began = time.monotonic()
+    assert set(origins.describe(soon(30), until=soon(20))) == {"trainer-2"}
+    assert time.monotonic() - began < 10

@@ -51,8 +51,8 @@ def kill_at_the_second_chunk(child, monkeypatch):
     begin = Receiver._begin
 
     def begin_after_the_kill(receiver, chunk):
-        if chunk > 0 and child.process.poll() is None:
-            child.process.kill()
+        if chunk > 0 and child.is_alive:
+            child.kill()
         deadline = time.monotonic() + 10
         while chunk > 0 and receiver.agent.lost(child.name) is None and time.monotonic() < deadline:
             os.sched_yield()
@@ -95,7 +95,7 @@ def test_a_target_killed_while_it_pulls_is_excluded_and_back_when_it_restarts(tr
     pushing = push_in_background(pool, sync, 2)
     assert victim.hear() == "stalled"
     began = time.monotonic()
-    victim.signal(signal.SIGKILL)
+    victim.kill()
     report = pushing.result(30)
     assert time.monotonic() - began < 5
     assert isinstance(report.excluded["r1"], PeerLost)
@@ -181,7 +181,7 @@ def test_a_source_killed_before_a_push_is_a_typed_error_at_once(trainer, childre
     set_up_target(target)
     sync = WeightSync(trainer, "w", ["source"], ["r0"])
     sync.push(1)
-    source.signal(signal.SIGKILL)
+    source.kill()
     began = time.monotonic()
     with pytest.raises((PeerLost, PeerUnknown)):
         sync.push(2)
@@ -244,15 +244,14 @@ def test_a_source_restarted_under_its_name_is_pushed_from_again(trainer, childre
             source.ask("fill", value=float(version))
             assert not sync.push(version).excluded
             assert all(tensor.unique().tolist() == [version] for tensor in target.values())
-            source.signal(signal.SIGKILL)
-            source.process.wait(10)
+            source.kill()
 
 
 def test_hundreds_of_pushes_between_processes_grow_nothing(trainer, source, children):
     (target,) = children("r0", known=[trainer])
     set_up_target(target)
     sync = WeightSync(trainer, "w", ["trainer"], ["r0"])
-    pids = (os.getpid(), target.process.pid)
+    pids = (os.getpid(), target.pid)
 
     def held():
         return [
