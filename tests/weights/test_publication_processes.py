@@ -10,6 +10,7 @@ from weights_tools import same
 from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
 from raynixl.errors import PeerLost, PeerRestarted, PeerUnknown, RegionStale, RegionUnknown
+from raynixl.weights import WeightSync, subscribe
 from raynixl.weights.shards import replicated
 from raynixl.weights.sourcing import Release
 from raynixl.weights.tensors import describe
@@ -101,3 +102,7 @@ def test_a_module_that_torch_shards_is_published_by_each_rank_as_it_is(engine, c
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     (image,) = puller.push(2)
     assert all(torch.allclose(image[name], tensor) for name, tensor in model.state_dict().items())
+    other = torch.nn.Sequential(torch.nn.Linear(33, 51), torch.nn.Linear(51, 17))
+    with subscribe(engine, "w", other):
+        assert not WeightSync(engine, "w", ["trainer-0", "trainer-1"], ["engine"], timeout=20).push(3).excluded
+    assert same(dict(other.state_dict()), image)
