@@ -59,7 +59,8 @@ class Push:
         self._base = base
         self._exclude_failed = exclude_failed
         self._max_lag = max_lag
-        self._releasing = threading.Lock()  # held while the sources are told
+        self._releasing = threading.Lock()  # held while the sources are told; protects _is_over
+        self._is_over = False
 
     def run(self) -> PushReport:
         """Bring the version to all targets that can take it.
@@ -78,6 +79,7 @@ class Push:
             self._flip()
         finally:
             with self._releasing:
+                self._is_over = True
                 self._origins.release(now.push, committed=bool(now.flipped))
         first = next((now.image_of[name] for name in now.flipped), 0)
         digest = version_digest(now.froze.digests[first]) if now.froze.digests else ""
@@ -208,9 +210,11 @@ class Push:
         chunks = len(froze.digests[image])
         hosts = {name: self._targets[name].host for name in others}
         is_relay = self._relays(Swarm(chunks, origin_hosts=self._hosts(), topology=self._topology), hosts)
-        if is_relay:
-            exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts)
         origins = {part: froze.holders[part] for part in now.planned.incoming(image).parts}
+        exchange.expect(with_delta if is_relay else names)
+        if is_relay:
+            parts = [[holder.name for holder in holders] for holders in origins.values()]
+            exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts, parts)
         pull = Pull(
             push=now.push, version=now.version, plan=now.planned.digest, seconds=seconds, flip_seconds=now.left(),
             is_relay=is_relay, origins=origins, digests=froze.digests[image],
@@ -246,8 +250,8 @@ class Push:
         for found in ask_each(self._agent, topic(self._name, "pull"), payloads, deadline, every=_TICK_SECONDS):
             answers |= {name: self._targets.explained(name, answer) for name, answer in found.items()}
             _, failed = self._targets.answers(found)
-            if failed:
-                exchange.lost(failed)
+            if found:
+                exchange.over(found, failed)
             if time.monotonic() - ticked > _TICK_SECONDS:
                 ticked = time.monotonic()
                 exchange.tick()
@@ -257,7 +261,8 @@ class Push:
         """Tell the sources that others hold all they have to give."""
         self._now.released = time.monotonic() - self._now.began
         with self._releasing:
-            self._origins.release(self._now.push, committed=False)
+            if not self._is_over:
+                self._origins.release(self._now.push, committed=False)
 
     def _check_sources(self) -> None:
         """If pulls failed because every source of some part is gone, the push has failed: nobody flips."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from raynixl.errors import PeerLost, RaynixlError
+from raynixl.errors import IntegrityError, PeerLost, RaynixlError, TransferTimeout
 from raynixl.weights.cargo import Giver
 from raynixl.weights.protocol import Holder, topic
 from raynixl.weights.receiver import Receiver, is_origin, reason
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _ROOM = 4  # chunks under way or waiting at a time
 _ASK_SECONDS = 10.0
+_LOOK_SECONDS = 0.2  # how often a pull that waits for chunks looks whether it is over
 
 
 def next_topic(name: str, push: str) -> str:
@@ -49,6 +51,7 @@ class Relay:
     _is_asking: bool = False
     _is_over: bool = False
     _error: BaseException | None = None
+    _corrupt: IntegrityError | None = None
     _givers: dict[str, Giver] = field(default_factory=dict)
 
     def run(self, *, threads: int) -> None:
@@ -88,7 +91,7 @@ class Relay:
                 message = self._take_news(room, first)
                 self._is_asking = True
             try:
-                self._take(self._ask(next_topic(self.name, self.push), message))
+                self._take(self._ask(message))
             finally:
                 with self._changed:
                     self._is_asking = False
@@ -102,23 +105,36 @@ class Relay:
         self._done, self._failed = [], []
         return message
 
-    def _ask(self, where: str, message: bytes) -> Batch:
+    def _ask(self, message: bytes) -> Batch:
+        """Ask for chunks; stop waiting for the answer if this pull is over before: whoever coordinates may be frozen.
+
+        Raises:
+            RaynixlError: it is gone, or does not answer, or the pull is over.
+        """
         timeout = max(0.001, min(_ASK_SECONDS, self.receiver.left()))
-        return Batch.from_bytes(self.agent.ask(self.coordinator, where, message, timeout=timeout).wait())
+        reply = self.agent.ask(self.coordinator, next_topic(self.name, self.push), message, timeout=timeout)
+        while not reply.done:
+            with contextlib.suppress(TransferTimeout):  # it is looked at again
+                reply.wait(_LOOK_SECONDS)
+            self.receiver.left()
+            if self._error is not None:
+                raise self._error
+        return Batch.from_bytes(reply.wait())
 
     def _take(self, batch: Batch) -> None:
         if batch.fault is not None:
-            raise batch.fault.error()
+            raise batch.fault.error() if self._corrupt is None else self._corrupt
         with self._changed:
             self._givers.update((one.name, Giver(one.name, one.remotes())) for one in batch.holders)
             self._todo.extend(batch.chunks)
             self._changed.notify_all()
 
     def _report(self, *, is_last: bool = False) -> None:
-        """Say what is here while a question is still out; the answer means nothing."""
+        """Say what is here if no question is to be asked now; the answer means nothing."""
         with self._changed:
-            if not (self._done or self._failed) or not (self._is_asking or is_last):
-                return
+            waits = self._is_asking or is_last or not self._has_room(len(self.receiver.digests))
+            if not (self._done or self._failed) or not waits:
+                return  # it goes with the question that is asked now
             message = self._take_news(0, None)
         reply = self.agent.ask(self.coordinator, done_topic(self.name, self.push), message, timeout=_ASK_SECONDS)
         if is_last:
@@ -167,6 +183,8 @@ class Relay:
                 self.receiver.from_peer(chunk, self._giver(holder))
         except RaynixlError as exc:
             self.receiver.left()  # raises if it is our own time that is over
+            if isinstance(exc, IntegrityError):
+                self._corrupt = exc
             return Failed(chunk=chunk, holder=holder, why=reason(exc))
         return None
 
