@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from raynixl.errors import ConfigError, PeerLost, PeerRestarted, RaynixlError
+from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError
 from raynixl.weights.assembly import DeltaPart
 from raynixl.weights.assignment import Topology
 from raynixl.weights.conversation import ask_each
@@ -197,6 +197,7 @@ class Push:
         self._targets.forget(name for name, error in failed.items() if isinstance(error, PeerRestarted))
         for name, error in failed.items():
             self._exclude(name, error)
+        self._leave_out_liars()
         self._check_sources()
 
     def _pulls(self, image: int, exchange: Exchange, seconds: float) -> dict[str, bytes]:
@@ -300,6 +301,14 @@ class Push:
             logger.warning("version %d of %r reached nobody: %s", now.version, self._name, now.excluded)
         if failed and not self._exclude_failed:
             raise next(iter(failed.values()))
+
+    def _leave_out_liars(self) -> None:
+        """Have nobody install what others found to be corrupt."""
+        now = self._now
+        for name in now.liars:
+            if now.pulled.pop(name, None) is not None:
+                wrong = f"{name!r} gave corrupt chunks of version {now.version} to others"
+                self._exclude(name, IntegrityError(wrong, hint="look at its memory and its links", peer=name))
 
     def _leave_out_partial_replicas(self) -> None:
         now = self._now

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ class Child:
         self.agent = Agent(name)
         self.send = send
         self.weights = {}
+        self.module = None
         self.saying = threading.Lock()
         self.told, self.stop = threading.Event(), threading.Event()
         self.reads, self.torn, self.seen = 0, [], []
@@ -47,6 +50,21 @@ class Child:
             for tensor in self.weights.values():
                 tensor.fill_(value)
         return True
+
+    def randomise(self, seed):
+        """Give the weights values that tell every element from its neighbours."""
+        draw = torch.Generator().manual_seed(seed)
+        with self.publication.updating():
+            for tensor in self.weights.values():
+                tensor.copy_(torch.rand(tensor.shape, generator=draw))
+        return True
+
+    def sha256(self):
+        """Return what tells the weights' bytes from any others."""
+        digest = hashlib.sha256()
+        for tensor in (self.module if self.module is not None else self.weights).values():
+            digest.update(tensor.detach().numpy().tobytes())
+        return digest.hexdigest()
 
     def publish(self, **options):
         self.publication = publish(self.agent, "w", self.weights, **options)
@@ -105,6 +123,16 @@ class Child:
         self.told.set()
         return True
 
+    def dawdle(self, seconds):
+        """Take so long for every chunk that lands."""
+
+        def slow(receiver, *arguments, **options):
+            time.sleep(seconds)
+            return VERIFY(receiver, *arguments, **options)
+
+        Receiver._verify = slow
+        return True
+
     def stall_at(self, chunk):
         """At the n-th chunk that lands say so, and go no further until told."""
         verify, landed = VERIFY, []
@@ -121,14 +149,17 @@ class Child:
         Receiver._verify = slow
         return True
 
-    def lie(self):
-        """From now on damage every chunk once it is verified, before anybody gets it from here."""
-        verify = VERIFY
+    def lie(self, told_at=0):
+        """From now on damage every chunk once it is verified, before anybody gets it; say so at the n-th."""
+        verify, damaged = VERIFY, []
 
         def damage(receiver, chunk, *arguments, **options):
             verify(receiver, chunk, *arguments, **options)
             arena, offset, _ = receiver.cargo.chunks[chunk].tolist()
             receiver.slot.arrays[arena][offset] ^= 1
+            damaged.append(chunk)
+            if len(damaged) == told_at:
+                self.say("lied")
 
         Receiver._verify = damage
         return True
