@@ -16,6 +16,9 @@ from weights_nursery import serve
 from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
 from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.declare import declare
+from raynixl.weights.pieces import TensorInfo
+from raynixl.weights.placement import Mesh, Shard
 from raynixl.weights.receiver import Receiver
 
 VERIFY = Receiver._verify
@@ -69,6 +72,17 @@ class Child:
     def publish(self, **options):
         self.publication = publish(self.agent, "w", self.weights, **options)
         return True
+
+    def publish_share(self, rank, ranks, **options):
+        """Publish the weights as what this rank has of larger ones, split along their only dimension."""
+        return self.publish(shards=self._shards(rank, ranks), **options)
+
+    def subscribe_share(self, rank, ranks, **options):
+        return self.subscribe(shards=self._shards(rank, ranks), **options)
+
+    def _shards(self, rank, ranks):
+        infos = [TensorInfo(name, "float32", (ranks * len(own),)) for name, own in self.weights.items()]
+        return declare(infos, Mesh((("tp", ranks),)), (Shard(0),), (rank,))
 
     def is_free(self):
         """Whether no push has the weights."""

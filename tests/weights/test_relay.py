@@ -1,12 +1,15 @@
 """Receivers that feed each other, in processes of their own: equal bytes, each from the trainer once, soon released."""
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from weights_crew import CHUNKS, NBYTES, Crew
+import torch
+from weights_crew import CHUNK, CHUNKS, ELEMENTS, NBYTES, TENSORS, Crew
 
 from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
+from raynixl.weights import WeightSync
 
 NAMES = [f"r{number}" for number in range(8)]
 
@@ -73,3 +76,40 @@ def test_receivers_that_pull_straight_from_the_trainer_release_it_before_they_fl
     assert report.peer_nbytes == 0
     assert 0 < report.release_seconds < report.seconds
     assert {child.ask("sha256") for child in rollouts} == {digest}
+
+
+def test_the_trainers_of_shards_are_kept_for_a_receiver_that_nobody_else_can_feed(crew):
+    shares = {"whole0": (0, 1), "whole1": (0, 1), "left0": (0, 2), "left1": (0, 2), "right": (1, 2)}
+    trainers = crew.start("half0", "half1")
+    for rank, child in enumerate(trainers):
+        child.ask("make", tensors=TENSORS, elements=ELEMENTS // 2)
+        child.ask("publish_share", rank=rank, ranks=2, chunk_nbytes=CHUNK)
+        child.ask("randomise", seed=rank)
+    rollouts = crew.start(*shares)
+    for child, (rank, ranks) in zip(rollouts, shares.values(), strict=True):
+        child.ask("make", tensors=TENSORS, elements=ELEMENTS // ranks)
+        child.ask("subscribe_share", rank=rank, ranks=ranks)
+    rollouts[-1].ask("stall_at", chunk=2)
+    sync = WeightSync(crew.pusher, "w", ["half0", "half1"], list(shares), topology="relay", timeout=40)
+    with ThreadPoolExecutor(2) as pool:
+        pushing = pool.submit(sync.push, 1)
+        assert rollouts[-1].hear() == "stalled"
+        refilling = pool.submit(trainers[1].ask, "randomise", seed=9)  # as soon as the weights are free
+        rollouts[-1].ask("go_on")
+        report = pushing.result(40)
+        refilling.result(40)
+    assert not report.excluded
+    halves = [random_weights(seed) for seed in (0, 1)]
+    whole = [torch.cat(pair) for pair in zip(*halves, strict=True)]
+    wanted = {"whole0": whole, "whole1": whole, "left0": halves[0], "left1": halves[0], "right": halves[1]}
+    assert {child.name: child.ask("sha256") for child in rollouts} == {
+        name: hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+        for name, tensors in wanted.items()
+    }
+    assert report.origin_nbytes <= 1.1 * 2 * NBYTES  # one whole, a left half, a right half
+
+
+def random_weights(seed):
+    """Return what a child that has half of the elements makes of a seed."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.rand(ELEMENTS // 2, generator=draw) for _ in range(TENSORS)]
