@@ -18,6 +18,7 @@ from raynixl.weights.targeting import Describe, Held, Manifest, Pull, Step
 if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.weights.origins import Origins
+    from raynixl.weights.shards import Shards
     from raynixl.weights.targets import Errors, Targets
 
 _NOBODY = "0" * 32
@@ -77,7 +78,7 @@ class CatchUp:
         sources = tuple(self._origins.planned.values()) or (target.shards,)
         plan: Plan = planned(sources, (target.shards,))
         layout = plan.images[0]
-        held = self._held(layout.digest, version, name)
+        held = self._held(layout.digest, version, self._alike(name, sources))
         if not held:
             raise PeerLost(
                 f"no target holds version {version} of {self._name!r} as {name!r} needs it",
@@ -107,13 +108,22 @@ class CatchUp:
         self._require(name, "flip", Step(push=push, seconds=left).to_bytes())
         target.version = version
 
-    def _held(self, image: str, version: int, name: str) -> list[tuple[str, str, Held]]:
-        """Return who holds a version of an image whole: (name, host, where)."""
+    def _alike(self, name: str, sources: tuple[Shards, ...]) -> list[str]:
+        """Return the other targets that need the same bytes: ranks of one mesh are laid out alike and do not."""
+        own = self._targets[name].shards
+        others = {one: known.shards for one in self._targets.names if (known := self._targets.get(one)) and one != name}
+        different = {shards.digest: shards for shards in others.values() if shards.digest != own.digest}
+        images = planned(sources, (own, *different.values())).image_of
+        same = {own.digest} | {
+            digest for digest, image in zip(different, images[1:], strict=True) if image == images[0]
+        }
+        return [one for one, shards in others.items() if shards.digest in same]
+
+    def _held(self, image: str, version: int, alike: Sequence[str]) -> list[tuple[str, str, Held]]:
+        """Return who of those that need the same bytes holds a version of an image whole: (name, host, where)."""
         found = []
-        for other in self._targets.names:
-            known = self._targets.get(other)
-            if known is None or other == name:
-                continue
+        for other in alike:
+            known = self._targets[other]
             found += [(other, known.host, one) for one in known.held if (one.image, one.version) == (image, version)]
         return [one for one in found if one[2].chunk_nbytes == found[0][2].chunk_nbytes]
 
