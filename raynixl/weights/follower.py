@@ -20,7 +20,7 @@ from raynixl.weights.delta import apply
 from raynixl.weights.installer import Install, Installer, Steps
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import Answer, Fault, topic
-from raynixl.weights.pulling import Pulling, mend
+from raynixl.weights.pulling import Blobs, Pulling, mend
 from raynixl.weights.receiver import PullTimes
 from raynixl.weights.shards import Shards
 from raynixl.weights.slots import Slot, Slots
@@ -82,6 +82,7 @@ class Follower:
         self._cargos: dict[str, ImageCargo] = {}
         self._shards: Shards | None = None
         self._ready: _Ready | None = None
+        self._blobs = Blobs()  # of the last pull: all have pulled them once anybody flips
         self._held = ""  # the push that holds the readers
         self._stopping = threading.Lock()  # protects _stop
         self._stop = threading.Event()
@@ -205,6 +206,7 @@ class Follower:
             if self._installer.has_changed():
                 self._installer.check(cargo.layout)
             self._ready = None
+            self._blobs.release(self._agent)
             work = Pulling(self._agent, self._name, peer, request, arrived + request.seconds, stop)
             slot, times = self._bring(work, cargo)
             self._installer.plan(slot.arenas)  # made here, and so not while readers wait
@@ -224,10 +226,10 @@ class Follower:
         threads, throttle = self._agent.config.copy_threads, self._options.throttle
         if base is None:
             return slot, work.image(cargo, slot, throttle, threads)
-        times, blobs = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads)
+        times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self._blobs)
         for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
             np.copyto(target, source)
-        for blob in blobs:
+        for blob in self._blobs.arrays:
             apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
         whole = work.receiver(cargo, slot.arenas, throttle)
         run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
@@ -282,6 +284,7 @@ class Follower:
                 note = self._callback.run(ready.version)
                 seconds = time.monotonic() - entered
             del old
+            self._blobs.release(self._agent)
             return Answer(version=ready.version, seconds=seconds, note=note)
 
     def _on_return(self, _peer: str, payload: bytes) -> Answer:
@@ -373,6 +376,7 @@ class Follower:
 
     def _let_go(self) -> None:
         self._ready = None
+        self._blobs.release(self._agent)
         self._slots.release()
 
     def _check_version(self, version: int) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raynixl.errors import AgentClosed, RegionStale
 from raynixl.weights.cargo import DeltaCargo, Giver, ImageCargo, givers_of, givers_of_blob
+from raynixl.weights.protocol import Holder
 from raynixl.weights.receiver import Place, PullTimes, Receiver
 from raynixl.weights.relay import Relay
 from raynixl.weights.workers import run_workers
@@ -17,12 +20,51 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raynixl.agents import Agent
+    from raynixl.region import Region
     from raynixl.weights.arenas import Arenas
     from raynixl.weights.slots import Slot
     from raynixl.weights.targeting import Pull
     from raynixl.weights.throttle import Throttle
 
 _MAX_NAMES = 4
+
+
+class Blobs:
+    """The memory that a delta came into, in which other receivers find it until it is let go of."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    @property
+    def arrays(self) -> list[NDArray[np.uint8]]:
+        """The blobs, one for each part."""
+        return [region.array() for region in self.regions]
+
+    def make(self, agent: Agent, sizes: Sequence[int]) -> None:
+        """Make room for blobs; those before must have been let go of.
+
+        Raises:
+            RangeError: the host has too little memory.
+        """
+        for nbytes in sizes:
+            self.regions.append(agent.empty(nbytes))
+
+    def holder(self, agent: Agent) -> Holder:
+        """Say where they lie."""
+        records = tuple(region.record() for region in self.regions)
+        return Holder(name=agent.name, incarnation=agent.incarnation, regions=records)
+
+    def release(self, agent: Agent) -> None:
+        """Let go of them; idempotent."""
+        while self.regions:
+            region = self.regions.pop()
+            try:
+                agent.deregister(region)
+            except (AgentClosed, RegionStale):
+                continue  # the agent was closed before us and has withdrawn it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +82,27 @@ class Pulling:
         """Bring the whole image in."""
         began = time.monotonic()
         receiver = self.receiver(cargo, slot.arenas, throttle)
-        if self.request.is_relay:
-            relay = Relay(self.agent, receiver, self.name, self.request.push, self.coordinator, slot.holder(self.agent))
-            relay.run(threads=threads)
-        else:
-            run_workers(receiver.from_origin, len(cargo.chunks), threads=threads)
+        self._run(receiver, slot.holder(self.agent), threads)
         return receiver.times(began, threads)
 
-    def delta(self, cargo: DeltaCargo, throttle: Throttle, threads: int) -> tuple[PullTimes, list[NDArray[np.uint8]]]:
-        """Bring the blobs of a delta in."""
+    def delta(self, cargo: DeltaCargo, throttle: Throttle, threads: int, blobs: Blobs) -> PullTimes:
+        """Bring the blobs of a delta in, to memory where they stay for other receivers."""
         began = time.monotonic()
-        regions = [self.agent.empty(nbytes) for nbytes in cargo.sizes]
-        try:
-            arrays = [region.array() for region in regions]
-            givers = {place: givers_of_blob(blob) for place, blob in enumerate(self.request.blobs)}
-            receiver = Receiver(
-                self.agent, cargo, Place(regions, arrays), self.request.version, self.request.blob_digests, givers,
-                self.deadline, self.stop, lambda _chunk: "a delta", throttle,
-            )  # fmt: skip
-            run_workers(receiver.from_origin, len(cargo.chunks), threads=threads)
-            return receiver.times(began, threads), [array.copy() for array in arrays]
-        finally:
-            for region in regions:
-                self.agent.deregister(region)
+        blobs.make(self.agent, cargo.sizes)
+        givers = {place: givers_of_blob(blob) for place, blob in enumerate(self.request.blobs)}
+        receiver = Receiver(
+            self.agent, cargo, Place(blobs.regions, blobs.arrays), self.request.version, self.request.blob_digests,
+            givers, self.deadline, self.stop, lambda _chunk: "a delta", throttle,
+        )  # fmt: skip
+        self._run(receiver, blobs.holder(self.agent), threads)
+        return receiver.times(began, threads)
+
+    def _run(self, receiver: Receiver, holder: Holder, threads: int) -> None:
+        """Bring everything in: in a relay, or straight from the sources."""
+        if self.request.is_relay:
+            Relay(self.agent, receiver, self.name, self.request.push, self.coordinator, holder).run(threads=threads)
+        else:
+            run_workers(receiver.from_origin, len(receiver.digests), threads=threads)
 
     def receiver(self, cargo: ImageCargo, arenas: Arenas, throttle: Throttle) -> Receiver:
         """Return what brings chunks of an image in."""

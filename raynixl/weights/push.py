@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -212,7 +212,7 @@ class Push:
         hosts = {name: self._targets[name].host for name in others}
         is_relay = self._relays(Swarm(chunks, origin_hosts=self._hosts(), topology=self._topology), hosts)
         origins = {part: froze.holders[part] for part in now.planned.incoming(image).parts}
-        exchange.expect(with_delta if is_relay else names)
+        exchange.expect(with_delta if is_relay else names)  # what a delta leaves wrong comes whole from the sources
         if is_relay:
             parts = [[holder.name for holder in holders] for holders in origins.values()]
             exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts, parts)
@@ -223,9 +223,19 @@ class Push:
         full = pull.to_bytes() if others else b""
         delta = b""
         if with_delta:
-            pull = replace(pull, is_relay=False, base=froze.base, blobs=blobs, blob_digests=blob_digests)
+            relays = self._relay_delta(with_delta, blobs, len(blob_digests), exchange)
+            pull = replace(pull, is_relay=relays, base=froze.base, blobs=blobs, blob_digests=blob_digests)
             delta = pull.to_bytes()
         return {name: delta if name in with_delta else full for name in names}
+
+    def _relay_delta(self, names: Iterable[str], blobs: Sequence[Blob], chunks: int, exchange: Exchange) -> bool:
+        """Have those who get a delta feed each other with it, if they are to; return whether."""
+        hosts = {name: self._targets[name].host for name in names}
+        is_relay = self._relays(Swarm(chunks, origin_hosts=self._hosts(), topology=self._topology), hosts)
+        if is_relay:
+            parts = [[one.owner for one in blob.at] for blob in blobs]
+            exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts, parts)
+        return is_relay
 
     def _relays(self, swarm: Swarm, hosts: Mapping[str, str]) -> bool:
         """Whether receivers feed each other."""

@@ -1,0 +1,82 @@
+"""Deltas in a relay: receivers give each other what has changed, and the sources give it about once."""
+
+import threading
+
+import pytest
+import torch
+
+from raynixl.weights import WeightSync, publish, subscribe
+
+COUNT = 1 << 20
+RECEIVERS = 4
+
+
+@pytest.fixture
+def synced(fleet):
+    """Return a source's tensor, its publication, what follows it, and a relaying sync that has pushed two versions."""
+    trainer = fleet("trainer")
+    weights = {"w": torch.randn(COUNT).to(torch.bfloat16)}
+    publication = publish(trainer, "policy", weights, chunk_nbytes=4096)
+    models = [{"w": torch.zeros(COUNT, dtype=torch.bfloat16)} for _ in range(RECEIVERS)]
+    agents = [fleet(f"rollout-{number}") for number in range(RECEIVERS)]
+    followers = [subscribe(agent, "policy", model, keep=2) for agent, model in zip(agents, models, strict=True)]
+    names = [agent.name for agent in agents]
+    sync = WeightSync(trainer, "policy", ["trainer"], names, topology="relay", timeout=30)
+    for version in (1, 2):
+        change(publication, weights["w"], version)
+        sync.push(version).raise_for_excluded()
+    wait_for_base()
+    yield weights["w"], publication, models, sync, followers
+    for follower in followers:
+        follower.close()
+    publication.close()
+
+
+def change(publication, tensor, version):
+    with publication.updating(), torch.no_grad():
+        tensor[version::100] += 1.0
+
+
+def wait_for_base():
+    """The memory of the base version is made after the first push that asks for a delta."""
+    for thread in [one for one in threading.enumerate() if one.name == "raynixl-copy"]:
+        thread.join(10)
+
+
+def push_delta(synced, first):
+    """Push until a delta has come, which needs one whole version in the second copy; return its report."""
+    tensor, publication, _, sync, _ = synced
+    for version in range(first, first + 3):
+        change(publication, tensor, version)
+        report = sync.push(version)
+        report.raise_for_excluded()
+        if report.deltas:
+            return report
+    raise AssertionError("no delta came in three pushes")
+
+
+def test_receivers_of_a_delta_feed_each_other_and_end_with_the_right_bytes(synced):
+    tensor, _, models, _, _ = synced
+    report = push_delta(synced, 3)
+    assert report.deltas == RECEIVERS
+    assert report.peer_nbytes > 0
+    blob = (report.origin_nbytes + report.peer_nbytes) / RECEIVERS
+    assert blob < 2 * COUNT * 0.025
+    assert report.origin_nbytes <= 2 * blob
+    for model in models:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_a_base_that_an_engine_has_changed_is_mended_from_the_sources_in_a_relay_too(synced):
+    tensor, _, models, _, followers = synced
+    slot = followers[1]._follower._slots.find(2)
+    slot.arenas.arrays[0][:8192] ^= 255
+    report = push_delta(synced, 3)
+    assert report.deltas == RECEIVERS
+    for model in models:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_blobs_are_let_go_of_after_the_flip(synced):
+    push_delta(synced, 3)
+    assert [len(follower._follower._blobs) for follower in synced[4]] == [0] * RECEIVERS
