@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from weights_nursery import Nursery
@@ -64,6 +65,12 @@ class Crew:
         self.version += 1
         self.by_name["trainer"].ask("fill", value=float(self.version))
         return self.version
+
+    def wait_released(self):
+        """Wait until the trainer is needed no more by a push that goes on."""
+        end = time.monotonic() + 20
+        while not self.by_name["trainer"].ask("is_free"):
+            assert time.monotonic() < end
 
     def push(self, sync, **options):
         return sync.push(self.next(), **options)

@@ -86,27 +86,32 @@ def test_a_trainer_killed_after_its_release_is_not_missed(crew, pool):
     rollouts[1].ask("stall_at", chunk=CHUNKS)
     pushing = pool.submit(crew.push, sync)
     assert rollouts[1].hear() == "stalled"
-    wait_released(trainer)
+    crew.wait_released()
     trainer.kill()
     rollouts[1].ask("go_on")
     assert not pushing.result(40).excluded
     assert serves(rollouts, crew.version)
 
 
-def test_whoever_coordinates_killed_midway_leaves_whole_versions_and_another_goes_on(crew):
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_whoever_coordinates_killed_or_frozen_midway_leaves_whole_versions_and_another_goes_on(crew, how):
     sync, _, rollouts = ready(crew, "r0", "r1")
-    (coordinator,) = crew.start("coordinator")
-    how = {"sources": ["trainer"], "targets": ["r0", "r1", SAFE], "topology": "relay", "timeout": 40}
-    assert coordinator.ask("push", version=crew.next(), **how) == ["r0", "r1", SAFE]
+    (coordinator,) = crew.start(f"coordinator-{how}")
+    to = {"sources": ["trainer"], "targets": ["r0", "r1", SAFE], "topology": "relay", "timeout": 40}
+    assert coordinator.ask("push", version=crew.next(), **to) == ["r0", "r1", SAFE]
     old = crew.version
     rollouts[0].ask("stall_at", chunk=2)
-    coordinator.send("push", version=crew.next(), **how)
+    coordinator.send("push", version=crew.next(), **to)
     assert rollouts[0].hear() == "stalled"
-    coordinator.kill()
+    if how == "frozen":
+        coordinator.signal(signal.SIGSTOP)
+    else:
+        coordinator.kill()
     rollouts[0].ask("reset")
     assert serves(rollouts, old)
     assert not crew.push(sync).excluded
     assert serves(rollouts, crew.version)
+    coordinator.kill()
 
 
 def test_a_holder_that_is_frozen_costs_its_stall_and_nobody_else(crew, pool):
@@ -154,7 +159,7 @@ def test_a_receiver_that_joins_in_the_middle_of_a_push_needs_no_trainer(crew, po
     rollouts[1].ask("stall_at", chunk=CHUNKS)
     pushing = pool.submit(crew.push, sync)
     assert rollouts[1].hear() == "stalled"
-    wait_released(trainer)
+    crew.wait_released()
     trainer.kill()
     late = joiner(crew)
     joining = pool.submit(sync.join, ["late"])
@@ -164,12 +169,6 @@ def test_a_receiver_that_joins_in_the_middle_of_a_push_needs_no_trainer(crew, po
     assert late.ask("wait_version", version=crew.version) == crew.version
     assert serves([*rollouts, late], crew.version)
     late.kill()
-
-
-def wait_released(trainer):
-    end = time.monotonic() + 20
-    while not trainer.ask("is_free"):
-        assert time.monotonic() < end
 
 
 def joiner(crew, name="late"):

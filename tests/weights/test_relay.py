@@ -50,7 +50,8 @@ def test_the_trainer_is_released_before_the_slowest_receiver_has_everything(crew
         digest = trainer.ask("sha256")
         pushing = pool.submit(sync.push, crew.version)
         assert rollouts[2].hear() == "stalled"
-        trainer.ask("randomise", seed=0)  # returns once the sources are released, which the push outlasts
+        crew.wait_released()
+        trainer.ask("randomise", seed=0)
         assert not pushing.done()
         rollouts[2].ask("go_on")
         report = pushing.result(40)
@@ -83,19 +84,24 @@ def test_the_trainers_of_shards_are_kept_for_a_receiver_that_nobody_else_can_fee
     trainers = crew.start("half0", "half1")
     for rank, child in enumerate(trainers):
         child.ask("make", tensors=TENSORS, elements=ELEMENTS // 2)
-        child.ask("publish_share", rank=rank, ranks=2, chunk_nbytes=CHUNK)
+        child.ask("publish_share", rank=rank, ranks=2, chunk_nbytes=CHUNK, copy_out=False)
         child.ask("randomise", seed=rank)
     rollouts = crew.start(*shares)
     for child, (rank, ranks) in zip(rollouts, shares.values(), strict=True):
         child.ask("make", tensors=TENSORS, elements=ELEMENTS // ranks)
         child.ask("subscribe_share", rank=rank, ranks=ranks)
-    rollouts[-1].ask("stall_at", chunk=2)
+    lonely, others = rollouts[-1], rollouts[:-1]
+    for child in rollouts:
+        child.ask("stall_at", chunk=2)
     sync = WeightSync(crew.pusher, "w", ["half0", "half1"], list(shares), topology="relay", timeout=40)
     with ThreadPoolExecutor(2) as pool:
         pushing = pool.submit(sync.push, 1)
-        assert rollouts[-1].hear() == "stalled"
+        assert [child.hear() for child in rollouts] == ["stalled"] * len(rollouts)
+        for child in others:
+            child.ask("go_on")
+        assert not any(trainers[1].ask("is_free") for _ in range(500))
         refilling = pool.submit(trainers[1].ask, "randomise", seed=9)  # as soon as the weights are free
-        rollouts[-1].ask("go_on")
+        lonely.ask("go_on")
         report = pushing.result(40)
         refilling.result(40)
     assert not report.excluded
