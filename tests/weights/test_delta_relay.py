@@ -72,9 +72,10 @@ def test_a_base_that_an_engine_has_changed_is_mended_from_the_sources_in_a_relay
     slot = followers[1]._follower._slots.find(2)
     slot.arenas.arrays[0][:8192] ^= 255
     report = push_delta(synced, 3)
-    assert report.deltas == RECEIVERS
+    assert (report.version, report.deltas) == (3, RECEIVERS), "the slot that was changed is not the delta's base"
     for model in models:
         assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+    assert all(follower.held_versions[-1] == 3 for follower in followers)
 
 
 def test_blobs_are_let_go_of_after_the_flip(synced):
