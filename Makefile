@@ -14,6 +14,7 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python examples/rl_weight_sync/train.py
+	$(BIN)/python examples/rl_weight_sync/sharded.py
 	$(BIN)/python examples/rl_weight_sync/real_model.py
 	$(BIN)/python examples/moe_ep/main.py
 
@@ -81,5 +82,5 @@ $(STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png
+	rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png sharded.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

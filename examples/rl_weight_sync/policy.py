@@ -1,6 +1,7 @@
 """The policy: a small decoder-only transformer that samples its own answers."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +31,16 @@ class Block(nn.Module):
 class Policy(nn.Module):
     """Map token ids (batch, time) to the log-probabilities of the token that follows each."""
 
-    def __init__(self, vocabulary: int, length: int) -> None:
+    def __init__(self, vocabulary: int, length: int, block: Callable[[], nn.Module] = Block) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, WIDTH)
         self.position = nn.Parameter(torch.randn(length, WIDTH))
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*(block() for _ in range(LAYERS)))
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, vocabulary))
 
     def forward(self, tokens: Tensor) -> Tensor:
         embedded = self.token(tokens) + self.position[: tokens.shape[1]]
-        return self.head(self.blocks(embedded)).log_softmax(dim=-1)
+        return self.head(self.blocks(embedded)).float().log_softmax(dim=-1)
 
     @torch.no_grad()
     def generate(self, prompts: Tensor, count: int) -> tuple[Tensor, Tensor]:

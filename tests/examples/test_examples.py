@@ -43,6 +43,14 @@ def test_the_loop_syncs_each_step_draws_its_picture_and_fails_for_want_of_learni
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sharded_trainers_sync_sharded_rollouts_of_which_one_dies_and_is_replaced(tmp_path: Path) -> None:
+    done = _run("rl_weight_sync/sharded.py", "--steps", "4", cwd=tmp_path)
+    assert "FAILED: the reward has not clearly risen" in done.stderr, done.stderr
+    assert "excluded rollout-1-0: PeerLost: 'rollout-1-0' stays on its old version with 'rollout-1-1'" in done.stdout
+    assert "version 5: 0.1 MB to 4 of 4" in done.stdout
+    assert all(f"  rollout-2-{rank}  " in done.stdout for rank in range(2))
+
+
 def test_the_loop_is_at_most_100_lines() -> None:
     assert len((EXAMPLES / "rl_weight_sync/train.py").read_text("utf-8").splitlines()) <= 100
 
