@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from raynixl.errors import AgentClosed, RegionStale
@@ -45,12 +46,11 @@ class Arenas:
         """Return a view of one tensor."""
         return view_of(self.arrays, entry)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in this memory."""
-        if tensor.device.type != "cpu" or tensor.numel() == 0:
-            return False
-        address = tensor.data_ptr()
-        return any(array.ctypes.data <= address < array.ctypes.data + array.nbytes for array in self.arrays)
+    def holds_any(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether one of these tensors lies in this memory."""
+        spans = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in self.arrays]
+        addresses = (one.data_ptr() for one in tensors if one.device.type == "cpu" and one.numel())
+        return any(first <= address < last for address in addresses for first, last in spans)
 
     def release(self) -> None:
         """Withdraw the memory from peers and let go of it, save where views of it live on; idempotent."""

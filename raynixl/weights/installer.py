@@ -125,7 +125,7 @@ class Installer:
 
     def lies_in(self, slot: Arenas) -> bool:
         """Whether a tensor of the model lies in a slot, which then must not be written."""
-        return any(slot.holds(tensor) for tensor in self._collect().values())
+        return slot.holds_any(self._collect().values())
 
     def needs(self, infos: Sequence[TensorInfo]) -> Shards:
         """Return what the target needs of a source that has these tensors.
