@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from raynixl.errors import PeerLost, RaynixlError
 from raynixl.weights.assignment import Topology
+from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
 from raynixl.weights.plan import Plan
 from raynixl.weights.push import planned
@@ -136,7 +137,8 @@ class CatchUp:
             self._targets.ask("manifest", asked, self._deadline), Manifest.from_bytes
         )
         for manifest in answers.values():
-            if (manifest.version, manifest.image) == (version, image):
+            is_meant = version_digest(manifest.digests) == wanted
+            if is_meant and (manifest.version, manifest.image) == (version, image):
                 return manifest
         raise next(iter(failed.values()), PeerLost(f"nobody says what version {version} is", hint="push the next one"))
 

@@ -7,12 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raynixl.errors import AgentClosed, ConfigError, PeerRestarted, RaynixlError, TransferTimeout
+from raynixl.errors import (
+    AgentClosed,
+    ConfigError,
+    IntegrityError,
+    PeerRestarted,
+    RaynixlError,
+    TransferCancelled,
+    TransferTimeout,
+)
 from raynixl.host import host_identity
 from raynixl.weights.callback import FlipCallback
 from raynixl.weights.cargo import DeltaCargo, ImageCargo
@@ -46,6 +55,8 @@ class _Ready:
     version: int
     slot: Slot
     until: float
+    digests: NDArray[np.uint64]
+    chunk_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,7 @@ class Follower:
         self._ready: _Ready | None = None
         self._blobs = Blobs()  # of the last pull: all have pulled them once anybody flips
         self._held = ""  # the push that holds the readers
+        self._timer: threading.Timer | None = None  # lets them in if nobody else does
         self._stopping = threading.Lock()  # protects _stop
         self._stop = threading.Event()
 
@@ -196,10 +208,12 @@ class Follower:
     def _on_pull(self, peer: str, payload: bytes) -> Answer:
         request = Pull.from_bytes(payload)
         arrived = time.monotonic()
+        self._check_version(request.version)  # a late or wrong one ends no pull that is at work
         stop = self.stop()
         with self._working(arrived + request.seconds):
             began = time.monotonic()
             self._check_version(request.version)
+            self._let_readers_go_on()
             cargo = self._cargos.get(request.plan)
             if cargo is None:
                 raise PeerRestarted(f"{self._agent.name!r} was not told of this plan", hint="push again")
@@ -210,8 +224,9 @@ class Follower:
             work = Pulling(self._agent, self._name, peer, request, arrived + request.seconds, stop)
             slot, times = self._bring(work, cargo)
             self._installer.plan(slot.arenas)  # made here, and so not while readers wait
-            slot.fill(request.version, request.digests, cargo.chunk_nbytes)
-            self._ready = _Ready(request.push, request.version, slot, arrived + request.flip_seconds)
+            self._ready = _Ready(
+                request.push, request.version, slot, arrived + request.flip_seconds, request.digests, cargo.chunk_nbytes
+            )
             return Answer(
                 version=self.version, seconds=time.monotonic() - began, pull_seconds=times.pull_seconds,
                 verify_seconds=times.verify_seconds, nbytes=cargo.layout.nbytes, origin_nbytes=times.origin_nbytes,
@@ -220,12 +235,21 @@ class Follower:
 
     def _bring(self, work: Pulling, cargo: ImageCargo) -> tuple[Slot, PullTimes]:
         base = self._slots.find(work.request.base)
-        if work.request.base and base is None:
-            raise PeerRestarted(f"version {work.request.base} is held no more", hint="push again")
+        if base is not None and base.arenas.layout == cargo.layout:
+            try:
+                return self._bring_delta(work, cargo, base)
+            except (TransferTimeout, TransferCancelled):
+                raise
+            except RaynixlError as exc:
+                logger.info("no delta of version %d at %r: %s", work.request.version, self._agent.name, exc)
+        if work.request.base:  # what it would change is not here any more: everything comes, straight from the sources
+            work = replace(work, request=replace(work.request, base=0, is_relay=False))
+        slot = self._slot(cargo, None)
+        return slot, work.image(cargo, slot, self._options.throttle, self._agent.config.copy_threads)
+
+    def _bring_delta(self, work: Pulling, cargo: ImageCargo, base: Slot) -> tuple[Slot, PullTimes]:
         slot = self._slot(cargo, base)
         threads, throttle = self._agent.config.copy_threads, self._options.throttle
-        if base is None:
-            return slot, work.image(cargo, slot, throttle, threads)
         times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self._blobs)
         for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
             np.copyto(target, source)
@@ -252,18 +276,29 @@ class Follower:
             self.lock.hold(min(self._options.flip_timeout, request.seconds))
             self._held = request.push
             left = max(0.0, min(began + request.seconds, ready.until) - time.monotonic())
-            timer = threading.Timer(left, self._let_readers_in, (request.push,))
-            timer.daemon = True
-            timer.start()
+            self._timer = threading.Timer(left, self._let_readers_in, (request.push,))
+            self._timer.daemon = True
+            self._timer.start()
             return Answer(version=self.version, seconds=time.monotonic() - began)
 
     def _let_readers_in(self, push: str) -> None:
         """Nobody said to flip, or not to: whoever pushes is gone."""
         with self._busy:
             if self._held == push:
-                self._held = ""
                 self._ready = None
-                self.lock.let_go()
+                self._let_readers_go_on()
+
+    def _let_readers_go_on(self) -> None:
+        """End a hold, if there is one, whose push is over or was given up."""
+        self._forget_timer()
+        if self._held:
+            self._held = ""
+            self.lock.let_go()
+
+    def _forget_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
 
     def _on_let_go(self, _peer: str, payload: bytes) -> Answer:
         self._let_readers_in(Step.from_bytes(payload).push)
@@ -280,7 +315,7 @@ class Follower:
                 entered = time.monotonic()
                 if entered >= until:  # this process may have been frozen meanwhile, and was given up
                     raise TransferTimeout("the flip came after the push's deadline", hint="push again")
-                old = self._install(ready.slot, ready.version)
+                old = self._install(ready.slot, ready.version, ready)
                 note = self._callback.run(ready.version)
                 seconds = time.monotonic() - entered
             del old
@@ -291,6 +326,7 @@ class Follower:
         request = Return.from_bytes(payload)
         began = time.monotonic()
         with self._working(began + request.seconds):
+            self._let_readers_go_on()
             slot = self._slots.find(request.version)
             if slot is None:
                 held = ", ".join(map(str, self._slots.versions)) or "none"
@@ -299,7 +335,7 @@ class Follower:
                     hint="subscribe with keep=2 or more",
                 )
             with self._alone("", began + request.seconds):
-                old = self._install(slot, request.version)
+                old = self._install(slot, request.version, None)
                 note = self._callback.run(request.version)
             del old
             return Answer(version=request.version, seconds=time.monotonic() - began, note=note)
@@ -315,6 +351,7 @@ class Follower:
     def _alone(self, push: str, until: float) -> Iterator[None]:
         """Have the weights alone: readers have left, or are held already by the first half of this push's flip."""
         if push and self._held == push:
+            self._forget_timer()
             self._held = ""
             self.lock.adopt()
             try:
@@ -325,9 +362,26 @@ class Follower:
             with self.lock.writing(min(self._options.flip_timeout, max(0.0, until - time.monotonic()))):
                 yield
 
-    def _install(self, slot: Slot, version: int) -> list:  # type: ignore[type-arg]
-        """Put a version in place and say so; return the old values."""
-        old = self._steps(slot).run(self._agent)
+    def _install(self, slot: Slot, version: int, ready: _Ready | None) -> list:  # type: ignore[type-arg]
+        """Put a version in place and say so; return the old values.
+
+        From here on the slot counts as holding it: what was pulled and never flipped is no version.
+
+        Raises:
+            IntegrityError: that failed midway. The old version is back, if it lies here; the error says if not.
+        """
+        steps = self._steps(slot)
+        try:
+            old = steps.run(self._agent)
+        except Exception as exc:  # the engine's own loader may have run
+            is_back = self._put_back()
+            raise IntegrityError(
+                f"version {version} of {self._name!r} could not be installed at {self._agent.name!r}: {exc!r}"
+                + ("" if is_back else "; its weights are undefined until the next version"),
+                hint="see the engine's log, and push again",
+            ) from exc
+        if ready is not None:
+            self._slots.fill(slot, version, ready.digests, ready.chunk_nbytes)
         if self._installer.way is Install.COPY and not self._installer.is_installed(
             slot.arenas, version, slot.digest, self._agent
         ):
@@ -340,6 +394,18 @@ class Follower:
                 threading.Thread(target=self._grow, args=(layout,), name="raynixl-slot", daemon=True).start()
         self._served(version)
         return old
+
+    def _put_back(self) -> bool:
+        """Install the version that was served before, from its slot; False if that is not possible."""
+        slot = self._slots.find(self.version)
+        if slot is None:
+            return False
+        try:
+            self._installer.plan(slot.arenas).run(self._agent)
+        except Exception:
+            logger.exception("version %d of %r could not be put back", self.version, self._name)
+            return False
+        return True
 
     def _steps(self, slot: Slot) -> Steps:
         """Return what installs a slot; looks again, as the model may have changed since the pull."""
@@ -376,6 +442,7 @@ class Follower:
 
     def _let_go(self) -> None:
         self._ready = None
+        self._let_readers_go_on()
         self._blobs.release(self._agent)
         self._slots.release()
 

@@ -24,7 +24,7 @@ from raynixl.weights.plan import plan
 from raynixl.weights.protocol import topic
 from raynixl.weights.sourcing import Freeze
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Blob, BlobAt, Describe, Pull, Step
+from raynixl.weights.targeting import Blob, BlobAt, Describe, Pull, Return, Step
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -303,6 +303,7 @@ class Push:
             self._targets.ask("flip", dict.fromkeys(names, request), now.deadline())
         )
         now.excluded.update(failed)
+        self._take_back(together, failed)
         for name in now.flipped:
             self._targets[name].version = now.version
         self._targets.forget(failed)
@@ -349,21 +350,41 @@ class Push:
             return set()
         now = self._now
         names = [name for replica in replicas for name in replica]
-        request = Step(push=now.push, seconds=now.left()).to_bytes()
+        request = Step(push=now.push, seconds=now.left(_PULL_SHARE)).to_bytes()
         answers = self._targets.ask("hold", dict.fromkeys(names, request), now.deadline(_PULL_SHARE))
         well, failed = self._targets.answers(answers)
-        held, dropped = set(), []
-        for replica in replicas:
-            if all(name in well for name in replica):
-                held |= set(replica)
-                continue
-            dropped += [name for name in replica if name in well]
+        broken = [replica for replica in replicas if any(name not in well for name in replica)]
+        dropped = [name for replica in broken for name in replica]  # also those that answered too late, or not at all
+        if dropped:
+            self._targets.ask("let-go", dict.fromkeys(dropped, request), now.deadline())
+        for replica in broken:
             for name in replica:
                 why = failed.get(name) or next(failed[one] for one in replica if one in failed)
                 self._exclude(name, why)
-        if dropped:
-            self._targets.ask("let-go", dict.fromkeys(dropped, request), now.deadline())
-        return held
+        return {name for replica in replicas if replica not in broken for name in replica}
+
+    def _take_back(self, replicas: Sequence[tuple[str, ...]], failed: Mapping[str, RaynixlError]) -> None:
+        """Have ranks that flipped serve their old version again where another rank of their replica did not flip."""
+        now = self._now
+        torn = [replica for replica in replicas if any(one in failed for one in replica)]
+        torn_ranks = [name for replica in torn for name in replica if name in now.flipped]
+        requests = {
+            name: Return(version=self._targets[name].version, seconds=now.left()).to_bytes()
+            for name in torn_ranks
+            if self._targets[name].version
+        }
+        back, _ = self._targets.answers(self._targets.ask("return", requests, now.deadline()))
+        self._targets.forget(torn_ranks)
+        for replica in torn:
+            culprit = next(one for one in replica if one in failed)
+            for name in replica:
+                if name in now.flipped:
+                    del now.flipped[name]
+                    where = "is back on its old version" if name in back else "alone serves the new version"
+                    now.excluded[name] = PeerLost(
+                        f"{name!r} {where}: {culprit!r} of its replica did not flip",
+                        hint=f"see why {culprit!r} was excluded, and push again", peer=culprit,
+                    )  # fmt: skip
 
     # What the phases share
 

@@ -34,7 +34,8 @@ class Slot:
 
     def fill(self, version: int, digests: NDArray[np.uint64], chunk_nbytes: int) -> None:
         """Note that a version lies here whole."""
-        self.version, self.digests, self.chunk_nbytes = version, digests, chunk_nbytes
+        self.digests, self.chunk_nbytes = digests, chunk_nbytes
+        self.version = version  # last: others look without waiting
 
     def holder(self, agent: Agent) -> Holder:
         """Say where it lies."""
@@ -63,6 +64,13 @@ class Slots:
     def find(self, version: int) -> Slot | None:
         """Return the slot of a version, if there is one."""
         return next((slot for slot in self._slots if slot.version == version and version), None)
+
+    def fill(self, slot: Slot, version: int, digests: NDArray[np.uint64], chunk_nbytes: int) -> None:
+        """Note that a version lies whole in a slot, and in no other: a push of that number may have failed before."""
+        for other in self._slots:
+            if other is not slot and other.version == version:
+                other.version = 0
+        slot.fill(version, digests, chunk_nbytes)
 
     def held(self) -> tuple[Held, ...]:
         """Describe the versions that lie here to others."""

@@ -119,7 +119,8 @@ class WeightSync:
     def join(self, targets: Sequence[Replica], *, timeout: float | None = None) -> dict[str, RaynixlError]:
         """Have more targets follow, also while a push is under way: they catch up from those that have its version.
 
-        Returns the targets that could not catch up, with the reasons; they take part in the next push.
+        Returns the targets that could not catch up, with the reasons. They take part in the next push, except those
+        whose tensors do not fit (ConfigError): these do not follow.
 
         Raises:
             ConfigError: one follows already.
@@ -134,7 +135,12 @@ class WeightSync:
                 raise ConfigError(f"{', '.join(taken)} follow already", hint="name those that are new")
             self._targets.replicas += new
             left = max(0.001, began + seconds - time.monotonic())
-            return CatchUp(self._agent, self.name, (self._origins, self._targets), left).run(new, self._version)
+            failed = CatchUp(self._agent, self.name, (self._origins, self._targets), left).run(new, self._version)
+            misfits = {name for name, error in failed.items() if isinstance(error, ConfigError)}
+            self._targets.replicas = [
+                replica for replica in self._targets.replicas if replica not in new or not misfits & set(replica)
+            ]
+            return failed
 
     def leave(self, targets: Sequence[str], *, timeout: float | None = None) -> None:
         """Have targets follow no more; they keep the version that they serve. A replica leaves as a whole.

@@ -104,8 +104,11 @@ class Targets:
         self, phase: str, payloads: Mapping[str, bytes], deadline: float, *, until: float = 0.0
     ) -> dict[str, bytes | RaynixlError]:
         """Ask targets; those never heard of get until `until` to start."""
-        new = any(name not in self._heard for name in payloads)
-        answers = ask_all(self._agent, topic(self.name, phase), payloads, deadline, until=until if new else 0.0)
+        where = topic(self.name, phase)
+        new = {name: payload for name, payload in payloads.items() if name not in self._heard}
+        old = {name: payload for name, payload in payloads.items() if name in self._heard}
+        answers = ask_all(self._agent, where, old, deadline)
+        answers |= ask_all(self._agent, where, new, deadline, until=until)
         self._heard.update(name for name, answer in answers.items() if isinstance(answer, bytes))
         return {name: self.explained(name, answer) for name, answer in answers.items()}
 
