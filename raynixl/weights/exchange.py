@@ -18,6 +18,8 @@ from raynixl.weights.targeting import Batch, Next
 if TYPE_CHECKING:
     from raynixl.agents import Agent
 
+_MAX_PARKED = 24
+"""Questions that wait at a time, each in a thread; an agent answers few dozen at once, and others have some, too."""
 _POLL_SECONDS = 2.0
 """How long a question waits for chunks before it is answered with none."""
 
@@ -50,6 +52,7 @@ class Exchange:
         self._members: dict[str, _Member] = {}
         self._alone: set[str] = set()
         self._lost_source = ""
+        self._parked = 0
         self._is_released = False
         self._is_closed = False
         agent.serve(self._topics[0], self._on_next, threaded=True)
@@ -128,13 +131,17 @@ class Exchange:
             member.room = message.room
             self._serve(peer, member)
             self._dispatch()
+            self._parked += 1
             while self._is_parked(peer, member) and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
+            self._parked -= 1
             member.room = 0
             return self._batch(member).to_bytes()
 
     def _is_parked(self, peer: str, member: _Member) -> bool:
         """Whether there is nothing to tell a receiver yet. _changed is held."""
+        if self._parked > _MAX_PARKED:
+            return False
         is_over = self._is_closed or self._members.get(peer) is not member
         return not (is_over or member.mail or member.swarm.lost or member.swarm.is_complete(peer))
 
@@ -160,7 +167,7 @@ class Exchange:
         if member is None:
             return None
         now, swarm = time.monotonic(), member.swarm
-        if message.holder is not None:
+        if message.holder is not None and message.holder.name == peer:
             member.holder = message.holder
         swarm.done(peer, message.done, now)
         for one in message.failed:

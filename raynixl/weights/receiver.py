@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from raynixl.region import Region
 
 GONE = (PeerLost, PeerRestarted, RegionStale, RegionUnknown)
+_ELSEWHERE = (*GONE, TransferTimeout)
 STALL_SECONDS = 5.0
+_SLOWEST = 1e8  # bytes a second that a source with replicas should give
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +128,30 @@ class Receiver:
         failed: dict[int, set[str]] = {}
         names: set[str] = set()
         while shares:
-            started = [(share, *self._start(chunk, share, failed.get(share.part, set()))) for share in shares]
+            started = self._start_all(chunk, shares, failed)
             ends = [(share, giver.name, _end(transfer)) for share, giver, transfer in started]
             names |= {name for _, name, error in ends if error is None}
             for share, name, error in ends:
                 failed.setdefault(share.part, set()).add(name)
-                if error is not None and (not isinstance(error, GONE) or self._is_last(share.part, failed)):
+                if error is not None and (not isinstance(error, _ELSEWHERE) or self._is_last(share.part, failed)):
                     raise error
             shares = [share for share, _, error in ends if error is not None]
         self._verify(chunk, began, who=", ".join(sorted(names)), is_origin=True)
+
+    def _start_all(
+        self, chunk: int, shares: Sequence[Share], failed: Mapping[int, set[str]]
+    ) -> list[tuple[Share, Giver, Transfer]]:
+        """Begin to read all shares, or none: what goes on alone would land in a slot that is another version's then."""
+        started: list[tuple[Share, Giver, Transfer]] = []
+        try:
+            for share in shares:
+                started.append((share, *self._start(chunk, share, failed.get(share.part, set()))))  # noqa: PERF401
+        except BaseException:
+            for _, _, transfer in started:
+                transfer.cancel()
+                _end(transfer)
+            raise
+        return started
 
     def _is_last(self, part: int, failed: Mapping[int, set[str]]) -> bool:
         return all(giver.name in failed[part] for giver in self.givers[part])
@@ -147,6 +164,8 @@ class Receiver:
         """
         arena, offset, nbytes = self.cargo.chunks[chunk].tolist()
         began = self._begin(chunk)
+        if arena >= len(giver.regions):
+            raise RegionStale(f"{giver.name!r} does not have all of the image", peer=giver.name)
         source, target = giver.regions[arena], self.slot.regions[arena]
         self.agent.read(source.span(offset, nbytes), target.span(offset, nbytes), timeout=self._patience()).wait()
         self._verify(chunk, began, who=giver.name, is_origin=False)
@@ -184,7 +203,9 @@ class Receiver:
             raise PeerLost(f"nobody gives part {share.part} any more", hint="push again")
         giver = givers[(self._turn + chunk) % len(givers)]
         target = self.slot.regions[int(self.cargo.chunks[chunk, 0])]
-        return giver, self.agent.read(share.far(giver), share.near(target), timeout=self.left())
+        nbytes = int(self.cargo.chunks[chunk, 2])
+        timeout = self.left() if len(givers) == 1 else min(self.left(), STALL_SECONDS + nbytes / _SLOWEST)
+        return giver, self.agent.read(share.far(giver), share.near(target), timeout=timeout)
 
     def _verify(self, chunk: int, began: float, *, who: str, is_origin: bool) -> None:
         landed = time.monotonic()

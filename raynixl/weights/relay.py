@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -47,7 +49,7 @@ class Relay:
     _pulling: int = 0
     _done: list[int] = field(default_factory=list)
     _failed: list[Failed] = field(default_factory=list)
-    _have: int = 0
+    _have: set[int] = field(default_factory=set)
     _is_asking: bool = False
     _is_over: bool = False
     _error: BaseException | None = None
@@ -83,7 +85,7 @@ class Relay:
             with self._changed:
                 left = self.receiver.left()
                 self._changed.wait_for(lambda: self._error is not None or self._has_room(total), min(left, 1.0))
-                if self._error is not None or self._have >= total:
+                if self._error is not None or len(self._have) >= total:
                     return
                 if not self._has_room(total):
                     continue
@@ -98,7 +100,7 @@ class Relay:
             first = None
 
     def _has_room(self, total: int) -> bool:
-        return self._have >= total or len(self._todo) + self._pulling <= _ROOM // 2
+        return len(self._have) >= total or len(self._todo) + self._pulling <= _ROOM // 2
 
     def _take_news(self, room: int, holder: Holder | None) -> bytes:
         message = Next(done=tuple(self._done), failed=tuple(self._failed), room=room, holder=holder).to_bytes()
@@ -111,23 +113,33 @@ class Relay:
         Raises:
             RaynixlError: it is gone, or does not answer, or the pull is over.
         """
-        timeout = max(0.001, min(_ASK_SECONDS, self.receiver.left()))
-        reply = self.agent.ask(self.coordinator, next_topic(self.name, self.push), message, timeout=timeout)
-        while not reply.done:
-            with contextlib.suppress(TransferTimeout):  # it is looked at again
-                reply.wait(_LOOK_SECONDS)
-            self.receiver.left()
-            if self._error is not None:
-                raise self._error
-        return Batch.from_bytes(reply.wait())
+        while True:
+            asked = time.monotonic()
+            timeout = max(0.001, min(_ASK_SECONDS, self.receiver.left()))
+            reply = self.agent.ask(self.coordinator, next_topic(self.name, self.push), message, timeout=timeout)
+            while not reply.done:
+                with contextlib.suppress(TransferTimeout):  # it is looked at again
+                    reply.wait(_LOOK_SECONDS)
+                self.receiver.left()
+                if self._error is not None:
+                    raise self._error
+            try:
+                return Batch.from_bytes(reply.wait())
+            except TransferTimeout:  # before its time: too many ask at once, and this was not heard
+                if time.monotonic() - asked >= timeout:
+                    raise
+                time.sleep(_pause())
 
     def _take(self, batch: Batch) -> None:
         if batch.fault is not None:
             raise batch.fault.error() if self._corrupt is None else self._corrupt
+        total = len(self.receiver.digests)
         with self._changed:
             self._givers.update((one.name, Giver(one.name, one.remotes())) for one in batch.holders)
-            self._todo.extend(batch.chunks)
+            self._todo.extend(one for one in batch.chunks if one[0] < total and one[0] not in self._have)
             self._changed.notify_all()
+            if not batch.chunks:  # there are too many who wait for news to be kept waiting
+                self._changed.wait_for(lambda: self._error is not None, _pause())
 
     def _report(self, *, is_last: bool = False) -> None:
         """Say what is here if no question is to be asked now; the answer means nothing."""
@@ -159,7 +171,7 @@ class Relay:
             with self._changed:
                 self._pulling -= 1
                 if failed is None:
-                    self._have += 1
+                    self._have.add(chunk)
                     self._done.append(chunk)
                 else:
                     self._failed.append(failed)
@@ -194,3 +206,8 @@ class Relay:
         if giver is None:
             raise PeerLost(f"{holder!r} has told nobody where its chunks lie", peer=holder)
         return giver
+
+
+def _pause() -> float:
+    """Return how long to wait before asking again, not in step with others."""
+    return random.uniform(0.01, 0.05)
