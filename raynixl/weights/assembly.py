@@ -13,6 +13,7 @@ from raynixl.region import RemoteRegion
 from raynixl.weights.plan import Plan
 from raynixl.weights.protocol import Holder
 from raynixl.weights.sourcing import Freeze, Frozen
+from raynixl.weights.targeting import Blob, BlobAt
 
 U64 = NDArray[np.uint64]
 
@@ -133,3 +134,20 @@ def _blob(part: int, image: int, base: int, frozen: Sequence[Frozen]) -> DeltaPa
         if (offer.nbytes, offer.base) == (head.nbytes, base) and np.array_equal(offer.digests, head.digests):
             holders.append((RemoteRegion(one.holder.name, one.holder.incarnation, region), offer.offset))
     return DeltaPart(part, head.nbytes, head.digests, tuple(holders)) if holders else None
+
+
+def told_delta(parts: Sequence[DeltaPart]) -> tuple[tuple[Blob, ...], U64]:
+    """Return a delta's blobs as they are told to targets, and the digests of all their chunks."""
+    blobs = tuple(
+        Blob(
+            nbytes=part.nbytes,
+            at=tuple(
+                BlobAt(owner=region.owner, incarnation=region.incarnation, region=region.record, offset=offset)
+                for region, offset in part.holders
+            ),
+        )
+        for part in parts
+    )
+    if not parts:
+        return (), np.zeros((0, 2), np.uint64)
+    return blobs, np.concatenate([part.digests for part in parts])

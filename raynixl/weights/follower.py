@@ -7,37 +7,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from raynixl.errors import (
     AgentClosed,
     ConfigError,
-    IntegrityError,
     PeerRestarted,
     RaynixlError,
-    TransferCancelled,
     TransferTimeout,
 )
 from raynixl.host import host_identity
 from raynixl.weights.callback import FlipCallback
-from raynixl.weights.cargo import DeltaCargo, ImageCargo
-from raynixl.weights.delta import apply
-from raynixl.weights.installer import Install, Installer, Steps
+from raynixl.weights.cargo import ImageCargo
+from raynixl.weights.filling import Filler
+from raynixl.weights.installer import Install, Installer
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import Answer, Fault, topic
-from raynixl.weights.pulling import Blobs, Pulling, mend
-from raynixl.weights.receiver import PullTimes
+from raynixl.weights.pulling import Pulling
 from raynixl.weights.shards import Shards
-from raynixl.weights.slots import Slot, Slots
+from raynixl.weights.slots import Ready, Slot, Slots
 from raynixl.weights.table import Table
 from raynixl.weights.targeting import Describe, Incoming, Manifest, Pull, Return, Step, Subscribed
 from raynixl.weights.throttle import Throttle
 from raynixl.weights.versionlock import VersionLock
-from raynixl.weights.workers import run_workers
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -45,18 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _GROW_SECONDS = 60.0
 _KEPT_PLANS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A verified version in a slot, until its push is over."""
-
-    push: str
-    version: int
-    slot: Slot
-    until: float
-    digests: NDArray[np.uint64]
-    chunk_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +73,8 @@ class Follower:
         self._slots = Slots(agent, max(1, options.keep + (installer.way is Install.SWAP)))
         self._cargos: dict[str, ImageCargo] = {}
         self._shards: Shards | None = None
-        self._ready: _Ready | None = None
-        self._blobs = Blobs()  # of the last pull: all have pulled them once anybody flips
+        self._ready: Ready | None = None
+        self._filler = Filler(agent, installer, self._slots, options.throttle)
         self._held = ""  # the push that holds the readers
         self._timer: threading.Timer | None = None  # lets them in if nobody else does
         self._stopping = threading.Lock()  # protects _stop
@@ -220,11 +201,11 @@ class Follower:
             if self._installer.has_changed():
                 self._installer.check(cargo.layout)
             self._ready = None
-            self._blobs.release(self._agent)
+            self._filler.blobs.release(self._agent)
             work = Pulling(self._agent, self._name, peer, request, arrived + request.seconds, stop)
-            slot, times = self._bring(work, cargo)
+            slot, times = self._filler.bring(work, cargo)
             self._installer.plan(slot.arenas)  # made here, and so not while readers wait
-            self._ready = _Ready(
+            self._ready = Ready(
                 request.push, request.version, slot, arrived + request.flip_seconds, request.digests, cargo.chunk_nbytes
             )
             return Answer(
@@ -232,40 +213,6 @@ class Follower:
                 verify_seconds=times.verify_seconds, nbytes=cargo.layout.nbytes, origin_nbytes=times.origin_nbytes,
                 peer_nbytes=times.peer_nbytes,
             )  # fmt: skip
-
-    def _bring(self, work: Pulling, cargo: ImageCargo) -> tuple[Slot, PullTimes]:
-        base = self._slots.find(work.request.base)
-        if base is not None and base.arenas.layout == cargo.layout:
-            try:
-                return self._bring_delta(work, cargo, base)
-            except (TransferTimeout, TransferCancelled):
-                raise
-            except RaynixlError as exc:
-                logger.info("no delta of version %d at %r: %s", work.request.version, self._agent.name, exc)
-        if work.request.base:  # what it would change is not here any more: everything comes, straight from the sources
-            work = replace(work, request=replace(work.request, base=0, is_relay=False))
-        slot = self._slot(cargo, None)
-        return slot, work.image(cargo, slot, self._options.throttle, self._agent.config.copy_threads)
-
-    def _bring_delta(self, work: Pulling, cargo: ImageCargo, base: Slot) -> tuple[Slot, PullTimes]:
-        slot = self._slot(cargo, base)
-        threads, throttle = self._agent.config.copy_threads, self._options.throttle
-        times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self._blobs)
-        for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
-            np.copyto(target, source)
-        for blob in self._blobs.arrays:
-            apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
-        whole = work.receiver(cargo, slot.arenas, throttle)
-        run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
-        return slot, times.plus(whole.tally)
-
-    def _slot(self, cargo: ImageCargo, base: Slot | None) -> Slot:
-        """Return a slot to fill. One that the model's own tensors lie in stays as it is."""
-        in_use = next((slot for slot in self._slots if self._installer.lies_in(slot.arenas)), None)
-        if in_use is not None and self._installer.way is Install.COPY:
-            self._slots.drop_spare(in_use)
-        keep = base if base is not None else in_use
-        return self._slots.take(cargo.layout, keep)
 
     def _on_hold(self, _peer: str, payload: bytes) -> Answer:
         """Keep readers out, as the first half of a flip of several ranks at once."""
@@ -319,7 +266,7 @@ class Follower:
                 note = self._callback.run(ready.version)
                 seconds = time.monotonic() - entered
             del old
-            self._blobs.release(self._agent)
+            self._filler.blobs.release(self._agent)
             return Answer(version=ready.version, seconds=seconds, note=note)
 
     def _on_return(self, _peer: str, payload: bytes) -> Answer:
@@ -342,7 +289,7 @@ class Follower:
 
     # What the phases share
 
-    def _prepared(self, push: str) -> _Ready:
+    def _prepared(self, push: str) -> Ready:
         if self._ready is None or self._ready.push != push:
             raise PeerRestarted(f"{self._agent.name!r} has not pulled this push", hint="push again")
         return self._ready
@@ -362,7 +309,7 @@ class Follower:
             with self.lock.writing(min(self._options.flip_timeout, max(0.0, until - time.monotonic()))):
                 yield
 
-    def _install(self, slot: Slot, version: int, ready: _Ready | None) -> list:  # type: ignore[type-arg]
+    def _install(self, slot: Slot, version: int, ready: Ready | None) -> list:  # type: ignore[type-arg]
         """Put a version in place and say so; return the old values.
 
         From here on the slot counts as holding it: what was pulled and never flipped is no version.
@@ -370,16 +317,10 @@ class Follower:
         Raises:
             IntegrityError: that failed midway. The old version is back, if it lies here; the error says if not.
         """
-        steps = self._steps(slot)
-        try:
-            old = steps.run(self._agent)
-        except Exception as exc:  # the engine's own loader may have run
-            is_back = self._put_back()
-            raise IntegrityError(
-                f"version {version} of {self._name!r} could not be installed at {self._agent.name!r}: {exc!r}"
-                + ("" if is_back else "; its weights are undefined until the next version"),
-                hint="see the engine's log, and push again",
-            ) from exc
+        before = self._slots.find(self.version)
+        if self._installer.has_changed():  # since the pull
+            self._installer.check(slot.arenas.layout)
+        old = self._installer.install(slot.arenas, None if before is None else before.arenas, self._agent)
         if ready is not None:
             self._slots.fill(slot, version, ready.digests, ready.chunk_nbytes)
         if self._installer.way is Install.COPY and not self._installer.is_installed(
@@ -394,24 +335,6 @@ class Follower:
                 threading.Thread(target=self._grow, args=(layout,), name="raynixl-slot", daemon=True).start()
         self._served(version)
         return old
-
-    def _put_back(self) -> bool:
-        """Install the version that was served before, from its slot; False if that is not possible."""
-        slot = self._slots.find(self.version)
-        if slot is None:
-            return False
-        try:
-            self._installer.plan(slot.arenas).run(self._agent)
-        except Exception:
-            logger.exception("version %d of %r could not be put back", self.version, self._name)
-            return False
-        return True
-
-    def _steps(self, slot: Slot) -> Steps:
-        """Return what installs a slot; looks again, as the model may have changed since the pull."""
-        if self._installer.has_changed():
-            self._installer.check(slot.arenas.layout)
-        return self._installer.plan(slot.arenas)
 
     def _grow(self, layout: object) -> None:
         """Make the next slot between two pushes: fresh memory comes at 1 GB/s or less, and a push has a deadline."""
@@ -443,7 +366,7 @@ class Follower:
     def _let_go(self) -> None:
         self._ready = None
         self._let_readers_go_on()
-        self._blobs.release(self._agent)
+        self._filler.blobs.release(self._agent)
         self._slots.release()
 
     def _check_version(self, version: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -10,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from raynixl.errors import ConfigError
+from raynixl.errors import ConfigError, IntegrityError
 from raynixl.weights.difference import difference, table
 from raynixl.weights.digest import ARENA_BIT, digest_rows, version_digest
 from raynixl.weights.dtensor import local_tensors, shards_of
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from raynixl.weights.shards import Shards
     from raynixl.weights.tensors import Model, Tensors
 
+
+logger = logging.getLogger(__name__)
 
 Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]"
 
@@ -156,6 +159,30 @@ class Installer:
                 f"{len(rows)} tensors differ between the source and {self._owner!r}:\n{table(rows)}\n",
                 hint="publish and subscribe the same model",
             )
+
+    def install(self, slot: Arenas, before: Arenas | None, agent: Agent) -> list[torch.Tensor]:
+        """Install what lies in a slot; the caller has the weights alone. Returns the old values (see `Steps.run`).
+
+        Raises:
+            IntegrityError: that failed midway. What lies in `before` is back, if it could be; the error says if not.
+        """
+        try:
+            return self.plan(slot).run(agent)
+        except Exception as exc:  # the engine's own loader may have run; whoever pushes gets it
+            is_back = before is not None and self._is_back(before, agent)
+            raise IntegrityError(
+                f"a version could not be installed at {self._owner!r}: {exc!r}"
+                + ("" if is_back else "; its weights are undefined until the next version"),
+                hint="see the engine's log, and push again",
+            ) from exc
+
+    def _is_back(self, before: Arenas, agent: Agent) -> bool:
+        try:
+            self.plan(before).run(agent)
+        except Exception:
+            logger.exception("the version before could not be put back at %r", self._owner)
+            return False
+        return True
 
     def plan(self, slot: Arenas) -> Steps:
         """Return the steps that install what lies in a slot, whose layout was checked; made once for a slot."""

@@ -10,11 +10,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError
-from raynixl.weights.assembly import DeltaPart
+from raynixl.weights.assembly import told_delta
 from raynixl.weights.assignment import Topology
 from raynixl.weights.conversation import ask_each
 from raynixl.weights.digest import version_digest
@@ -24,7 +21,7 @@ from raynixl.weights.plan import plan
 from raynixl.weights.protocol import topic
 from raynixl.weights.sourcing import Freeze
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Blob, BlobAt, Describe, Pull, Return, Step
+from raynixl.weights.targeting import Blob, Describe, Pull, Return, Step
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -38,6 +35,7 @@ logger = logging.getLogger(__name__)
 _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
 _FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
 _MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
+_FLIP_SHARE = 0.9  # of the time left is a target's: it hears of it a little later, and must not flip once given up
 _TICK_SECONDS = 0.5
 
 planned = lru_cache(8)(plan)
@@ -204,7 +202,7 @@ class Push:
         """Return what the targets of one image are told to pull; those that relay take part in the exchange."""
         now, froze = self._now, self._now.froze
         names = [name for name in self._live() if now.image_of[name] == image]
-        blobs, blob_digests = _delta(froze.deltas.get(image, ()))
+        blobs, blob_digests = told_delta(froze.deltas.get(image, ()))
         with_delta = {name for name in names if blobs and self._targets[name].version == froze.base}
         now.deltas += len(with_delta)
         others = [name for name in names if name not in with_delta]
@@ -298,7 +296,7 @@ class Push:
         held = self._hold(together)
         names = [name for name in now.pulled if name not in now.excluded]
         names = [name for name in names if name in held or not any(name in replica for replica in together)]
-        request = Step(push=now.push, seconds=now.left()).to_bytes()
+        request = Step(push=now.push, seconds=now.left(_FLIP_SHARE)).to_bytes()
         now.flipped, failed = self._targets.answers(
             self._targets.ask("flip", dict.fromkeys(names, request), now.deadline())
         )
@@ -395,20 +393,3 @@ class Push:
         self._now.excluded[name] = error
         if name in self._targets.names and not self._exclude_failed:
             raise error
-
-
-def _delta(parts: Sequence[DeltaPart]) -> tuple[tuple[Blob, ...], NDArray[np.uint64]]:
-    """Return a delta's blobs as they are told to targets, and the digests of all their chunks."""
-    blobs = tuple(
-        Blob(
-            nbytes=part.nbytes,
-            at=tuple(
-                BlobAt(owner=region.owner, incarnation=region.incarnation, region=region.record, offset=offset)
-                for region, offset in part.holders
-            ),
-        )
-        for part in parts
-    )
-    if not parts:
-        return (), np.zeros((0, 2), np.uint64)
-    return blobs, np.concatenate([part.digests for part in parts])

@@ -43,6 +43,18 @@ class Slot:
         return Holder(name=agent.name, incarnation=agent.incarnation, regions=regions)
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A verified version in a slot, until its push is over."""
+
+    push: str
+    version: int
+    slot: Slot
+    until: float
+    digests: NDArray[np.uint64]
+    chunk_nbytes: int
+
+
 class Slots:
     """The slots of one target: at most `limit`. Not safe in threads: one phase of a push at a time uses them."""
 

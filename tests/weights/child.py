@@ -115,9 +115,9 @@ class Child:
             self.told.wait(60)
             return hold(lock, timeout)
 
-        def note(follower, slot, version):
+        def note(follower, slot, version, ready):
             self.served.append(version)
-            return install(follower, slot, version)
+            return install(follower, slot, version, ready)
 
         VersionLock.hold, Follower._install = stall, note
         return True

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.protocol import Holder
+from raynixl.weights.pulling import Blobs
 
 COUNT = 1 << 20
 RECEIVERS = 4
@@ -32,9 +34,9 @@ def synced(fleet):
     publication.close()
 
 
-def change(publication, tensor, version):
+def change(publication, tensor, version, *, every=100):
     with publication.updating(), torch.no_grad():
-        tensor[version::100] += 1.0
+        tensor[version::every] += 1.0
 
 
 def wait_for_base():
@@ -80,4 +82,50 @@ def test_a_base_that_an_engine_has_changed_is_mended_from_the_sources_in_a_relay
 
 def test_blobs_are_let_go_of_after_the_flip(synced):
     push_delta(synced, 3)
-    assert [len(follower._follower._blobs) for follower in synced[4]] == [0] * RECEIVERS
+    assert [len(follower._follower._filler.blobs) for follower in synced[4]] == [0] * RECEIVERS
+
+
+def serve_instead(monkeypatch, liar, *, is_gone):
+    """Have one receiver offer, in place of its blobs, noise, or memory that it has let go of."""
+    honest = Blobs.holder
+
+    def holder(self, agent):
+        if agent.name != liar:
+            return honest(self, agent)
+        regions = [agent.empty(region.nbytes) for region in self.regions]
+        for region in regions:
+            region.array()[:] = 0x5A
+        records = tuple(region.record() for region in regions)
+        for region in regions if is_gone else []:
+            agent.deregister(region)
+        return Holder(name=agent.name, incarnation=agent.incarnation, regions=records)
+
+    monkeypatch.setattr(Blobs, "holder", holder)
+
+
+def test_a_peer_that_gives_corrupt_blobs_is_reported_and_left_out_and_the_others_get_them_elsewhere(
+    synced, monkeypatch
+):
+    tensor, publication, models, sync, _ = synced
+    serve_instead(monkeypatch, "rollout-0", is_gone=False)
+    for version in range(3, 9):  # whom the others ask is up to the swarm: until one has asked the liar
+        change(publication, tensor, version, every=20)
+        report = sync.push(version)
+        assert report.deltas == RECEIVERS
+        if report.liars:
+            break
+    assert report.liars == ("rollout-0",)
+    assert set(report.ranks) == {"rollout-1", "rollout-2", "rollout-3"}
+    for model in models[1:]:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_blobs_that_a_peer_has_let_go_of_are_had_elsewhere_and_nobody_is_left_out(synced, monkeypatch):
+    tensor, publication, models, sync, _ = synced
+    serve_instead(monkeypatch, "rollout-0", is_gone=True)
+    change(publication, tensor, 3)
+    report = sync.push(3)
+    report.raise_for_excluded()
+    assert (report.deltas, report.liars) == (RECEIVERS, ())
+    for model in models:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))

@@ -1,0 +1,77 @@
+"""Filling: how a version gets into a slot of a target: whole, or as the base version with what has changed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
+from raynixl.weights.cargo import DeltaCargo, ImageCargo
+from raynixl.weights.delta import apply
+from raynixl.weights.installer import Install, Installer
+from raynixl.weights.pulling import Blobs, Pulling, mend
+from raynixl.weights.receiver import PullTimes
+from raynixl.weights.slots import Slot, Slots
+from raynixl.weights.throttle import Throttle
+from raynixl.weights.workers import run_workers
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+
+logger = logging.getLogger(__name__)
+
+
+class Filler:
+    """Fills the slots of one target. One phase of a push at a time uses it.
+
+    `blobs` are the delta of the last pull: others pull them from here until somebody flips.
+    """
+
+    def __init__(self, agent: Agent, installer: Installer, slots: Slots, throttle: Throttle) -> None:
+        self.blobs = Blobs()
+        self._agent = agent
+        self._installer = installer
+        self._slots = slots
+        self._throttle = throttle
+
+    def bring(self, work: Pulling, cargo: ImageCargo) -> tuple[Slot, PullTimes]:
+        """Bring a version into a slot, by what changed since its base where that lies here, else whole.
+
+        Raises:
+            RaynixlError: it did not come.
+        """
+        base = self._slots.find(work.request.base)
+        if base is not None and base.arenas.layout == cargo.layout:
+            try:
+                return self._bring_delta(work, cargo, base)
+            except (TransferTimeout, TransferCancelled):
+                raise
+            except RaynixlError as exc:
+                logger.info("no delta of version %d at %r: %s", work.request.version, self._agent.name, exc)
+        if work.request.base:  # what it would change is not here any more: everything comes, straight from the sources
+            work = replace(work, request=replace(work.request, base=0, is_relay=False))
+        slot = self._slot(cargo, None)
+        return slot, work.image(cargo, slot, self._throttle, self._agent.config.copy_threads)
+
+    def _bring_delta(self, work: Pulling, cargo: ImageCargo, base: Slot) -> tuple[Slot, PullTimes]:
+        slot = self._slot(cargo, base)
+        threads, throttle = self._agent.config.copy_threads, self._throttle
+        times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self.blobs)
+        for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
+            np.copyto(target, source)
+        for blob in self.blobs.arrays:
+            apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
+        whole = work.receiver(cargo, slot.arenas, throttle)
+        run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
+        return slot, times.plus(whole.tally)
+
+    def _slot(self, cargo: ImageCargo, base: Slot | None) -> Slot:
+        """Return a slot to fill. One that the model's own tensors lie in stays as it is."""
+        in_use = next((slot for slot in self._slots if self._installer.lies_in(slot.arenas)), None)
+        if in_use is not None and self._installer.way is Install.COPY:
+            self._slots.drop_spare(in_use)
+        keep = base if base is not None else in_use
+        return self._slots.take(cargo.layout, keep)
