@@ -1,0 +1,135 @@
+"""What whoever coordinates a relay answers to receivers, and what these make of it."""
+
+import time
+
+import pytest
+import torch
+from weights_tools import fill
+
+from raynixl.errors import TransferCancelled
+from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights import exchange as module
+from raynixl.weights.assignment import Topology, Why
+from raynixl.weights.declare import declare
+from raynixl.weights.exchange import Exchange
+from raynixl.weights.pieces import TensorInfo
+from raynixl.weights.placement import Mesh, Shard
+from raynixl.weights.protocol import Holder
+from raynixl.weights.receiver import Receiver
+from raynixl.weights.relay import done_topic, next_topic
+from raynixl.weights.swarm import Swarm
+from raynixl.weights.targeting import Batch, Failed, Next
+
+PUSH = "ab" * 16
+CHUNKS = 3
+
+
+class Party:
+    """Receivers that ask an exchange by hand."""
+
+    def __init__(self, fleet, count):
+        self.coordinator = fleet("coordinator")
+        self.receivers = [fleet(f"r{number}") for number in range(count)]
+        self.released = []
+        self.exchange = Exchange(self.coordinator, "w", PUSH, on_released=lambda: self.released.append(True))
+        self.exchange.add(
+            Swarm(CHUNKS, origin_hosts=["far"], topology=Topology.RELAY),
+            {agent.name: f"host of {agent.name}" for agent in self.receivers}, [["nobody known"]],
+        )  # fmt: skip
+
+    def ask(self, agent, where=next_topic, **said):
+        """Return the answer that comes."""
+        return Batch.from_bytes(self.send(agent, where, **said).wait())
+
+    def send(self, agent, where=next_topic, **said):
+        return agent.ask("coordinator", where("w", PUSH), Next(**said).to_bytes(), timeout=10)
+
+
+@pytest.fixture
+def party(fleet):
+    made = []
+
+    def make(count):
+        made.append(Party(fleet, count))
+        return made[0]
+
+    yield make
+    made[0].exchange.close()
+
+
+def test_a_receiver_cannot_give_itself_out_as_another(party):
+    made = party(2)
+    one, other = made.receivers
+    forged = Holder(name=other.name, incarnation=other.incarnation, regions=())
+    chunks = [chunk for chunk, _ in made.ask(one, room=CHUNKS, holder=forged).chunks]
+    made.ask(one, done_topic, done=tuple(chunks))
+    answer = made.ask(other, room=CHUNKS)
+    assert {holder for _, holder in answer.chunks} == {one.name}
+    assert answer.holders == ()
+
+
+def test_a_failure_that_is_told_while_a_question_waits_is_answered_by_that_question(party):
+    made = party(1)
+    (one,) = made.receivers
+    assert len(made.ask(one, room=CHUNKS).chunks) == CHUNKS
+    waiting = made.send(one, room=1)
+    made.ask(one, done_topic, failed=(Failed(chunk=1, holder="", why=Why.CORRUPT),))
+    assert Batch.from_bytes(waiting.wait()).chunks == ((1, ""),)
+
+
+def test_no_more_questions_wait_than_there_are_threads_for(party, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_PARKED", 1)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 30.0)
+    made = party(3)
+    first, *others = made.receivers
+    assert len(made.ask(first, room=CHUNKS).chunks) == CHUNKS
+    waiting = made.send(others[0], room=1)
+    deadline = time.monotonic() + 10
+    while not made.exchange._parked:
+        assert time.monotonic() < deadline
+    assert made.ask(others[1], room=1) == made.ask(others[1], room=1) == Batch()
+    assert not waiting.done
+    made.ask(first, done_topic, done=(0,))
+    assert Batch.from_bytes(waiting.wait()).chunks == ((0, first.name),)
+
+
+def test_sources_are_kept_for_those_who_pull_by_themselves(party):
+    made = party(1)
+    (one,) = made.receivers
+    made.exchange.expect(["alone"])
+    made.ask(one, room=CHUNKS)
+    made.ask(one, done_topic, done=tuple(range(CHUNKS)))
+    assert made.released == []
+    made.exchange.over(["alone"], [])
+    deadline = time.monotonic() + 10
+    while not made.released:
+        assert time.monotonic() < deadline
+    made.exchange.over([one.name], [])
+    assert made.released == [True]
+
+
+def test_reads_of_a_chunk_do_not_outlast_a_pull_that_ends_while_they_are_begun(fleet, monkeypatch):
+    halves, target = [{"w": torch.zeros(40_000)} for _ in range(2)], {"w": torch.zeros(80_000)}
+    infos = [TensorInfo("w", "float32", (80_000,))]
+    for rank, own in enumerate(halves):
+        shards = declare(infos, Mesh((("fsdp", 2),)), (Shard(0),), (rank,))
+        publish(fleet(f"half{rank}"), "w", own, shards=shards, chunk_nbytes=1 << 19)
+    rollout = fleet("rollout")
+    subscription = subscribe(rollout, "w", target)
+    sync = WeightSync(rollout, "w", ["half0", "half1"], ["rollout"], timeout=10)
+    begun, start = [], Receiver._start
+
+    def interrupted(receiver, chunk, share, gone):
+        if begun:
+            raise TransferCancelled("a newer push has begun")
+        begun.append(start(receiver, chunk, share, gone)[1])
+        return None, begun[0]
+
+    monkeypatch.setattr(Receiver, "_start", interrupted)
+    assert isinstance(sync.push(1).excluded["rollout"], TransferCancelled)
+    assert [transfer.done for transfer in begun] == [True]
+    monkeypatch.undo()
+    for own in halves:
+        fill(torch.nn.ParameterDict(own), 2.0)
+    assert not sync.push(2).excluded
+    assert subscription.version == 2
