@@ -141,7 +141,10 @@ class Installer:
             self._recording = record(self._what.record, infos, self._model)
             return self._recording.shards
         shards = self._what.shards
-        return shards_of(choose_names(named_tensors(self._model), self._what.select)) if shards is None else shards
+        if shards is None:
+            return shards_of(choose_names(named_tensors(self._model), self._what.select))
+        self.check(shards.layout)
+        return shards
 
     def check(self, image: Layout) -> None:
         """Refuse an image whose tensors are not the target's.

@@ -112,6 +112,8 @@ def describe(tensors: Tensors) -> list[TensorSpec]:
 
 def is_writable_in_place(tensor: torch.Tensor) -> bool:
     """Whether no two elements of it share memory, as those of an expanded tensor do."""
+    if tensor.numel() == 0:
+        return True  # whatever its strides, which are 0 where numpy made it
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
