@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from raynixl.errors import PeerLost, RaynixlError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.weights.origins import Origins
     from raynixl.weights.shards import Shards
-    from raynixl.weights.targets import Errors, Targets
+    from raynixl.weights.targets import Errors, Target, Targets
 
 _NOBODY = "0" * 32
 
@@ -38,25 +38,56 @@ class CatchUp:
     def lag(self, version: int) -> dict[str, int | RaynixlError]:
         """Return how far each target is behind a version."""
         failed = self._look()
+        version = max([version, *(one.version for one in self._served())])
         return {
             name: failed[name] if name in failed else max(0, version - self._targets[name].version)
             for name in self._targets.names
         }
 
     def run(self, replicas: Sequence[tuple[str, ...]], version: int) -> Errors:
-        """Bring replicas to a version; return those ranks that could not, and why."""
-        if version == 0:
-            return {}
+        """Bring replicas to a version, or if that is 0 to the one that others serve; return who could not, and why."""
         failed = self._look()
         new = [name for replica in replicas for name in replica]
+        version = version or max((one.version for one in self._served(but=new)), default=0)
         errors: Errors = {name: failed[name] for name in new if name in failed}
-        for name in new:
-            if name not in errors and self._targets[name].version != version:
+        for replica in replicas if version else ():
+            errors |= self._bring_all(replica, version, errors)
+        return errors
+
+    def _served(self, but: Sequence[str] = ()) -> list[Target]:
+        """Return the targets that say what they serve."""
+        known = (self._targets.get(name) for name in self._targets.names if name not in but)
+        return [target for target in known if target is not None]
+
+    def _bring_all(self, replica: tuple[str, ...], version: int, failed: Errors) -> Errors:
+        """Bring the ranks of a replica to a version: they flip together, or none does if one cannot."""
+        pushes: dict[str, str] = {}
+        errors: Errors = {}
+        for name in replica:
+            if name not in failed and self._targets[name].version != version:
                 try:
-                    self._bring(name, version)
+                    pushes[name] = self._bring(name, version)
                 except RaynixlError as exc:
                     errors[name] = exc
+        lame = next((name for name in replica if name in failed or name in errors), "")
+        if lame:
+            why = PeerLost(f"{lame!r} of the same replica could not catch up", hint="see why", peer=lame)
+            return dict.fromkeys(pushes, why) | errors
+        held, errors = self._ask("hold", pushes) if len(replica) > 1 else (list(pushes), {})
+        if errors:
+            self._ask("let-go", {name: pushes[name] for name in held})
+            return dict.fromkeys(pushes, next(iter(errors.values()))) | errors
+        flipped, errors = self._ask("flip", pushes)
+        for name in flipped:
+            self._targets[name].version = version
         return errors
+
+    def _ask(self, phase: str, pushes: Mapping[str, str]) -> tuple[list[str], Errors]:
+        """Have targets take a step of their pushes; return who did, and why others did not."""
+        left = max(0.001, self._deadline - time.monotonic())
+        steps = {name: Step(push=push, seconds=left).to_bytes() for name, push in pushes.items()}
+        well, failed = self._targets.answers(self._targets.ask(phase, steps, self._deadline))
+        return list(well), failed
 
     def _look(self) -> Errors:
         """Ask all targets anew what they hold."""
@@ -69,8 +100,8 @@ class CatchUp:
         until = time.monotonic() + self._seconds / 2
         return self._targets.describe(names, request, self._deadline, until=until)
 
-    def _bring(self, name: str, version: int) -> None:
-        """Bring one target to a version and have it flip.
+    def _bring(self, name: str, version: int) -> str:
+        """Have one target pull a version; return the push under which it flips.
 
         Raises:
             RaynixlError: nobody holds it, or it did not come.
@@ -105,9 +136,7 @@ class CatchUp:
             self._require(name, "pull", pull)
         finally:
             exchange.close()
-        left = max(0.001, self._deadline - time.monotonic())
-        self._require(name, "flip", Step(push=push, seconds=left).to_bytes())
-        target.version = version
+        return push
 
     def _alike(self, name: str, sources: tuple[Shards, ...]) -> list[str]:
         """Return the other targets that need the same bytes: ranks of one mesh are laid out alike and do not."""

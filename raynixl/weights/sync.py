@@ -68,8 +68,9 @@ class WeightSync:
         self._max_lag = _check_lag(max_lag)
         self._origins = Origins(agent, self.name, self.sources)
         self._targets = Targets(agent, self.name, _replicas(targets))
-        self._pushing = threading.Lock()  # held by one push at a time; protects all of the above, and _version
+        self._pushing = threading.Lock()  # held by one push at a time; protects all but timeout and name
         self._version = 0
+        self._current = 0  # what targets are to serve: the last version, or the one that was returned to
 
     def __repr__(self) -> str:
         return f"WeightSync({self.name!r}, {len(self.sources)} to {len(self.targets)}, version {self._version})"
@@ -110,7 +111,7 @@ class WeightSync:
                 return work.run()
             finally:
                 if now.flipped:
-                    self._version = now.version
+                    self._version = self._current = now.version
 
     async def push_async(self, version: int, *, timeout: float | None = None) -> PushReport:
         """Push from an event loop, which goes on meanwhile. A push whose waiter is cancelled still ends by itself."""
@@ -135,7 +136,7 @@ class WeightSync:
                 raise ConfigError(f"{', '.join(taken)} follow already", hint="name those that are new")
             self._targets.replicas += new
             left = max(0.001, began + seconds - time.monotonic())
-            failed = CatchUp(self._agent, self.name, (self._origins, self._targets), left).run(new, self._version)
+            failed = CatchUp(self._agent, self.name, (self._origins, self._targets), left).run(new, self._current)
             misfits = {name for name, error in failed.items() if isinstance(error, ConfigError)}
             self._targets.replicas = [
                 replica for replica in self._targets.replicas if replica not in new or not misfits & set(replica)
@@ -175,6 +176,7 @@ class WeightSync:
             answers = self._targets.ask("return", dict.fromkeys(self.targets, request), deadline)
             well, failed = self._targets.answers(answers)
             self._targets.forget(self.targets)
+            self._current = version if well else self._current
         if not well and failed:
             raise next(iter(failed.values()))
         return failed

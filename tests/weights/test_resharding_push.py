@@ -167,9 +167,10 @@ def test_shards_that_speak_of_tensors_that_the_model_does_not_have_are_refused(f
     _, names = start_sources(fleet, full())
     target = empty(tp(0))
     del target["qkv"]
+    subscribe(fleet("rollout"), "policy", target, shards=tp(0))
+    sync = WeightSync(fleet.agents[0], "policy", names, ["rollout"], timeout=SECONDS)
     with pytest.raises(ConfigError, match="qkv"):
-        subscribe(fleet("rollout"), "policy", target, shards=tp(0))
-        WeightSync(fleet.agents[0], "policy", names, ["rollout"], timeout=SECONDS).push(1)
+        sync.push(1)
 
 
 def test_adapters_alone_are_pushed_where_both_ends_select_them(fleet):
