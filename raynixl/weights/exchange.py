@@ -169,7 +169,8 @@ class Exchange:
         now, swarm = time.monotonic(), member.swarm
         if message.holder is not None and message.holder.name == peer:
             member.holder = message.holder
-        swarm.done(peer, message.done, now)
+        if message.done:  # to ask is no progress: what stalls at a receiver that asks on is brought in by others
+            swarm.done(peer, message.done, now)
         for one in message.failed:
             swarm.failed(peer, one.chunk, one.holder, one.why, now)
             if one.holder == ORIGIN:

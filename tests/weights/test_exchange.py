@@ -93,6 +93,20 @@ def test_no_more_questions_wait_than_there_are_threads_for(party, monkeypatch):
     assert Batch.from_bytes(waiting.wait()).chunks == ((0, first.name),)
 
 
+def test_what_stalls_at_a_receiver_that_asks_on_is_brought_in_by_others(party, monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.2)
+    made = party(2)
+    stalled, other = made.receivers
+    assert len(made.ask(stalled, room=CHUNKS).chunks) == CHUNKS
+    deadline, found = time.monotonic() + 20, ()
+    while not found:
+        assert time.monotonic() < deadline
+        made.ask(stalled, room=1)
+        made.exchange.tick()
+        found = made.ask(other, room=1).chunks
+    assert found[0][1] == ""
+
+
 def test_sources_are_kept_for_those_who_pull_by_themselves(party):
     made = party(1)
     (one,) = made.receivers
