@@ -14,7 +14,7 @@ from raynixl.weights.exchange import Exchange
 from raynixl.weights.plan import Plan
 from raynixl.weights.push import planned
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Describe, Held, Manifest, Pull, Step
+from raynixl.weights.targeting import Describe, Held, Manifest, Pull, Return, Step
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -53,6 +53,27 @@ class CatchUp:
         for replica in replicas if version else ():
             errors |= self._bring_all(replica, version, errors)
         return errors
+
+    def roll_back(self, version: int) -> Errors:
+        """Have all targets serve a version that they hold; no rank of a replica does if another does not hold it."""
+        failed = self._look()
+        asked, errors = [], dict(failed)
+        for replica in self._targets.replicas:
+            lame = [name for name in replica if name in failed or not self._holds(name, version)]
+            asked += [name for name in lame or replica if name not in failed]  # who does not hold it says so itself
+            for name in replica:
+                if lame and name not in lame:
+                    why = f"{lame[0]!r} of the same replica cannot return to version {version}"
+                    errors[name] = PeerLost(why, hint="see why", peer=lame[0])
+        left = max(0.001, self._deadline - time.monotonic())
+        request = Return(version=version, seconds=left).to_bytes()
+        answers = self._targets.ask("return", dict.fromkeys(asked, request), self._deadline)
+        _, refused = self._targets.answers(answers)
+        self._targets.forget(self._targets.names)
+        return errors | refused
+
+    def _holds(self, name: str, version: int) -> bool:
+        return any(one.version == version for one in self._targets[name].held)
 
     def _served(self, but: Sequence[str] = ()) -> list[Target]:
         """Return the targets that say what they serve."""

@@ -338,8 +338,7 @@ class Push:
         if self._max_lag is None:
             return
         for name, error in now.excluded.items():
-            known = self._targets.get(name)
-            if name in self._targets.names and now.version - (known.version if known else 0) > self._max_lag:
+            if name in self._targets.names and now.version - self._targets.last_version(name) > self._max_lag:
                 raise error
 
     def _hold(self, replicas: Sequence[tuple[str, ...]]) -> set[str]:

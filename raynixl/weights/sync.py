@@ -18,7 +18,6 @@ from raynixl.weights.protocol import check_weights_name
 from raynixl.weights.push import Push
 from raynixl.weights.report import PushReport
 from raynixl.weights.rounds import Round
-from raynixl.weights.targeting import Return
 from raynixl.weights.targets import Targets
 
 if TYPE_CHECKING:
@@ -163,22 +162,22 @@ class WeightSync:
     def roll_back(self, version: int, *, timeout: float | None = None) -> dict[str, RaynixlError]:
         """Have all targets serve a version again that they still hold; return those that could not, with the reasons.
 
-        Targets hold as many versions as `subscribe(keep=)` says. The next push must still be above the last one.
+        A replica returns with all of its ranks or not at all. Targets hold as many versions as `subscribe(keep=)`
+        says. The next push must still be above the last one.
 
         Raises:
             RaynixlError: no target could: the first reason.
             TransferTimeout: the push that is under way did not end in time.
         """
         seconds = self.timeout if timeout is None else _check_timeout(timeout)
-        request = Return(version=_check_version(version), seconds=seconds).to_bytes()
-        deadline = time.monotonic() + seconds
+        wanted = _check_version(version)
         with self._alone(seconds):
-            answers = self._targets.ask("return", dict.fromkeys(self.targets, request), deadline)
-            well, failed = self._targets.answers(answers)
-            self._targets.forget(self.targets)
-            self._current = version if well else self._current
-        if not well and failed:
-            raise next(iter(failed.values()))
+            failed = CatchUp(self._agent, self.name, (self._origins, self._targets), seconds).roll_back(wanted)
+            if set(self.targets) <= set(failed):
+                raise next(
+                    (one for one in failed.values() if isinstance(one, ConfigError)), next(iter(failed.values()))
+                )
+            self._current = wanted
         return failed
 
     def lag(self, *, timeout: float = 5.0) -> dict[str, int | RaynixlError]:

@@ -42,6 +42,7 @@ class Targets:
         self.replicas = list(replicas)
         self._agent = agent
         self._known: dict[str, Target] = {}
+        self._last: dict[str, int] = {}
         self._tables: dict[str, Table] = {}
         self._heard: set[str] = set()
 
@@ -63,7 +64,12 @@ class Targets:
     def forget(self, names: Iterable[str]) -> None:
         """Ask these again before anything else."""
         for name in names:
+            self._last[name] = self.last_version(name)
             self._known.pop(name, None)
+
+    def last_version(self, name: str) -> int:
+        """Return the version that a target served when it was last heard of, maybe in another life, or 0."""
+        return self._known[name].version if name in self._known else self._last.get(name, 0)
 
     def describe(self, names: Sequence[str], request: Describe, deadline: float, *, until: float = 0.0) -> Errors:
         """Ask targets that are new or restarted what they need; return those that do not answer, and why."""

@@ -108,6 +108,18 @@ def test_a_push_that_leaves_a_target_too_far_behind_is_refused_and_none_flips(fl
     assert group.serves(9, ["rollout-0"])
 
 
+def test_a_target_that_has_just_died_does_not_lag_yet(fleet):
+    group = Group(fleet)
+    sync = group.new_sync(max_lag=2)
+    group.push(7, sync)
+    fleet.agents[-1].close()
+    for version in (8, 9):
+        assert "rollout-1" in group.push(version, sync).excluded
+    with pytest.raises(RaynixlError):
+        group.push(10, sync)
+    assert group.serves(9, ["rollout-0"])
+
+
 @pytest.mark.parametrize("install", ["swap", "copy"])
 def test_who_joins_catches_up_from_peers_without_the_sources(fleet, install):
     group = Group(fleet, install=install)

@@ -1,0 +1,200 @@
+"""Replicas, the ranks of which flip together: all of them or none, and readers are let in again in any case."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from raynixl.errors import IntegrityError, RaynixlError, TransferTimeout
+from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.receiver import Receiver
+
+SECONDS = 20.0
+
+
+def weights(value):
+    return {"a": torch.full((400, 40), float(value))}
+
+
+class Pairs:
+    """A trainer and two replicas of two ranks, all of which follow one tensor of one value."""
+
+    def __init__(self, fleet, *, install="swap", flip_timeout=10.0, keep=1):
+        self.fleet = fleet
+        self.trainer = fleet("trainer")
+        self.source = weights(0)
+        publish(self.trainer, "policy", self.source, chunk_nbytes=4096)
+        self.replicas = [["p0", "p1"], ["q0", "q1"]]
+        self.models, self.subscriptions, self.agents = {}, {}, {}
+        for name in ("p0", "p1", "q0", "q1"):
+            self.models[name], self.agents[name] = weights(-1), fleet(name)
+            self.subscriptions[name] = subscribe(
+                self.agents[name], "policy", self.models[name], install=install, flip_timeout=flip_timeout, keep=keep
+            )
+        self.sync = WeightSync(self.trainer, "policy", ["trainer"], self.replicas, timeout=SECONDS)
+
+    def push(self, version, **options):
+        self.source["a"].fill_(version)
+        return self.sync.push(version, **options)
+
+    def serve(self, names, version):
+        return all(
+            self.subscriptions[name].version == version and bool(self.models[name]["a"].eq(version).all())
+            for name in names
+        )
+
+    def can_be_read(self, names):
+        """Whether readers of other threads get in at once."""
+        got = []
+
+        def read(name):
+            with self.subscriptions[name].pinned() as version:
+                got.append(version)
+
+        threads = [threading.Thread(target=read, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(5)
+        return len(got) == len(names)
+
+
+@pytest.mark.parametrize("install", ["swap", "copy"])
+def test_all_ranks_of_all_replicas_flip(fleet, install):
+    pairs = Pairs(fleet, install=install)
+    for version in (1, 2, 3):
+        assert not pairs.push(version).excluded
+        assert pairs.serve(pairs.models, version)
+        assert pairs.can_be_read(pairs.models)
+
+
+@pytest.mark.parametrize("install", ["swap", "copy"])
+def test_no_rank_of_a_replica_flips_if_one_cannot_pull(fleet, install, monkeypatch):
+    pairs = Pairs(fleet, install=install)
+    pairs.push(1)
+    real = Receiver.from_origin
+
+    def fail(self, chunk):
+        if self.agent.name == "p1":
+            raise IntegrityError("a test breaks this chunk", peer="trainer")
+        real(self, chunk)
+
+    monkeypatch.setattr(Receiver, "from_origin", fail)
+    monkeypatch.setattr(Receiver, "is_whole", lambda *_: True)
+    report = pairs.push(2)
+    monkeypatch.undo()
+    assert set(report.excluded) == {"p0", "p1"}
+    assert pairs.serve(["p0", "p1"], 1)
+    assert pairs.serve(["q0", "q1"], 2)
+    assert pairs.can_be_read(pairs.models)
+    assert not pairs.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+
+
+def test_no_rank_of_a_replica_flips_if_one_is_dead(fleet):
+    pairs = Pairs(fleet)
+    pairs.push(1)
+    pairs.agents["q1"].close()
+    report = pairs.push(2)
+    assert set(report.excluded) == {"q0", "q1"}
+    assert pairs.serve(["p0", "p1"], 2)
+    assert pairs.serve(["q0"], 1)
+    assert pairs.can_be_read(["p0", "p1", "q0"])
+
+
+@pytest.mark.parametrize("install", ["swap", "copy"])
+def test_no_rank_of_a_replica_flips_if_a_reader_of_one_does_not_leave(fleet, install):
+    pairs = Pairs(fleet, install=install, flip_timeout=0.3)
+    pairs.push(1)
+    inside, leave = threading.Event(), threading.Event()
+
+    def read():
+        with pairs.subscriptions["p1"].pinned():
+            inside.set()
+            leave.wait(SECONDS)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert inside.wait(SECONDS)
+    try:
+        report = pairs.push(2)
+        assert set(report.excluded) == {"p0", "p1"}
+        assert isinstance(report.excluded["p1"], TransferTimeout)
+        assert pairs.serve(["p0", "p1"], 1)
+        assert pairs.serve(["q0", "q1"], 2)
+        assert pairs.can_be_read(["p0", "q0", "q1"])
+    finally:
+        leave.set()
+        reader.join(SECONDS)
+    assert not pairs.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+
+
+def held_and_left(pairs, monkeypatch, version, timeout):
+    """Push, but die between the hold of all ranks and their flip."""
+    targets = pairs.sync._targets
+    real = targets.ask
+
+    def ask(phase, payloads, deadline, **options):
+        if phase in ("flip", "let-go"):
+            raise KeyboardInterrupt
+        return real(phase, payloads, deadline, **options)
+
+    monkeypatch.setattr(targets, "ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        pairs.push(version, timeout=timeout)
+    monkeypatch.undo()
+
+
+def test_readers_are_let_in_by_time_if_whoever_pushes_dies_between_hold_and_flip(fleet, monkeypatch):
+    pairs = Pairs(fleet)
+    pairs.push(1)
+    held_and_left(pairs, monkeypatch, 2, timeout=2.0)
+    began = time.monotonic()
+    assert pairs.can_be_read(pairs.models)  # it waits for them
+    assert time.monotonic() - began < 5
+    assert pairs.serve(pairs.models, 1)
+
+
+def test_another_push_does_not_wait_for_a_hold_whose_push_is_gone(fleet, monkeypatch):
+    pairs = Pairs(fleet)
+    pairs.push(1)
+    held_and_left(pairs, monkeypatch, 2, timeout=300.0)
+    fresh = WeightSync(pairs.trainer, "policy", ["trainer"], pairs.replicas, timeout=SECONDS)
+    pairs.source["a"].fill_(3)
+    assert not fresh.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+    assert pairs.can_be_read(pairs.models)
+
+
+def test_a_replica_joins_as_a_whole_or_not_at_all(fleet):
+    pairs = Pairs(fleet)
+    pairs.push(1)
+    models = {name: weights(-1) for name in ("r0", "r1")}
+    held = {name: subscribe(fleet(name), "policy", model) for name, model in models.items()}
+    held["r1"].close()
+    assert set(pairs.sync.join([["r0", "r1"]], timeout=2.0)) == {"r0", "r1"}
+    assert held["r0"].version == 0
+    pairs.sync.leave(["r0", "r1"])
+    held["r1"] = subscribe(fleet.agents[-1], "policy", models["r1"])
+    assert pairs.sync.join([["r0", "r1"]]) == {}
+    assert {one.version for one in held.values()} == {1}
+    assert all(bool(model["a"].eq(1).all()) for model in models.values())
+
+
+def test_a_replica_rolls_back_as_a_whole_or_not_at_all(fleet):
+    pairs = Pairs(fleet, keep=2)
+    pairs.push(1)
+    models = {name: weights(-1) for name in ("r0", "r1")}
+    held = {name: subscribe(fleet(name), "policy", model, keep=2) for name, model in models.items()}
+    assert pairs.sync.join([["r0"]]) == {}
+    pairs.sync.leave(["r0"])
+    pairs.push(2)
+    assert pairs.sync.join([["r0", "r1"]]) == {}
+    failed = pairs.sync.roll_back(1)
+    assert set(failed) == {"r0", "r1"}
+    assert all(isinstance(error, RaynixlError) for error in failed.values())
+    assert {one.version for one in held.values()} == {2}
+    assert pairs.serve(["p0", "p1", "q0", "q1"], 1)
+    assert pairs.can_be_read(pairs.models)
