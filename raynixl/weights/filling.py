@@ -53,25 +53,25 @@ class Filler:
                 logger.info("no delta of version %d at %r: %s", work.request.version, self._agent.name, exc)
         if work.request.base:  # what it would change is not here any more: everything comes, straight from the sources
             work = replace(work, request=replace(work.request, base=0, is_relay=False))
-        slot = self._slot(cargo, None)
+        slot = self._slot(cargo)
         return slot, work.image(cargo, slot, self._throttle, self._agent.config.copy_threads)
 
     def _bring_delta(self, work: Pulling, cargo: ImageCargo, base: Slot) -> tuple[Slot, PullTimes]:
-        slot = self._slot(cargo, base)
         threads, throttle = self._agent.config.copy_threads, self._throttle
         times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self.blobs)
-        for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
-            np.copyto(target, source)
+        slot = self._slot(cargo)  # the base's own, where there may be no other
+        if slot is not base:
+            for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
+                np.copyto(target, source)
         for blob in self.blobs.arrays:
             apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
         whole = work.receiver(cargo, slot.arenas, throttle)
         run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
         return slot, times.plus(whole.tally)
 
-    def _slot(self, cargo: ImageCargo, base: Slot | None) -> Slot:
+    def _slot(self, cargo: ImageCargo) -> Slot:
         """Return a slot to fill. One that the model's own tensors lie in stays as it is."""
         in_use = next((slot for slot in self._slots if self._installer.lies_in(slot.arenas)), None)
         if in_use is not None and self._installer.way is Install.COPY:
             self._slots.drop_spare(in_use)
-        keep = base if base is not None else in_use
-        return self._slots.take(cargo.layout, keep)
+        return self._slots.take(cargo.layout, in_use)
