@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from raynixl.errors import (
     AgentClosed,
     ConfigError,
+    IntegrityError,
     PeerRestarted,
     RaynixlError,
     TransferTimeout,
@@ -326,7 +327,10 @@ class Follower:
         if self._installer.way is Install.COPY and not self._installer.is_installed(
             slot.arenas, version, slot.digest, self._agent
         ):
-            logger.warning("%r could not check version %d of %r in its tensors", self._agent.name, version, self._name)
+            raise IntegrityError(
+                f"the tensors of {self._agent.name!r} do not hold version {version} of {self._name!r} after its flip",
+                hint="something else writes them; they are undefined until the next push",
+            )
         self.version = version
         if self._installer.way is Install.SWAP:
             self._slots.active = slot

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raynixl.errors import ConfigError, IntegrityError
 from raynixl.weights.difference import difference, table
@@ -221,15 +222,18 @@ class Installer:
         return lambda: loader(recording.to_load(local))
 
     def is_installed(self, slot: Arenas, version: int, digest: str, agent: Agent) -> bool:
-        """Whether what a version was copied into holds its very bytes; False, too, if that cannot be seen from here."""
-        rows = [
-            (tensor.data_ptr(), entry.nbytes, entry.arena << ARENA_BIT | entry.offset, 0)
+        """Whether what a version was copied into holds its very bytes, as far as that can be seen from the host."""
+        seen = [
+            (tensor, entry)
             for tensor, entry in self._heads(slot)
             if tensor.device.type == "cpu" and tensor.is_contiguous()
         ]
-        out = np.zeros((1, 2), np.uint64)
-        digest_rows(np.array(rows, np.uint64).reshape(-1, 4), out, seed=version, native=agent.native)
-        return version_digest(out) == digest
+        mine = _digest([(tensor.data_ptr(), entry) for tensor, entry in seen], version, agent)
+        if version_digest(mine) == digest:
+            return True
+        bases = [array.ctypes.data for array in slot.arrays]  # some cannot be seen, or share memory with others
+        theirs = _digest([(bases[entry.arena] + entry.offset, entry) for _, entry in seen], version, agent)
+        return bool(np.array_equal(mine, theirs))
 
     def _heads(self, slot: Arenas) -> Iterator[tuple[torch.Tensor, Entry]]:
         """Yield one tensor for each place in a slot."""
@@ -264,6 +268,13 @@ class Installer:
 
 def _own(model: Model) -> Iterable[tuple[str, torch.Tensor]]:
     return named_tensors(model).items()
+
+
+def _digest(places: Sequence[tuple[int, Entry]], version: int, agent: Agent) -> NDArray[np.uint64]:
+    rows = [(address, entry.nbytes, entry.arena << ARENA_BIT | entry.offset, 0) for address, entry in places]
+    out = np.zeros((1, 2), np.uint64)
+    digest_rows(np.array(rows, np.uint64).reshape(-1, 4), out, seed=version, native=agent.native)
+    return out
 
 
 def _form(tensor: torch.Tensor) -> Form:

@@ -198,3 +198,16 @@ def test_a_replica_rolls_back_as_a_whole_or_not_at_all(fleet):
     assert {one.version for one in held.values()} == {2}
     assert pairs.serve(["p0", "p1", "q0", "q1"], 1)
     assert pairs.can_be_read(pairs.models)
+
+
+def test_tensors_that_do_not_hold_what_was_copied_into_them_are_reported(fleet, monkeypatch):
+    pairs = Pairs(fleet, install="copy")
+    pairs.push(1)
+    monkeypatch.setattr("raynixl.weights.installer.copy_tensors", lambda *_: None)
+    report = pairs.push(2)
+    monkeypatch.undo()
+    assert set(report.excluded) == set(pairs.models)
+    assert all(isinstance(error, IntegrityError) for error in report.excluded.values())
+    assert not pairs.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+    assert pairs.can_be_read(pairs.models)
