@@ -110,7 +110,11 @@ def test_unusable_options_are_refused_by_the_parser():
 
 def _start_bench():
     command = [*RUN, "bench", "transfer", "--sizes", "1M", "--rounds", "1000", "--json"]
-    bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background it may be ignored
+    try:
+        bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     seen = psutil.Process(bench.pid)
     _wait(lambda: seen.children(recursive=True), "the target did not start")
     time.sleep(1.5)
@@ -121,7 +125,11 @@ def _start_bench():
 def test_an_ended_bench_leaves_nothing_running(number, code):
     bench, children = _start_bench()
     bench.send_signal(number)
-    _, text = bench.communicate(timeout=20)
+    try:
+        _, text = bench.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        bench.kill()
+        pytest.fail(f"the bench goes on: {bench.communicate()[1]}")
     assert bench.returncode == code
     assert "Traceback" not in text
     _wait(lambda: not any(child.is_running() for child in children), "the target lives on")
