@@ -51,7 +51,7 @@ def fetch_for_await(name: str) -> None:
             settle(result, py_future=py_future)
 
     setattr(Worker, _MARK, names)
-    Worker.deserialize_objects = deserialize_objects  # type: ignore
+    Worker.deserialize_objects = deserialize_objects  # type: ignore  # Ray declares it as a method of its own
     _raylet._set_future_helper = set_future
 
 

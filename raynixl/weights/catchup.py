@@ -13,6 +13,7 @@ from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
 from raynixl.weights.plan import Plan
 from raynixl.weights.push import planned
+from raynixl.weights.ranks import Errors, parsed
 from raynixl.weights.swarm import Swarm
 from raynixl.weights.targeting import Describe, Held, Manifest, Pull, Return, Step
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.weights.origins import Origins
     from raynixl.weights.shards import Shards
-    from raynixl.weights.targets import Errors, Target, Targets
+    from raynixl.weights.targets import Target, Targets
 
 _NOBODY = "0" * 32
 
@@ -183,9 +184,7 @@ class CatchUp:
         named = [one.digest for _, _, one in held]
         wanted = max(set(named), key=named.count)
         asked = {name: str(version).encode() for name, _, one in held if one.digest == wanted}
-        answers, failed = self._targets.parsed(
-            self._targets.ask("manifest", asked, self._deadline), Manifest.from_bytes
-        )
+        answers, failed = parsed(self._targets.ask("manifest", asked, self._deadline), Manifest.from_bytes)
         for manifest in answers.values():
             is_meant = version_digest(manifest.digests) == wanted
             if is_meant and (manifest.version, manifest.image) == (version, image):

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError, RegionUnknown
+from raynixl.errors import IntegrityError, PeerLost, PeerRestarted, RaynixlError, RegionUnknown
 from raynixl.weights.assembly import Assembled, assemble
 from raynixl.weights.conversation import ask_all
 from raynixl.weights.plan import Plan
 from raynixl.weights.protocol import topic
+from raynixl.weights.ranks import Answers, Errors, fetch_tables, incarnation_of, parsed
 from raynixl.weights.shards import Shards
 from raynixl.weights.sourcing import Described, Freeze, Frozen, ImageRows, Outgoing, Release
 from raynixl.weights.table import Table, pack
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
 
 T = TypeVar("T")
-Answers = Mapping[str, bytes | RaynixlError]
 _RELEASE_SECONDS = 1.0
 
 
@@ -178,9 +178,7 @@ class Origins:
         return topic(self.name, phase)
 
     def _incarnation(self, name: str) -> str:
-        """Return the incarnation of a source that we are connected to, or ''."""
-        connection = self._agent.connector.current(name)
-        return "" if connection is None or connection.lost is not None else connection.incarnation
+        return incarnation_of(self._agent, name)
 
     def _is_known(self, name: str) -> bool:
         origin = self._known.get(name)
@@ -196,25 +194,12 @@ class Origins:
         lost = self._agent.lost(name)
         return PeerLost(f"source {name!r} is gone", hint="restart it", peer=name) if lost is None else lost
 
-    def _fetch_tables(self, found: Mapping[str, Described], deadline: float) -> dict[str, RaynixlError]:
-        """Fetch each table that is not known from one of the sources that name it; return the sources left without."""
-        failed: dict[str, RaynixlError] = {}
-        while True:
-            first: dict[str, str] = {}
-            for name, described in found.items():
-                if described.table not in self._tables and name not in failed:
-                    first.setdefault(described.table, name)
-            if not first:
-                return failed
-            payloads = {name: table.encode() for table, name in first.items()}
-            answers = ask_all(self._agent, self._topic("layout"), payloads, deadline)
-            tables, errors = self._parsed(answers, Table.from_bytes)
-            failed |= errors
-            for name, table in tables.items():
-                if table.digest == found[name].table:
-                    self._tables[table.digest] = table
-                else:
-                    failed[name] = ConfigError(f"{name!r} sent another table than it named", peer=name)
+    def _fetch_tables(self, found: Mapping[str, Described], deadline: float) -> Errors:
+        wanted = {name: one.table for name, one in found.items()}
+        where = self._topic("layout")
+        return fetch_tables(
+            self._tables, wanted, lambda asked: self._explained_all(ask_all(self._agent, where, asked, deadline))
+        )
 
     def _forget_tables(self) -> None:
         used = {origin.described.table for origin in self._known.values()}
@@ -232,19 +217,14 @@ class Origins:
             self._rows = {(plan.digest, number): tuple(own) for number, own in rows.items()}
         return self._rows[plan.digest, part]
 
-    def _parsed(self, answers: Answers, parse: Callable[[bytes], T]) -> tuple[dict[str, T], dict[str, RaynixlError]]:
-        """Return what sources answered, and why others did not."""
-        well: dict[str, T] = {}
-        failed: dict[str, RaynixlError] = {}
-        for name, answer in answers.items():
-            try:
-                if isinstance(answer, RaynixlError):
-                    failed[name] = self._explained(name, answer)
-                else:
-                    well[name] = parse(answer)
-            except IntegrityError as exc:
-                failed[name] = IntegrityError(f"{name!r} answered nonsense: {exc.message}", hint=exc.hint, peer=name)
-        return well, failed
+    def _parsed(self, answers: Answers, parse: Callable[[bytes], T]) -> tuple[dict[str, T], Errors]:
+        return parsed(self._explained_all(answers), parse)
+
+    def _explained_all(self, answers: Answers) -> Answers:
+        return {
+            name: self._explained(name, answer) if isinstance(answer, RaynixlError) else answer
+            for name, answer in answers.items()
+        }
 
     def _explained(self, name: str, error: RaynixlError) -> RaynixlError:
         """Say in the words of weight sync that a source does not take part."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from raynixl.errors import ConfigError, IntegrityError, RaynixlError, RegionUnknown
+from raynixl.errors import IntegrityError, RaynixlError, RegionUnknown
 from raynixl.weights.conversation import ask_all
 from raynixl.weights.plan import Plan
 from raynixl.weights.protocol import Answer, topic
+from raynixl.weights.ranks import Errors, fetch_tables, incarnation_of, parsed
 from raynixl.weights.shards import Shards
 from raynixl.weights.table import Table
 from raynixl.weights.targeting import Describe, Held, Incoming, Subscribed
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
 
 T = TypeVar("T")
-Errors = dict[str, RaynixlError]
 
 
 @dataclass(slots=True)
@@ -75,7 +74,7 @@ class Targets:
         """Ask targets that are new or restarted what they need; return those that do not answer, and why."""
         fresh = [name for name in names if not self._is_known(name)]
         answers = self.ask("target", dict.fromkeys(fresh, request.to_bytes()), deadline, until=until)
-        found, failed = self.parsed(answers, Subscribed.from_bytes)
+        found, failed = parsed(answers, Subscribed.from_bytes)
         for name, one in list(found.items()):
             if one.fault is not None:
                 failed[name] = one.fault.error()
@@ -101,7 +100,7 @@ class Targets:
             layout, ranges = plan.images[image].to_bytes(), plan.incoming(image).to_bytes()
             messages[image] = Incoming(plan.digest, image, chunk_nbytes, layout, ranges).to_bytes()
         payloads = {name: messages[image_of[name]] for name in fresh}
-        told, failed = self.parsed(self.ask("incoming", payloads, deadline), bytes)
+        told, failed = parsed(self.ask("incoming", payloads, deadline), bytes)
         for name in told:
             self._known[name].told.add(key)
         return failed
@@ -127,54 +126,21 @@ class Targets:
             hint=f"call rx.subscribe({self.name!r}, module) there, and keep what it returns open", peer=name,
         )  # fmt: skip
 
-    def parsed(
-        self, answers: Mapping[str, bytes | RaynixlError], parse: Callable[[bytes], T]
-    ) -> tuple[dict[str, T], Errors]:
-        """Return what targets answered, and why others did not."""
-        well: dict[str, T] = {}
-        failed: Errors = {}
-        for name, answer in answers.items():
-            try:
-                if isinstance(answer, RaynixlError):
-                    failed[name] = answer
-                else:
-                    well[name] = parse(answer)
-            except IntegrityError as exc:
-                failed[name] = IntegrityError(f"{name!r} answered nonsense: {exc.message}", hint=exc.hint, peer=name)
-        return well, failed
-
     def answers(self, answers: Mapping[str, bytes | RaynixlError]) -> tuple[dict[str, Answer], Errors]:
         """Return the answers of targets that did well, and why the others did not."""
-        found, failed = self.parsed(answers, Answer.from_bytes)
+        found, failed = parsed(answers, Answer.from_bytes)
         for name, answer in found.items():
             if answer.fault is not None:
                 failed[name] = answer.fault.error()
         return {name: answer for name, answer in found.items() if name not in failed}, failed
 
     def _incarnation(self, name: str) -> str:
-        connection = self._agent.connector.current(name)
-        return "" if connection is None or connection.lost is not None else connection.incarnation
+        return incarnation_of(self._agent, name)
 
     def _is_known(self, name: str) -> bool:
         known = self._known.get(name)
         return known is not None and known.incarnation == self._incarnation(name)
 
     def _fetch_tables(self, found: Mapping[str, Subscribed], deadline: float) -> Errors:
-        """Fetch each table that is not known from one of the targets that name it; return the targets left without."""
-        failed: Errors = {}
-        while time.monotonic() < deadline:
-            first: dict[str, str] = {}
-            for name, one in found.items():
-                if one.table not in self._tables and name not in failed:
-                    first.setdefault(one.table, name)
-            if not first:
-                break
-            asked = {name: table.encode() for table, name in first.items()}
-            tables, errors = self.parsed(self.ask("table", asked, deadline), Table.from_bytes)
-            failed |= errors
-            for name, table in tables.items():
-                if table.digest == found[name].table:
-                    self._tables[table.digest] = table
-                else:
-                    failed[name] = ConfigError(f"{name!r} sent another table than it named", peer=name)
-        return failed
+        wanted = {name: one.table for name, one in found.items()}
+        return fetch_tables(self._tables, wanted, lambda asked: self.ask("table", asked, deadline))
