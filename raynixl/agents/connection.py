@@ -24,12 +24,14 @@ class Connection:
         self.incarnation = incarnation
         self.record = record
         self.links: list[Link] = []
+        self._silent: list[Link] = []  # those of `links` that carry no messages
         self.lost: RaynixlError | None = None
         self.heard = time.monotonic()
         self.regions: dict[str, RemoteRegion] = {}  # by name, as the peer told us
-        self.bindings: dict[tuple[int, int], Binding] = {}  # by region id and generation
+        self.bindings: dict[tuple[int, int, str], Binding] = {}  # by region id, generation and backend
+        self.refusals: set[tuple[int, int, str]] = set()  # likewise: which backends refused to bind which regions
         self.withdrawals = 0  # how often the peer has withdrawn a region
-        self.lock = threading.Lock()  # protects links, regions, bindings, withdrawals, lost
+        self.lock = threading.Lock()  # protects links, regions, bindings, refusals, withdrawals, lost
         self.binding = threading.Lock()  # held while a region is bound, so that it is bound once
 
     def __repr__(self) -> str:
@@ -40,7 +42,7 @@ class Connection:
         """The link that carries messages."""
         with self.lock:
             for link in self.links:
-                if link.lost is None:
+                if link.lost is None and link not in self._silent:
                     return link
         raise self.lost.afresh() if self.lost else PeerLost(f"peer {self.name!r} is lost", peer=self.name)
 
@@ -51,11 +53,13 @@ class Connection:
             links = list(self.links)
         return self.lost is None and not any(link.is_frozen() for link in links)
 
-    def add_link(self, link: Link) -> bool:
-        """Take one more link, unless the connection is lost."""
+    def add_link(self, link: Link, *, is_silent: bool = False) -> bool:
+        """Take one more link, unless the connection is lost; a silent one carries no messages."""
         with self.lock:
             if self.lost is None:
                 self.links.append(link)
+                if is_silent:
+                    self._silent.append(link)
             return self.lost is None
 
     def remember(self, name: str, region: RemoteRegion, withdrawals: int) -> None:
@@ -69,6 +73,18 @@ class Connection:
         with self.lock:
             self.regions = {name: region for name, region in self.regions.items() if region.id != region_id}
 
+    def held(self, remote: RemoteRegion, backend: str) -> Binding | None:
+        """Return how a region is bound over a backend, if it is and may be used."""
+        with self.lock:
+            binding = self.bindings.get((remote.id, remote.generation, backend))
+        return binding if binding is not None and binding.is_usable else None
+
+    def refused(self, remotes: Sequence[RemoteRegion], backend: str) -> None:
+        """Remember which regions a backend did not bind; those that it had bound before stay bound."""
+        with self.lock:
+            keys = {(remote.id, remote.generation, backend) for remote in remotes}
+            self.refusals |= keys - self.bindings.keys()
+
     def add_binding(self, binding: Binding, withdrawals: int) -> bool:
         """Take a binding; False if the peer has withdrawn a region since `withdrawals` was read: ask it again.
 
@@ -80,7 +96,8 @@ class Connection:
                 raise self.lost.afresh()
             if self.withdrawals != withdrawals:
                 return False
-            key = (binding.remote.id, binding.remote.generation)
+            key = (binding.remote.id, binding.remote.generation, binding.link.backend)
+            self.refusals.discard(key)
             old, self.bindings[key] = self.bindings.get(key), binding
         if old is not None:
             old.gate.close(LOST)
@@ -109,6 +126,7 @@ class Connection:
             gone = {key: binding for key, binding in self.bindings.items() if key[0] == region_id}
             for key in gone:
                 del self.bindings[key]
+            self.refusals = {key for key in self.refusals if key[0] != region_id}
         self.forget_region(region_id)
         for binding in gone.values():
             binding.gate.close(STALE, abort=False)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raynixl.agents.binder import Binder
 from raynixl.agents.connection import Connection
 from raynixl.agents.transfer import Transfer
-from raynixl.backends.base import Backend, Binding, Link
+from raynixl.backends.base import Binding, Link
 from raynixl.errors import (
     AgentClosed,
     BackendUnavailable,
@@ -23,23 +21,13 @@ from raynixl.errors import (
     TransferTimeout,
 )
 from raynixl.record import AgentRecord
-from raynixl.region import RemoteRegion, check_descriptor
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
-    from raynixl.agents.prepared import Kinds, Prepared, Route
+    from raynixl.agents.prepared import Prepared, Route
 
 MAX_LOST = 256
 """So many peers that are gone are remembered, the latest: agents of many names may come and go for months."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Need:
-    """What a binding is for."""
-
-    kinds: Kinds
-    fds: Sequence[int]
-    deadline: float
 
 
 class Connector:
@@ -47,6 +35,7 @@ class Connector:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
+        self._binder = Binder(agent)
         self._lock = threading.Lock()  # protects everything below
         self._connections: dict[str, Connection] = {}
         self._enough = 2 * MAX_LOST  # connections, for those that are lost to be looked through
@@ -143,8 +132,7 @@ class Connector:
         if not connection.binding.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TransferTimeout(f"the regions of {prepared.peer!r} were not bound in time", peer=prepared.peer)
         try:
-            kinds = prepared.kinds()
-            bindings = [self._bind(connection, remote, kinds, deadline) for remote in prepared.remote]
+            bindings = self._binder.bind(connection, prepared, deadline)
         finally:
             connection.binding.release()
         prepared.bind(bindings)
@@ -155,12 +143,8 @@ class Connector:
         connection = self.current(prepared.peer)
         if connection is None or connection.incarnation != prepared.incarnation:
             return None
-        with connection.lock:
-            held = connection.bindings
-            found = [held.get((remote.id, remote.generation)) for remote in prepared.remote]
-        wanted = zip(prepared.remote, found, strict=True)
-        bindings = [one for remote, one in wanted if one is not None and one.is_usable and one.remote == remote]
-        if len(bindings) < len(found):
+        bindings = self._binder.held(connection, prepared)
+        if bindings is None:
             return None
         try:
             return prepared.bind(bindings)
@@ -262,63 +246,6 @@ class Connector:
             hint="run both on one host, or enable a backend for networks", peer=record.name,
         )  # fmt: skip
 
-    def _bind(self, connection: Connection, remote: RemoteRegion, kinds: Kinds, deadline: float) -> Binding:
-        key = (remote.id, remote.generation)
-        with connection.lock:
-            held = connection.bindings.get(key)
-        if held is not None and held.is_usable:
-            check_descriptor(remote, held.remote.record)
-            return held
-        while True:
-            withdrawals = connection.withdrawals
-            fds = self._agent.consent.ask_to_bind(connection, remote, deadline)
-            try:
-                binding = self._choose(connection, remote, _Need(kinds, fds, deadline))
-            finally:
-                _close_all(fds)
-            try:
-                if connection.add_binding(binding, withdrawals):
-                    return binding
-            except RaynixlError:
-                binding.release()
-                raise
-            binding.release()  # a region was withdrawn after we were given consent: was it this one?
-
-    def _choose(self, connection: Connection, remote: RemoteRegion, need: _Need) -> Binding:
-        """Bind with the first backend that can carry these kinds of memory."""
-        reasons = []
-        for backend in self._agent.backends:
-            reason = refusal(backend, remote, need.kinds)
-            if not reason:
-                try:
-                    link = self._link(connection, backend, need.deadline)
-                    return backend.bind(link, remote, need.fds)
-                except BackendUnavailable as exc:
-                    reason = str(exc)
-            reasons.append(f"{backend.name}: {reason}")
-        raise BackendUnavailable(
-            f"no backend carries {kind_names(need.kinds)} to {remote.label} ({'; '.join(reasons)})",
-            hint="see agent.explain() and `raynixl doctor`", peer=remote.owner,
-        )  # fmt: skip
-
-    def _link(self, connection: Connection, backend: Backend, deadline: float) -> Link:
-        """Return the backend's link with the peer, made now if there is none."""
-        with connection.lock:
-            for link in connection.links:
-                if link.backend == backend.name and link.lost is None:
-                    return link
-        if connection.record is None:
-            connection.record = self._agent.consent.ask_for_record(connection, deadline)
-        reason = backend.reaches(connection.record)
-        if reason:
-            raise BackendUnavailable(reason, peer=connection.name)
-        link = backend.connect(connection.record, deadline)
-        if not connection.add_link(link):
-            error = connection.lost or PeerLost(f"peer {connection.name!r} is lost", peer=connection.name)
-            link.close(error)
-            raise error.afresh()
-        return link
-
     def _work(self, name: str) -> None:
         """Serve what waits for one peer, then leave."""
         while True:
@@ -348,20 +275,3 @@ class Connector:
 
 def _restarted(name: str) -> PeerRestarted:
     return PeerRestarted(f"peer {name!r} lives again as another incarnation", peer=name)
-
-
-def refusal(backend: Backend, remote: RemoteRegion, kinds: Kinds) -> str:
-    """Return why a backend cannot carry these (local, remote) kinds to a region, or ''."""
-    if not kinds <= backend.capabilities.kinds:
-        return f"does not carry {kind_names(kinds)}"
-    return "" if backend.name in remote.record.keys else f"{remote.owner!r} does not offer the region over it"
-
-
-def kind_names(kinds: Kinds) -> str:
-    """Return kinds as people write them: dram-vram."""
-    return ", ".join(sorted(f"{ours.value}-{theirs.value}" for ours, theirs in kinds))
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raynixl.agents.connector import kind_names, refusal
+from raynixl.agents.binder import kind_names, refusal
 from raynixl.agents.prepared import Prepared, Selections, as_list
 from raynixl.backends.base import Binding, Describes, Op
 from raynixl.region import Region
