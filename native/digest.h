@@ -24,6 +24,18 @@ struct DigestSum {
 };
 
 // Add the digest of each row to sums[row.index].
+// Copy bytes and digest them in one pass over the source: `position` is that of the first. The copy goes past the caches
+// if `stream`, and whoever waits for it needs a stream_fence().
+struct CopyRow {
+  uint64_t source;
+  uint64_t destination;
+  uint64_t nbytes;
+  uint64_t position;
+  uint64_t index;
+};
+
+void digest_copy(const CopyRow* rows, size_t count, DigestSum* sums, uint64_t seed, bool stream);
+
 void digest_rows(const DigestRow* rows, size_t count, DigestSum* sums, uint64_t seed);
 
 }  // namespace raynixl

@@ -14,9 +14,10 @@ constexpr uint64_t kBytesPerThread = 2 << 20;  // less than this is copied befor
 
 Engine::Engine(int threads) : threads_(threads), generation_(fork_generation()) {}
 
-std::shared_ptr<Job> Engine::post(std::shared_ptr<const Plan> plan, int64_t deadline_ns) {
+std::shared_ptr<Job> Engine::post(std::shared_ptr<const Plan> plan, int64_t deadline_ns,
+                                  std::optional<Plan::Digest> digest) {
   int wanted = int(std::min<uint64_t>(uint64_t(threads_), (plan->nbytes() - 1) / kBytesPerThread + 1));
-  auto job = std::make_shared<Job>(shared_from_this(), plan, deadline_ns, wanted);
+  auto job = std::make_shared<Job>(shared_from_this(), plan, deadline_ns, wanted, digest);
   int wakes = 0;
   bool served = false;
   bool open = false;

@@ -23,7 +23,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool usable() const { return !closing_.load(std::memory_order_acquire) && generation_ == fork_generation(); }
 
   // Queue a plan whose gates have been entered and wake the threads it needs. Null if closed: the gates are left.
-  std::shared_ptr<Job> post(std::shared_ptr<const Plan> plan, int64_t deadline_ns);
+  std::shared_ptr<Job> post(std::shared_ptr<const Plan> plan, int64_t deadline_ns,
+                            std::optional<Plan::Digest> digest = std::nullopt);
 
   // End all jobs with CLOSED and wait for the threads to go. Idempotent. True if everything ended in time.
   bool close(int64_t deadline_ns);

@@ -26,12 +26,14 @@ uint32_t fork_generation() {
   return forks.load(std::memory_order_relaxed);
 }
 
-Job::Job(std::shared_ptr<Engine> engine, std::shared_ptr<const Plan> plan, int64_t deadline_ns, int participants)
+Job::Job(std::shared_ptr<Engine> engine, std::shared_ptr<const Plan> plan, int64_t deadline_ns, int participants,
+         std::optional<Plan::Digest> digest)
     : engine_(std::move(engine)),
       plan_(std::move(plan)),
       deadline_ns_(deadline_ns),
       participants_limit_(uint32_t(participants)),
-      generation_(fork_generation()) {}
+      generation_(fork_generation()),
+      digest_(digest) {}
 
 Job::~Job() {
   for (int fd : armed_) close(fd);
@@ -115,6 +117,19 @@ bool Job::participate(int64_t deadline_ns) {
   return true;
 }
 
+int Job::copy(size_t piece) {
+  if (!digest_) return plan_->copy(piece);
+  DigestSum sum = {};
+  plan_->copy(piece, *digest_, sum);
+  for (int lane = 0; lane < 2; ++lane) digest_lanes_[lane].fetch_add(sum.lanes[lane], std::memory_order_acq_rel);
+  return 0;
+}
+
+std::optional<DigestSum> Job::digest() const {
+  if (!digest_) return std::nullopt;
+  return DigestSum{{digest_lanes_[0].load(std::memory_order_acquire), digest_lanes_[1].load(std::memory_order_acquire)}};
+}
+
 void Job::work(int64_t deadline_ns) {
   while (state_.load(std::memory_order_acquire) & kOpen) {
     int64_t now = now_ns();
@@ -130,7 +145,7 @@ void Job::work(int64_t deadline_ns) {
     }
     size_t piece = cursor_.fetch_add(1, std::memory_order_relaxed);
     if (piece >= plan_->pieces()) return;
-    if (int error = plan_->copy(piece)) {
+    if (int error = copy(piece)) {
       end(error);
       return;
     }

@@ -7,6 +7,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "clock.h"
@@ -23,7 +24,8 @@ uint32_t fork_generation();
 class Job : public std::enable_shared_from_this<Job> {
  public:
   // The plan's gates have been entered; the job leaves them.
-  Job(std::shared_ptr<Engine> engine, std::shared_ptr<const Plan> plan, int64_t deadline_ns, int participants);
+  Job(std::shared_ptr<Engine> engine, std::shared_ptr<const Plan> plan, int64_t deadline_ns, int participants,
+      std::optional<Plan::Digest> digest);
   ~Job();
 
   // The code so far; a job past its deadline ends here with TIMEOUT.
@@ -31,6 +33,8 @@ class Job : public std::enable_shared_from_this<Job> {
   // Whether it has ended and nobody copies for it any more: its gates have been left.
   bool settled() { return code() != PENDING && (forked() || settled_.load(std::memory_order_acquire)); }
   uint64_t nbytes_done() const { return nbytes_done_.load(std::memory_order_acquire); }
+  // The digest of all that was copied; none if none was wanted. For a job that is done.
+  std::optional<DigestSum> digest() const;
   int64_t deadline_ns() const { return deadline_ns_; }
 
   enum class Waited { ended, timeout, look_up };
@@ -59,6 +63,7 @@ class Job : public std::enable_shared_from_this<Job> {
 
   bool forked() const { return generation_ != fork_generation(); }
   bool exhausted() const { return cursor_.load(std::memory_order_relaxed) >= plan_->pieces(); }
+  int copy(size_t piece);
   void work(int64_t deadline_ns);
   void leave();
   void settle();
@@ -69,6 +74,7 @@ class Job : public std::enable_shared_from_this<Job> {
   const int64_t deadline_ns_;
   const uint32_t participants_limit_;
   const uint32_t generation_;
+  const std::optional<Plan::Digest> digest_;
 
   // Threads inside, and kOpen until the job is being ended. Whoever brings it to 0 leaves the gates.
   std::atomic<uint32_t> state_{kOpen};
@@ -76,6 +82,7 @@ class Job : public std::enable_shared_from_this<Job> {
   std::atomic<size_t> cursor_{0};
   std::atomic<size_t> pieces_done_{0};
   std::atomic<uint64_t> nbytes_done_{0};
+  std::atomic<uint64_t> digest_lanes_[2] = {};
   std::atomic<bool> settled_{false};
   Futex changed_;  // when it ends, and when nobody is inside any more
 

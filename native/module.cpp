@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 
 #include <cmath>
+#include <optional>
 #include <system_error>
 #include <vector>
 
@@ -148,6 +149,23 @@ nb::object program_run(const PyProgram& self, double timeout, bool out_of_line) 
   return nb::cast(PyJob{self.owner, std::move(job)});
 }
 
+nb::object program_run_digesting(const PyProgram& self, double timeout, uint64_t shift, uint64_t seed) {
+  const Owner& owner = *self.owner;
+  if (!owner.engine->usable()) return nb::int_(int(CLOSED));
+  if (int code = self.plan->enter()) return nb::int_(code);
+  std::optional<Plan::Digest> digest;
+  if (self.plan->can_digest()) digest = Plan::Digest{shift, seed};
+  std::shared_ptr<Job> job = owner.engine->post(self.plan, deadline_after(timeout), digest);
+  if (!job) return nb::int_(int(CLOSED));
+  return nb::cast(PyJob{self.owner, std::move(job)});
+}
+
+nb::object job_digest(PyJob& self) {
+  std::optional<DigestSum> digest = self.job->digest();
+  if (!digest) return nb::none();
+  return nb::make_tuple(digest->lanes[0], digest->lanes[1]);
+}
+
 bool job_wait(PyJob& self, double timeout) {
   std::shared_ptr<Job> job = self.job;
   if (job->code() != PENDING) return true;
@@ -196,6 +214,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("threads", [](PyEngine& self) { return self.owner->engine->threads(); });
   nb::class_<PyProgram>(m, "Program")
       .def("run", program_run, "timeout"_a, "out_of_line"_a = false)
+      .def("run_digesting", program_run_digesting, "timeout"_a, "shift"_a, "seed"_a)
       .def_prop_ro("nbytes", [](PyProgram& self) { return self.plan->nbytes(); })
       .def_prop_ro("count", [](PyProgram& self) { return self.plan->count(); });
 }
@@ -208,6 +227,7 @@ void bind_job(nb::module_& m) {
       .def("arm", [](PyJob& self, int fd) { return arm(*self.job, fd); }, "fd"_a)
       .def_prop_ro("code", [](PyJob& self) { return self.job->code(); })
       .def_prop_ro("nbytes_done", [](PyJob& self) { return self.job->nbytes_done(); })
+      .def_prop_ro("digest", job_digest)
       .def_prop_ro("settled", [](PyJob& self) { return self.job->settled(); });
 }
 

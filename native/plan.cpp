@@ -72,4 +72,13 @@ int Plan::copy(size_t piece) const {
   return 0;
 }
 
+void Plan::copy(size_t piece, const Digest& digest, DigestSum& sum) const {
+  for (size_t i = pieces_[piece]; i < pieces_[piece + 1]; ++i) {
+    const Segment& s = segments_[i];
+    CopyRow row = {s.source, s.destination, s.nbytes, s.destination + digest.shift, 0};
+    digest_copy(&row, 1, &sum, digest.seed, stream_ && s.nbytes >= kStreamBlock);
+  }
+  if (stream_) stream_fence();
+}
+
 }  // namespace raynixl

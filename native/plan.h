@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "copy.h"
+#include "digest.h"
 #include "gate.h"
 
 namespace raynixl {
@@ -29,6 +30,15 @@ class Plan {
 
   // Copy one piece. Returns 0 or -errno.
   int copy(size_t piece) const;
+
+  // What a run digests as it copies: bytes that go to address a have the position a + shift.
+  struct Digest {
+    uint64_t shift;
+    uint64_t seed;
+  };
+  bool can_digest() const { return mode_ == Mode::copy; }
+  // Copy one piece, and add its digest.
+  void copy(size_t piece, const Digest& digest, DigestSum& sum) const;
 
  private:
   void cut(std::vector<Segment> segments);

@@ -4,6 +4,7 @@
 
 #include <bit>
 
+#include "copy.h"
 #include "delta.h"
 #include "digest.h"
 #include "python.h"
@@ -17,6 +18,7 @@ namespace {
 
 using DigestRows = nb::ndarray<const uint64_t, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>;
 using DeltaRows = DigestRows;
+using CopyRows = nb::ndarray<const uint64_t, nb::shape<-1, 5>, nb::c_contig, nb::device::cpu>;
 using Arenas = nb::ndarray<const uint64_t, nb::shape<-1, 2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DigestSums = nb::ndarray<uint64_t, nb::shape<-1, 2>, nb::c_contig, nb::device::cpu>;
@@ -41,6 +43,22 @@ void digest_rows_of(const DigestRows& rows, const DigestSums& out, uint64_t seed
   if (check(first, count, out.shape(0)) <= kKeepGil) return digest_rows(first, count, sums, seed);
   nb::gil_scoped_release release;
   digest_rows(first, count, sums, seed);
+}
+
+void digest_copy_rows(const CopyRows& rows, const DigestSums& out, uint64_t seed) {
+  static_assert(sizeof(CopyRow) == 5 * sizeof(uint64_t));
+  auto* first = reinterpret_cast<const CopyRow*>(rows.data());
+  auto* sums = reinterpret_cast<DigestSum*>(out.data());
+  size_t count = rows.shape(0);
+  for (const CopyRow* row = first; row != first + count; ++row) {
+    if (row->index >= out.shape(0)) throw nb::value_error("a row has the index of no sum");
+    if (row->source + row->nbytes < row->source || row->destination + row->nbytes < row->destination ||
+        row->position + row->nbytes < row->position)
+      throw nb::value_error("a row reaches past the end of memory, or of all positions");
+  }
+  nb::gil_scoped_release release;
+  digest_copy(first, count, sums, seed, true);
+  stream_fence();
 }
 
 bool is_itemsize(uint64_t itemsize) { return itemsize <= 16 && std::has_single_bit(itemsize); }
@@ -93,6 +111,7 @@ bool delta_apply_to(const Bytes& gaps, const Bytes& values, uint64_t itemsize, c
 
 void bind_weights(nb::module_& m) {
   m.def("digest_rows", digest_rows_of, nb::arg("rows").noconvert(), nb::arg("out").noconvert(), "seed"_a);
+  m.def("digest_copy", digest_copy_rows, nb::arg("rows").noconvert(), nb::arg("out").noconvert(), "seed"_a);
   m.def("delta_encode", delta_encode_rows, nb::arg("rows").noconvert(), "itemsize"_a, "limit"_a);
   m.def("delta_apply", delta_apply_to, nb::arg("gaps").noconvert(), nb::arg("values").noconvert(), "itemsize"_a,
         nb::arg("arenas").noconvert(), nb::kw_only(), "write"_a);

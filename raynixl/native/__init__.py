@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, runtime_checkable
 
 from raynixl.native.codes import (
     CANCELLED,
@@ -42,6 +42,8 @@ __all__ = [
     "TIMEOUT",
     "VM_READ",
     "VM_WRITE",
+    "Digesting",
+    "DigestingJob",
     "Engine",
     "Gate",
     "Job",
@@ -126,6 +128,26 @@ class Program(Protocol):
         """
 
 
+@runtime_checkable
+class DigestingJob(Job, Protocol):
+    """A job that may digest what it copies."""
+
+    @property
+    def digest(self) -> tuple[int, int] | None:
+        """The digest of all that it has copied, once it is done; None if it makes none."""
+
+
+@runtime_checkable
+class Digesting(Protocol):
+    """What programs of the engine can besides: digest in the same pass what they copy."""
+
+    def run_digesting(self, timeout: float, shift: int, seed: int) -> int | DigestingJob:
+        """Run as a job; bytes that go to address a are digested at the position (a + shift) modulo 2^64.
+
+        Only programs of mode COPY digest. Returns as `run` does.
+        """
+
+
 class Engine(Protocol):
     """A few threads that copy; started by the first job that needs them, asleep while there is none."""
 
@@ -198,6 +220,12 @@ class Native(Protocol):
         Raises:
             ValueError: an index of no sum, or a row past the end of memory or of all positions; nothing was read.
             TypeError: not C-contiguous arrays of uint64 of these forms, or a seed that is not.
+        """
+
+    def digest_copy(self, rows: npt.NDArray[np.uint64], out: npt.NDArray[np.uint64], seed: int) -> None:
+        """Copy rows of (source, destination, nbytes, position, index), and digest them in the same pass, GIL released.
+
+        For memory that is not in a cache, and need not be afterwards. Arguments and errors are as of `digest_rows`.
         """
 
     def delta_encode(self, rows: npt.NDArray[np.uint64], itemsize: int, limit: int) -> tuple[bytes, bytes] | None:

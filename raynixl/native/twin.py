@@ -17,7 +17,7 @@ from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
 from raynixl.native.syscalls import copy, mapped
 from raynixl.native.twin_cuda import enter_cuda
 from raynixl.native.twin_delta import delta_apply, delta_encode
-from raynixl.native.twin_digest import digest_rows
+from raynixl.native.twin_digest import digest_copy, digest_rows
 from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
 from raynixl.native.twin_rma import rma
 from raynixl.native.twin_ucx import Rail
@@ -32,6 +32,7 @@ __all__ = [
     "copy",
     "delta_apply",
     "delta_encode",
+    "digest_copy",
     "digest_rows",
     "enter_cuda",
     "mapped",
@@ -77,6 +78,23 @@ class Program:
             return self._copy_here(timeout)
         finally:
             self.leave()
+
+    def run_digesting(self, timeout: float, shift: int, seed: int) -> int | Job:
+        """Run as a job that digests what it copies, at the position (address it goes to + shift) modulo 2^64."""
+        if not self._engine.usable():
+            return CLOSED
+        if refused := self._enter():
+            return refused
+        return self._engine.post(self, deadline_after(timeout), (shift, seed) if self._mode == COPY else None)
+
+    def digest(self, piece: int, shift: int, seed: int) -> tuple[int, int]:
+        """Return the digest of a piece, as it has landed."""
+        rows = self._table[self._bounds[piece] : self._bounds[piece + 1]]
+        zeros = np.zeros(len(rows), np.uint64)
+        sums = np.zeros((1, 2), np.uint64)
+        digest_rows(np.stack([rows[:, 1], rows[:, 2], rows[:, 1] + np.uint64(shift), zeros], axis=1), sums, seed)
+        first, second = sums[0].tolist()
+        return first, second
 
     def leave(self) -> None:
         """Leave all gates."""
@@ -188,10 +206,10 @@ class Engine:
         _check(mode, segments, gates)
         return Program(self, mode, pid, segments.copy(), gates)
 
-    def post(self, program: Program, deadline: float) -> int | Job:
+    def post(self, program: Program, deadline: float, digest: tuple[int, int] | None = None) -> int | Job:
         """Queue a program whose gates have been entered, and wake the threads it needs."""
         wanted = min(self.threads, (program.nbytes - 1) // _BYTES_PER_THREAD + 1)
-        job = Job(self, program, deadline, wanted)
+        job = Job(self, program, deadline, wanted, digest)
         with self._changed:
             if not self._closing:
                 self._jobs[job] = None

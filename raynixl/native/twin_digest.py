@@ -11,7 +11,7 @@ import numpy.typing as npt
 from raynixl.native import syscalls
 from raynixl.native.rows import group_rows
 
-__all__ = ["BLOCK_NBYTES", "CONSTANTS", "block_factors", "check_rows", "digest_rows"]
+__all__ = ["BLOCK_NBYTES", "CONSTANTS", "block_factors", "check_rows", "digest_copy", "digest_rows"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -53,6 +53,20 @@ def digest_rows(rows: U64, out: U64, seed: int) -> None:
     for edges in group_rows(np.concatenate([heads, tails]), _EDGES_NBYTES, size=1):
         blocks = edges[:, 2] // np.uint64(BLOCK_NBYTES)
         np.add.at(out, edges[:, 3].astype(np.intp), _digest_edges(edges) * block_factors(blocks, seed))
+
+
+def digest_copy(rows: U64, out: U64, seed: int) -> None:
+    """Copy each row of (source, destination, nbytes, position, index), and add its digest to `out[index]`."""
+    if not (isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.shape[1] == 5 and rows.dtype == np.uint64):
+        raise TypeError("not an (N, 5) array of uint64")
+    landed = np.ascontiguousarray(rows[:, 1:])
+    check_rows(landed, out, seed)
+    if (rows[:, 0] + rows[:, 2] < rows[:, 0]).any():
+        raise ValueError("a row reaches past the end of memory")
+    code = syscalls.copy_rows(np.ascontiguousarray(rows[:, :3]))
+    if code != 0:
+        raise OSError(-code, os.strerror(-code))
+    digest_rows(landed, out, seed)
 
 
 def check_rows(rows: U64, out: U64, seed: int) -> None:

@@ -13,6 +13,7 @@ from raynixl.native.codes import CANCELLED, CLOSED, DONE, PENDING, TIMEOUT
 __all__ = ["Gate", "Job", "deadline_after", "fork_generation"]
 
 _forks = 0
+_WORDS = 1 << 64
 
 
 def _count_fork() -> None:
@@ -45,6 +46,9 @@ class Work(Protocol):
 
     def copy(self, piece: int) -> int:
         """Copy one piece; return 0 or -errno."""
+
+    def digest(self, piece: int, shift: int, seed: int) -> tuple[int, int]:
+        """Return the digest of a piece; see native.Digesting."""
 
     def closed(self) -> int:
         """Return the code of the first gate whose closing stops those inside, else 0."""
@@ -129,18 +133,22 @@ class Gate:
 class Job:
     """One run of a program by several threads; ends exactly once, with one code."""
 
-    def __init__(self, engine: Crew, program: Work, deadline: float, participants: int) -> None:
+    def __init__(
+        self, engine: Crew, program: Work, deadline: float, participants: int, digest: tuple[int, int] | None
+    ) -> None:
         self._engine = engine
         self._program = program
         self._deadline = deadline
         self._limit = participants
         self._forks = _forks
+        self._wish = digest
         self._ended = threading.Condition(threading.Lock())  # protects all below
         self._code = PENDING
         self._inside = 0
         self._cursor = 0
         self._pieces_done = 0
         self._nbytes_done = 0
+        self._digest = (0, 0)
         self._settled = False
         self._armed: list[int] = []
 
@@ -158,6 +166,11 @@ class Job:
     def nbytes_done(self) -> int:
         """Bytes of the pieces that are complete."""
         return self._nbytes_done
+
+    @property
+    def digest(self) -> tuple[int, int] | None:
+        """The digest of all that it has copied; None if none was wanted."""
+        return None if self._wish is None else self._digest
 
     @property
     def settled(self) -> bool:
@@ -250,7 +263,9 @@ class Job:
             if error := self._program.copy(piece):
                 self._end(error)
                 return
+            found = (0, 0) if self._wish is None else self._program.digest(piece, *self._wish)
             with self._ended:
+                self._digest = ((self._digest[0] + found[0]) % _WORDS, (self._digest[1] + found[1]) % _WORDS)
                 self._pieces_done += 1
                 self._nbytes_done += self._program.piece_nbytes(piece)
 
