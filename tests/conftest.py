@@ -85,6 +85,13 @@ def forget_failure() -> None:
         error = error.__cause__ or error.__context__
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Know the options of pytest-asyncio where it is not installed: tests/gpu needs nothing else of it."""
+    if not pluginmanager.has_plugin("asyncio"):
+        parser.addini("asyncio_mode", "unused: pytest-asyncio is not installed")
+        parser.addini("asyncio_default_fixture_loop_scope", "unused: pytest-asyncio is not installed")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_collections() -> None:
     """Leave what the imports made (torch, ray) out of garbage collections: each test makes two of them."""
