@@ -67,7 +67,7 @@ class Filler:
             apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
         whole = work.receiver(cargo, slot.arenas, throttle)
         run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
-        return slot, times.plus(whole.tally)
+        return slot, times.plus(whole)
 
     def _slot(self, cargo: ImageCargo) -> Slot:
         """Return a slot to fill. One that the model's own tensors lie in stays as it is."""

@@ -212,7 +212,7 @@ class Follower:
             return Answer(
                 version=self.version, seconds=time.monotonic() - began, pull_seconds=times.pull_seconds,
                 verify_seconds=times.verify_seconds, nbytes=cargo.layout.nbytes, origin_nbytes=times.origin_nbytes,
-                peer_nbytes=times.peer_nbytes,
+                peer_nbytes=times.peer_nbytes, around=tuple(Fault.of(error) for error in times.failures),
             )  # fmt: skip
 
     def _on_hold(self, _peer: str, payload: bytes) -> Answer:

@@ -93,7 +93,7 @@ class Holder(Wire):
 
 
 class Answer(Wire):
-    """From a target: how a phase went. `note` is what on_flip raised."""
+    """From a target: how a phase went. `note` is what on_flip raised, `around` how sources failed it that had others."""
 
     fault: Fault | None = None
     version: Annotated[int, Field(ge=0)] = 0
@@ -104,3 +104,4 @@ class Answer(Wire):
     origin_nbytes: Annotated[int, Field(ge=0)] = 0
     peer_nbytes: Annotated[int, Field(ge=0)] = 0
     note: Annotated[str, Field(max_length=2_000)] = ""
+    around: Annotated[tuple[Fault, ...], Field(strict=False, max_length=65_536)] = ()

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
 _FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
 _MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
+_STATUS_SHARE = 0.3  # of the time left, for sources to say that they are there
 _FLIP_SHARE = 0.9  # of the time left is a target's: it hears of it a little later, and must not flip once given up
 _TICK_SECONDS = 0.5
 
@@ -197,6 +198,7 @@ class Push:
             self._exclude(name, error)
         self._leave_out_liars()
         self._check_sources()
+        self._note_sources()
 
     def _pulls(self, image: int, exchange: Exchange, seconds: float) -> dict[str, bytes]:
         """Return what the targets of one image are told to pull; those that relay take part in the exchange."""
@@ -277,15 +279,24 @@ class Push:
         """If pulls failed because every source of some part is gone, the push has failed: nobody flips."""
         now = self._now
         names = list(self._origins.planned)
-        suspects = {error.peer for error in now.excluded.values() if error.peer in names}
-        if not now.pulled:
-            suspects = set(names)
-        gone = self._origins.gone(suspects, now.deadline()) if suspects and now.excluded else {}
+        excluded = [error for name, error in now.excluded.items() if name in self._targets.names]
+        suspects = set(names) if not now.pulled else {error.peer for error in excluded if error.peer in names}
+        gone = self._origins.gone(suspects, now.deadline(_STATUS_SHARE)) if suspects and excluded else {}
         for members in now.planned.parts:
             if gone and all(names[member] in gone for member in members):
                 raise gone[names[members[0]]]
         if gone:
             now.replans += len(gone)
+
+    def _note_sources(self) -> None:
+        """Report sources that did not give what they should, and for which their replicas stood in."""
+        now = self._now
+        errors = [fault.error() for answer in now.pulled.values() for fault in answer.around]
+        errors.sort(key=lambda error: isinstance(error, IntegrityError))  # that it lied outweighs that it was slow
+        known = {error.peer: error for error in errors if error.peer in self._origins.planned}
+        now.liars += tuple(sorted(name for name, error in known.items() if isinstance(error, IntegrityError)))
+        now.replans += len(known)
+        now.excluded.update((name, error) for name, error in known.items() if name not in self._targets.names)
 
     def _flip(self) -> None:
         """Have all replicas that are ready serve the new version, each with all of its ranks or not at all."""

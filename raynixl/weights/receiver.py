@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from raynixl.errors import (
 from raynixl.weights.assignment import ORIGIN, Why
 from raynixl.weights.cargo import Cargo, Giver, Share, digest_table
 from raynixl.weights.digest import digest_rows
+from raynixl.weights.givers import Givers
+from raynixl.weights.pace import Pace
 from raynixl.weights.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -32,9 +35,6 @@ if TYPE_CHECKING:
     from raynixl.region import Region
 
 GONE = (PeerLost, PeerRestarted, RegionStale, RegionUnknown)
-_ELSEWHERE = (*GONE, TransferTimeout)
-STALL_SECONDS = 5.0
-_SLOWEST = 1e8  # bytes a second that a source with replicas should give
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,16 @@ class PullTimes:
     verify_seconds: float
     origin_nbytes: int
     peer_nbytes: int
+    failures: tuple[RaynixlError, ...] = ()
+    """How sources failed that others stood in for."""
 
-    def plus(self, tally: Tally) -> PullTimes:
+    def plus(self, after: Receiver) -> PullTimes:
         """Return these with what came afterwards."""
         return replace(
             self,
-            origin_nbytes=self.origin_nbytes + tally.origin_nbytes,
-            peer_nbytes=self.peer_nbytes + tally.peer_nbytes,
+            origin_nbytes=self.origin_nbytes + after.tally.origin_nbytes,
+            peer_nbytes=self.peer_nbytes + after.tally.peer_nbytes,
+            failures=self.failures + after.sources.failures,
         )
 
 
@@ -100,24 +103,27 @@ class Receiver:
     names: Callable[[int], str]
     throttle: Throttle
     tally: Tally = field(default_factory=Tally)
+    pace: Pace = field(default_factory=Pace)
+    sources: Givers = field(init=False)
     _bases: Sequence[int] = ()
-    _turn: int = 0
+    _spent: TransferTimeout | None = None
 
     def __post_init__(self) -> None:
         if len(self.digests) != len(self.cargo.chunks):
             raise IntegrityError("the manifest does not fit the image", hint="run one version of raynixl everywhere")
         self._bases = [array.ctypes.data for array in self.slot.arrays]
-        self._turn = sum(self.agent.name.encode())  # receivers spread over the replicas of a part
+        self.sources = Givers(self.givers, sum(self.agent.name.encode()))
 
     def times(self, began: float, threads: int) -> PullTimes:
         """Return what was measured."""
         count, tally = max(1, min(threads, len(self.digests))), self.tally
         return PullTimes(
-            time.monotonic() - began, tally.pull / count, tally.verify / count, tally.origin_nbytes, tally.peer_nbytes
-        )
+            time.monotonic() - began, tally.pull / count, tally.verify / count, tally.origin_nbytes, tally.peer_nbytes,
+            self.sources.failures,
+        )  # fmt: skip
 
     def from_origin(self, chunk: int) -> None:
-        """Bring one chunk in from the sources.
+        """Bring one chunk in from the sources. What one of them does not give, or not as it was, its replica does.
 
         Raises:
             IntegrityError: it does not match its digest.
@@ -125,36 +131,70 @@ class Receiver:
         """
         shares = self.cargo.shares(chunk)
         began = self._begin(chunk)
-        failed: dict[int, set[str]] = {}
-        names: set[str] = set()
-        while shares:
-            started = self._start_all(chunk, shares, failed)
-            ends = [(share, giver.name, _end(transfer)) for share, giver, transfer in started]
-            names |= {name for _, name, error in ends if error is None}
-            for share, name, error in ends:
-                failed.setdefault(share.part, set()).add(name)
-                if error is not None and (not isinstance(error, _ELSEWHERE) or self._is_last(share.part, failed)):
-                    raise error
-            shares = [share for share, _, error in ends if error is not None]
-        self._verify(chunk, began, who=", ".join(sorted(names)), is_origin=True)
+        read = _Read(chunk)
+        self._bring(read, shares)
+        self._verify(chunk, read, shares, began=began, is_origin=True)
 
-    def _start_all(
-        self, chunk: int, shares: Sequence[Share], failed: Mapping[int, set[str]]
-    ) -> list[tuple[Share, Giver, Transfer]]:
+    def _bring(self, read: _Read, shares: Sequence[Share]) -> None:
+        """Have shares of a chunk come, from one source of each part or another."""
+        while shares:
+            began = time.monotonic()
+            started = self._start_all(read, shares)
+            ends = [(share, giver.name, _end(transfer)) for share, giver, transfer in started]
+            for share, name, error in ends:
+                read.tried[name] += 1
+                if error is None:
+                    read.gave[share.part] = name
+                    self.pace.landed(time.monotonic() - began)
+                else:
+                    self._note(read, share.part, name, error, began)
+            shares = [share for share, _, error in ends if error is not None]
+
+    def _note(self, read: _Read, part: int, name: str, error: RaynixlError, began: float) -> None:
+        """Note how a source failed, or raise that if nobody else can be asked."""
+        self.left()
+        if isinstance(error, TransferTimeout):
+            self.pace.stalled(began, time.monotonic())
+        elif isinstance(error, GONE):
+            is_last = self.sources.is_alone(part, read.gone)
+            read.gone.add(name)
+            if is_last:
+                raise error
+        else:
+            raise error
+        self.sources.note(name, error)
+
+    def _bring_elsewhere(self, read: _Read, shares: Sequence[Share]) -> None:
+        """Bring what is corrupt in from other sources, a part at a time: so it is found out who gave it.
+
+        Raises:
+            IntegrityError: it is corrupt whoever gives it.
+        """
+        wrong = self._corrupt(read)
+        for share in shares:
+            suspect = read.gave[share.part]
+            while not self.sources.is_alone(share.part, read.gone):
+                read.gone.add(read.gave[share.part])
+                self._bring(read, [share])
+                if self.is_whole(read.chunk):
+                    blame = f"{suspect!r} gave wrong bytes of chunk {read.chunk} of version {self.version}"
+                    hint = "look at its memory and its links"
+                    self.sources.note(suspect, IntegrityError(blame, hint=hint, peer=suspect))
+                    return
+        raise wrong
+
+    def _start_all(self, read: _Read, shares: Sequence[Share]) -> list[tuple[Share, Giver, Transfer]]:
         """Begin to read all shares, or none: what goes on alone would land in a slot that is another version's then."""
         started: list[tuple[Share, Giver, Transfer]] = []
         try:
             for share in shares:
-                started.append((share, *self._start(chunk, share, failed.get(share.part, set()))))  # noqa: PERF401
+                started.append((share, *self._start(read, share)))  # noqa: PERF401
         except BaseException:
             for _, _, transfer in started:
                 transfer.cancel()
                 _end(transfer)
             raise
         return started
-
-    def _is_last(self, part: int, failed: Mapping[int, set[str]]) -> bool:
-        return all(giver.name in failed[part] for giver in self.givers[part])
 
     def from_peer(self, chunk: int, giver: Giver) -> None:
         """Bring one chunk in from a receiver that has it whole.
@@ -167,8 +207,15 @@ class Receiver:
         if arena >= len(giver.regions):
             raise RegionStale(f"{giver.name!r} does not have all of the image", peer=giver.name)
         source, target = giver.regions[arena], self.slot.regions[arena]
-        self.agent.read(source.span(offset, nbytes), target.span(offset, nbytes), timeout=self._patience()).wait()
-        self._verify(chunk, began, who=giver.name, is_origin=False)
+        timeout = min(self.left(), self.pace.patience(nbytes))
+        try:
+            self.agent.read(source.span(offset, nbytes), target.span(offset, nbytes), timeout=timeout).wait()
+        except TransferTimeout:
+            self.pace.stalled(began, time.monotonic())
+            raise
+        self.pace.landed(time.monotonic() - began)
+        read = _Read(chunk, gave={0: giver.name})
+        self._verify(chunk, read, (), began=began, is_origin=False)
 
     def is_whole(self, chunk: int) -> bool:
         """Whether a chunk in the slot matches its digest."""
@@ -180,9 +227,11 @@ class Receiver:
         """Return the time that is left.
 
         Raises:
-            TransferTimeout: none is.
+            TransferTimeout: none is, or too little for all to have its turn.
             TransferCancelled: a newer push has begun.
         """
+        if self._spent is not None:
+            raise self._spent
         if self.stop.is_set():
             raise TransferCancelled("a newer push has begun", hint="its version comes instead")
         left = self.deadline - time.monotonic()
@@ -190,33 +239,49 @@ class Receiver:
             raise TransferTimeout(f"version {self.version} did not come in time", peer=self.agent.name)
         return left
 
-    def _patience(self) -> float:
-        return min(self.left(), STALL_SECONDS)
-
     def _begin(self, chunk: int) -> float:
-        self.throttle.take(int(self.cargo.chunks[chunk, 2]), self.left())
+        """Wait for a chunk's turn; return when it came. That there is none left is our own fault, and ends the pull."""
+        try:
+            self.throttle.take(int(self.cargo.chunks[chunk, 2]), self.left(), self.stop)
+        except TransferTimeout as exc:
+            self._spent = exc
+            raise
         return time.monotonic()
 
-    def _start(self, chunk: int, share: Share, gone: set[str]) -> tuple[Giver, Transfer]:
-        givers = [giver for giver in self.givers.get(share.part, ()) if giver.name not in gone]
-        if not givers:
-            raise PeerLost(f"nobody gives part {share.part} any more", hint="push again")
-        giver = givers[(self._turn + chunk) % len(givers)]
-        target = self.slot.regions[int(self.cargo.chunks[chunk, 0])]
-        nbytes = int(self.cargo.chunks[chunk, 2])
-        timeout = self.left() if len(givers) == 1 else min(self.left(), STALL_SECONDS + nbytes / _SLOWEST)
+    def _start(self, read: _Read, share: Share) -> tuple[Giver, Transfer]:
+        giver = self.sources.choose(share.part, read.chunk, read.tried, read.gone)
+        target = self.slot.regions[int(self.cargo.chunks[read.chunk, 0])]
+        timeout = self.left()
+        if not self.sources.is_alone(share.part, read.gone):
+            patience = self.pace.patience(int(self.cargo.chunks[read.chunk, 2]))
+            timeout = min(timeout, patience * 2 ** read.tried[giver.name])
         return giver, self.agent.read(share.far(giver), share.near(target), timeout=timeout)
 
-    def _verify(self, chunk: int, began: float, *, who: str, is_origin: bool) -> None:
+    def _corrupt(self, read: _Read) -> IntegrityError:
+        names = sorted(set(read.gave.values()))
+        return IntegrityError(
+            f"chunk {read.chunk} of version {self.version} from {', '.join(map(repr, names))} is not what was "
+            f"published; it holds {self.names(read.chunk)}",
+            hint="the old version stays; push again", peer=names[0] if len(names) == 1 else "",
+        )  # fmt: skip
+
+    def _verify(self, chunk: int, read: _Read, shares: Sequence[Share], *, began: float, is_origin: bool) -> None:
+        """Check a chunk that has landed; what of it can be had elsewhere is brought in again if it is corrupt."""
         landed = time.monotonic()
         if not self.is_whole(chunk):
-            raise IntegrityError(
-                f"chunk {chunk} of version {self.version} from {who!r} is not what was published; "
-                f"it holds {self.names(chunk)}",
-                hint="the old version stays; push again", peer=who,
-            )  # fmt: skip
+            self._bring_elsewhere(read, shares)
         nbytes = int(self.cargo.extents(chunk)[:, 1].sum()) if is_origin else int(self.cargo.chunks[chunk, 2])
         self.tally.add(landed - began, time.monotonic() - landed, nbytes, is_origin=is_origin)
+
+
+@dataclass(slots=True)
+class _Read:
+    """How the reading of one chunk from the sources stands: how often each was asked, who is gone, and who gave what."""
+
+    chunk: int
+    tried: Counter[str] = field(default_factory=Counter)
+    gone: set[str] = field(default_factory=set)
+    gave: dict[int, str] = field(default_factory=dict)
 
 
 def _end(transfer: Transfer) -> RaynixlError | None:

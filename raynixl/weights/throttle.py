@@ -22,8 +22,8 @@ class Throttle:
         self._lock = threading.Lock()  # protects _free
         self._free = 0.0  # when the next bytes may go
 
-    def take(self, nbytes: int, timeout: float) -> None:
-        """Wait for the turn of so many bytes.
+    def take(self, nbytes: int, timeout: float, stop: threading.Event) -> None:
+        """Wait for the turn of so many bytes, or until `stop` is set.
 
         Raises:
             TransferTimeout: it does not come in time.
@@ -38,4 +38,5 @@ class Throttle:
                     f"{nbytes} bytes have no room in {self.max_gbps:g} Gbit/s in time", hint="raise max_gbps"
                 )
             self._free = begins + nbytes * 8e-9 / self.max_gbps
-        time.sleep(max(0.0, begins - now))  # the wait itself is the point
+        if begins > now:
+            stop.wait(begins - now)
