@@ -15,6 +15,8 @@ from raynixl.errors import ConfigError
 
 MIB = 1 << 20
 _PREFIX = "RAYNIXL_"
+GPU_CONTROL = "/dev/nvidiactl"
+"""What the NVIDIA driver makes on hosts with GPUs, and containers that were given one have."""
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -54,8 +56,13 @@ def default_copy_threads() -> int:
 
 
 def default_backends() -> tuple[str, ...]:
-    """Return the backends of an agent whose configuration names none."""
-    return ("loopback", "shm", "ucx") if importlib.util.find_spec("ucxx") is not None else ("loopback", "shm")
+    """Return the backends of an agent whose configuration names none.
+
+    Whether there are GPUs is asked of the file system: that costs microseconds, and loads no driver.
+    """
+    nvlink = ("nvlink",) if os.path.exists(GPU_CONTROL) else ()
+    ucx = ("ucx",) if importlib.util.find_spec("ucxx") is not None else ()
+    return ("loopback", "shm", *nvlink, *ucx)
 
 
 class AgentConfig(BaseModel):
@@ -65,7 +72,7 @@ class AgentConfig(BaseModel):
 
     backends: tuple[str, ...] = Field(default_factory=default_backends, min_length=1)
     """Backends in order of preference; the first that can carry a transfer takes it. By default those that serve one
-    host, and `ucx` where ucxx is installed.
+    host, `nvlink` where there is a GPU, and `ucx` where ucxx is installed.
     """
     native: bool = True
     """Use the compiled core where it is installed; False forces its ctypes twin."""

@@ -240,6 +240,19 @@ def allocate(nbytes: int) -> Memory:
     return Memory(MemoryKind.DRAM, 0, address_of(mapping), nbytes, True, mapping, fd)
 
 
+def allocate_on(device: int, nbytes: int) -> Memory:
+    """Return fresh zeroed memory of a GPU, which lives for as long as something holds on to its `owner`.
+
+    Raises:
+        ConfigError: there is no such GPU.
+        RangeError: the size is not positive or more than the GPU can give.
+    """
+    if not hasattr(nbytes, "__index__") or not 0 < nbytes < 1 << 62:
+        raise RangeError(f"cannot allocate {nbytes!r:.40} bytes", hint="give a positive size that fits the GPU")
+    arena = cuda.arena(index(nbytes), device)
+    return Memory(MemoryKind.VRAM, device, arena.address, index(nbytes), True, arena)
+
+
 def check_sealed(fd: int, nbytes: int) -> None:
     """Refuse a memfd from a peer that could shrink under our mapping or is smaller than promised.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,23 +111,59 @@ class Region(_Selectable):
     def array(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None, *, offset: int = 0) -> Any:
         """Return a numpy view of the bytes (host memory only). Views keep the memory alive."""
         if self.kind is not MemoryKind.DRAM:
-            raise ConfigError(f"{self.label} is {self.kind.value}, not host memory", hint="use tensor() instead")
+            raise ConfigError(f"{self.label} is {self.kind.value}, not host memory", hint="use tensor() or cupy()")
         kind = np.dtype(dtype)
-        count = (self.nbytes - offset) // kind.itemsize if shape is None else int(np.prod(shape, dtype=np.int64))
-        if offset < 0 or count < 0 or offset + count * kind.itemsize > self.nbytes:
-            raise RangeError(f"a view of {count} x {kind} at {offset} is outside {self.label}", hint="make it smaller")
-        flat = _bytes_of(self.memory)[offset : offset + count * kind.itemsize].view(kind)
+        span = self._view(kind, shape, offset)
+        flat = _bytes_of(span).view(kind) if span.nbytes else np.empty(0, kind)
         return flat if shape is None else flat.reshape(shape)
 
     def tensor(self, dtype: Any, shape: Sequence[int], *, offset: int = 0) -> Any:
-        """Return a torch view of the bytes (host memory only). Views keep the memory alive."""
+        """Return a torch view of the bytes, on the GPU where they are there. Views keep the memory alive.
+
+        On a GPU the caller orders what he does with them: a transfer's `stream=` and `Transfer.wait(stream=)`.
+        """
         import torch
 
-        nbytes = int(np.prod(shape, dtype=np.int64)) * torch.empty((), dtype=dtype).element_size()
-        if nbytes == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
-        flat = self.array(np.uint8, (nbytes,), offset=offset)
-        return torch.frombuffer(flat, dtype=dtype).reshape(tuple(shape))
+        itemsize = torch.empty((), dtype=dtype).element_size()
+        span = self._view(np.dtype(f"V{itemsize}"), shape, offset)
+        if span.nbytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu" if self._is_host else f"cuda:{self.device}")
+        if self._is_host:
+            return torch.frombuffer(_bytes_of(span), dtype=dtype).reshape(tuple(shape))
+        return torch.as_tensor(_AddressView(span), device=f"cuda:{self.device}").view(dtype).reshape(tuple(shape))
+
+    def cupy(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None, *, offset: int = 0) -> Any:
+        """Return a cupy view of the bytes (memory of a GPU only). Views keep the memory alive."""
+        import cupy
+
+        if self._is_host:
+            raise ConfigError(f"{self.label} is host memory", hint="use array() or tensor()")
+        kind = np.dtype(dtype)
+        span = self._view(kind, shape, offset)
+        memory = cupy.cuda.UnownedMemory(span.address, span.nbytes, span, self.device)
+        flat = cupy.ndarray((span.nbytes // kind.itemsize,), kind, cupy.cuda.MemoryPointer(memory, 0))
+        return flat if shape is None else flat.reshape(tuple(shape))
+
+    @property
+    def _is_host(self) -> bool:
+        return self.kind is MemoryKind.DRAM
+
+    def _view(self, kind: np.dtype[Any], shape: Sequence[int] | None, offset: int) -> Memory:
+        """Return the part of the memory that a view shows, whole items of it.
+
+        Raises:
+            RangeError: it is outside the region, or its items lie askew on a GPU, which ends the process's use of it.
+        """
+        count = (self.nbytes - offset) // kind.itemsize if shape is None else int(np.prod(shape, dtype=np.int64))
+        nbytes = count * kind.itemsize
+        if offset < 0 or count < 0 or offset + nbytes > self.nbytes:
+            raise RangeError(f"a view of {count} x {kind} at {offset} is outside {self.label}", hint="make it smaller")
+        address = self.memory.address + offset
+        if not self._is_host and kind.itemsize & (kind.itemsize - 1) == 0 and address % kind.itemsize:
+            raise RangeError(
+                f"items of {kind.itemsize} bytes at {offset} lie askew in {self.label}", hint="choose another offset"
+            )
+        return replace(self.memory, address=address, nbytes=nbytes, owner=self.memory)
 
 
 def _bytes_of(memory: Memory) -> Any:
@@ -137,14 +173,18 @@ def _bytes_of(memory: Memory) -> Any:
 
 
 class _AddressView:
-    """Lends an address range to numpy by its array interface, and keeps the memory's owner alive."""
+    """Lends an address range to numpy or torch by its array interface, and keeps the memory's owner alive."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.__array_interface__ = {
+        face = {
             "version": 3, "typestr": "|u1", "shape": (memory.nbytes,),
             "data": (memory.address, not memory.writable),
         }  # fmt: skip
+        if memory.kind is MemoryKind.DRAM:
+            self.__array_interface__ = face
+        else:
+            self.__cuda_array_interface__ = face
 
 
 @dataclass(frozen=True, slots=True)

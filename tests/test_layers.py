@@ -22,7 +22,7 @@ HEAVY = {  # where each may be imported at all
     "ray": ("actors", "integrations", "bench", "cli"),
     "torch": ("region", "weights", "actors", "integrations", "bench", "cli"),
     "ucxx": ("backends/ucx",),
-    "cupy": ("backends/nvlink",),
+    "cupy": ("region", "backends/nvlink"),
     "obstore": ("backends/object",),
 }
 

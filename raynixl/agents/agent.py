@@ -9,7 +9,6 @@ import secrets
 import threading
 import time
 import weakref
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from raynixl.agents.children import refuse_in_children
@@ -25,6 +24,7 @@ from raynixl.agents.prepared import Prepared, Selections
 from raynixl.agents.publisher import Publisher
 from raynixl.agents.regions import Regions
 from raynixl.agents.reply import Reply
+from raynixl.agents.statistics import statistics_of
 from raynixl.agents.transfer import Transfer
 from raynixl.agents.watcher import Watcher
 from raynixl.backends import table
@@ -32,7 +32,7 @@ from raynixl.backends.base import Backend, Local, Op
 from raynixl.config import AgentConfig, check_timeout, check_wait, from_env
 from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
 from raynixl.host import host_identity
-from raynixl.memory import Memory, allocate, resolve
+from raynixl.memory import resolve
 from raynixl.messages import Message, MessageKind, check_payload, check_topic, notification_bytes
 from raynixl.native import Engine, load
 from raynixl.reactor import Reactor
@@ -129,22 +129,16 @@ class Agent:
         self.check_open()
         return self.regions.add(resolve(memory), name)
 
-    def empty(self, nbytes: int, *, kind: str = "dram", name: str = "") -> Region:
+    def empty(self, nbytes: int, *, kind: str = "dram", device: int = 0, name: str = "") -> Region:
         """Return a region of fresh zeroed memory that peers on this host map: the fastest kind.
 
+        With kind="vram" it is memory of the GPU of that number, by cuMemAlloc.
+
         Raises:
-            RangeError: the size is not positive or not to be had.
-            BackendUnavailable: no backend here makes memory of that kind.
+            ConfigError, RangeError, BackendUnavailable: no such kind of memory, nor that much, nor a backend for it.
         """
         self.check_open()
-        if kind != "dram":
-            raise ConfigError(f"memory of kind {kind!r} cannot be made here", hint="use kind='dram'")
-        memory: Memory = allocate(nbytes)
-        try:
-            return self.regions.add(memory, name)
-        except BaseException:
-            os.close(memory.fd)
-            raise
+        return self.regions.make(nbytes, kind, device, name)
 
     def deregister(self, region: Region) -> None:
         """Withdraw a region: refuse new transfers, wait for those in flight, then let go of the memory.
@@ -189,24 +183,43 @@ class Agent:
     # Transfers
 
     def read(
-        self, src: Selections, dst: Selections, *, notify: bytes | None = None, timeout: float | None = None
+        self,
+        src: Selections,
+        dst: Selections,
+        *,
+        notify: bytes | None = None,
+        timeout: float | None = None,
+        digest: tuple[int, int] | None = None,
+        stream: Any = None,
     ) -> Transfer:
-        """Copy a peer's memory into ours without its help; returns at once. See `write`."""
-        return Prepared(self, Op.READ, src, dst).post(notify=notify, timeout=timeout)
+        """Copy a peer's memory into ours without its help; returns at once. See `write`.
+
+        With `digest=(position, seed)` the bytes are digested in the same pass where the path can do that (memory that
+        is mapped): the transfer's `digest` then is that of raynixl.weights.digest, with the first byte of the
+        destination's region at `position`. It is None elsewhere.
+        """
+        return Prepared(self, Op.READ, src, dst).post(notify=notify, timeout=timeout, digest=digest, stream=stream)
 
     def write(
-        self, src: Selections, dst: Selections, *, notify: bytes | None = None, timeout: float | None = None
+        self,
+        src: Selections,
+        dst: Selections,
+        *,
+        notify: bytes | None = None,
+        timeout: float | None = None,
+        stream: Any = None,
     ) -> Transfer:
         """Copy our memory into a peer's without its help; returns at once.
 
         The source must not change, nor the destination be read, until the transfer is done. Transfers to one
         peer may finish in any order; `notify` is delivered after this one's data is visible there.
+        With `stream`, of CUDA, it follows what is on that stream now, and this thread does not wait for it.
 
         Raises:
             RangeError, RegionUnknown, RegionStale, RegionReadOnly, ConfigError, AgentClosed: the request is
             wrong on this side. What the peer does is carried by the handle.
         """
-        return Prepared(self, Op.WRITE, src, dst).post(notify=notify, timeout=timeout)
+        return Prepared(self, Op.WRITE, src, dst).post(notify=notify, timeout=timeout, stream=stream)
 
     def prepare(self, op: str, src: Selections, dst: Selections) -> Prepared:
         """Check and resolve a 'read' or 'write' once, to post it many times; connects at the first post."""
@@ -294,20 +307,7 @@ class Agent:
         """Return what this agent has counted so far."""
         with self._lock:
             routes = tuple(counter.snapshot() for counter in self._counters.values())
-        open_ones = [one for one in self.connector.all() if one.lost is None]
-        return AgentStatistics(
-            name=self.name,
-            uptime=time.time() - self._started,
-            regions=len(self.regions),
-            peers=len(open_ones),
-            transfers=sum(route.transfers for route in routes),
-            nbytes=sum(route.nbytes for route in routes),
-            failures=sum(route.failures for route in routes),
-            notifications_sent=self.control.sent,
-            notifications_received=self.control.received,
-            routes=routes,
-            dropped=MappingProxyType(dict(self.control.dropped)),
-        )
+        return statistics_of(self, routes, time.time() - self._started)
 
     def close(self) -> None:
         """Withdraw the record, end what is in flight with typed errors, let go of everything. Idempotent.

@@ -61,7 +61,7 @@ class Binder:
         return None
 
     def bind(self, connection: Connection, prepared: Prepared, deadline: float) -> list[Binding]:
-        """Bind what is not bound yet, and return all bindings. Blocks; the connection's `binding` is held.
+        """Bind what is not bound yet, compile for it, and return all bindings. Blocks; `connection.binding` is held.
 
         Raises:
             RaynixlError: whatever stands in the way.
@@ -70,7 +70,7 @@ class Binder:
         try:
             for remote in task.remotes:
                 self._check(task, remote)
-            return self._choose(task)
+            return self._choose(task, prepared)
         finally:
             for consent in task.consents.values():
                 _close_all(consent.fds)
@@ -84,7 +84,7 @@ class Binder:
         else:
             check_descriptor(remote, first.remote.record)
 
-    def _choose(self, task: _Task) -> list[Binding]:
+    def _choose(self, task: _Task, prepared: Prepared) -> list[Binding]:
         """Bind with the first backend that can carry these kinds of memory."""
         reasons = []
         for backend in self._agent.backends:
@@ -92,7 +92,9 @@ class Binder:
             if not reason:
                 try:
                     link = self._link(task, backend)
-                    return [self._bind(task, backend, link, remote) for remote in task.remotes]
+                    bindings = [self._bind(task, backend, link, remote) for remote in task.remotes]
+                    prepared.bind(bindings)
+                    return bindings
                 except BackendUnavailable as exc:
                     reason = str(exc)
                     task.connection.refused(task.remotes, backend.name)

@@ -74,6 +74,17 @@ class Connector:
             old.lose(_restarted(link.peer))
         return connection
 
+    def messenger(self, link: Link) -> Link:
+        """Return the link that carries messages beside one that carries none.
+
+        Raises:
+            PeerLost: the connection is lost.
+        """
+        connection = self.by_link(link)
+        if connection is None:
+            raise PeerLost(f"peer {link.peer!r} is lost", peer=link.peer)
+        return connection.link
+
     def connect(self, name: str, deadline: float) -> Connection:
         """Return an open connection with a peer's present incarnation, made now if need be. Blocks.
 
@@ -132,11 +143,9 @@ class Connector:
         if not connection.binding.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise TransferTimeout(f"the regions of {prepared.peer!r} were not bound in time", peer=prepared.peer)
         try:
-            bindings = self._binder.bind(connection, prepared, deadline)
+            return self._binder.bind(connection, prepared, deadline)
         finally:
             connection.binding.release()
-        prepared.bind(bindings)
-        return bindings
 
     def bind_now(self, prepared: Prepared) -> Route | None:
         """Bind an operation if its peer is connected and its regions are bound already; never waits."""
@@ -148,7 +157,7 @@ class Connector:
             return None
         try:
             return prepared.bind(bindings)
-        except PeerLost:  # meanwhile
+        except (PeerLost, BackendUnavailable):  # meanwhile; or the backend finds only now that it cannot
             return None
 
     def close(self, timeout: float) -> None:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from raynixl import cuda
+from raynixl.agents.ordering import follow
 from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
-from raynixl.backends.base import Binding, Link, Op, Request
+from raynixl.backends.base import Binding, Link, Op, Request, StreamProgram
 from raynixl.blocks import Blocks, Segments, Table, match
 from raynixl.config import check_timeout
 from raynixl.errors import (
@@ -29,7 +31,7 @@ from raynixl.errors import (
 )
 from raynixl.memory import MemoryKind
 from raynixl.messages import check_payload
-from raynixl.native import CANCELLED, CLOSED, DONE, LOST, RESET, STALE, TIMEOUT, Job, Program
+from raynixl.native import CANCELLED, CLOSED, DONE, LOST, RESET, STALE, TIMEOUT, Digesting, Job, Program
 from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import RouteCounter
 
@@ -48,6 +50,9 @@ class Route:
 
     programs: list[Program]
     link: Link
+    """The link that carries messages: it stands for as long as the connection does."""
+    takes_streams: bool
+    """Whether the programs wait for events by themselves."""
 
 
 class Prepared:
@@ -111,25 +116,38 @@ class Prepared:
         over = f" over {self.backend}" if self.backend else ""
         return f"{self.op.value} of {self.nbytes} bytes in {self.count} blocks {way} {self.peer!r}{over}"
 
-    def post(self, *, notify: bytes | None = None, timeout: float | None = None) -> Transfer:
+    def post(
+        self,
+        *,
+        notify: bytes | None = None,
+        timeout: float | None = None,
+        digest: tuple[int, int] | None = None,
+        stream: Any = None,
+    ) -> Transfer:
         """Start the operation; returns at once.
 
         `notify` is delivered to the peer after the data is visible there. `timeout` is the transfer's deadline.
+        `digest` is as of `Agent.read`. With `stream`, one of CUDA as torch or cupy have it or its handle, the operation
+        follows what is on that stream now; this thread does not wait for it.
 
         Raises:
             AgentClosed, RegionStale: this side's agent or region is gone. Whatever concerns the peer is
             carried by the handle.
+            ConfigError: no stream, or none of a GPU of this process.
         """
         fast = self._fast
-        if fast is not None and notify is None and timeout is None:
+        if fast is not None and notify is None and timeout is None and digest is None and stream is None:
             code = fast.run(self._seconds)
             if code == DONE:
                 counter = self._counter
                 counter.transfers += 1
                 counter.nbytes += self.nbytes
                 return self._done or self._ended_well()
-            return self._take(code, self._route, self._new_transfer(None, None))
-        return self._post(notify, timeout)
+            return self._take(code, self._route, self._new_transfer(None, None, None))
+        transfer = self._new_transfer(notify, timeout, digest)
+        if stream is not None:
+            transfer.after = cuda.record(stream, self.gpu)
+        return self._post(transfer)
 
     def _ended_well(self) -> Transfer:
         """Make the handle of a post that ended at once. From the second on one serves all: it is a value."""
@@ -139,25 +157,42 @@ class Prepared:
         self._has_posted = True
         return transfer
 
-    def _post(self, notify: bytes | None, timeout: float | None) -> Transfer:
-        transfer = self._new_transfer(notify, timeout)
+    def _post(self, transfer: Transfer) -> Transfer:
         route = self._route
         if route is None or route.link.lost is not None:
             route = self.agent.connector.bind_now(self)
         if route is None:
             return self._take(LOST, None, transfer)
+        if transfer.after is not None and not route.takes_streams:
+            follow(transfer, lambda: self._run_all(route, transfer))
+            return transfer
         if len(route.programs) > 1:
             self._run_all(route, transfer)
             return transfer
-        return self._take(route.programs[0].run(transfer.deadline - time.monotonic()), route, transfer)
+        return self._take(self._run(route.programs[0], transfer), route, transfer)
 
-    def _new_transfer(self, notify: bytes | None, timeout: float | None) -> Transfer:
+    def _run(self, program: Program, transfer: Transfer) -> int | Job:
+        seconds = max(0.001, transfer.deadline - time.monotonic())
+        if transfer.after is not None and isinstance(program, StreamProgram):
+            transfer.wish = None
+            return program.run_after(seconds, transfer.after)
+        if transfer.wish is None:
+            return program.run(seconds)
+        if not isinstance(program, Digesting):
+            transfer.wish = None
+            return program.run(seconds)
+        position, seed = transfer.wish
+        return program.run_digesting(seconds, (position - self.local[0].memory.address) % (1 << 64), seed)
+
+    def _new_transfer(self, notify: bytes | None, timeout: float | None, digest: tuple[int, int] | None) -> Transfer:
         """Make the handle of a post that is not over at once, if it may be posted at all."""
         self.agent.check_open()
         if notify is not None:
             check_payload(notify, self.agent.config.max_message_nbytes, what="notification")
         seconds = check_timeout(timeout, self.agent.transfer_timeout)
-        return Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify)
+        if digest is not None and (self.op is not Op.READ or len(self.local) != 1):
+            raise ConfigError("only what is read into one region is digested", hint="leave digest= away")
+        return Transfer(self, Stage.CONNECTING, time.monotonic() + seconds, notify, digest)
 
     def _take(self, result: int | Job, route: Route | None, transfer: Transfer) -> Transfer:
         """Tell the handle what `run` returned."""
@@ -183,12 +218,13 @@ class Prepared:
         route = self._route
         if route is None:  # lost again meanwhile, and another thread has noticed
             transfer.failed(self.agent.lost(self.peer) or self.translate(LOST, None))
+        elif transfer.after is not None and not route.takes_streams:
+            follow(transfer, lambda: self._run_all(route, transfer))
         elif transfer.starts():
             self._run_all(route, transfer)
 
     def _run_all(self, route: Route, transfer: Transfer) -> None:
-        seconds = max(0.001, transfer.deadline - time.monotonic())
-        results = [program.run(seconds) for program in route.programs]
+        results = [self._run(program, transfer) for program in route.programs]
         jobs = [result for result in results if not isinstance(result, int)]
         for code in results:
             if isinstance(code, int) and code != DONE:
@@ -204,8 +240,10 @@ class Prepared:
     def bind(self, bindings: Sequence[Binding]) -> Route:
         """Take the bindings of the peer's regions and compile for them."""
         link = bindings[0].link
-        programs = self.agent.backend(link.backend).prepare(Request(self.op, self.segments, self.local, bindings))
-        route = Route(programs, link)
+        backend = self.agent.backend(link.backend)
+        programs = backend.prepare(Request(self.op, self.segments, self.local, bindings))
+        messenger = link if backend.capabilities.messages else self.agent.connector.messenger(link)
+        route = Route(programs, messenger, all(isinstance(program, StreamProgram) for program in programs))
         self.backend = link.backend
         self._counter = self.agent.counter(link.backend, self.peer)
         self._route = route
@@ -222,6 +260,11 @@ class Prepared:
     def remote(self) -> Sequence[RemoteRegion]:
         """The peer's regions that take part."""
         return self._remote
+
+    @property
+    def gpu(self) -> int:
+        """The GPU whose streams are meant where a stream does not say whose it is: that of our own memory."""
+        return next((region.device for region in self.local if region.kind is MemoryKind.VRAM), 0)
 
     def kinds(self) -> Kinds:
         """Return the (local, remote) kinds of memory that take part."""

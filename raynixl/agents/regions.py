@@ -24,7 +24,7 @@ from raynixl.errors import (
     RegionUnknown,
 )
 from raynixl.host import is_ending
-from raynixl.memory import Memory, MemoryKind, is_writable
+from raynixl.memory import Memory, MemoryKind, allocate, allocate_on, is_writable
 from raynixl.native import CLOSED, STALE
 from raynixl.record import RegionRecord, check_name
 from raynixl.region import Region
@@ -74,6 +74,16 @@ class Regions:
         except BaseException:
             for backend in self._agent.backends:
                 backend.deregister(number)
+            raise
+
+    def make(self, nbytes: int, kind: str, device: int, name: str) -> Region:
+        """Register fresh zeroed memory of a kind; what it is made of goes with the region."""
+        memory = _allocate(nbytes, kind, device)
+        try:
+            return self.add(memory, name)
+        except BaseException:
+            if memory.fd >= 0:
+                os.close(memory.fd)
             raise
 
     def remove(self, region: Region) -> None:
@@ -249,6 +259,14 @@ def _pids(connections: Sequence[Connection]) -> set[int]:
     """Return the processes at the other ends, as far as links know them, ours left out."""
     links = [link for connection in connections for link in connection.links]
     return {getattr(link, "pid", 0) for link in links} - {0, os.getpid()}
+
+
+def _allocate(nbytes: int, kind: str, device: int) -> Memory:
+    if kind == MemoryKind.DRAM.value:
+        return allocate(nbytes)
+    if kind == MemoryKind.VRAM.value:
+        return allocate_on(device, nbytes)
+    raise ConfigError(f"memory of kind {kind!r} cannot be made", hint="use kind='dram' or kind='vram'")
 
 
 def _close_fd(region: Region) -> None:

@@ -6,17 +6,20 @@ import enum
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from raynixl import cuda
+from raynixl.agents.ordering import order
 from raynixl.agents.waiters import Waiters
 from raynixl.config import check_wait
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
 from raynixl.messages import notification_bytes
-from raynixl.native import CANCELLED, DONE, Job
+from raynixl.native import CANCELLED, DONE, DigestingJob, Job
 
 if TYPE_CHECKING:
     from raynixl.agents.prepared import Prepared
     from raynixl.backends.base import Link
+    from raynixl.cuda import Event
 
 
 class Stage(enum.Enum):
@@ -30,6 +33,7 @@ class Stage(enum.Enum):
 
 
 SETTLE_SECONDS = 5.0
+_WORDS = 1 << 64
 _DONE = Stage.DONE  # looked up a million times a second
 
 
@@ -57,15 +61,37 @@ class Transfer:
     """
 
     __slots__ = (
-        "_deadline", "_ended", "_error", "_is_starting", "_jobs", "_link", "_notify", "_posted", "_prepared", "_stage",
+        "_deadline",
+        "_ended",
+        "_error",
+        "_is_starting",
+        "_jobs",
+        "_link",
+        "_notify",
+        "_posted",
+        "_prepared",
+        "_stage",
         "_waiters",
+        "after",
+        "wish",
     )  # fmt: skip
 
-    def __init__(self, prepared: Prepared, stage: Stage, deadline: float = 0.0, notify: bytes | None = None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        stage: Stage,
+        deadline: float = 0.0,
+        notify: bytes | None = None,
+        wish: tuple[int, int] | None = None,
+    ) -> None:
+        self.after: Event | None = None
+        """What must have happened on a stream before it begins."""
         self._prepared = prepared
         self._stage = stage
         self._deadline = deadline
         self._notify = notify
+        self.wish = wish
+        """The (position, seed) to digest with; None where nobody asked, or the path cannot."""
         self._posted = time.monotonic() if stage is not Stage.DONE else 0.0
         self._ended = 0.0
         self._error: RaynixlError | None = None
@@ -98,23 +124,41 @@ class Transfer:
         return self._prepared.peer
 
     @property
+    def digest(self) -> tuple[int, int] | None:
+        """The digest of the bytes that it brought, if one was asked for and the path makes them; see `Agent.read`."""
+        if self.wish is None or not self.done or self._error is not None:
+            return None
+        found = [job.digest if isinstance(job, DigestingJob) else None for job in self._jobs]
+        sums = [one for one in found if one is not None]
+        if not sums or len(sums) < len(found):
+            return None
+        return sum(one[0] for one in sums) % _WORDS, sum(one[1] for one in sums) % _WORDS
+
+    @property
     def stats(self) -> TransferStatistics:
         """What it did so far."""
         seconds = (self._ended or time.monotonic()) - self._posted if self._posted else None
         plan = self._prepared
         return TransferStatistics(plan.peer, plan.backend, plan.nbytes, plan.count, seconds, self._stage)
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None, *, stream: Any = None) -> None:
         """Wait for the end; the waiting thread helps to copy. `timeout` bounds this wait, not the transfer.
+
+        With `stream`, what is put on that stream of CUDA from now on waits instead, and this returns as soon as the
+        transfer has begun. Whether it ends well is then asked later: a stream goes on also after one that failed.
 
         Raises:
             TransferTimeout: the deadline passed; or `timeout` did, and the transfer goes on.
             RaynixlError: whatever else ended the transfer.
+            ConfigError: no stream, or none of a GPU of this process.
         """
+        handle = None if stream is None else cuda.stream_handle(stream)
         if self._stage is _DONE:
             return
         limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + check_wait(timeout))
         while not self._advance():
+            if handle is not None and self._stage is Stage.COPYING and order(self._jobs, handle):
+                return
             remaining = limit - time.monotonic()
             if remaining <= 0 and limit < self._deadline:
                 raise TransferTimeout(
@@ -245,6 +289,7 @@ class Transfer:
         """Record the end and wake those who wait; `settled` is held."""
         self._ended = time.monotonic()
         self._error = error
+        self.after = None
         self._stage = Stage.DONE if error is None else Stage.FAILED
         self._prepared.count_end(error)
         if error is not None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from raynixl.blocks import Segments
 from raynixl.config import AgentConfig
 from raynixl.errors import RaynixlError
 from raynixl.memory import Memory, MemoryKind
-from raynixl.native import Engine, Gate, Native, Program
+from raynixl.native import Engine, Gate, Job, Native, Program
 from raynixl.reactor import Reactor
 from raynixl.record import AgentRecord
 from raynixl.region import Region, RemoteRegion
+
+if TYPE_CHECKING:
+    from raynixl.cuda import Event
 
 
 class Op(enum.Enum):
@@ -170,6 +173,25 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Close every link and let go of everything; idempotent."""
+
+
+@runtime_checkable
+class StreamProgram(Protocol):
+    """A program that a GPU runs: besides what every program does, it may follow what is on a stream."""
+
+    def run(self, timeout: float, out_of_line: bool = False) -> int | Job:
+        """See `Program.run`."""
+
+    def run_after(self, timeout: float, event: Event) -> int | Job:
+        """Run once an event has come, without this thread waiting for it. The deadline counts from now."""
+
+
+@runtime_checkable
+class StreamJob(Protocol):
+    """A job that a GPU runs: streams may wait for it."""
+
+    def order(self, stream: int) -> None:
+        """Have what is put on a stream from now on wait for the job's end, without this thread waiting."""
 
 
 @runtime_checkable

@@ -205,10 +205,13 @@ def _knock(sock: socket.socket, record: AgentRecord, deadline: float) -> None:
         raise TransferTimeout(f"connecting to {record.name!r} took too long", peer=record.name)
 
 
-def addresses(request: Request) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-    """Return the (N, 3) table of (source address, destination address, length) that the native core takes."""
+def addresses(request: Request, at: Sequence[int] = ()) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+    """Return the (N, 3) table of (source address, destination address, length) that the native core takes.
+
+    `at` says where our regions lie, if not at their own addresses.
+    """
     segments: Segments = request.segments
-    ours = np.array([region.memory.address for region in request.local], np.uint64)
+    ours = np.array(at or [region.memory.address for region in request.local], np.uint64)
     theirs = np.array([binding.address for binding in request.remote], np.uint64)
     source, target = (theirs, ours) if request.op is Op.READ else (ours, theirs)
     table = np.empty((len(segments), 3), np.uint64)

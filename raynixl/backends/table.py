@@ -16,6 +16,7 @@ ENTRY_POINTS = "raynixl.backends"
 _OURS = {
     "loopback": "raynixl.backends.loopback:LoopbackBackend",
     "shm": "raynixl.backends.shm:ShmBackend",
+    "nvlink": "raynixl.backends.nvlink:NvlinkBackend",
     "ucx": "raynixl.backends.ucx:UcxBackend",
 }
 

@@ -40,7 +40,7 @@ def _courier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_courier")
 def test_an_installed_backend_is_named_and_carries_bytes(nothing_left: Callable[[], list[str]]) -> None:
-    assert table.names() == ["loopback", "shm", "ucx", "courier"]
+    assert table.names() == ["loopback", "shm", "nvlink", "ucx", "courier"]
     with make_agent("a", backends=("courier",)) as a, make_agent("b", backends=("courier",)) as b:
         introduce(a, b)
         theirs = b.register(np.arange(100, dtype=np.uint8), name="numbers")

@@ -1,0 +1,246 @@
+"""The nvlink backend: memory of GPUs on one host, by CUDA IPC and one kernel for a whole list of blocks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raynixl import cuda
+from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
+from raynixl.backends.nvlink_export import export
+from raynixl.backends.nvlink_host import PeerArena, Pins
+from raynixl.backends.nvlink_import import IMPORTS
+from raynixl.backends.nvlink_mover import mover
+from raynixl.backends.nvlink_staging import Staging
+from raynixl.backends.shm import addresses
+from raynixl.backends.silent_link import SilentLink
+from raynixl.blocks import refuse_overlap
+from raynixl.errors import BackendUnavailable, PeerLost
+from raynixl.memory import Memory, MemoryKind
+from raynixl.native import Gate, Program
+from raynixl.record import AgentRecord
+from raynixl.region import Region, RemoteRegion
+
+logger = logging.getLogger(__name__)
+
+_HERE: weakref.WeakValueDictionary[str, NvlinkBackend] = weakref.WeakValueDictionary()
+"""Who is in this process, by incarnation: CUDA opens no handle in the process that made it."""
+_DRAM, _VRAM = MemoryKind.DRAM, MemoryKind.VRAM
+_KINDS = frozenset({(_VRAM, _VRAM), (_DRAM, _VRAM), (_VRAM, _DRAM)})
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where a peer's region lies for us, and what is let go of when it goes."""
+
+    gate: Gate
+    device: int
+    """The GPU whose context reaches it; -1 for host memory, which all of them do."""
+    is_pinned: bool
+    """Whether a GPU reaches it itself."""
+    held: Any = field(repr=False)
+    places: set[_Place] = field(repr=False)
+
+    def close(self) -> None:
+        """Unmap it; no transfer is in flight there any more."""
+        self.places.discard(self)
+        held, self.held = self.held, None
+        if held is not None:
+            held.close()
+
+
+class NvlinkBackend:
+    """Moves bytes between memory of GPUs, and between that and host memory. The peer's process takes no part.
+
+    Messages go over the agent's other links. CUDA is first touched when memory of a GPU is registered or bound: an
+    agent that never meets any costs nothing, and its process may still fork.
+    """
+
+    name = "nvlink"
+    capabilities = Capabilities(kinds=_KINDS, messages=False)
+
+    def __init__(self, local: Local) -> None:
+        self._local = local
+        self._memories: dict[int, Memory] = {}
+        self._links: weakref.WeakSet[SilentLink] = weakref.WeakSet()
+        self._places: set[_Place] = set()
+        self._pins = Pins()
+        self._staging = Staging(local)
+        self._lock = threading.Lock()  # protects _links, _is_closed
+        self._is_closed = False
+        _HERE[local.incarnation] = self
+
+    def local_metadata(self) -> dict[str, str | int]:
+        """Nothing: which GPUs there are is asked when a region is bound, since asking initialises CUDA."""
+        return {}
+
+    def reaches(self, record: AgentRecord) -> str:
+        """Only agents of this host, where both have a driver."""
+        if self.name not in record.backends:
+            return f"{record.name!r} does not offer it"
+        if not cuda.has_driver():
+            return "the NVIDIA driver (libcuda.so.1) is not here"
+        return "" if record.host == self._local.host else f"{record.name!r} is on another host"
+
+    def register(self, region_id: int, memory: Memory) -> dict[str, str | int]:
+        """Export memory of a GPU; of host memory an arena travels as a descriptor, other memory as its address."""
+        if not cuda.has_driver():
+            raise BackendUnavailable(
+                "nvlink needs the NVIDIA driver (libcuda.so.1), which is not here", hint="see `raynixl doctor`"
+            )
+        if memory.kind is _VRAM:
+            key = export(memory)
+        elif memory.kind is _DRAM:
+            key = {"arena": 1} if memory.fd >= 0 else {"address": memory.address}
+        else:
+            raise BackendUnavailable(f"nvlink carries memory of GPUs and hosts, not {memory.kind.value}")
+        self._memories[region_id] = memory
+        return key
+
+    def deregister(self, region_id: int) -> None:
+        """Unpin it; the agent has closed and drained it."""
+        self._memories.pop(region_id, None)
+        self._pins.release(region_id)
+
+    def connect(self, record: AgentRecord, deadline: float) -> Link:
+        """Note whose regions are bound: there is nobody to talk to."""
+        link = SilentLink(self._local, record, backend=self.name)
+        with self._lock:
+            self._links.add(link)
+            is_closed = self._is_closed
+        if is_closed:
+            raise PeerLost(f"agent {self._local.name!r} is closing", peer=record.name)
+        return link
+
+    def bind(self, link: Link, remote: RemoteRegion, fds: Sequence[int]) -> Binding:
+        """Open the handle of the peer's memory, map and pin its arena, or take the address in this process."""
+        assert isinstance(link, SilentLink)
+        key = remote.record.keys.get(self.name, {})
+        gate = self._local.native.Gate()
+        if remote.kind is _VRAM:
+            address, device, path, held = self._reach(link, remote, key)
+            is_pinned = True
+        elif remote.kind is _DRAM:
+            device = -1
+            address, is_pinned, path, held = self._reach_host(link, remote, fds)
+        else:
+            raise BackendUnavailable(f"nvlink does not reach {remote.kind.value}", peer=link.peer)
+        place = _Place(gate, device, is_pinned, held, self._places)
+        self._places.add(place)
+        return Binding(remote, link, gate, path, address, place)
+
+    def prepare(self, request: Request) -> list[Program]:
+        """Turn a request into one program for what a GPU reaches itself, and one for what is staged."""
+        at = [self._pins.address_of(one) if one.kind is _DRAM else one.memory.address for one in request.local]
+        near = np.array([address is not None for address in at])
+        far = np.array([_place(binding).is_pinned for binding in request.remote])
+        ours, theirs = request.segments.source_region, request.segments.target_region
+        if request.op is Op.READ:
+            ours, theirs = theirs, ours
+        direct = near[ours] & far[theirs]
+        where = [
+            one.memory.address if address is None else address for address, one in zip(at, request.local, strict=True)
+        ]
+        table = addresses(request, where)
+        if request.remote[0].remote.incarnation in _HERE:
+            refuse_overlap(table)
+        device = self._device(request)
+        programs: list[Program] = []
+        if direct.any():
+            programs.append(mover(device).program(table[direct], request.gates))
+        if not direct.all():
+            programs.append(self._staging.program(device, request, table[~direct]))
+        return programs
+
+    def describe(self, local: Region, binding: Binding) -> str:
+        """Say which GPU works, and what is staged."""
+        lines = []
+        place = _place(binding)
+        if local.kind is _VRAM and place.device >= 0 and place.device != local.device:
+            lines.append(f"GPU {local.device} reaches the memory of GPU {place.device}")
+        if local.kind is _DRAM and self._pins.address_of(local) is None:
+            lines.append(f"{local.label} is not pinned: staged; use agent.empty() or pinned memory")
+        if not place.is_pinned:
+            lines.append(f"{binding.remote.label} is no arena: staged; its owner should use agent.empty()")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Close every link and let go of what is pinned, once no transfer is in flight there."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            links = list(self._links)
+        _HERE.pop(self._local.incarnation, None)
+        for link in links:
+            link.close(PeerLost(f"agent {self._local.name!r} was closed", peer=link.peer))
+        deadline = time.monotonic() + self._local.config.deregister_timeout
+        self._staging.close(self._local.config.deregister_timeout)
+        stuck = [place for place in list(self._places) if not place.gate.drain(max(0.001, deadline - time.monotonic()))]
+        if stuck:  # what a GPU may still read or write must stay where it is
+            logger.error(
+                "a GPU does not end %d transfers of agent %r: their memory stays", len(stuck), self._local.name
+            )
+            return
+        self._pins.close()
+        self._memories.clear()
+
+    def _reach(self, link: SilentLink, remote: RemoteRegion, key: dict[str, str | int]) -> tuple[int, int, str, Any]:
+        """Return address, GPU, path and what holds them, of a peer's memory on a GPU."""
+        other = _HERE.get(remote.incarnation)
+        if other is not None:
+            memory = other._memories.get(remote.id)
+            if memory is None:
+                raise BackendUnavailable(f"{remote.label} is not in this process", peer=link.peer)
+            return memory.address, memory.device, "memory", None
+        if link.process == os.getpid():
+            raise PeerLost(f"peer {link.peer!r} is no longer in this process", peer=link.peer)
+        opened = IMPORTS.open(link.incarnation, key, self._home())
+        return opened.address, opened.device, "ipc", opened
+
+    def _reach_host(self, link: SilentLink, remote: RemoteRegion, fds: Sequence[int]) -> tuple[int, bool, str, Any]:
+        """Return address, whether it is pinned, path and what holds it, of a peer's memory in the host."""
+        key = remote.record.keys.get(self.name, {})
+        if "arena" in key:
+            if not fds:
+                raise BackendUnavailable(
+                    f"the descriptor of {remote.label} did not arrive", hint="this process has no more: ulimit -n",
+                    peer=link.peer,
+                )  # fmt: skip
+            arena = PeerArena(fds[0], remote)
+            return arena.address, True, "pinned", arena
+        address = key.get("address")
+        if not isinstance(address, int) or address + remote.nbytes > 1 << 64:
+            raise BackendUnavailable(f"{remote.label} has no usable nvlink key", peer=link.peer)
+        if link.process != os.getpid():
+            raise BackendUnavailable(
+                f"{remote.label} is plain memory of another process, which no GPU here reaches",
+                hint="its owner should use agent.empty()", peer=link.peer,
+            )  # fmt: skip
+        return address, False, "memory", None
+
+    def _home(self) -> int:
+        """Return the GPU that this agent works with: that of its first region there, else the first."""
+        return next((one.device for one in list(self._memories.values()) if one.kind is _VRAM), 0)
+
+    def _device(self, request: Request) -> int:
+        """Return the GPU that carries a request out: ours, with access to the memory of the peer's."""
+        near = {region.device for region in request.local if region.kind is _VRAM}
+        far = {_place(binding).device for binding in request.remote} - {-1}
+        device = min(near or far)
+        for other in sorted((near | far) - {device}):
+            cuda.enable_peer(device, other)
+        return device
+
+
+def _place(binding: Binding) -> _Place:
+    assert isinstance(binding.state, _Place)
+    return binding.state
