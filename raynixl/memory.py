@@ -249,6 +249,8 @@ def allocate_on(device: int, nbytes: int) -> Memory:
     """
     if not hasattr(nbytes, "__index__") or not 0 < nbytes < 1 << 62:
         raise RangeError(f"cannot allocate {nbytes!r:.40} bytes", hint="give a positive size that fits the GPU")
+    if not cuda.has_driver():
+        raise ConfigError("memory of a GPU needs the NVIDIA driver, which is not here", hint="see `raynixl doctor`")
     arena = cuda.arena(index(nbytes), device)
     return Memory(MemoryKind.VRAM, device, arena.address, index(nbytes), True, arena)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,7 @@ def cut(table: Rows, piece_nbytes: int = PIECE_NBYTES) -> list[_Cut]:
     nbytes = np.diff(np.append(cuts, ends[-1]))
     columns = cuts % np.uint64(piece_nbytes), table[row, 0] + inside, table[row, 1] + inside, nbytes
     edges = [*np.searchsorted(cuts, bounds).tolist(), len(cuts)]
-    return [_Cut(*(column[start:end] for column in columns)) for start, end in zip(edges, edges[1:], strict=False)]
+    return [_Cut(*(column[start:end] for column in columns)) for start, end in pairwise(edges)]
 
 
 class Staging:
