@@ -23,7 +23,7 @@ class Throttle:
         self._free = 0.0  # when the next bytes may go
 
     def take(self, nbytes: int, timeout: float, stop: threading.Event) -> None:
-        """Wait for the turn of so many bytes, or until `stop` is set.
+        """Wait for the turn of so many bytes, or until `stop` is set: then they do not go.
 
         Raises:
             TransferTimeout: it does not come in time.
@@ -37,6 +37,8 @@ class Throttle:
                 raise TransferTimeout(
                     f"{nbytes} bytes have no room in {self.max_gbps:g} Gbit/s in time", hint="raise max_gbps"
                 )
-            self._free = begins + nbytes * 8e-9 / self.max_gbps
-        if begins > now:
-            stop.wait(begins - now)
+            seconds = nbytes * 8e-9 / self.max_gbps
+            self._free = begins + seconds
+        if begins > now and stop.wait(begins - now):
+            with self._lock:
+                self._free -= seconds

@@ -1,0 +1,56 @@
+"""The throttle: a pull whose bytes have no room in its rate fails by itself, and one that is given up stops waiting."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from raynixl.errors import TransferTimeout
+from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.throttle import Throttle
+
+CHUNK = 1 << 16
+SLOW_GBPS = 0.004  # eight chunks a second
+
+
+def weights(value):
+    return {"w": torch.full((16 * CHUNK // 4,), float(value))}
+
+
+@pytest.mark.parametrize("topology", ["direct", "relay"])
+def test_a_target_whose_rate_is_too_low_is_excluded_for_that_and_accuses_nobody(fleet, topology):
+    source, targets = weights(1), {name: weights(0) for name in ("slow", "r0", "r1")}
+    publish(fleet("trainer"), "w", source, chunk_nbytes=CHUNK)
+    for name, target in targets.items():
+        subscribe(fleet(name), "w", target, max_gbps=SLOW_GBPS if name == "slow" else None)
+    sync = WeightSync(fleet.agents[0], "w", ["trainer"], list(targets), topology=topology, timeout=1.5)
+    report = sync.push(1)
+    assert list(report.excluded) == ["slow"]
+    assert isinstance(report.excluded["slow"], TransferTimeout)
+    assert "Gbit/s" in str(report.excluded["slow"])
+    assert all(targets[name]["w"].eq(1).all() for name in ("r0", "r1"))
+
+
+def test_a_newer_push_ends_the_wait_for_a_turn(fleet):
+    source, target = weights(1), weights(0)
+    publish(fleet("trainer"), "w", source, chunk_nbytes=16 * CHUNK // 2)  # each takes a second
+    subscription = subscribe(fleet("r0"), "w", target, max_gbps=SLOW_GBPS)
+    first, second = (WeightSync(fleet.agents[0], "w", ["trainer"], ["r0"], timeout=20.0) for _ in range(2))
+    pushing = threading.Thread(target=first.push, args=(1,))
+    pushing.start()
+    deadline = time.monotonic() + 10
+    while not subscription._follower._busy.locked():
+        assert time.monotonic() < deadline
+    assert not second.push(2).excluded
+    pushing.join(20)
+    assert subscription.version == 2
+
+
+def test_bytes_that_were_given_up_take_no_room():
+    throttle, stopped, going = Throttle(1.0), threading.Event(), threading.Event()
+    stopped.set()
+    throttle.take(1 << 20, 60.0, going)
+    for _ in range(100):
+        throttle.take(1 << 30, 60.0, stopped)
+    throttle.take(1 << 20, 1.0, going)  # raises if the others had room
