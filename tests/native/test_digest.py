@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_tools import MIB, address_of, random_bytes
 
-from raynixl.native import Native
+from raynixl.native import COPY, DONE, VM_READ, Engine, Native
 from raynixl.native.twin_digest import CONSTANTS, block_factors
 
 BLOCK = 4096
@@ -223,3 +224,68 @@ def test_threads_digest_beside_each_other(core: Native) -> None:
     for thread in threads:
         thread.join()
     assert results == [alone] * 4
+
+
+@quick
+@given(sizes, positions, st.integers(0, 40), st.integers(0, 40), st.integers(0, 2**64 - 1))
+def test_what_is_copied_and_digested_in_one_pass_is_both(
+    core: Native, nbytes: int, position: int, from_skew: int, to_skew: int, seed: int
+) -> None:
+    source = random_bytes(SPACE + 64)[from_skew : from_skew + nbytes]
+    around = np.full(nbytes + 128, 0xA5, np.uint8)
+    target = around[to_skew : to_skew + nbytes]
+    out = np.zeros((2, 2), np.uint64)
+    core.digest_copy(np.array([(address_of(source), address_of(target), nbytes, position, 1)], np.uint64), out, seed)
+    assert (target == source).all()
+    assert (around[:to_skew] == 0xA5).all()
+    assert (around[to_skew + nbytes :] == 0xA5).all()
+    assert tuple(out[1].tolist()) == digest(core, source, position, seed)
+    assert not out[0].any()
+
+
+def test_copies_with_digests_refuse_what_they_cannot_do(core: Native) -> None:
+    out, high = np.zeros((1, 2), np.uint64), 2**64 - 1
+    for row in ((1, 1, 1, 0, 1), (high, 1, 2, 0, 0), (1, high, 2, 0, 0), (1, 1, 2, high, 0)):
+        with pytest.raises(ValueError, match="row"):
+            core.digest_copy(np.array([row], np.uint64), out, 1)
+    with pytest.raises(TypeError):
+        core.digest_copy(np.zeros((1, 4), np.uint64), out, 1)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4097, 3 * MIB + 5, 9 * MIB])
+def test_programs_digest_what_they_copy(core: Native, engine: Engine, nbytes: int) -> None:
+    source, target = random_bytes(nbytes), np.zeros(nbytes, np.uint8)
+    half = nbytes // 2
+    rows = [
+        (address_of(source), address_of(target), half),
+        (address_of(source) + half, address_of(target) + half, nbytes - half),
+    ]
+    program = engine.program(COPY, 0, np.array([row for row in rows if row[2]], np.uint64), [])
+    shift = (5000 - address_of(target)) % 2**64
+    job = program.run_digesting(10.0, shift, 3)
+    assert job.wait(10.0)
+    assert job.code == DONE
+    assert (source == target).all()
+    assert job.digest == digest(core, source, 5000, 3)
+    plain = program.run(10.0, True)
+    assert plain.wait(10.0)
+    assert plain.digest is None
+
+
+def test_programs_that_ask_the_kernel_digest_nothing(core: Native, engine: Engine) -> None:
+    source, target = random_bytes(100), np.zeros(100, np.uint8)
+    program = engine.program(
+        VM_READ, os.getpid(), np.array([(address_of(source), address_of(target), 100)], np.uint64), []
+    )
+    job = program.run_digesting(10.0, 0, 1)
+    assert job.wait(10.0)
+    assert (source == target).all()
+    assert job.digest is None
+
+
+def test_a_digesting_run_passes_the_gates(core: Native, engine: Engine) -> None:
+    gate = core.Gate()
+    gate.close(5)
+    source = random_bytes(10)
+    program = engine.program(COPY, 0, np.array([(address_of(source), address_of(source), 10)], np.uint64), [gate])
+    assert program.run_digesting(1.0, 0, 1) == 5
