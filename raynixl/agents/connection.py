@@ -40,11 +40,16 @@ class Connection:
     @property
     def link(self) -> Link:
         """The link that carries messages."""
-        with self.lock:
-            for link in self.links:
-                if link.lost is None and link not in self._silent:
-                    return link
+        for link in self.messengers:
+            if link.lost is None:
+                return link
         raise self.lost.afresh() if self.lost else PeerLost(f"peer {self.name!r} is lost", peer=self.name)
+
+    @property
+    def messengers(self) -> list[Link]:
+        """The links that carry messages, whether they stand or not."""
+        with self.lock:
+            return [link for link in self.links if link not in self._silent]
 
     @property
     def is_awake(self) -> bool:

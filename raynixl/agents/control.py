@@ -169,7 +169,7 @@ class Control:
         """Tell every peer that this agent ends of its own will."""
         for connection in self._agent.connector.all():
             if connection.lost is None:
-                for link in list(connection.links):
+                for link in connection.messengers:
                     self.try_send(link, Message(MessageKind.BYE))
 
     def close(self) -> None:
