@@ -19,4 +19,11 @@ void take_cuda_context(const CudaContext& entered) {
   if (entered.get_current(&current) == 0 && current == nullptr) entered.set_current(entered.context);
 }
 
+int copy_one_by_one(CudaCopy copy, const uint64_t* rows, size_t count, void* stream) {
+  for (const uint64_t* row = rows; row != rows + 3 * count; row += 3) {
+    if (int code = copy(row[1], row[0], row[2], stream)) return code;
+  }
+  return 0;
+}
+
 }  // namespace raynixl

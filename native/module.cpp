@@ -197,6 +197,11 @@ void enter_cuda_by_address(uint64_t context, uint64_t get_current, uint64_t set_
               reinterpret_cast<int (*)(void*)>(set_current)});
 }
 
+int cuda_copy_loop(uint64_t copy, uint64_t stream, Segments rows) {
+  nb::gil_scoped_release release;
+  return copy_one_by_one(reinterpret_cast<CudaCopy>(copy), rows.data(), rows.shape(0), reinterpret_cast<void*>(stream));
+}
+
 void bind_gate(nb::module_& m) {
   nb::class_<PyGate>(m, "Gate")
       .def(nb::init<>())
@@ -245,5 +250,6 @@ NB_MODULE(_native, m) {
   raynixl::bind_weights(m);
   m.def("enter_cuda", raynixl::enter_cuda_by_address, "context"_a, "get_current"_a, "set_current"_a);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
+  m.def("cuda_copy_loop", raynixl::cuda_copy_loop, "copy"_a, "stream"_a, nb::arg("rows").noconvert());
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);
 }

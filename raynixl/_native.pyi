@@ -52,6 +52,7 @@ Rail: RailMaker
 rma: MakeRma
 
 def copy(dst_addr: int, src_addr: int, nbytes: int) -> None: ...
+def cuda_copy_loop(copy: int, stream: int, rows: npt.NDArray[np.uint64]) -> int: ...
 def delta_apply(
     gaps: npt.NDArray[np.uint8],
     values: npt.NDArray[np.uint8],
