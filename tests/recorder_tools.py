@@ -9,12 +9,12 @@ import torch
 from loader_tools import numbered, parameter
 from torch import nn
 
+from raynixl.weights.bank import HostBank
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.plan import plan
 from raynixl.weights.recorder import FULL, record
 from raynixl.weights.shards import replicated
 from raynixl.weights.sharing import TensorSpec
-from raynixl.weights.tensors import view_of
 
 
 def infos_of(values):
@@ -29,7 +29,7 @@ def carried(shards, values):
     arenas = [np.zeros(nbytes, np.uint8) for nbytes in source.layout.arenas]
     for entry in source.layout.entries:
         if entry.nbytes:
-            view_of(arenas, entry).copy_(values[entry.name])
+            HostBank(arenas).tensor(entry).copy_(values[entry.name])
     made = plan([source], [shards])
     image, ranges = made.images[0], made.incoming(0)
     target = [np.zeros(nbytes, np.uint8) for nbytes in image.arenas]
@@ -37,7 +37,7 @@ def carried(shards, values):
         target[arena][offset : offset + nbytes] = arenas[source_arena][source_offset : source_offset + nbytes]
     distinct = {entry.place: entry.nbytes for entry in image.entries if entry.nbytes}
     assert ranges.nbytes == made.nbytes[0] <= sum(distinct.values())
-    return {entry.name: view_of(target, entry) for entry in image.entries}
+    return {entry.name: HostBank(target).tensor(entry) for entry in image.entries}
 
 
 def check(make, values, load=None):

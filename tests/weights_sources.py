@@ -7,13 +7,13 @@ import time
 
 import numpy as np
 
+from raynixl.weights.bank import HostBank
 from raynixl.weights.digest import digest_chunks
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import topic
 from raynixl.weights.shards import Shards
 from raynixl.weights.sourcing import Described, Freeze, Frozen, ImageRows, Outgoing, Release
 from raynixl.weights.table import Table
-from raynixl.weights.tensors import view_of
 
 SECONDS = 20.0
 
@@ -72,7 +72,7 @@ class Puller:
                 self._read(frozen[self.plan.parts[row[0]][0]], arrays[image], row)
             self._check(version, frozen, (image, arrays[image]))
         return [
-            {entry.name: view_of(arrays[image], entry).clone() for entry in layout.entries}
+            {entry.name: HostBank(arrays[image]).tensor(entry).clone() for entry in layout.entries}
             for image, layout in enumerate(self.images)
         ]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from raynixl.errors import AgentClosed, RegionStale
-from raynixl.weights.tensors import view_of
+from raynixl.errors import AgentClosed, BackendUnavailable, RangeError, RegionStale
+from raynixl.weights.bank import HostBank, holds_any
+from raynixl.weights.device_bank import bank_of
+from raynixl.weights.space import HOST, Space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,44 +20,63 @@ if TYPE_CHECKING:
     from raynixl.region import Region
     from raynixl.weights.layout import Entry, Layout
 
+logger = logging.getLogger(__name__)
+
 
 class Arenas:
-    """Fresh registered memory for a layout. Views of it stay valid after `release`.
+    """Fresh registered memory for a layout, in the first of some spaces that has room. Views outlive `release`.
 
     Raises:
-        RangeError: the host has too little memory.
+        RangeError: none has room.
         ConfigError: the name is taken.
     """
 
-    def __init__(self, agent: Agent, layout: Layout, *, name: str = "") -> None:
+    def __init__(self, agent: Agent, layout: Layout, *, name: str = "", spaces: Sequence[Space] = (HOST,)) -> None:
         self.layout = layout
         self.regions: list[Region] = []
-        self.arrays: list[NDArray[np.uint8]] = []
         self._agent = agent
-        try:
-            for number, nbytes in enumerate(layout.arenas):
-                self.regions.append(agent.empty(nbytes, name=f"{name}/{number}" if name else ""))
-        except BaseException:
-            self.release()
-            raise
-        self.arrays = [region.array() for region in self.regions]
+        self.space = self._fill(name, spaces)
+        self.bank = bank_of(self.space, self.regions, agent.native)
 
     def __repr__(self) -> str:
-        return f"Arenas({self.layout}, {len(self.regions)} registered)"
+        return f"Arenas({self.layout}, {len(self.regions)} registered, {self.space.name})"
+
+    @property
+    def arrays(self) -> list[NDArray[np.uint8]]:
+        """The bytes, of what lies in host memory."""
+        assert isinstance(self.bank, HostBank)
+        return self.bank.arrays
 
     def tensor(self, entry: Entry) -> torch.Tensor:
         """Return a view of one tensor."""
-        return view_of(self.arrays, entry)
+        return self.bank.tensor(entry)
 
     def holds_any(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether one of these tensors lies in this memory."""
-        spans = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in self.arrays]
-        addresses = (one.data_ptr() for one in tensors if one.device.type == "cpu" and one.numel())
-        return any(first <= address < last for address in addresses for first, last in spans)
+        return holds_any(self.bank, tensors)
+
+    def _fill(self, name: str, spaces: Sequence[Space]) -> Space:
+        for space in spaces:
+            try:
+                for number, nbytes in enumerate(self.layout.arenas):
+                    self.regions.append(space.empty(self._agent, nbytes, name=f"{name}/{number}" if name else ""))
+                return space
+            except (RangeError, BackendUnavailable) as exc:
+                self._deregister()
+                if space is spaces[-1]:
+                    raise
+                logger.warning("weights of %r lie in the memory of another device: %s", self._agent.name, exc)
+            except BaseException:
+                self._deregister()
+                raise
+        raise AssertionError("there is a space to lie in")
 
     def release(self) -> None:
         """Withdraw the memory from peers and let go of it, save where views of it live on; idempotent."""
-        self.arrays = []
+        self.bank = HostBank(())
+        self._deregister()
+
+    def _deregister(self) -> None:
         while self.regions:
             region = self.regions.pop()
             try:

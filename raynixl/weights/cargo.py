@@ -121,13 +121,13 @@ class DeltaCargo:
         return self.chunks[chunk : chunk + 1, 1:]
 
 
-def digest_table(cargo: Cargo, chunk: int, bases: Sequence[int]) -> U64:
+def digest_table(cargo: Cargo, chunk: int, bases: U64) -> U64:
     """Return the rows that digest what came into a chunk; `bases` are the addresses of the arenas."""
     arena = int(cargo.chunks[chunk, 0])
     extents = cargo.extents(chunk)
     rows = np.zeros((len(extents), 4), np.uint64)
     offsets = extents[:, 0].astype(np.uint64)
-    rows[:, 0] = offsets + np.uint64(bases[arena])
+    rows[:, 0] = offsets + bases[arena]
     rows[:, 1] = extents[:, 1]
     rows[:, 2] = offsets | np.uint64(arena << ARENA_BIT)
     return rows

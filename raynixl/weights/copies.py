@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from raynixl.errors import RaynixlError
 from raynixl.weights.arenas import Arenas
 from raynixl.weights.hold import Holds, WhileBusy
 from raynixl.weights.layout import Layout
+from raynixl.weights.space import HOST, Space
 
 if TYPE_CHECKING:
     import torch
@@ -75,18 +76,22 @@ class Copies:
     That one is made between two pushes: fresh memory comes at 1 GB/s or less, and a push has a deadline.
     """
 
-    def __init__(self, agent: Agent, layout: Layout, name: str, *, while_busy: WhileBusy, keeps_base: bool) -> None:
+    def __init__(
+        self, agent: Agent, layout: Layout, name: str, *, while_busy: WhileBusy, keeps_base: bool,
+        spaces: Sequence[Space] = (HOST,),
+    ) -> None:  # fmt: skip
         self._agent = agent
         self._layout = layout
+        self._spaces = spaces
         self._waits = while_busy is not WhileBusy.REFUSE
         self._at_once = 2 if while_busy is WhileBusy.COPY else 1
         self._holds = Holds(self._at_once + keeps_base, at_once=self._at_once)
         self._growing = threading.Lock()  # protects _is_closed, and _copies from growing
         self._may_grow, self._wants_base = keeps_base, False
         self._is_closed = False
-        self._copies = [Copy(Arenas(agent, layout, name=name))]
+        self._copies = [Copy(Arenas(agent, layout, name=name, spaces=spaces))]
         if self._at_once > 1:
-            self._copies.append(Copy(Arenas(agent, layout)))
+            self._copies.append(Copy(Arenas(agent, layout, spaces=spaces)))
 
     def __repr__(self) -> str:
         return f"Copies({self._copies!r})"
@@ -145,6 +150,6 @@ class Copies:
         try:
             with self._growing:
                 if not self._is_closed:
-                    self._copies.append(Copy(Arenas(self._agent, self._layout)))
+                    self._copies.append(Copy(Arenas(self._agent, self._layout, spaces=self._spaces)))
         except RaynixlError as exc:
             logger.info("no second copy of the weights in %r, and so no deltas: %s", self._agent.name, exc)

@@ -18,13 +18,16 @@ from raynixl.weights.workers import run_workers
 _HEADER = struct.Struct("<4sB3xQQ")  # magic, bytes of an element, elements, bytes of their gaps
 _MAGIC = b"RXD1"
 _ITEMSIZES = (1, 2, 4, 8, 16)
-_SEGMENT_NBYTES = 16 << 20  # scanned into one segment: fixed, as replicas must make equal blobs
+SEGMENT_NBYTES = 16 << 20  # scanned into one segment: fixed, as replicas must make equal blobs
 _MAX_ARENAS = 1 << 16
+
+MAX_SHARE = 0.25
+"""Of the bytes that a full version moves: what is larger saves too little for the work at receivers."""
 
 Bytes = NDArray[np.uint8]
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """Part of a blob: gaps between changed elements, and their values."""
 
     itemsize: int
@@ -50,7 +53,7 @@ def encode_rows(
     """
     core = load(native=True) if native is None else native
     _check_rows(rows, itemsize)
-    groups = group_rows(cut_rows(rows, _SEGMENT_NBYTES, size=2, moving=(0, 1, 3)), _SEGMENT_NBYTES, size=2) or [rows]
+    groups = group_rows(cut_rows(rows, SEGMENT_NBYTES, size=2, moving=(0, 1, 3)), SEGMENT_NBYTES, size=2) or [rows]
     segments: list[tuple[bytes, bytes, bytes]] = [(b"", b"", b"")] * len(groups)
     room = limit
     counting = threading.Lock()  # protects room
@@ -61,7 +64,7 @@ def encode_rows(
         if made is None:
             raise _TooLarge
         gaps, values = made
-        segments[number] = _HEADER.pack(_MAGIC, itemsize, len(values) // itemsize, len(gaps)), gaps, values
+        segments[number] = _header(itemsize, gaps, values), gaps, values
         with counting:
             room -= _HEADER.size + len(gaps) + len(values)
             is_full = room < 0
@@ -88,12 +91,12 @@ def apply(blob: bytes | Bytes, arrays: Sequence[Bytes], *, threads: int = 1, nat
     assert len(arrays) <= _MAX_ARENAS
     assert all(one.flags.c_contiguous and one.flags.writeable for one in arrays)
     arenas = np.array([(one.ctypes.data, one.nbytes) for one in arrays], np.uint64).reshape(-1, 2)
-    segments = _parse(np.frombuffer(blob, np.uint8))
+    segments = parse(np.frombuffer(blob, np.uint8))
 
     def walk(number: int, *, write: bool) -> None:
         segment = segments[number]
         if not core.delta_apply(segment.gaps, segment.values, segment.itemsize, arenas, write=write):
-            raise _malformed("an element lies outside the image, or its gaps are not whole")
+            raise malformed("an element lies outside the image, or its gaps are not whole")
 
     run_workers(lambda number: walk(number, write=False), len(segments), threads=threads)
     run_workers(lambda number: walk(number, write=True), len(segments), threads=threads)
@@ -108,23 +111,38 @@ def _check_rows(rows: NDArray[np.uint64], itemsize: int) -> None:
         raise ValueError("rows must ascend in position, be disjoint and lie in memory")
 
 
-def _parse(blob: Bytes) -> list[_Segment]:
-    segments: list[_Segment] = []
+def pack_segment(itemsize: int, gaps: bytes, values: bytes) -> bytes:
+    """Return a segment of a blob."""
+    return _header(itemsize, gaps, values) + gaps + values
+
+
+def _header(itemsize: int, gaps: bytes, values: bytes) -> bytes:
+    return _HEADER.pack(_MAGIC, itemsize, len(values) // itemsize, len(gaps))
+
+
+def parse(blob: Bytes) -> list[Segment]:
+    """Return the segments of a blob.
+
+    Raises:
+        IntegrityError: it is malformed.
+    """
+    segments: list[Segment] = []
     at = 0
     while at < len(blob) or not segments:
         if len(blob) - at < _HEADER.size:
-            raise _malformed("it is cut short")
+            raise malformed("it is cut short")
         magic, itemsize, count, nbytes = _HEADER.unpack(blob[at : at + _HEADER.size].tobytes())
         if magic != _MAGIC or itemsize not in _ITEMSIZES:
-            raise _malformed("it does not begin as one")
+            raise malformed("it does not begin as one")
         values = at + _HEADER.size + nbytes
         end = values + count * itemsize
         if end > len(blob):
-            raise _malformed("it is cut short")
-        segments.append(_Segment(itemsize, blob[at + _HEADER.size : values], blob[values:end]))
+            raise malformed("it is cut short")
+        segments.append(Segment(itemsize, blob[at + _HEADER.size : values], blob[values:end]))
         at = end
     return segments
 
 
-def _malformed(why: str) -> IntegrityError:
+def malformed(why: str) -> IntegrityError:
+    """Return the error for a blob that nobody can have made."""
     return IntegrityError(f"a delta is malformed: {why}", hint="take the whole version instead")

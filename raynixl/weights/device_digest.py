@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
 _PIECE_BLOCKS = 4096  # 16 MiB, which take 8 times as much while they are multiplied
 
 U64 = NDArray[np.uint64]
+
+
+def digest_device(flats: Sequence[torch.Tensor], rows: U64, out: U64, *, seed: int) -> None:
+    """Add the digest of each row of (address, nbytes, position, index) to `out[index]`, modulo 2^64.
+
+    Each row lies in one of the flat tensors of bytes, which are on one device. Waits for the device.
+
+    Raises:
+        ValueError: an index of no sum, or a row outside.
+    """
+    starts = np.array([flat.data_ptr() for flat in flats], np.uint64)
+    order = np.argsort(starts)
+    owner = np.searchsorted(starts[order], rows[:, 0], side="right") - 1
+    for number in np.unique(owner[rows[:, 1] > 0]).tolist():
+        if number < 0:
+            raise ValueError("a row lies outside the data")
+        flat = flats[int(order[number])]
+        mine = rows[(owner == number) & (rows[:, 1] > 0)]
+        mine[:, 0] -= np.uint64(flat.data_ptr())
+        digest_device_rows(flat, mine, out, seed=seed)
 
 
 def digest_device_rows(data: torch.Tensor, rows: U64, out: U64, *, seed: int) -> None:

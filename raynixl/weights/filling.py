@@ -6,11 +6,8 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
 from raynixl.weights.cargo import DeltaCargo, ImageCargo
-from raynixl.weights.delta import apply
 from raynixl.weights.installer import Install, Installer
 from raynixl.weights.pulling import Blobs, Pulling, mend
 from raynixl.weights.receiver import PullTimes
@@ -61,10 +58,8 @@ class Filler:
         times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self.blobs)
         slot = self._slot(cargo)  # the base's own, where there may be no other
         if slot is not base:
-            for target, source in zip(slot.arenas.arrays, base.arenas.arrays, strict=True):
-                np.copyto(target, source)
-        for blob in self.blobs.arrays:
-            apply(blob, slot.arenas.arrays, threads=threads, native=self._agent.native)
+            slot.arenas.bank.take(base.arenas.bank)
+        slot.arenas.bank.apply(self.blobs.arrays, threads=threads)
         whole = work.receiver(cargo, slot.arenas, throttle)
         run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
         return slot, times.plus(whole)

@@ -28,6 +28,7 @@ from raynixl.weights.protocol import Answer, Fault, topic
 from raynixl.weights.pulling import Pulling
 from raynixl.weights.shards import Shards
 from raynixl.weights.slots import Ready, Slot, Slots
+from raynixl.weights.streams import Streams
 from raynixl.weights.table import Table
 from raynixl.weights.targeting import Describe, Incoming, Manifest, Pull, Return, Step, Subscribed
 from raynixl.weights.throttle import Throttle
@@ -61,7 +62,8 @@ class Follower:
         served: Callable[[int], None],
     ) -> None:  # fmt: skip
         self.version = 0
-        self.lock = VersionLock()
+        self._streams = Streams(installer.tensors)
+        self.lock = VersionLock(self._streams.note)
         self.worker: threading.Thread | None = None
         self.is_closed = False
         self._agent = agent
@@ -71,7 +73,8 @@ class Follower:
         self._options = options
         self._served = served
         self._busy = threading.Lock()  # held by the one phase at work; protects all below but _stop
-        self._slots = Slots(agent, max(1, options.keep + (installer.way is Install.SWAP)))
+        limit = max(1, options.keep + (installer.way is Install.SWAP))
+        self._slots = Slots(agent, limit, installer.spaces)
         self._cargos: dict[str, ImageCargo] = {}
         self._shards: Shards | None = None
         self._ready: Ready | None = None
@@ -297,7 +300,15 @@ class Follower:
 
     @contextmanager
     def _alone(self, push: str, until: float) -> Iterator[None]:
-        """Have the weights alone: readers have left, or are held already by the first half of this push's flip."""
+        """Have the weights alone: readers have left, or are held already by the first half of this push's flip.
+
+        What they have put on a GPU is through as well, and so is what was put there inside when they go on.
+        """
+        with self._readers_out(push, until), self._streams.alone(self._patience(until)):
+            yield
+
+    @contextmanager
+    def _readers_out(self, push: str, until: float) -> Iterator[None]:
         if push and self._held == push:
             self._forget_timer()
             self._held = ""
@@ -307,8 +318,11 @@ class Follower:
             finally:
                 self.lock.let_go()
         else:
-            with self.lock.writing(min(self._options.flip_timeout, max(0.0, until - time.monotonic()))):
+            with self.lock.writing(self._patience(until)):
                 yield
+
+    def _patience(self, until: float) -> float:
+        return min(self._options.flip_timeout, max(0.0, until - time.monotonic()))
 
     def _install(self, slot: Slot, version: int, ready: Ready | None) -> list:  # type: ignore[type-arg]
         """Put a version in place and say so; return the old values.

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raynixl.errors import ConfigError, IntegrityError
 from raynixl.weights.difference import difference, table
-from raynixl.weights.digest import ARENA_BIT, digest_rows, version_digest
+from raynixl.weights.digest import version_digest
 from raynixl.weights.dtensor import local_tensors, shards_of
 from raynixl.weights.layout import Entry, Layout, build_layout
 from raynixl.weights.recorder import FULL, Loader, Recording, record
 from raynixl.weights.selection import Select
 from raynixl.weights.selection import choose as choose_names
+from raynixl.weights.space import Space, space_of, spaces_for
+from raynixl.weights.tensor_digest import can_digest, digest_tensors
 from raynixl.weights.tensors import copy_tensors, describe, is_writable_in_place, named_tensors, note_change
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Target:
     shards: Shards | None = None
     select: Select | None = None
     record: Loader | None = None
+    memory: str = "auto"
 
 
 class Install(enum.Enum):
@@ -54,20 +56,23 @@ class Install(enum.Enum):
     COPY = "copy"
 
 
-def choose(install: str, model: Model, tensors: Tensors) -> Install:
-    """Return SWAP or COPY for a target and its local tensors.
+def choose(install: str, model: Model, tensors: Tensors, *, space: Space) -> Install:
+    """Return SWAP or COPY for a target and its local tensors, when versions are to lie in `space`.
 
     Raises:
         ConfigError: it is no way to install, or not one for this target.
     """
     if install not in {way.value for way in Install}:
         raise ConfigError(f"install={install!r:.40} is not known", hint="use 'auto', 'swap' or 'copy'")
-    is_host = all(tensor.device.type == "cpu" for tensor in tensors.values())
-    if install == Install.SWAP.value and not is_host:
-        raise ConfigError("tensors on a device cannot be repointed to host memory", hint="use install='copy'")
-    if install == Install.AUTO.value:
+    is_there = all(space_of(tensor) == space for tensor in tensors.values())
+    if install == Install.SWAP.value and not is_there:
+        raise ConfigError(
+            f"not all tensors are on {space.name}, where versions lie: they cannot be repointed to them",
+            hint="use install='copy'",
+        )
+    if install == Install.AUTO.value:  # on a GPU, captured graphs know the tensors by their addresses
         is_plain = not isinstance(model, Mapping) and all(one is tensors.get(name, one) for name, one in _own(model))
-        return Install.SWAP if is_host and is_plain else Install.COPY
+        return Install.SWAP if is_there and space.is_host and is_plain else Install.COPY
     return Install(install)
 
 
@@ -96,19 +101,28 @@ class Steps:
 
 
 class Installer:
-    """Knows a target's tensors. They are looked at anew for each version, so a module may replace its own."""
+    """Knows a target's tensors. They are looked at anew for each version, so a module may replace its own.
+
+    `spaces` are where versions are to lie, the best first.
+    """
 
     def __init__(self, model: Model, what: Target, install: str, *, owner: str) -> None:
         self._owner = owner
         self._model = model
         self._what = what
-        self.way = choose(install, model, self._collect())
+        tensors = self._collect()
+        self.spaces = spaces_for(tensors.values(), what.memory)
+        self.way = choose(install, model, tensors, space=self.spaces[0])
         self._recording: Recording | None = None
         self._tensors: Tensors = {}
         self._forms: dict[str, Form] = {}
         self._layout = Layout((), ())
         self._plans: WeakKeyDictionary[Arenas, Steps] = WeakKeyDictionary()
         self._look()
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that were found when the model was last looked at."""
+        return self._tensors.values()
 
     @property
     def layout(self) -> Layout:
@@ -207,7 +221,7 @@ class Installer:
             key = (source.place, source.dtype, source.shape)
             value = views.setdefault(key, slot.tensor(source)) if key not in views else views[key]
             alone = owners.setdefault(source.place, mine.place) == mine.place
-            if alone and self._is_repointed(tensor, mine):
+            if alone and space_of(tensor) == slot.space and self._is_repointed(tensor, mine):
                 repoint.append((tensor, value))
             else:
                 copy.append((tensor, value))
@@ -222,17 +236,14 @@ class Installer:
         return lambda: loader(recording.to_load(local))
 
     def is_installed(self, slot: Arenas, version: int, digest: str, agent: Agent) -> bool:
-        """Whether what a version was copied into holds its very bytes, as far as that can be seen from the host."""
-        seen = [
-            (tensor, entry)
-            for tensor, entry in self._heads(slot)
-            if tensor.device.type == "cpu" and tensor.is_contiguous()
-        ]
-        mine = _digest([(tensor.data_ptr(), entry) for tensor, entry in seen], version, agent)
+        """Whether what a version was copied into holds its very bytes, as far as tensors can be seen here."""
+        heads = list(self._heads(slot))
+        mine = digest_tensors(heads, seed=version, native=agent.native)
         if version_digest(mine) == digest:
             return True
-        bases = [array.ctypes.data for array in slot.arrays]  # some cannot be seen, or share memory with others
-        theirs = _digest([(bases[entry.arena] + entry.offset, entry) for _, entry in seen], version, agent)
+        # some cannot be seen, or share memory with others
+        seen = [(slot.tensor(entry), entry) for tensor, entry in heads if can_digest(tensor)]
+        theirs = digest_tensors(seen, seed=version, native=agent.native)
         return bool(np.array_equal(mine, theirs))
 
     def _heads(self, slot: Arenas) -> Iterator[tuple[torch.Tensor, Entry]]:
@@ -268,13 +279,6 @@ class Installer:
 
 def _own(model: Model) -> Iterable[tuple[str, torch.Tensor]]:
     return named_tensors(model).items()
-
-
-def _digest(places: Sequence[tuple[int, Entry]], version: int, agent: Agent) -> NDArray[np.uint64]:
-    rows = [(address, entry.nbytes, entry.arena << ARENA_BIT | entry.offset, 0) for address, entry in places]
-    out = np.zeros((1, 2), np.uint64)
-    digest_rows(np.array(rows, np.uint64).reshape(-1, 4), out, seed=version, native=agent.native)
-    return out
 
 
 def _form(tensor: torch.Tensor) -> Form:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from raynixl.weights.layout import Layout
 from raynixl.weights.quantising import quantise
 from raynixl.weights.selection import Select, choose
 from raynixl.weights.shards import Shards
+from raynixl.weights.space import gpus_of, space_of, spaces_for
+from raynixl.weights.streams import on_ours
 from raynixl.weights.tensors import CopyJob, copy_tensors, dtype_name, is_tied, memory_of, named_tensors
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Publish:
     select: Select | None = None
     conversion: Conversion = field(default_factory=Conversion)
     in_place: bool = False
+    memory: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +80,14 @@ class Original:
         self._check(tensors, "what its shards name", "mend the shards, or what is selected")
         self.shards = converted(own, what.conversion)
         self.layout: Layout = self.shards.layout
+        self.spaces = spaces_for(tensors.values(), what.memory)
         if what.in_place:
+            self.spaces = self.spaces[:1]
             self._check_movable(chosen)
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Return the tensors that were found at the last look."""
+        return (self._last or self.look()).tensors.values()
 
     def look(self) -> Look:
         """Return the published tensors as they are now: the same value as before while all lie where they lay.
@@ -117,8 +126,10 @@ class Original:
         if copy.work is None or copy.work.look is not look:
             copy.work = self._work(look, copy)
         copy.work.job.run(agent)
-        for tensor, stored, scales in copy.work.quantised:
-            quantise(tensor, stored, scales)
+        quantised = copy.work.quantised
+        with on_ours(gpus_of(tensor for tensor, _, _ in quantised)):
+            for tensor, stored, scales in quantised:
+                quantise(tensor, stored, scales)
 
     def _work(self, look: Look, copy: Copy) -> Work:
         heads = {self.layout.by_name[name].place: name for name in reversed(look.tensors)}
@@ -147,10 +158,10 @@ class Original:
         for name in self._forms:
             tensor = tensors[name]
             is_plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-            is_host = is_plain and tensor.device.type == "cpu" and tensor.is_contiguous()
-            if not is_host or self.layout.by_name[name].sharing:
+            is_there = is_plain and space_of(tensor) == self.spaces[0] and tensor.is_contiguous()
+            if not is_there or self.layout.by_name[name].sharing:
                 raise ConfigError(
-                    f"{name!r:.200} is not plain and contiguous in host memory, or overlaps another tensor",
+                    f"{name!r:.200} is not plain and contiguous on {self.spaces[0].name}, or overlaps another tensor",
                     hint="publish it with copy_out=True",
                 )
 

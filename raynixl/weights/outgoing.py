@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raynixl.errors import IntegrityError, RangeError
-from raynixl.weights.digest import ARENA_BIT, digest_rows
+from raynixl.weights.digest import ARENA_BIT
 from raynixl.weights.ranges import COUNT, PART, Ranges
 from raynixl.weights.sourcing import ImageRows, Outgoing, Partial
 
 if TYPE_CHECKING:
-    from raynixl.native import Native
+    from raynixl.weights.bank import Bank
 
 U64 = NDArray[np.uint64]
 ADDRESS, NBYTES, POSITION, INDEX = range(4)
@@ -69,19 +69,17 @@ class OutgoingRows:
         """The bytes of all rows; what goes to two images counts twice."""
         return int(self.rows[:, NBYTES].sum())
 
-    def at(self, arrays: Sequence[NDArray[np.uint8]]) -> U64:
+    def at(self, bank: Bank) -> U64:
         """Return the rows with their addresses in these arenas."""
         rows = self.rows.copy()
-        rows[:, ADDRESS] += np.array([array.ctypes.data for array in arrays], np.uint64)[self.arena]
+        rows[:, ADDRESS] += bank.addresses[self.arena]
         return rows
 
-    def digest(
-        self, arrays: Sequence[NDArray[np.uint8]], *, version: int, threads: int, native: Native | None = None
-    ) -> dict[int, Partial]:
+    def digest(self, bank: Bank, *, version: int, threads: int) -> dict[int, Partial]:
         """Return this source's share of the digest of every chunk, for each image that gets anything."""
         sums = np.zeros((self._sums, 2), np.uint64)
         if len(self.rows):
-            digest_rows(self.at(arrays), sums, seed=version, threads=threads, native=native)
+            bank.digest(self.at(bank), sums, seed=version, threads=threads)
         return {
             share.image: Partial(share.chunks, sums[share.index : share.index + len(share.chunks)])
             for share in self.shares

@@ -21,19 +21,17 @@ from raynixl.weights.selection import Select
 from raynixl.weights.served import Served
 from raynixl.weights.shards import Shards
 from raynixl.weights.sourcing import Described, Freeze, Frozen, Outgoing, Release
+from raynixl.weights.streams import Streams
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from raynixl.agents import Agent
+    from raynixl.weights.bank import Bank
     from raynixl.weights.tensors import Model
-
-    Arrays = list[NDArray[np.uint8]]
 
 _PHASES = ("describe", "outgoing", "freeze", "release", "layout", "status")
 _CLOSE_SECONDS = 10.0
 _KEPT_PUSHES = 64
+_MOVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +62,13 @@ class Publication:
         self._options = options
         self._served = Served(agent, self.layout, threads=options.threads)
         self._copies = Copies(
-            agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base
-        )
+            agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base,
+            spaces=self._original.spaces,
+        )  # fmt: skip
+        self._streams = Streams(self._original.tensors)
         if options.in_place:
-            self._original.move(agent, self._copies.first.view)
+            with self._streams.alone(_MOVE_SECONDS):
+                self._original.move(agent, self._copies.first.view)
         self._changing = threading.RLock()  # held by a trainer that changes weights, or while they are copied out
         self._updates = 0  # how deep the trainer is in `updating`; protected by _changing
         self._versions = threading.Lock()  # protects _pushes, _committed, _is_closed
@@ -121,6 +122,7 @@ class Publication:
             try:
                 yield
             finally:
+                self._streams.note()
                 self._updates -= 1
 
     @contextmanager
@@ -166,9 +168,9 @@ class Publication:
                 self._note(request)
             look = self._original.look()
             began = time.monotonic()
-            arrays = self._copy_out(look, copy, deadline)
+            bank = self._copy_out(look, copy, deadline)
             seconds = time.monotonic() - began
-            answer = self._frozen(request, copy, arrays, seconds)
+            answer = self._frozen(request, copy, bank, seconds)
         except BaseException:
             self._copies.release(request.push)
             raise
@@ -199,8 +201,8 @@ class Publication:
                 hint="versions go up",
             )
 
-    def _frozen(self, request: Freeze, copy: Copy, arrays: Arrays, copy_out_seconds: float) -> bytes:
-        said = self._served.say(request, copy, arrays, self._copies)
+    def _frozen(self, request: Freeze, copy: Copy, bank: Bank, copy_out_seconds: float) -> bytes:
+        said = self._served.say(request, copy, bank, self._copies)
         return Frozen(
             version=request.version, plan=request.plan, shards=self._original.shards.digest,
             holder=self._holder(copy), nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds,
@@ -211,12 +213,13 @@ class Publication:
         regions = tuple(region.record() for region in copy.arenas.regions)
         return Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
 
-    def _copy_out(self, look: Look, copy: Copy, deadline: float) -> Arrays:
+    def _copy_out(self, look: Look, copy: Copy, deadline: float) -> Bank:
         """Bring the weights into a copy; return its memory, which the caller so keeps if the publication is closed."""
         with self._alone(deadline, deadline - time.monotonic()):
             self._check_open()
-            self._original.copy_out(self._agent, look, copy)
-            return copy.arenas.arrays
+            with self._streams.alone(deadline - time.monotonic()):
+                self._original.copy_out(self._agent, look, copy)
+            return copy.arenas.bank
 
     def _on_describe(self, _peer: str, _payload: bytes) -> bytes:
         shards = self._original.shards
@@ -262,6 +265,7 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
     while_busy: str = "wait",
     delta: str = "auto",
     copy_out: bool = True,
+    memory: str = "auto",
     copy_threads: int | None = None,
     chunk_nbytes: int = CHUNK_NBYTES,
 ) -> Publication:
@@ -274,7 +278,9 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
     comes while another one is not over: 'wait', 'refuse' or 'copy' into memory of its own. `delta="auto"` keeps the
     version before, so that pushes that change little can bring that alone; 'off' does not. With `copy_out=False` the
     tensors move into memory that peers read, once, and nothing is copied at a push; they must not change from then
-    until it releases them: `updating()` waits for that. `copy_threads` digest (the agent's by default).
+    until it releases them: `updating()` waits for that. `memory` is where the copies lie: 'vram' on the GPU that the
+    tensors are on, 'dram' in the host's memory, 'auto' on the GPU if it has room. `copy_threads` digest (the agent's
+    by default).
 
     Raises:
         ConfigError: an argument is unusable, the name is taken, or the model holds what cannot be carried.
@@ -296,4 +302,5 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
         )
     keeps_base = delta == "auto" and copy_out
     options = Options(threads, chunk_nbytes, WhileBusy(while_busy), keeps_base=keeps_base, in_place=not copy_out)
-    return Publication(agent, name, source, Publish(shards, select, conversions, in_place=not copy_out), options)
+    what = Publish(shards, select, conversions, in_place=not copy_out, memory=memory)
+    return Publication(agent, name, source, what, options)

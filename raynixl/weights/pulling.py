@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raynixl.errors import AgentClosed, RegionStale
+from raynixl.weights.bank import HostBank
 from raynixl.weights.cargo import DeltaCargo, Giver, ImageCargo, givers_of, givers_of_blob
 from raynixl.weights.protocol import Holder
 from raynixl.weights.receiver import Place, PullTimes, Receiver
@@ -90,8 +91,9 @@ class Pulling:
         began = time.monotonic()
         blobs.make(self.agent, cargo.sizes)
         givers = {place: givers_of_blob(blob) for place, blob in enumerate(self.request.blobs)}
+        place = Place(blobs.regions, HostBank(blobs.arrays, self.agent.native))
         receiver = Receiver(
-            self.agent, cargo, Place(blobs.regions, blobs.arrays), self.request.version, self.request.blob_digests,
+            self.agent, cargo, place, self.request.version, self.request.blob_digests,
             givers, self.deadline, self.stop, lambda _chunk: "a delta", throttle,
         )  # fmt: skip
         self._run(receiver, blobs.holder(self.agent), threads)
@@ -107,7 +109,7 @@ class Pulling:
     def receiver(self, cargo: ImageCargo, arenas: Arenas, throttle: Throttle) -> Receiver:
         """Return what brings chunks of an image in."""
         givers: dict[int, tuple[Giver, ...]] = {part: givers_of(own) for part, own in self.request.origins.items()}
-        place = Place(arenas.regions, arenas.arrays)
+        place = Place(arenas.regions, arenas.bank)
         return Receiver(
             self.agent, cargo, place, self.request.version, self.request.digests, givers, self.deadline, self.stop,
             lambda chunk: names_in(cargo, chunk), throttle,

@@ -24,7 +24,7 @@ from raynixl.errors import (
 )
 from raynixl.weights.assignment import ORIGIN, Why
 from raynixl.weights.cargo import Cargo, Giver, Share, digest_table
-from raynixl.weights.digest import digest_rows
+from raynixl.weights.digest import ARENA_BIT
 from raynixl.weights.givers import Givers
 from raynixl.weights.pace import Pace
 from raynixl.weights.throttle import Throttle
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.agents.transfer import Transfer
     from raynixl.region import Region
+    from raynixl.weights.bank import Bank
 
 GONE = (PeerLost, PeerRestarted, RegionStale, RegionUnknown)
 
@@ -61,10 +62,10 @@ class PullTimes:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a cargo goes: registered arenas, and the same memory as arrays."""
+    """Where a cargo goes: registered arenas, and the bank that they make up."""
 
     regions: Sequence[Region]
-    arrays: Sequence[NDArray[np.uint8]]
+    bank: Bank
 
 
 @dataclass(slots=True)
@@ -105,13 +106,11 @@ class Receiver:
     tally: Tally = field(default_factory=Tally)
     pace: Pace = field(default_factory=Pace)
     sources: Givers = field(init=False)
-    _bases: Sequence[int] = ()
     _spent: TransferTimeout | None = None
 
     def __post_init__(self) -> None:
         if len(self.digests) != len(self.cargo.chunks):
             raise IntegrityError("the manifest does not fit the image", hint="run one version of raynixl everywhere")
-        self._bases = [array.ctypes.data for array in self.slot.arrays]
         self.sources = Givers(self.givers, sum(self.agent.name.encode()))
 
     def times(self, began: float, threads: int) -> PullTimes:
@@ -140,15 +139,16 @@ class Receiver:
         while shares:
             began = time.monotonic()
             started = self._start_all(read, shares)
-            ends = [(share, giver.name, _end(transfer)) for share, giver, transfer in started]
-            for share, name, error in ends:
+            ends = [(share, giver.name, transfer, _end(transfer)) for share, giver, transfer in started]
+            for share, name, transfer, error in ends:
                 read.tried[name] += 1
                 if error is None:
                     read.gave[share.part] = name
+                    read.landed[share.part] = transfer
                     self.pace.landed(time.monotonic() - began)
                 else:
                     self._note(read, share.part, name, error, began)
-            shares = [share for share, _, error in ends if error is not None]
+            shares = [share for share, _, _, error in ends if error is not None]
 
     def _note(self, read: _Read, part: int, name: str, error: RaynixlError, began: float) -> None:
         """Note how a source failed, or raise that if nobody else can be asked."""
@@ -209,18 +209,20 @@ class Receiver:
         source, target = giver.regions[arena], self.slot.regions[arena]
         timeout = min(self.left(), self.pace.patience(nbytes))
         try:
-            self.agent.read(source.span(offset, nbytes), target.span(offset, nbytes), timeout=timeout).wait()
+            near, far = target.span(offset, nbytes), source.span(offset, nbytes)
+            transfer = self.agent.read(far, near, timeout=timeout, digest=self._wish(arena))
+            transfer.wait()
         except TransferTimeout:
             self.pace.stalled(began, time.monotonic())
             raise
         self.pace.landed(time.monotonic() - began)
-        read = _Read(chunk, gave={0: giver.name})
+        read = _Read(chunk, gave={0: giver.name}, landed={0: transfer})
         self._verify(chunk, read, (), began=began, is_origin=False)
 
     def is_whole(self, chunk: int) -> bool:
         """Whether a chunk in the slot matches its digest."""
         out = np.zeros((1, 2), np.uint64)
-        digest_rows(digest_table(self.cargo, chunk, self._bases), out, seed=self.version, native=self.agent.native)
+        self.slot.bank.digest(digest_table(self.cargo, chunk, self.slot.bank.addresses), out, seed=self.version)
         return bool(np.array_equal(out[0], self.digests[chunk]))
 
     def left(self) -> float:
@@ -255,7 +257,21 @@ class Receiver:
         if not self.sources.is_alone(share.part, read.gone):
             patience = self.pace.patience(int(self.cargo.chunks[read.chunk, 2]))
             timeout = min(timeout, patience * 2 ** read.tried[giver.name])
-        return giver, self.agent.read(share.far(giver), share.near(target), timeout=timeout)
+        wish = self._wish(int(self.cargo.chunks[read.chunk, 0]))
+        return giver, self.agent.read(share.far(giver), share.near(target), timeout=timeout, digest=wish)
+
+    def _wish(self, arena: int) -> tuple[int, int]:
+        """Return how transfers into an arena digest what they bring, in the same pass where they can."""
+        return arena << ARENA_BIT, self.version
+
+    def _has_landed(self, chunk: int, transfers: Sequence[Transfer]) -> bool:
+        """Whether what transfers brought is the chunk: by the digests that they made, or by looking at it."""
+        found = [transfer.digest for transfer in transfers]
+        digests = [one for one in found if one is not None]
+        if len(digests) < len(found):
+            return self.is_whole(chunk)
+        total = np.array(digests, np.uint64).reshape(-1, 2).sum(axis=0, dtype=np.uint64)
+        return bool(np.array_equal(total, self.digests[chunk]))
 
     def _corrupt(self, read: _Read) -> IntegrityError:
         names = sorted(set(read.gave.values()))
@@ -265,10 +281,12 @@ class Receiver:
             hint="the old version stays; push again", peer=names[0] if len(names) == 1 else "",
         )  # fmt: skip
 
-    def _verify(self, chunk: int, read: _Read, shares: Sequence[Share], *, began: float, is_origin: bool) -> None:
+    def _verify(
+        self, chunk: int, read: _Read, shares: Sequence[Share], *, began: float, is_origin: bool
+    ) -> None:  # fmt: skip
         """Check a chunk that has landed; what of it can be had elsewhere is brought in again if it is corrupt."""
         landed = time.monotonic()
-        if not self.is_whole(chunk):
+        if not self._has_landed(chunk, list(read.landed.values())):
             self._bring_elsewhere(read, shares)
         nbytes = int(self.cargo.extents(chunk)[:, 1].sum()) if is_origin else int(self.cargo.chunks[chunk, 2])
         self.tally.add(landed - began, time.monotonic() - landed, nbytes, is_origin=is_origin)
@@ -276,12 +294,13 @@ class Receiver:
 
 @dataclass(slots=True)
 class _Read:
-    """How the reading of one chunk from the sources stands: how often each was asked, who is gone, and who gave what."""
+    """How the reading of one chunk stands: how often each source was asked, who is gone, and who gave what."""
 
     chunk: int
     tried: Counter[str] = field(default_factory=Counter)
     gone: set[str] = field(default_factory=set)
     gave: dict[int, str] = field(default_factory=dict)
+    landed: dict[int, Transfer] = field(default_factory=dict)
 
 
 def _end(transfer: Transfer) -> RaynixlError | None:

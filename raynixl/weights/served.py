@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raynixl.errors import PeerRestarted, RangeError
 from raynixl.record import RegionRecord
+from raynixl.weights.bank import Bank
 from raynixl.weights.changes import Changes, room
 from raynixl.weights.layout import Layout
 from raynixl.weights.outgoing import OutgoingRows
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.weights.copies import Copies, Copy
 
-Arrays = Sequence[NDArray[np.uint8]]
 _KEPT_PLANS = 4
 
 
@@ -84,22 +81,22 @@ class Served:
             raise PeerRestarted(f"{self._agent.name!r} does not know the plan", hint="send it its rows of the plan")
         return plan
 
-    def say(self, request: Freeze, copy: Copy, arrays: Arrays, copies: Copies) -> Said:
+    def say(self, request: Freeze, copy: Copy, bank: Bank, copies: Copies) -> Said:
         """Digest a version that lies in a copy, and encode what changed in it since its base, if that is here."""
         began = time.monotonic()
         plan = self.plan(request.plan)
-        partials = plan.rows.digest(arrays, version=request.version, threads=self._threads, native=self._agent.native)
-        deltas, region = self._encode(request, copy, arrays, copies)
+        partials = plan.rows.digest(bank, version=request.version, threads=self._threads)
+        deltas, region = self._encode(request, copy, bank, copies)
         return Said(partials, deltas, region, time.monotonic() - began)
 
     def _encode(
-        self, request: Freeze, copy: Copy, arrays: Arrays, copies: Copies
+        self, request: Freeze, copy: Copy, bank: Bank, copies: Copies
     ) -> tuple[Mapping[int, DeltaOffer], RegionRecord | None]:
         base, changes = copies.base(request.base), self.plan(request.plan).changes
         if base is None or base is copy or changes is None:
             return {}, None
-        old = base.arenas.arrays
-        blobs = changes.encode(old, arrays, threads=self._threads, native=self._agent.native) if old else {}
+        old = base.arenas.bank
+        blobs = changes.encode(old, bank, threads=self._threads) if len(old.sizes) and old.space == bank.space else {}
         if not blobs or base.version != request.base:  # another push has taken the base meanwhile
             return {}, None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from raynixl.weights.arenas import Arenas
 from raynixl.weights.digest import version_digest
 from raynixl.weights.protocol import Holder
+from raynixl.weights.space import HOST, Space
 from raynixl.weights.targeting import Held
 
 if TYPE_CHECKING:
@@ -58,11 +60,12 @@ class Ready:
 class Slots:
     """The slots of one target: at most `limit`. Not safe in threads: one phase of a push at a time uses them."""
 
-    def __init__(self, agent: Agent, limit: int) -> None:
+    def __init__(self, agent: Agent, limit: int, spaces: Sequence[Space] = (HOST,)) -> None:
         self.active: Slot | None = None
         """The slot that the model's tensors lie in, where they are repointed."""
         self._agent = agent
         self._limit = limit
+        self._spaces = spaces
         self._slots: list[Slot] = []
 
     def __repr__(self) -> str:
@@ -101,7 +104,7 @@ class Slots:
         Raises:
             RangeError: the host has too little memory.
         """
-        slot = Slot(Arenas(self._agent, layout))
+        slot = Slot(Arenas(self._agent, layout, spaces=self._spaces))
         self._slots.append(slot)
         return slot
 

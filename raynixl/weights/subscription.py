@@ -144,6 +144,7 @@ def subscribe(  # noqa: PLR0913 - each of them is one thing that an engine may s
     flip_timeout: float = 10.0,
     keep: int = 1,
     max_gbps: float | None = None,
+    memory: str = "auto",
 ) -> Subscription:
     """Let a module or state dict follow what is pushed under a name.
 
@@ -152,10 +153,12 @@ def subscribe(  # noqa: PLR0913 - each of them is one thing that an engine may s
     without memory. `select` (globs, or a function of the name) takes some tensors only.
 
     `install` is 'swap' (repoint each tensor's data: a flip costs microseconds a tensor), 'copy' (into the tensors'
-    own memory) or 'auto': swap for modules in host memory, else copy. `on_flip(version)`, or `on_flip()`, runs after
-    each flip, before any reader sees the new version; it may run the module. `flip_timeout` is how long a flip waits
-    for readers. `keep` versions stay for `roll_back` and late joiners, each of which is a copy of the model in memory.
-    Pulls are held to `max_gbps` gigabits a second.
+    own memory) or 'auto': swap for modules in host memory, else copy, as captured CUDA graphs keep addresses.
+    `on_flip(version)`, or `on_flip()`, runs after each flip, before any reader sees the new version; it may run the
+    module. `flip_timeout` is how long a flip waits for readers. `keep` versions stay for `roll_back` and late joiners,
+    each of which is a copy of the model in memory. `memory` is where they lie: 'vram' on the GPU that the tensors are
+    on, 'dram' in the host's memory, from where a flip brings them to the GPU, 'auto' on the GPU if it has room. Pulls
+    are held to `max_gbps` gigabits a second.
 
     Takes memory for a second copy of the model at once, so that no push waits for it.
 
@@ -170,5 +173,5 @@ def subscribe(  # noqa: PLR0913 - each of them is one thing that an engine may s
     if record is not None and shards is not None:
         raise ConfigError("a target is either declared or recorded", hint="give shards or record")
     options = Options(flip_timeout, keep, Throttle(max_gbps))
-    target = Target(shards, select, record)
+    target = Target(shards, select, record, memory)
     return Subscription(agent, name, module_or_state_dict, target, on_flip=on_flip, install=install, options=options)

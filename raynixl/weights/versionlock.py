@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,15 +15,20 @@ _LOOK_SECONDS = 0.1
 """How often a waiting flip looks for readers that ended without leaving."""
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class VersionLock:
     """Many readers, or one flip; a waiting flip goes before new readers.
 
     Pins are counted for each thread, so one that has a pin gets more at once, also while a flip waits, and the
     flip's own thread may read. A pin of a thread that has ended, or of a frame that was left by an exception that
-    skips hooks (KeyboardInterrupt), counts no more.
+    skips hooks (KeyboardInterrupt), counts no more. `leaving` is called by a reader that is about to leave.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaving: Callable[[], None] = _do_nothing) -> None:
+        self._leaving = leaving
         self._changed = threading.Condition()  # protects everything below
         self._pins: dict[threading.Thread, list[FrameType | None]] = {}
         self._writer: threading.Thread | None = None
@@ -50,6 +55,7 @@ class VersionLock:
 
     def unpin(self, thread: threading.Thread) -> None:
         """Give back one pin of a thread; more than were taken are ignored."""
+        self._leaving()
         with self._changed:
             pins = self._pins.get(thread)
             if not pins:

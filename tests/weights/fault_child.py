@@ -170,7 +170,7 @@ class Child:
         def damage(receiver, chunk, *arguments, **options):
             verify(receiver, chunk, *arguments, **options)
             arena, offset, _ = receiver.cargo.chunks[chunk].tolist()
-            receiver.slot.arrays[arena][offset] ^= 1
+            receiver.slot.bank.arrays[arena][offset] ^= 1
             damaged.append(chunk)
             if len(damaged) == told_at:
                 self.say("lied")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynixl.errors import IntegrityError
+from raynixl.weights.bank import HostBank
 from raynixl.weights.digest import digest_chunks
 from raynixl.weights.outgoing import OutgoingRows
 from raynixl.weights.ranges import Ranges
@@ -61,7 +62,7 @@ def test_partial_digests_of_sources_add_up_to_those_of_the_image(made, seed, thr
                 piece = source[start + turn * own_stride :][:run]
                 image[arena][offset + turn * stride :][:run] = piece
         message = Outgoing(PLAN, CHUNK, (ImageRows(5, 0, tuple(sizes), Ranges(own).to_bytes()),))
-        partial = OutgoingRows(message, [len(source)]).digest([source], version=version, threads=threads)[5]
+        partial = OutgoingRows(message, [len(source)]).digest(HostBank([source]), version=version, threads=threads)[5]
         sums[partial.chunks] += partial.digests
     assert np.array_equal(sums, digest_chunks(image, chunks, threads=1, seed=version))
 
@@ -93,7 +94,7 @@ def test_one_source_serves_several_images_at_other_places():
     message = Outgoing(PLAN, CHUNK, tuple(ImageRows(n + 3, 0, (2 * CHUNK,), part) for n, part in enumerate(parts)))
     prepared = OutgoingRows(message, [100])
     assert prepared.nbytes == 150
-    found = prepared.digest([source], version=1, threads=1)
+    found = prepared.digest(HostBank([source]), version=1, threads=1)
     assert {image: partial.chunks.tolist() for image, partial in found.items()} == {3: [0], 4: [0, 1]}
     image = np.zeros(2 * CHUNK, np.uint8)
     image[4090:4140] = source[50:]
@@ -101,4 +102,5 @@ def test_one_source_serves_several_images_at_other_places():
 
 
 def test_a_source_that_serves_nothing_answers_nothing():
-    assert OutgoingRows(Outgoing(PLAN, CHUNK, ()), [100]).digest([np.zeros(100, np.uint8)], version=1, threads=2) == {}
+    prepared = OutgoingRows(Outgoing(PLAN, CHUNK, ()), [100])
+    assert prepared.digest(HostBank([np.zeros(100, np.uint8)]), version=1, threads=2) == {}

@@ -10,6 +10,7 @@ from weights_tools import same
 
 from raynixl.errors import RangeError
 from raynixl.weights import publish
+from raynixl.weights.bank import HostBank
 from raynixl.weights.changes import Changes
 from raynixl.weights.declare import declare
 from raynixl.weights.delta import apply
@@ -22,7 +23,7 @@ from raynixl.weights.ranges import Ranges
 from raynixl.weights.shards import replicated
 from raynixl.weights.sharing import TensorSpec
 from raynixl.weights.sourcing import ImageRows, Outgoing
-from raynixl.weights.tensors import describe, view_of
+from raynixl.weights.tensors import describe
 
 INFOS = [
     TensorInfo("up", "bfloat16", (300, 256)),
@@ -68,7 +69,7 @@ def rebuild(puller, frozen, image, base):
 
 
 def tensors_of(layout, arrays):
-    return {entry.name: view_of(arrays, entry) for entry in layout.entries}
+    return {entry.name: HostBank(arrays).tensor(entry) for entry in layout.entries}
 
 
 def raw(puller, frozen, version):
@@ -207,7 +208,7 @@ def test_tensors_of_several_dtypes_are_compared_element_by_element(tensors, seed
             new[entry.arena][entry.offset + int(random.integers(entry.nbytes))] ^= 1
     rows = np.array([(0, 0, 0, 0, 0, layout.arenas[0], 1, 0, 0)], np.int64)
     message = Outgoing("a" * 32, 4096, (ImageRows(0, 0, layout.arenas, Ranges(rows).to_bytes()),))
-    blobs = Changes(OutgoingRows(message, layout.arenas), layout).encode(old, new, threads=2)
+    blobs = Changes(OutgoingRows(message, layout.arenas), layout).encode(HostBank(old), HostBank(new), threads=2)
     if blobs:
         apply(blobs[0], old)
         assert all(np.array_equal(one, other) for one, other in zip(old, new, strict=True))
