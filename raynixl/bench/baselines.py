@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from raynixl.bench import copies
 from raynixl.bench.layout import Bytes
 from raynixl.bench.pages import user_memory
 from raynixl.bench.scene import Contender, Scene
-from raynixl.bench.spec import TransferSpec
+from raynixl.bench.spec import CUDA_BASELINES, TransferSpec
 from raynixl.memory import map_shared
 
 
@@ -35,7 +36,7 @@ class Memcpy:
 
     def contend(self, scene: Scene) -> list[Contender]:
         """Copy from ours to theirs, or back."""
-        there, is_theirs = _reach(scene)
+        there, is_theirs = reach(scene)
         source, target = (scene.ours, there) if scene.is_write else (there, scene.ours)
         runner = copies.memcpy(scene.layout, source, target, self._team)
 
@@ -66,7 +67,7 @@ class ProcessVm:
         self._team.close()
 
 
-def _reach(scene: Scene) -> tuple[Bytes, bool]:
+def reach(scene: Scene) -> tuple[Bytes, bool]:
     """Return the target's memory as mapped here, or plain memory here in its place; and whether it is theirs."""
     nbytes, number = scene.layout.nbytes, scene.far["fd"]
     if number < 0:
@@ -83,6 +84,12 @@ def _perftest(spec: TransferSpec) -> Baseline:
     from raynixl.bench.perftest import Perftest
 
     return Perftest(spec)
+
+
+def _cuda(spec: TransferSpec, name: str) -> Baseline:
+    from raynixl.bench.gpu import CudaMemcpy
+
+    return CudaMemcpy(spec, name)
 
 
 def _nixl(spec: TransferSpec) -> Baseline:
@@ -103,4 +110,5 @@ MAKERS: Mapping[str, Callable[[TransferSpec], Baseline]] = {
     "ucx_perftest": _perftest,
     "nixl": _nixl,
     "socket": _stream,
+    **{name: functools.partial(_cuda, name=name) for name in CUDA_BASELINES},
 }

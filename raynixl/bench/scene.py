@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from raynixl.bench.ends import bytes_of, fill_end
 from raynixl.bench.layout import Bytes, Layout, digest, fill
 from raynixl.bench.process import Asked
 from raynixl.bench.timing import Runner
+from raynixl.region import Region, RemoteRegion
 
 REGION = "bench"
 _SEED = 7
@@ -31,21 +34,37 @@ class Scene:
     layout: Layout
     is_write: bool
     memory: str
-    ours: Bytes
+    region: Region
+    remote: RemoteRegion
     target: Asked
     pid: int
     far: dict[str, Any]
+    kept: ExitStack
+    """What contenders hold until the scene is over, when it is closed before the memory goes."""
     address: str = "127.0.0.1"
     """The target's address in the network, as our agent has found it."""
 
+    @property
+    def ours(self) -> Bytes:
+        """Our memory, where it is of the host."""
+        view: Bytes = self.region.array()
+        return view
+
     def check(self, run: Callable[[], object]) -> bool:
         """Run once over cleared memory; whether the bytes of one side are then at the other."""
-        fill(self.ours, _SEED if self.is_write else 0)
+        return self._check(run, self.layout)
+
+    def check_in_order(self, run: Callable[[], object]) -> bool:
+        """Run once over cleared memory; whether the one side is then as the other, whatever the layout."""
+        return self._check(run, Layout(self.layout.nbytes, 1, is_random=False))
+
+    def _check(self, run: Callable[[], object], layout: Layout) -> bool:
+        fill_end(self.region, _SEED if self.is_write else 0)
         self.target.ask("fill", name=REGION, seed=0 if self.is_write else _SEED)
         run()
-        moved = None if self.is_write else self.layout.numbers
+        moved, ours = None if self.is_write else layout.numbers, bytes_of(self.region)
         theirs = self.target.ask("digest", name=REGION, moved=moved)["digest"]
-        return bool(theirs == (self.layout.digest_moved(self.ours) if self.is_write else digest(self.ours)))
+        return bool(theirs == (layout.digest_moved(ours) if self.is_write else digest(ours)))
 
     def check_here(self, run: Callable[[], object], stand_in: Bytes) -> bool:
         """Run once; whether the bytes of our memory and of what stands in for the target's are then the same."""

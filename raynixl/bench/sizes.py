@@ -40,6 +40,18 @@ def parse_counts(text: str) -> list[int]:
     return counts
 
 
+def parse_gpus(text: str) -> tuple[int, int]:
+    """Return the numbers of two GPUs: the same for both where one is named.
+
+    Raises:
+        ConfigError: it is not one number or two.
+    """
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"{text!r} are no GPUs", hint="write 0, or ours and the target's as 0,1")
+    return int(parts[0]), int(parts[-1])
+
+
 def format_size(nbytes: int) -> str:
     """Return bytes as people write them."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):

@@ -9,8 +9,11 @@ from raynixl.config import default_copy_threads
 from raynixl.errors import ConfigError
 from raynixl.memory import available_nbytes
 
-BASELINES = ("memcpy", "process_vm", "ucx_perftest", "nixl", "socket")
-_HERE = ("memcpy", "process_vm")
+CUDA_BASELINES = ("cudamemcpy", "cudamemcpy_loop", "cudamemcpy_loop_c")
+BASELINES = ("memcpy", "process_vm", "ucx_perftest", "nixl", "socket", *CUDA_BASELINES)
+VRAM = "vram"
+_HERE = ("memcpy", "process_vm", *CUDA_BASELINES)
+_CARRY_VRAM = ("nvlink", "ucx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,10 @@ class TransferSpec:
     backend: str = "shm"
     op: str = "write"
     memory: str = "arena"
+    """Kind of our memory, and of the target's unless `target_memory` says another."""
+    target_memory: str = ""
+    gpus: tuple[int, int] = (0, 0)
+    """The GPUs of our memory and of the target's, where these are on one."""
     blocks: int = 1
     is_random: bool = False
     threads: int = field(default_factory=default_copy_threads)
@@ -39,6 +46,17 @@ class TransferSpec:
         """Whether bytes go from the measuring process to the target."""
         return self.op == "write"
 
+    @property
+    def memories(self) -> tuple[str, str]:
+        """The kinds of our memory and of the target's."""
+        return self.memory, self.target_memory or self.memory
+
+    @property
+    def memory_name(self) -> str:
+        """What a row calls the memory: its kind, or ours and the target's."""
+        ours, theirs = self.memories
+        return ours if ours == theirs else f"{ours}/{theirs}"
+
     def check(self) -> None:
         """Refuse what cannot be measured.
 
@@ -54,11 +72,30 @@ class TransferSpec:
             raise ConfigError("loopback moves bytes inside one process", hint="leave --launch out")
         if self.launch and any(name in _HERE for name in self.baselines):
             raise ConfigError("memcpy and process_vm stay on this host", hint="compare with socket or ucx_perftest")
+        self._check_vram()
         block, layout = max(self.sizes), max(self.sizes) * self.blocks
-        own = {"memcpy": layout, "process_vm": 0, "ucx_perftest": 4 * block, "nixl": 2 * layout, "socket": 0}
-        need = 2 * layout + sum(own[name] for name in self.baselines)
+        own = {"memcpy": layout, "ucx_perftest": 4 * block, "nixl": 2 * layout}
+        need = 2 * layout + sum(own.get(name, 0) for name in self.baselines)
         if need > available_nbytes() * 0.8:
             raise ConfigError(
                 f"{need / 1e9:.1f} GB are needed but only {available_nbytes() / 1e9:.1f} are free",
                 hint="ask for smaller --sizes or fewer --blocks",
+            )
+
+    def _check_vram(self) -> None:
+        """Refuse baselines that do not reach the memory, and backends that do not."""
+        cuda = [name for name in self.baselines if name in CUDA_BASELINES]
+        if VRAM not in self.memories:
+            if cuda:
+                raise ConfigError(f"{cuda[0]} copies memory of a GPU", hint="add --memory vram or --target-memory vram")
+            return
+        if self.backend not in _CARRY_VRAM:
+            raise ConfigError(f"{self.backend} carries no memory of a GPU", hint=f"choose of: {', '.join(_CARRY_VRAM)}")
+        if others := [name for name in self.baselines if name not in CUDA_BASELINES]:
+            raise ConfigError(
+                f"{others[0]} is measured with host memory only", hint=f"compare with {', '.join(CUDA_BASELINES)}"
+            )
+        if cuda and self.memories[1] not in ("arena", VRAM):
+            raise ConfigError(
+                f"{cuda[0]} does not reach the target's {self.memories[1]} memory", hint="give the target an arena"
             )

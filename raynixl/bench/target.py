@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from pydantic import SecretBytes
 
 from raynixl.agents import Agent
-from raynixl.bench.layout import Layout, digest, fill
-from raynixl.bench.pages import huge_memory, user_memory
+from raynixl.bench.ends import bytes_of, fill_end, make_region
+from raynixl.bench.layout import Layout, digest
 from raynixl.bench.ports import free_port, is_listening
 from raynixl.bench.stream import Served
 from raynixl.config import from_env
@@ -27,13 +27,6 @@ from raynixl.region import Region
 
 Fields = dict[str, Any]
 ECHO_SECONDS = 0.2  # how often the echo looks whether it shall stop
-
-
-def make_region(agent: Agent, nbytes: int, *, memory: str, name: str = "") -> Region:
-    """Return a region of an arena or of plain memory, in huge pages where that is asked for."""
-    if memory == "arena":
-        return agent.empty(nbytes, name=name)
-    return agent.register((huge_memory if memory == "huge" else user_memory)(nbytes), name=name)
 
 
 class Target:
@@ -68,11 +61,17 @@ class Target:
         self._agents.append(agent)
         return {"record": base64.b64encode(agent.record()).decode(), "core": agent.native_name}
 
-    def do_region(self, name: str, nbytes: int, memory: str) -> Fields:
+    def do_region(self, name: str, nbytes: int, memory: str, gpu: int = 0) -> Fields:
         """Make a region with the latest agent; answer with its address and descriptor number."""
-        region = make_region(self._agents[-1], nbytes, memory=memory, name=name)
+        region = make_region(self._agents[-1], nbytes, memory=memory, gpu=gpu, name=name)
         self._regions[name] = region
         return {"address": region.memory.address, "fd": region.memory.fd}
+
+    def do_export(self, name: str) -> Fields:
+        """Answer with what opens a region of a GPU in another process."""
+        from raynixl.backends.nvlink_export import export
+
+        return {"key": export(self._regions[name].memory)}
 
     def do_drop(self, name: str) -> Fields:
         """Deregister a region."""
@@ -82,12 +81,12 @@ class Target:
 
     def do_fill(self, name: str, seed: int) -> Fields:
         """Fill a region."""
-        fill(self._regions[name].array(), seed)
+        fill_end(self._regions[name], seed)
         return {}
 
     def do_digest(self, name: str, moved: list[int] | None) -> Fields:
         """Answer with the digest of a region, or with the one that moving it by a layout must give."""
-        view = self._regions[name].array()
+        view = bytes_of(self._regions[name])
         if moved is None:
             return {"digest": digest(view)}
         return {"digest": Layout.of(moved).digest_moved(view)}

@@ -17,17 +17,20 @@ from pydantic import SecretBytes
 from raynixl.agents import Agent, Peer, Prepared
 from raynixl.bench import baselines
 from raynixl.bench.busy import BusyRunner
+from raynixl.bench.ends import make_region
 from raynixl.bench.layout import Layout
 from raynixl.bench.process import Asked, TargetProcess
 from raynixl.bench.scene import REGION, Contender, Scene
 from raynixl.bench.spec import TransferSpec
-from raynixl.bench.target import Target, make_region
+from raynixl.bench.target import Target
 from raynixl.bench.timing import Nanoseconds, measure, median_us, percentile_us, rounded
 from raynixl.config import from_env
 from raynixl.errors import ConfigError
 from raynixl.region import Region, RemoteRegion
 
 Row = dict[str, Any]
+_BESIDE = {"nvlink": ("nvlink", "shm")}
+"""Agents whose backend carries no messages need one beside it that does."""
 Ends = tuple[Region, RemoteRegion]
 
 
@@ -79,7 +82,7 @@ class TransferBench:
         stack.callback(self._target.close)
         config = from_env()
         ucx = {**config.ucx, **spec.ucx}
-        settings = {"backends": (spec.backend,), "copy_threads": spec.threads, "ucx": ucx}
+        settings = {"backends": _BESIDE.get(spec.backend, (spec.backend,)), "copy_threads": spec.threads, "ucx": ucx}
         secret = config.secret.get_secret_value() or (secrets.token_bytes(16) if spec.launch else b"")
         own = {**settings, "secret": SecretBytes(secret)}
         self._agent = Agent(f"bench-{os.getpid()}", config=config.model_copy(update=own))
@@ -95,22 +98,27 @@ class TransferBench:
         """Yield the rows of one block size: ours, then each baseline's."""
         spec = self.spec
         layout = Layout(block_nbytes, spec.blocks, spec.is_random)
-        ours = make_region(self._agent, layout.nbytes, memory=spec.memory)
-        far = self._target.ask("region", name=REGION, nbytes=layout.nbytes, memory=spec.memory)
+        memories, gpus = spec.memories, spec.gpus
+        ours = make_region(self._agent, layout.nbytes, memory=memories[0], gpu=gpus[0])
+        far = self._target.ask("region", name=REGION, nbytes=layout.nbytes, memory=memories[1], gpu=gpus[1])
         try:
-            ends = (ours, self._peer.region(REGION))
-            address = self._address(ends)
-            scene = Scene(layout, spec.is_write, spec.memory, ours.array(), self._target, self._pid, far, address)
-            contenders = self._ours(scene, ends)
-            for baseline in self._baselines:
-                contenders += baseline.contend(scene)
-            times = measure([one.runner for one in contenders], spec.rounds, step)
-            for one, each in zip(contenders, times, strict=True):
-                is_right = one.verify() if spec.is_verified else False
-                yield self._row(one, layout, each, is_right)
+            with ExitStack() as kept:
+                ends = (ours, self._peer.region(REGION))
+                address = self._address(ends)
+                scene = Scene(layout, spec.is_write, spec.memory, *ends, self._target, self._pid, far, kept, address)
+                yield from self._measure(scene, step)
         finally:
             self._agent.deregister(ours)
             self._target.ask("drop", name=REGION)
+
+    def _measure(self, scene: Scene, step: Callable[[], None]) -> Iterator[Row]:
+        contenders = self._ours(scene, (scene.region, scene.remote))
+        for baseline in self._baselines:
+            contenders += baseline.contend(scene)
+        times = measure([one.runner for one in contenders], self.spec.rounds, step)
+        for one, each in zip(contenders, times, strict=True):
+            is_right = one.verify() if self.spec.is_verified else False
+            yield self._row(one, scene.layout, each, is_right)
 
     def _address(self, ends: Ends) -> str:
         """Return the target's address, as our agent has found it."""
@@ -166,7 +174,7 @@ class TransferBench:
             "impl": one.runner.impl,
             "backend": spec.backend,
             "op": spec.op,
-            "memory": spec.memory,
+            "memory": spec.memory_name,
             "block_nbytes": layout.block_nbytes,
             "blocks": layout.blocks,
             "pattern": "random" if layout.is_random else "sequential",

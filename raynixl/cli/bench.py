@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from raynixl.backends import table
-from raynixl.bench.sizes import format_size, parse_counts, parse_size, parse_sizes
+from raynixl.bench.sizes import format_size, parse_counts, parse_gpus, parse_size, parse_sizes
 from raynixl.cli.screen import FriendlyGroup, progress, report, say
 from raynixl.config import default_copy_threads, parse_options
 from raynixl.errors import ConfigError
@@ -34,6 +34,7 @@ class Kind(enum.StrEnum):
     ARENA = "arena"
     USER = "user"
     HUGE = "huge"
+    VRAM = "vram"
 
 
 class Pattern(enum.StrEnum):
@@ -60,15 +61,21 @@ def transfer(  # noqa: PLR0913 - a command's options
     backend: Annotated[str, typer.Option(help="Backend that carries the bytes.")] = "shm",
     op: Annotated[Op, typer.Option(help="Direction, seen from the measuring process.")] = Op.WRITE,
     memory: Annotated[
-        Kind, typer.Option(help="arena: agent.empty(); user: registered; huge: in huge pages.")
+        Kind, typer.Option(help="arena: agent.empty(); user: registered; huge: in huge pages; vram: on a GPU.")
     ] = Kind.ARENA,
+    target_memory: Annotated[Kind | None, typer.Option(help="The target's, where it is another than ours.")] = None,
+    gpus: Annotated[str, typer.Option(help="GPU of vram: one number, or ours and the target's, as 0,1.")] = "0",
     sizes: Annotated[str, typer.Option(help="Block sizes, as 4K,1M.")] = "4K,64K,1M,16M,64M",
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of each transfer.")] = 1,
     pattern: Annotated[Pattern, typer.Option(help="How the blocks lie at both ends.")] = Pattern.SEQUENTIAL,
     threads: Annotated[int, typer.Option(min=0, max=256, help="Threads for all; 0: the default.")] = 0,
     rounds: Rounds = 7,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="memcpy, process_vm, ucx_perftest, nixl or socket; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="memcpy, process_vm, ucx_perftest, nixl, socket, or for vram cudamemcpy, cudamemcpy_loop, "
+            "cudamemcpy_loop_c; repeatable."
+        ),
     ] = None,
     ucx: Ucx = None,
     busy: Annotated[
@@ -91,8 +98,9 @@ def transfer(  # noqa: PLR0913 - a command's options
         is_random=pattern is Pattern.RANDOM, threads=threads or default_copy_threads(), rounds=rounds,
         baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify, is_busy=busy,
         ucx=parse_options(ucx or ()), launch=tuple(shlex.split(launch)),
+        target_memory=target_memory.value if target_memory else "", gpus=parse_gpus(gpus),
     )  # fmt: skip
-    title = f"{op} over {backend}, {memory} memory, {pattern} blocks, at most {spec.threads} threads"
+    title = f"{op} over {backend}, {spec.memory_name} memory, {pattern} blocks, at most {spec.threads} threads"
     with progress("transfer", rounds * len(spec.sizes)) as step:
         rows = report(run_transfer(spec, step), title, is_json=is_json, is_verified=verify)
     if plot is not None:

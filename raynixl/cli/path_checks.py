@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from raynixl.agents import Agent
 from raynixl.backends import permission, table
+from raynixl.bench.ends import make_region
 from raynixl.bench.layout import digest, fill
 from raynixl.bench.process import Asked, TargetProcess
-from raynixl.bench.target import Target, make_region, peek
+from raynixl.bench.target import Target, peek
 from raynixl.cli.doctor import Finding, Verdict
 from raynixl.config import from_env
 from raynixl.errors import RaynixlError

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run: build, tests, compute-sanitizer, and the tables of docs/performance.md.
+#
+#   tools/gpu_check.sh                        all steps
+#   tools/gpu_check.sh --only tests,bench     some of: facts core tests sanitizer bench
+#   tools/gpu_check.sh --tests 'tests/gpu/test_nvlink.py -k large' --bench 'large small' --rounds 3
+#   tools/gpu_check.sh --out DIRECTORY        where the logs and rows go (default: a new one under /tmp)
+#   tools/gpu_check.sh --python PYTHON        the interpreter (default: .venv/bin/python, else python3)
+#
+# Each step has a time limit. Nothing is downloaded. The exit code is 1 if a step failed, and the last lines say which.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+steps="facts core tests sanitizer bench" tests="tests/gpu" sanitized="" words="" rounds=5 out="" python=""
+limits="facts=30 core=300 tests=900 sanitizer=300 bench=600"
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) usage; exit 0 ;;
+    --only | --tests | --sanitize | --bench | --rounds | --out | --python | --limit)
+      [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+      case $1 in
+        --only) steps=${2//,/ } ;;
+        --tests) tests=$2 ;;
+        --sanitize) sanitized=$2 ;;
+        --bench) words=$2 ;;
+        --rounds) rounds=$2 ;;
+        --out) out=$2 ;;
+        --python) python=$2 ;;
+        --limit) limits="$limits $2" ;; # as tests=60; the last one counts
+      esac
+      shift 2 ;;
+    *) echo "there is no option $1" >&2; usage >&2; exit 2 ;;
+  esac
+done
+for step in $steps; do
+  case " facts core tests sanitizer bench " in *" $step "*) ;; *) echo "there is no step $step" >&2; exit 2 ;; esac
+done
+[ -n "$python" ] || { [ -x .venv/bin/python ] && python=$PWD/.venv/bin/python || python=$(command -v python3); }
+[ -n "$out" ] || out=$(mktemp -d /tmp/gpu_check.XXXXXX)
+mkdir -p "$out" || exit 1
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+limit_of() { local found=60 one; for one in $limits; do [ "${one%%=*}" = "$1" ] && found=${one#*=}; done; echo "$found"; }
+
+failed=()
+run_step() { # NAME COMMAND...
+  local name=$1 began=$SECONDS code; shift
+  echo "== $name (at most $(limit_of "$name") s)"
+  timeout --kill-after=10 "$(limit_of "$name")" "$@" 2>&1 | tee "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) echo "== $name: fine, $((SECONDS - began)) s" ;;
+    124 | 137) echo "== $name: FAILED, it ran past its limit"; failed+=("$name (time limit)") ;;
+    *) echo "== $name: FAILED with exit code $code, $((SECONDS - began)) s"; failed+=("$name") ;;
+  esac
+}
+
+facts() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader || return 1
+  uname -sr
+  "$python" - <<'PY'
+import importlib, sys
+print("Python", sys.version.split()[0])
+for name in ("numpy", "cupy", "torch", "triton", "ucxx", "pydantic", "pytest"):
+    try:
+        print(name, getattr(importlib.import_module(name), "__version__", "?"))
+    except ImportError as exc:
+        print(name, "missing:", exc)
+PY
+}
+
+core() { # built in place from what the environment has: no network
+  if "$python" -c 'import raynixl._native' 2>/dev/null; then
+    echo "the compiled core is here"
+    return 0
+  fi
+  "$python" -c 'import nanobind, scikit_build_core' || { echo "nanobind and scikit-build-core are needed"; return 1; }
+  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$python" \
+    -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" &&
+    cmake --build build/gpu && cp build/gpu/_native*.so raynixl/ && "$python" -c 'import raynixl._native'
+}
+
+tests() {
+  # shellcheck disable=SC2086
+  "$python" -m pytest -q --tb=short -m gpu $tests 2>&1 | tee "$out/pytest.txt"
+  local code=${PIPESTATUS[0]}
+  grep -Eq '(^|[ ,])[0-9]+ passed' "$out/pytest.txt" || { echo "no test passed: is there no GPU?"; return 1; }
+  return "$code"
+}
+
+sanitizer() { # the kernels alone: memory, then races; a test that is skipped shows nothing
+  local tool selection=${sanitized:-tests/gpu/test_kernels.py} code=0 log
+  tool=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null) ||
+    { echo "compute-sanitizer is not here"; return 1; }
+  for check in memcheck racecheck; do
+    log=$out/sanitizer-$check.txt
+    echo "$check of $selection"
+    # shellcheck disable=SC2086
+    RAYNIXL_SANITIZER=1 "$tool" --tool "$check" --error-exitcode 86 --target-processes all --log-file "$log" \
+      "$python" -m pytest -q --tb=short -p no:cacheprovider -m gpu --timeout 280 $selection || code=1
+    tail -n 5 "$log"
+    grep -q 'ERROR SUMMARY: 0 errors\|RACECHECK SUMMARY: 0 hazards' "$log" || { echo "$check is not clean"; code=1; }
+  done
+  return $code
+}
+
+bench() {
+  # shellcheck disable=SC2086
+  "$python" tools/gpu_tables.py --rounds "$rounds" --rows "$out/rows.jsonl" $words
+}
+
+export -f facts core tests sanitizer bench
+export python tests sanitized words rounds out
+for step in $steps; do
+  run_step "$step" bash -c "$step"
+done
+
+echo
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "FAILED: ${failed[*]} (logs in $out)"
+  exit 1
+fi
+echo "all steps passed: $steps (logs in $out)"
