@@ -155,7 +155,8 @@ class NvlinkBackend:
         device = self._device(request)
         programs: list[Program] = []
         if direct.any():
-            programs.append(mover(device).program(table[direct], request.gates))
+            touches_host = any(one.kind is _DRAM for one in request.local) or -1 in self._devices(request)
+            programs.append(mover(device).program(table[direct], request.gates, touches_host=touches_host))
         if not direct.all():
             programs.append(self._staging.program(device, request, table[~direct]))
         return programs
@@ -234,11 +235,16 @@ class NvlinkBackend:
     def _device(self, request: Request) -> int:
         """Return the GPU that carries a request out: ours, with access to the memory of the peer's."""
         near = {region.device for region in request.local if region.kind is _VRAM}
-        far = {_place(binding).device for binding in request.remote} - {-1}
+        far = self._devices(request) - {-1}
         device = min(near or far)
         for other in sorted((near | far) - {device}):
             cuda.enable_peer(device, other)
         return device
+
+    @staticmethod
+    def _devices(request: Request) -> set[int]:
+        """Return the GPUs of the peer's regions; -1 stands for host memory."""
+        return {_place(binding).device for binding in request.remote}
 
 
 def _place(binding: Binding) -> _Place:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from raynixl import cuda
 from raynixl.backends.base import Local, Op, Request
 from raynixl.backends.nvlink_job import StagedJob
 from raynixl.backends.nvlink_mover import mover
-from raynixl.errors import BackendUnavailable
+from raynixl.errors import AgentClosed
 from raynixl.memory import MemoryKind, address_of
 from raynixl.native import CANCELLED, COPY, DONE, PENDING, Gate, Job, Program
 
@@ -30,6 +31,10 @@ _WORKERS = 2
 _SETTLE_SECONDS = 30.0
 
 Rows = npt.NDArray[np.uint64]
+
+
+class _Hung(Exception):
+    """A GPU goes on with a copy for longer than can be waited for."""
 
 
 class _Bounce:
@@ -90,23 +95,23 @@ class Staging:
 
     def program(self, device: int, request: Request, table: Rows) -> StagedProgram:
         """Compile rows of (source, destination, nbytes) between host memory of this process and a GPU."""
-        source = request.local[0].kind if request.op is Op.WRITE else request.remote[0].remote.kind
-        is_upload = source is MemoryKind.DRAM
+        is_ours = any(region.kind is MemoryKind.DRAM for region in request.local)  # no request has it on both sides
+        is_upload = is_ours == (request.op is Op.WRITE)
         return StagedProgram(self, device, table, request.gates, is_upload=is_upload)
 
-    def start(self, job: StagedJob, work: Callable[[StagedJob, _Bounce], int]) -> None:
-        """Have a thread do a job's work.
+    def start(self, job: StagedJob, work: Callable[[StagedJob, _Bounce], int], leave: Callable[[], None]) -> None:
+        """Have a thread do a job's work, and leave its gates afterwards.
 
         Raises:
-            BackendUnavailable: the backend is closed.
+            AgentClosed: the backend is closed.
         """
         with self._lock:
             if self._is_closed:
-                raise BackendUnavailable("the agent is closing")
+                raise AgentClosed("the agent is closing")
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="raynixl-stage")
             self._jobs.add(job)
-            self._pool.submit(self._work, job, work)
+            self._pool.submit(self._work, job, work, leave)
 
     def close(self, timeout: float) -> None:
         """End what is staged and let go of the buffers; nothing is staged afterwards."""
@@ -119,28 +124,34 @@ class Staging:
         for job in jobs:
             job.wait_settled(max(0.001, deadline - time.monotonic()))
         if pool is not None:
-            pool.shutdown(wait=not self._jobs, cancel_futures=True)
+            pool.shutdown(wait=not self._jobs)
         with self._lock:
             idle, self._idle = self._idle, []
         for bounce in idle:
             bounce.close()
 
-    def _work(self, job: StagedJob, work: Callable[[StagedJob, _Bounce], int]) -> None:
-        bounce: _Bounce | None = None
+    def _work(self, job: StagedJob, work: Callable[[StagedJob, _Bounce], int], leave: Callable[[], None]) -> None:
+        code, bounce = job.code, None
         try:
-            if job.code == PENDING:
+            if code == PENDING:
                 bounce = self._take()
-                job.end(work(job, bounce))
+                code = work(job, bounce)
+        except _Hung:
+            logger.exception("a GPU does not end a copy: what it may still touch is never given back")
+            job.end(-errno.EIO)
+            return
         except Exception:  # thread edge: whoever waits gets the code, and we say what it was
             logger.exception("staging failed")
-            job.end(-5)  # EIO
-            bounce = None
+            code = -errno.EIO
         finally:
             with self._lock:
                 self._jobs.discard(job)
-                if bounce is not None:
-                    self._idle.append(bounce)
-            job.settle()
+        if bounce is not None:
+            with self._lock:
+                self._idle.append(bounce)
+        leave()  # before anyone can see the end: who sees it may take the memory back
+        job.end(code)
+        job.settle()
 
     def _take(self) -> _Bounce:
         with self._lock:
@@ -149,16 +160,8 @@ class Staging:
         return _Bounce()
 
 
-@dataclass(eq=False)
 class StagedProgram:
-    """Rows between host memory and a GPU, moved piece by piece. Each piece passes the gates by itself."""
-
-    staging: Staging
-    device: int
-    table: Rows
-    gates: Sequence[Gate]
-    is_upload: bool
-    _programs: dict[tuple[int, int], tuple[Program, Program]] = field(default_factory=dict)
+    """Rows between host memory and a GPU, moved piece by piece, inside the gates from the start to the end."""
 
     def __init__(self, staging: Staging, device: int, table: Rows, gates: Sequence[Gate], *, is_upload: bool) -> None:
         self.staging = staging
@@ -168,16 +171,27 @@ class StagedProgram:
         self.count = len(table)
         self._cuts = cut(table)
         self.nbytes = int(table[:, 2].sum())
-        self._programs = {}
+        self._programs: dict[tuple[int, int], tuple[Program, Program]] = {}  # by piece and buffer
 
     def run(self, timeout: float, out_of_line: bool = False) -> int | Job:
         """Start; see `Program.run`."""
-        closed = next((gate.code for gate in self.gates if gate.code), 0)
-        if closed:
-            return closed
+        inside: list[Gate] = []
+        for gate in self.gates:
+            if code := gate.enter():
+                _leave(inside)
+                return code
+            inside.append(gate)
         job = StagedJob(timeout)
-        self.staging.start(job, self._move)
+        try:
+            self.staging.start(job, self._move, lambda: _leave(inside))
+        except BaseException:
+            _leave(inside)
+            raise
         return job
+
+    def aborted(self) -> int:
+        """Return the code of the first gate whose closing stops those inside, 0 if there is none."""
+        return next((code for gate in self.gates if (code := gate.aborted)), 0)
 
     def _move(self, job: StagedJob, bounce: _Bounce) -> int:
         """Move all pieces through the buffers; return the code of the first that failed."""
@@ -192,13 +206,13 @@ class StagedProgram:
                     if code != DONE:
                         one.cancel(CANCELLED)
                     if not one.wait_settled(_SETTLE_SECONDS):
-                        raise RuntimeError("a GPU does not end a copy")  # its buffer must not be used again
+                        raise _Hung(f"not within {_SETTLE_SECONDS:g} s")
         return code
 
     def _upload(self, job: StagedJob, bounce: _Bounce, moved: list[Job | int]) -> int:
         for number, piece in enumerate(self._cuts):
             host, gpu = self._compiled(number, bounce)
-            if code := _end_of(moved[number % 2], job):
+            if code := _end_of(moved[number % 2], job) or self.aborted():
                 return code
             if code := _end_of(host.run(job.left), job):
                 return code
@@ -211,7 +225,7 @@ class StagedProgram:
             if number < len(self._cuts):
                 moved[number % 2] = self._compiled(number, bounce)[1].run(job.left)
             if number:
-                if code := _end_of(moved[(number - 1) % 2], job):
+                if code := _end_of(moved[(number - 1) % 2], job) or self.aborted():
                     return code
                 if code := _end_of(self._compiled(number - 1, bounce)[0].run(job.left), job):
                     return code
@@ -229,11 +243,16 @@ class StagedProgram:
             out = np.stack([piece.offset + np.uint64(second), piece.target, piece.nbytes], axis=1)
             in_host, in_gpu = (into, out) if self.is_upload else (out, into)
             programs = (
-                self.staging.local.engine.program(COPY, 0, np.ascontiguousarray(in_host), self.gates),
-                mover(self.device).program(np.ascontiguousarray(in_gpu), self.gates),
+                self.staging.local.engine.program(COPY, 0, np.ascontiguousarray(in_host), []),
+                mover(self.device).program(np.ascontiguousarray(in_gpu), [], touches_host=True),
             )
             self._programs[(number, host)] = programs
         return programs
+
+
+def _leave(gates: Sequence[Gate]) -> None:
+    for gate in gates:
+        gate.leave()
 
 
 def _end_of(result: Job | int, job: StagedJob) -> int:

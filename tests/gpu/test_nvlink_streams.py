@@ -1,4 +1,4 @@
-"""Order between transfers over nvlink and work on streams, without the host waiting; kernels that spin show mistakes."""
+"""Order between transfers over nvlink and work on streams, without the host waiting."""
 
 from __future__ import annotations
 
