@@ -15,11 +15,6 @@ from raynixl.memory import Memory, MemoryKind
 logger = logging.getLogger(__name__)
 
 _EXPORTS_FDS_SINCE = (1, 22)
-_TORCH = {
-    Origin.VIRTUAL: "expandable_segments:False",
-    Origin.POOL: "backend:native",
-}
-"""What to set in PYTORCH_CUDA_ALLOC_CONF, so that torch allocates by cudaMalloc."""
 
 
 class _Runtime(Protocol):
@@ -88,5 +83,5 @@ def why_slow(allocation: Allocation, version: tuple[int, int]) -> str:
         return ""
     return (
         f"GPU memory made by {allocation.origin.value} is not exported by UCX {version[0]}.{version[1]}: "
-        f"with torch set PYTORCH_CUDA_ALLOC_CONF={_TORCH[allocation.origin]}"
+        f"{allocation.origin.remedy}"
     )

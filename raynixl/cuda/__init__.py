@@ -1,0 +1,90 @@
+"""The CUDA driver, without a runtime: memory of GPUs and what is known of it, streams, events, kernels.
+
+Nothing is loaded before it is needed. CUDA is initialised by `devices`, `primary`, `on` and what makes something on
+a GPU, never by asking about memory. There is no call here that waits for a whole GPU.
+"""
+
+from raynixl.cuda.arena import (
+    Arena,
+    Event,
+    Pin,
+    arena,
+    close_kept,
+    pin,
+    record,
+    stream_handle,
+)
+from raynixl.cuda.contexts import (
+    Device,
+    bus_id,
+    current,
+    current_functions,
+    device_attribute,
+    device_of_context,
+    devices,
+    enable_peer,
+    function_address,
+    on,
+    primary,
+)
+from raynixl.cuda.driver import (
+    alloc,
+    free,
+    host_alloc,
+    host_bytes,
+    host_device_address,
+    host_free,
+    host_register,
+    host_unregister,
+    ipc_close,
+    ipc_export,
+    ipc_export_event,
+    ipc_open,
+    ipc_open_event,
+    memory_info,
+    memset_async,
+)
+from raynixl.cuda.kernels import Launch, launch, module_function, module_load, module_unload
+from raynixl.cuda.library import has_driver, kept, replace_driver
+from raynixl.cuda.pointers import (
+    FABRIC,
+    POSIX_FD,
+    Allocation,
+    Origin,
+    context_for,
+    device_of,
+    examine,
+    pinned_address,
+)
+from raynixl.cuda.streams import (
+    event_create,
+    event_destroy,
+    event_elapsed_ms,
+    event_query,
+    event_record,
+    event_synchronize,
+    memcpy_async,
+    memcpy_d2d_async,
+    memcpy_d2h_async,
+    memcpy_h2d_async,
+    memcpy_peer_async,
+    stream_create,
+    stream_destroy,
+    stream_is_capturing,
+    stream_query,
+    stream_synchronize,
+    stream_wait_event,
+)
+
+__all__ = [
+    "FABRIC", "POSIX_FD", "Allocation", "Arena", "Device", "Event", "Launch", "Origin", "Pin", "alloc", "arena",
+    "bus_id", "close_kept", "context_for", "current", "current_functions", "device_attribute", "device_of",
+    "device_of_context", "devices", "enable_peer", "event_create", "event_destroy", "event_elapsed_ms", "event_query",
+    "event_record", "event_synchronize", "examine", "free", "function_address", "has_driver", "host_alloc",
+    "host_bytes", "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close", "ipc_export",
+    "ipc_export_event", "ipc_open", "ipc_open_event", "kept", "launch", "memcpy_async", "memcpy_d2d_async",
+    "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info", "memset_async", "module_function",
+    "module_load", "module_unload", "on", "pin", "pinned_address", "primary", "record", "replace_driver",
+    "stream_create", "stream_destroy", "stream_handle", "stream_is_capturing", "stream_query", "stream_synchronize",
+    "stream_wait_event",
+]  # fmt: skip
