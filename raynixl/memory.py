@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import errno
 import fcntl
 import functools
 import mmap
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Protocol
@@ -23,6 +25,8 @@ POPULATE_NBYTES = 1 << 30
 """Mappings up to this size get their page tables filled at once: half the price of faulting them one by one."""
 
 _MADV_POPULATE_WRITE = 23
+_TOUCH_NBYTES = 64 << 20
+_MAX_TOUCHERS = 16
 _SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW: a peer's mapping can never SIGBUS
 
 
@@ -231,9 +235,13 @@ def allocate(nbytes: int) -> Memory:
         raise RangeError(f"cannot allocate {nbytes} bytes: {available_nbytes()} are free", hint="ask for less")
     fd = os.memfd_create("raynixl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, nbytes)  # fail here, not by SIGBUS at some later touch
+        os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, 1024 + 9, _SEALS)  # F_ADD_SEALS
-        mapping = map_shared(fd, nbytes)
+        mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED)
+        if nbytes >= 1 << 21:
+            _advise_huge(mapping)
+        if not _touch(address_of(mapping), nbytes):
+            os.posix_fallocate(fd, 0, nbytes)
     except (OSError, ValueError, OverflowError) as exc:
         os.close(fd)
         raise RangeError(f"cannot allocate {nbytes} bytes: {exc}", hint="ask for less, or free memory") from exc
@@ -253,6 +261,35 @@ def allocate_on(device: int, nbytes: int) -> Memory:
         raise ConfigError("memory of a GPU needs the NVIDIA driver, which is not here", hint="see `raynixl doctor`")
     arena = cuda.arena(index(nbytes), device)
     return Memory(MemoryKind.VRAM, device, arena.address, index(nbytes), True, arena)
+
+
+def _touch(address: int, nbytes: int) -> bool:
+    """Have the kernel clear and map fresh memory, on several cores; False if it cannot at all (before Linux 5.14).
+
+    Memory that is not to be had fails here, not by SIGBUS at some later touch.
+
+    Raises:
+        OSError: there is not enough.
+    """
+
+    def touch(start: int) -> int:
+        failed = _madvise()(address + start, min(_TOUCH_NBYTES, nbytes - start), _MADV_POPULATE_WRITE)
+        return ctypes.get_errno() if failed else 0
+
+    code = touch(0)
+    if code == errno.EINVAL:
+        return False
+    rest = range(_TOUCH_NBYTES, nbytes, _TOUCH_NBYTES)
+    if rest and not code:
+        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MAX_TOUCHERS, len(rest))) as pool:
+            try:
+                codes = list(pool.map(touch, rest))
+            except RuntimeError:  # the process may have no more threads
+                codes = [touch(start) for start in rest]
+        code = next(filter(None, codes), 0)
+    if code:
+        raise OSError(code, os.strerror(code))
+    return True
 
 
 def check_sealed(fd: int, nbytes: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from raynixl.errors import ConfigError
 from raynixl.weights.conversion import FP8, SCALE_SUFFIX, Conversion
 from raynixl.weights.converted import converted
+from raynixl.weights.copyout import CopyOut, Digests
 from raynixl.weights.dtensor import local_tensors, shards_of
 from raynixl.weights.layout import Layout
 from raynixl.weights.quantising import quantise
@@ -55,7 +56,7 @@ class Work:
     """What brings the tensors of a look into one copy, prepared once."""
 
     look: Look
-    job: CopyJob
+    copy_out: CopyOut
     quantised: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -115,8 +116,8 @@ class Original:
                 )
         return tensors
 
-    def copy_out(self, agent: Agent, look: Look, copy: Copy) -> None:
-        """Bring tensors, converted, to where they lie in a copy; tied ones once.
+    def copy_out(self, agent: Agent, look: Look, copy: Copy, digests: Digests) -> None:
+        """Bring tensors, converted, to where they lie in a copy, tied ones once, and digest of them what costs no pass.
 
         What is published in place lies there already, save tensors that the trainer has replaced.
         """
@@ -125,7 +126,7 @@ class Original:
             return
         if copy.work is None or copy.work.look is not look:
             copy.work = self._work(look, copy)
-        copy.work.job.run(agent)
+        copy.work.copy_out.run(agent, copy.arenas.bank, digests)
         quantised = copy.work.quantised
         with on_ours(gpus_of(tensor for tensor, _, _ in quantised)):
             for tensor, stored, scales in quantised:
@@ -139,7 +140,7 @@ class Original:
                 quantised.append((look.tensors[name], copy.view(name), copy.view(name + SCALE_SUFFIX)))
             else:
                 pairs.append((copy.view(name), look.tensors[name]))
-        return Work(look, CopyJob(pairs), quantised)
+        return Work(look, CopyOut(CopyJob(pairs)), quantised)
 
     def move(self, agent: Agent, view: Callable[[str], torch.Tensor]) -> None:
         """Move the tensors into a copy for good: their values lie there from now on."""

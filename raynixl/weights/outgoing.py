@@ -61,6 +61,10 @@ class OutgoingRows:
         self.arena = np.concatenate(own)
         self._sums = index
 
+    def zeros(self) -> U64:
+        """Return sums for the digests of all rows, none of them added yet."""
+        return np.zeros((self._sums, 2), np.uint64)
+
     def __repr__(self) -> str:
         return f"OutgoingRows({len(self.shares)} images, {len(self.rows)} rows, {self.nbytes / 1e6:,.1f} MB)"
 
@@ -77,9 +81,13 @@ class OutgoingRows:
 
     def digest(self, bank: Bank, *, version: int, threads: int) -> dict[int, Partial]:
         """Return this source's share of the digest of every chunk, for each image that gets anything."""
-        sums = np.zeros((self._sums, 2), np.uint64)
+        sums = self.zeros()
         if len(self.rows):
             bank.digest(self.at(bank), sums, seed=version, threads=threads)
+        return self.partials(sums)
+
+    def partials(self, sums: U64) -> dict[int, Partial]:
+        """Return sums to which all rows were added, for each image that gets anything."""
         return {
             share.image: Partial(share.chunks, sums[share.index : share.index + len(share.chunks)])
             for share in self.shares

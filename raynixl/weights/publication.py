@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from raynixl.errors import AgentClosed, ConfigError, IntegrityError, TransferTimeout
 from raynixl.weights.conversion import Cast, Fp8, conversion
 from raynixl.weights.copies import Copies, Copy
+from raynixl.weights.copyout import Digests
 from raynixl.weights.hold import WhileBusy
 from raynixl.weights.layout import CHUNK_NBYTES, Layout
 from raynixl.weights.original import Look, Original, Publish
@@ -160,7 +161,7 @@ class Publication:
             TransferTimeout: another push is not over, or the trainer stays in `updating()`.
         """
         deadline = time.monotonic() + request.seconds
-        self._served.plan(request.plan)
+        digests = self._served.digests(request)
         copy = self._copies.take(request, self._gone(peer))
         try:
             with self._versions:
@@ -168,9 +169,9 @@ class Publication:
                 self._note(request)
             look = self._original.look()
             began = time.monotonic()
-            bank = self._copy_out(look, copy, deadline)
+            bank = self._copy_out(look, copy, deadline, digests)
             seconds = time.monotonic() - began
-            answer = self._frozen(request, copy, bank, seconds)
+            answer = self._frozen(request, copy, bank, seconds, digests)
         except BaseException:
             self._copies.release(request.push)
             raise
@@ -201,8 +202,8 @@ class Publication:
                 hint="versions go up",
             )
 
-    def _frozen(self, request: Freeze, copy: Copy, bank: Bank, copy_out_seconds: float) -> bytes:
-        said = self._served.say(request, copy, bank, self._copies)
+    def _frozen(self, request: Freeze, copy: Copy, bank: Bank, copy_out_seconds: float, digests: Digests) -> bytes:
+        said = self._served.say(request, copy, bank, self._copies, digests)
         return Frozen(
             version=request.version, plan=request.plan, shards=self._original.shards.digest,
             holder=self._holder(copy), nbytes=self.layout.nbytes, copy_out_seconds=copy_out_seconds,
@@ -213,12 +214,12 @@ class Publication:
         regions = tuple(region.record() for region in copy.arenas.regions)
         return Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
 
-    def _copy_out(self, look: Look, copy: Copy, deadline: float) -> Bank:
+    def _copy_out(self, look: Look, copy: Copy, deadline: float, digests: Digests) -> Bank:
         """Bring the weights into a copy; return its memory, which the caller so keeps if the publication is closed."""
         with self._alone(deadline, deadline - time.monotonic()):
             self._check_open()
             with self._streams.alone(deadline - time.monotonic()):
-                self._original.copy_out(self._agent, look, copy)
+                self._original.copy_out(self._agent, look, copy, digests)
             return copy.arenas.bank
 
     def _on_describe(self, _peer: str, _payload: bytes) -> bytes:

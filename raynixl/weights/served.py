@@ -13,6 +13,7 @@ from raynixl.errors import PeerRestarted, RangeError
 from raynixl.record import RegionRecord
 from raynixl.weights.bank import Bank
 from raynixl.weights.changes import Changes, room
+from raynixl.weights.copyout import Digests
 from raynixl.weights.layout import Layout
 from raynixl.weights.outgoing import OutgoingRows
 from raynixl.weights.sourcing import DeltaOffer, Freeze, Outgoing, Partial
@@ -81,13 +82,20 @@ class Served:
             raise PeerRestarted(f"{self._agent.name!r} does not know the plan", hint="send it its rows of the plan")
         return plan
 
-    def say(self, request: Freeze, copy: Copy, bank: Bank, copies: Copies) -> Said:
-        """Digest a version that lies in a copy, and encode what changed in it since its base, if that is here."""
+    def digests(self, request: Freeze) -> Digests:
+        """Return what is to be digested of a version, to be begun while it is copied out.
+
+        Raises:
+            PeerRestarted: the plan is not known here.
+        """
+        return Digests.of(self.plan(request.plan).rows, request.version, self._threads)
+
+    def say(self, request: Freeze, copy: Copy, bank: Bank, copies: Copies, digests: Digests) -> Said:
+        """Digest the rest of a version that lies in a copy, and encode what changed since its base, if that is here."""
         began = time.monotonic()
-        plan = self.plan(request.plan)
-        partials = plan.rows.digest(bank, version=request.version, threads=self._threads)
+        digests.finish(bank)
         deltas, region = self._encode(request, copy, bank, copies)
-        return Said(partials, deltas, region, time.monotonic() - began)
+        return Said(digests.rows.partials(digests.sums), deltas, region, time.monotonic() - began)
 
     def _encode(
         self, request: Freeze, copy: Copy, bank: Bank, copies: Copies

@@ -146,17 +146,25 @@ class CopyJob:
             else:
                 self._others.append((target, source))
         table = np.array(rows, np.uint64).reshape(-1, 3)
-        self._rows = np.ascontiguousarray(table[table[:, 2] > 0])
+        self.rows = np.ascontiguousarray(table[table[:, 2] > 0])
+        """What is plain bytes in host memory, as rows of (source, destination, nbytes)."""
         self._gpus = gpus_of(tensor for pair in self._others for tensor in pair)
 
     def run(self, agent: Agent) -> None:
         """Copy everything: plain bytes in host memory by the agent's threads, the rest by torch."""
-        others = self._others
-        if len(self._rows) and not _copy_rows(agent, self._rows):
-            others = [*others, *self._plain]
-        if others:
+        self.run_rows(agent, self.rows)
+        self.run_others()
+
+    def run_rows(self, agent: Agent, rows: NDArray[np.uint64]) -> None:
+        """Copy rows of plain bytes, some of ours or all."""
+        if len(rows) and not _copy_rows(agent, rows):
+            _copy_by_torch(self._plain)
+
+    def run_others(self) -> None:
+        """Copy what is not plain bytes in host memory."""
+        if self._others:
             with on_ours(self._gpus):
-                _copy_by_torch(others)
+                _copy_by_torch(self._others)
 
 
 def _copy_by_torch(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
