@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from raynixl.region import Region, RemoteRegion
+from raynixl.testing.contents import get, put
 from raynixl.testing.far import PATIENCE, pattern
 from raynixl.testing.scene import Scene, expect_equal
 
@@ -52,25 +53,25 @@ def moves_several_regions(scene: Scene) -> None:
     for memory in scene.memories:
         mine = [scene.region(nbytes, memory, seed=nbytes) for nbytes in (1000, 5000, 3000)]
         theirs = [scene.remote(nbytes, memory, seed=nbytes + 1) for nbytes in (4096, 4904)]
-        wanted = np.concatenate([region.array() for region in mine])
+        wanted = np.concatenate([get(region.memory) for region in mine])
         scene.near.write(mine, theirs).wait(PATIENCE)
         expect_equal(np.concatenate([scene.content(one) for one in theirs]), wanted, f"write of {memory} regions")
         for region in mine:
-            region.array()[:] = 0
+            put(region.memory, np.zeros(region.nbytes, np.uint8))
         scene.near.read(theirs, mine).wait(PATIENCE)
-        expect_equal(np.concatenate([region.array() for region in mine]), wanted, f"read of {memory} regions")
+        expect_equal(np.concatenate([get(region.memory) for region in mine]), wanted, f"read of {memory} regions")
 
 
 def moves_when_the_far_side_asks(scene: Scene) -> None:
     """The far agent reads and writes near memory too."""
-    for memory in scene.memories:
+    for memory in scene.mutual:
         mine, theirs = scene.pair(50_001, memory)
         wanted = pattern(mine.nbytes, 1)
         scene.far.ask("copy", "write", theirs.name, "near", mine.name)
-        expect_equal(mine.array(), wanted, f"the far side's write of {memory} memory")
-        mine.array()[:] = pattern(mine.nbytes, 2)
+        expect_equal(get(mine.memory), wanted, f"the far side's write of {memory} memory")
+        put(mine.memory, pattern(mine.nbytes, 2))
         scene.far.ask("copy", "read", theirs.name, "near", mine.name)
-        expect_equal(scene.content(theirs), mine.array(), f"the far side's read of {memory} memory")
+        expect_equal(scene.content(theirs), get(mine.memory), f"the far side's read of {memory} memory")
 
 
 def posts_prepared_operations_many_times(scene: Scene) -> None:
@@ -80,11 +81,12 @@ def posts_prepared_operations_many_times(scene: Scene) -> None:
         write = scene.near.prepare("write", mine, theirs)
         read = scene.near.prepare("read", theirs, mine)
         for turn in range(200):
-            mine.array()[:] = sent = pattern(mine.nbytes, turn)
+            sent = pattern(mine.nbytes, turn)
+            put(mine.memory, sent)
             write.post().wait(PATIENCE)
-            mine.array()[:] = 0
+            put(mine.memory, np.full(mine.nbytes, 0, np.uint8))
             read.post().wait(PATIENCE)
-            expect_equal(mine.array(), sent, f"round {turn} of {memory} memory")
+            expect_equal(get(mine.memory), sent, f"round {turn} of {memory} memory")
 
 
 def carries_posts_of_many_threads(scene: Scene) -> None:
@@ -94,17 +96,17 @@ def carries_posts_of_many_threads(scene: Scene) -> None:
 
         def work(part: int, mine: Region = mine, theirs: RemoteRegion = theirs) -> None:
             start = part * 65_536
-            view = mine.array()[start : start + 65_536]
             for turn in range(20):
-                view[:] = sent = pattern(65_536, 100 * part + turn)
+                sent = pattern(65_536, 100 * part + turn)
+                put(mine.memory, sent, start)
                 scene.near.write(mine.span(start, 65_536), theirs.span(start, 65_536)).wait(PATIENCE)
-                view[:] = 0
+                put(mine.memory, np.zeros(65_536, np.uint8), start)
                 scene.near.read(theirs.span(start, 65_536), mine.span(start, 65_536)).wait(PATIENCE)
-                expect_equal(view, sent, f"thread {part}, round {turn}")
+                expect_equal(get(mine.memory, start, 65_536), sent, f"thread {part}, round {turn}")
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
-        expect_equal(scene.content(theirs), mine.array(), f"{memory} memory after all threads")
+        expect_equal(scene.content(theirs), get(mine.memory), f"{memory} memory after all threads")
 
 
 def _move(scene: Scene, nbytes: int, table: Table) -> None:
@@ -116,11 +118,12 @@ def _move(scene: Scene, nbytes: int, table: Table) -> None:
         scene.near.write(mine.blocks(sources, lengths), theirs.blocks(targets, lengths)).wait(PATIENCE)
         _copy(near, far, table)
         expect_equal(scene.content(theirs), far, f"the destination of a write, {memory} memory")
-        expect_equal(mine.array(), near, f"the source of a write, {memory} memory")
-        mine.array()[:] = near = pattern(nbytes, 2)
+        expect_equal(get(mine.memory), near, f"the source of a write, {memory} memory")
+        near = pattern(nbytes, 2)
+        put(mine.memory, near)
         scene.near.read(theirs.blocks(sources, lengths), mine.blocks(targets, lengths)).wait(PATIENCE)
         _copy(far, near, table)
-        expect_equal(mine.array(), near, f"the destination of a read, {memory} memory")
+        expect_equal(get(mine.memory), near, f"the destination of a read, {memory} memory")
         expect_equal(scene.content(theirs), far, f"the source of a read, {memory} memory")
 
 

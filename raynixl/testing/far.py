@@ -12,20 +12,31 @@ from typing import Any
 import numpy as np
 
 from raynixl.agents import Agent, Transfer
+from raynixl.backends.base import Capabilities
 from raynixl.backends.table import Factory, offered
 from raynixl.config import AgentConfig
 from raynixl.errors import RaynixlError
 from raynixl.region import Region
+from raynixl.testing.contents import get, put
 
 BACKEND = "under-test"
 """The name by which configurations of the checks name the backend."""
 PATIENCE = 20.0
+_TALKS = Capabilities(frozenset(), messages=True)
 
 
 def make_agent(name: str, factory: Factory, config: AgentConfig) -> Agent:
-    """Return an agent that has the backend under test and no other."""
+    """Return an agent that has the backend under test, and shm if that carries no messages."""
+    others = () if getattr(factory, "capabilities", _TALKS).messages else ("shm",)
     with offered(BACKEND, factory):
-        return Agent(name, config=config.model_copy(update={"backends": (BACKEND,)}))
+        return Agent(name, config=config.model_copy(update={"backends": (BACKEND, *others)}))
+
+
+def make_region(agent: Agent, name: str, nbytes: int, memory: str) -> Region:
+    """Return a region of memory of a sort: 'arena', 'user' or 'vram'."""
+    if memory == "user":
+        return agent.register(np.empty(nbytes, np.uint8), name=name)
+    return agent.empty(nbytes, kind="vram" if memory == "vram" else "dram", name=name)
 
 
 def pattern(nbytes: int, seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -54,13 +65,9 @@ class FarAgent:
         self.agent.peer(record)
 
     def make(self, name: str, nbytes: int, memory: str, seed: int) -> None:
-        """Register memory of either sort ('arena' or 'user') that holds the pattern of a seed."""
-        if memory == "arena":
-            region = self.agent.empty(nbytes, name=name)
-        else:
-            region = self.agent.register(np.empty(nbytes, np.uint8), name=name)
-        self._regions[name] = region
-        region.array()[:] = pattern(nbytes, seed)
+        """Register memory of a sort that holds the pattern of a seed."""
+        region = self._regions[name] = make_region(self.agent, name, nbytes, memory)
+        put(region.memory, pattern(nbytes, seed))
 
     def describe(self, name: str) -> bytes:
         """Return a region's descriptor."""
@@ -68,22 +75,22 @@ class FarAgent:
 
     def content(self, name: str) -> bytes:
         """Return the bytes of a region."""
-        return bytes(self._regions[name].array())
+        return get(self._regions[name].memory).tobytes()
 
     def fill(self, name: str, seed: int) -> None:
         """Write the pattern of a seed into a region."""
         region = self._regions[name]
-        region.array()[:] = pattern(region.nbytes, seed)
+        put(region.memory, pattern(region.nbytes, seed))
 
     def withdraw(self, name: str) -> bool:
         """Deregister a region; return whether its memory stays as it is from then on."""
         region = self._regions.pop(name)
-        memory = region.array()
+        memory = region.memory
         self._withdrawn.append(memory)
         self.agent.deregister(region)
-        memory[:] = 0
+        put(memory, np.zeros(memory.nbytes, np.uint8))
         threading.Event().wait(0.05)
-        return not memory.any()
+        return not get(memory).any()
 
     def copy(self, op: str, mine: str, peer: str, theirs: str) -> None:
         """Read or write the whole of a region of a peer, and wait for it."""

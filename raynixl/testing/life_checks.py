@@ -18,6 +18,8 @@ from raynixl.errors import (
     TransferCancelled,
     TransferTimeout,
 )
+from raynixl.memory import Memory
+from raynixl.testing.contents import get, put
 from raynixl.testing.far import PATIENCE, pattern
 from raynixl.testing.scene import Scene, expect, expect_equal, expect_error
 
@@ -33,7 +35,7 @@ def keeps_deadlines(scene: Scene) -> None:
             transfer = scene.near.read(theirs, mine, timeout=timeout)
             _expect_end(transfer, TransferTimeout)
             if transfer.error is not None:
-                _expect_still(mine.array(), f"{memory} memory after a deadline")
+                _expect_still(mine.memory, f"{memory} memory after a deadline")
 
 
 def cancels(scene: Scene) -> None:
@@ -46,9 +48,9 @@ def cancels(scene: Scene) -> None:
             _expect_end(transfer, TransferCancelled)
             expect(was_cancelled == (transfer.error is not None), "cancel() does not say whether it cancelled")
             if was_cancelled:
-                _expect_still(mine.array(), f"{memory} memory after cancel()")
+                _expect_still(mine.memory, f"{memory} memory after cancel()")
         scene.near.read(theirs, mine).wait(PATIENCE)
-        expect_equal(mine.array(), pattern(mine.nbytes, 1), "a read after cancelled ones")
+        expect_equal(get(mine.memory), pattern(mine.nbytes, 1), "a read after cancelled ones")
 
 
 def refuses_stale_regions(scene: Scene) -> None:
@@ -67,7 +69,7 @@ def refuses_stale_regions(scene: Scene) -> None:
         again = scene.near.peer("far")[theirs.name]
         expect(again.generation != theirs.generation, "two registrations of one name have the same generation")
         scene.near.read(again, mine).wait(PATIENCE)
-        expect_equal(mine.array(), pattern(4096, 7), "a region registered anew")
+        expect_equal(get(mine.memory), pattern(4096, 7), "a region registered anew")
         expect_error(new_read, RegionStale, what="a read by the old descriptor")
 
 
@@ -75,7 +77,7 @@ def deregister_waits_for_transfers(scene: Scene) -> None:
     """When deregister has returned, no transfer of a peer writes there any more, however many are posted."""
     for memory in scene.memories:
         mine, theirs = scene.pair(2 * _MIB, memory)
-        mine.array()[:] = 255
+        put(mine.memory, np.full(mine.nbytes, 255, np.uint8))
         write = scene.near.prepare("write", mine, theirs)
         write.post().wait(PATIENCE)
         ends: list[RaynixlError] = []
@@ -114,7 +116,7 @@ def finds_restarted_peers(scene: Scene) -> None:
     scene.far.ask("make", theirs.name, 4096, memory, 9)
     again = scene.near.peer("far")[theirs.name]
     scene.near.read(again, mine).wait(PATIENCE)
-    expect_equal(mine.array(), pattern(4096, 9), "a read of a peer that lives again")
+    expect_equal(get(mine.memory), pattern(4096, 9), "a read of a peer that lives again")
     expect_error(operation.post, PeerRestarted, what="a prepared read of an earlier incarnation")
     expect_error(lambda: scene.near.read(theirs, mine), PeerRestarted, what="a read of an earlier incarnation")
 
@@ -128,9 +130,9 @@ def reconnects(scene: Scene) -> None:
     expect(connection is not None, "there is no connection after a transfer")
     assert connection is not None
     connection.lose(PeerLost("cut by the check", peer="far"))
-    mine.array()[:] = 0
+    put(mine.memory, np.full(mine.nbytes, 0, np.uint8))
     operation.post().wait(PATIENCE)
-    expect_equal(mine.array(), pattern(4096, 1), "a prepared read after the link was cut")
+    expect_equal(get(mine.memory), pattern(4096, 1), "a prepared read after the link was cut")
 
 
 def _post_until_refused(operation: Any, ends: list[RaynixlError]) -> None:
@@ -151,10 +153,10 @@ def _expect_end(transfer: Transfer, kind: type[RaynixlError]) -> None:
         raise AssertionError(f"it ended with {exc!r}, not {kind.__name__}") from exc
 
 
-def _expect_still(memory: np.ndarray[Any, Any], what: str) -> None:
-    memory[:] = 0
+def _expect_still(memory: Memory, what: str) -> None:
+    put(memory, np.zeros(memory.nbytes, np.uint8))
     threading.Event().wait(0.02)
-    expect(not memory.any(), f"{what} is still written")
+    expect(not get(memory).any(), f"{what} is still written")
 
 
 CHECKS = (

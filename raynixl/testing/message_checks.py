@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raynixl.testing.contents import put
 from raynixl.testing.far import PATIENCE, pattern
 from raynixl.testing.scene import Scene, Unreached, expect, expect_equal
 
@@ -15,7 +16,8 @@ def notifies_after_the_data(scene: Scene) -> None:
         for nbytes, turns in ((4096, 20), (6 * _MIB, 3)):
             mine, theirs = scene.pair(nbytes, memory)
             for turn in range(turns):
-                mine.array()[:] = sent = pattern(nbytes, turn + 10)
+                sent = pattern(nbytes, turn + 10)
+                put(mine.memory, sent)
                 transfer = scene.near.write(mine, theirs, notify=b"%d" % turn)
                 payload, seen = scene.far.ask("hear_and_look", theirs.name)
                 expect(payload == b"%d" % turn, f"notification {payload!r} came instead of {turn}")

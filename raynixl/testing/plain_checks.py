@@ -12,8 +12,9 @@ import numpy as np
 from raynixl.errors import BackendUnavailable
 from raynixl.memory import Memory, MemoryKind, resolve
 from raynixl.region import RemoteRegion
-from raynixl.testing.far import PATIENCE, make_agent
-from raynixl.testing.scene import Scene, expect, expect_equal
+from raynixl.testing.contents import get
+from raynixl.testing.far import PATIENCE, make_agent, make_region
+from raynixl.testing.scene import Scene, expect, expect_equal, split
 
 
 def capabilities_are_sane(scene: Scene) -> None:
@@ -86,9 +87,9 @@ def _visit(scene: Scene, theirs: RemoteRegion, memory: str, name: str) -> None:
     with make_agent(name, scene.factory, scene.config) as agent:
         agent.peer(scene.far.ask("record"))
         scene.far.ask("meet", agent.record())
-        mine = agent.empty(4096) if memory == "arena" else agent.register(np.empty(4096, np.uint8))
+        mine = make_region(agent, "", 4096, split(memory)[0])
         agent.read(agent.peer("far")[theirs.name], mine).wait(PATIENCE)
-        expect_equal(mine.array(), scene.content(theirs), "a visitor's read")
+        expect_equal(get(mine.memory), scene.content(theirs), "a visitor's read")
 
 
 def _held() -> tuple[int, int]:

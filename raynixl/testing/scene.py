@@ -11,17 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from raynixl import cuda
 from raynixl.agents import Agent, Transfer
 from raynixl.backends.base import Backend
 from raynixl.backends.table import Factory
 from raynixl.config import AgentConfig
 from raynixl.errors import BackendUnavailable, RaynixlError
+from raynixl.memory import MemoryKind
 from raynixl.record import AgentRecord
 from raynixl.region import Region, RemoteRegion
-from raynixl.testing.far import PATIENCE, make_agent, pattern
+from raynixl.testing.contents import put
+from raynixl.testing.far import PATIENCE, make_agent, make_region, pattern
 from raynixl.testing.places import Far
 
-MEMORIES = ("arena", "user")
+MEMORIES = ("arena", "user", "vram", "arena-vram", "user-vram", "vram-arena")
+"""Sorts of memory, ours and theirs where these differ."""
+_KINDS = {"arena": MemoryKind.DRAM, "user": MemoryKind.DRAM, "vram": MemoryKind.VRAM}
 
 
 class Unreached(Exception):
@@ -51,10 +56,12 @@ class Scene:
         try:
             self.open_far()
             link = self.near.connector.connect("far", time.monotonic() + PATIENCE).link
-            expect(link.backend == self.backend.name, f"its links say {link.backend!r}, not {self.backend.name!r}")
-            self.memories = [memory for memory in MEMORIES if self._carries(memory)]
+            if self.backend.capabilities.messages:
+                expect(link.backend == self.backend.name, f"its links say {link.backend!r}, not {self.backend.name!r}")
+            named = [memory for memory in MEMORIES if kinds_of(memory) in self.backend.capabilities.kinds]
+            self.memories = [memory for memory in named if self._carries(memory)]
             if not self.memories:
-                raise Unreached("it carries neither memory of agent.empty() nor other host memory")
+                raise Unreached("it carries neither memory of agent.empty() nor other memory")
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -88,31 +95,47 @@ class Scene:
 
     def region(self, nbytes: int, memory: str, *, seed: int = 0) -> Region:
         """Return a region of the near agent."""
-        name = f"near-{next(self._numbers)}"
-        if memory == "arena":
-            region = self.near.empty(nbytes, name=name)
-        else:
-            region = self.near.register(np.empty(nbytes, np.uint8), name=name)
-        region.array()[:] = pattern(nbytes, seed)
+        region = make_region(self.near, f"near-{next(self._numbers)}", nbytes, split(memory)[0])
+        put(region.memory, pattern(nbytes, seed))
         return region
 
     def remote(self, nbytes: int, memory: str, *, seed: int = 0) -> RemoteRegion:
         """Return a region of the far agent."""
         name = f"far-{next(self._numbers)}"
-        self.far.ask("make", name, nbytes, memory, seed)
+        self.far.ask("make", name, nbytes, split(memory)[1], seed)
         return self.near.peer("far")[name]
 
     def content(self, remote: RemoteRegion) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the bytes of a far region as the far side sees them."""
         return np.frombuffer(self.far.ask("content", remote.name), np.uint8)
 
+    @property
+    def mutual(self) -> list[str]:
+        """The sorts of memory with which the far side can do what the near one can."""
+        swapped = ["-".join(reversed(memory.split("-"))) for memory in self.memories]
+        return [memory for memory, other in zip(self.memories, swapped, strict=True) if other in self.memories]
+
     def _carries(self, memory: str) -> bool:
+        if MemoryKind.VRAM in kinds_of(memory) and not cuda.has_driver():
+            return False
         try:
             mine, theirs = self.pair(1, memory)
             self.near.read(theirs, mine).wait(PATIENCE)
         except BackendUnavailable:
             return False
         return True
+
+
+def split(memory: str) -> tuple[str, str]:
+    """Return the sort of our memory and that of theirs."""
+    ours, _, theirs = memory.partition("-")
+    return ours, theirs or ours
+
+
+def kinds_of(memory: str) -> tuple[MemoryKind, MemoryKind]:
+    """Return the (local, remote) kinds that sorts of memory are of."""
+    ours, theirs = split(memory)
+    return _KINDS[ours], _KINDS[theirs]
 
 
 def expect_equal(seen: Any, wanted: Any, what: str) -> None:
