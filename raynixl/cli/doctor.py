@@ -48,13 +48,14 @@ def run_doctor(*, is_json: bool) -> bool:
 
 def examine() -> Iterator[Finding]:
     """Yield every finding, cheapest first."""
-    from raynixl.cli import host_checks, path_checks, ucx_checks
+    from raynixl.cli import gpu_checks, host_checks, path_checks, ucx_checks
 
     yield from host_checks.check_versions()
     yield from host_checks.check_limits()
     yield from host_checks.check_huge_pages()
     yield from path_checks.check_core()
     yield from ucx_checks.check_ucx()
+    yield from gpu_checks.check_gpus()
     yield from path_checks.check_backends()
     yield from host_checks.check_ray()
 

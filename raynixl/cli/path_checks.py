@@ -15,12 +15,16 @@ from raynixl.bench.layout import digest, fill
 from raynixl.bench.process import Asked, TargetProcess
 from raynixl.bench.target import Target, peek
 from raynixl.cli.doctor import Finding, Verdict
+from raynixl.cli.gpu_checks import has_gpus
 from raynixl.config import from_env
 from raynixl.errors import RaynixlError
 
 _NBYTES = 1 << 18
 _HERE = ("loopback",)
 """Backends whose peers are in the same process."""
+_SILENT = {"nvlink": "shm"}
+"""Backends that carry no messages, and who does that for them here."""
+_MEMORIES = {"arena": "arenas", "user": "plain memory", "vram": "GPU memory"}
 
 
 def check_core() -> Iterator[Finding]:
@@ -66,11 +70,15 @@ def _check_process_vm(process: TargetProcess) -> Iterator[Finding]:
 
 
 def _check_backend(name: str) -> Iterator[Finding]:
-    """Write and read arenas and plain memory over one backend; the bytes are compared."""
+    """Write and read memory of every sort over one backend; the bytes are compared."""
+    is_gpu = name == "nvlink"
+    if is_gpu and not has_gpus():
+        yield Finding("backend", name, Verdict.MISSING, "there is no GPU here")
+        return
     try:
         target: Asked = Target() if name in _HERE else TargetProcess()
         try:
-            for memory in ("arena", "user"):
+            for memory in ("vram",) if is_gpu else ("arena", "user"):
                 yield _try_memory(name, target, memory)
         finally:
             target.close()
@@ -79,7 +87,7 @@ def _check_backend(name: str) -> Iterator[Finding]:
 
 
 def _try_memory(name: str, target: Asked, memory: str) -> Finding:
-    what = f"{name}, {'arenas' if memory == 'arena' else 'plain memory'}"
+    what = f"{name}, {_MEMORIES[memory]}"
     where = "in one process" if name in _HERE else "between two processes"
     try:
         path = _move(name, target, memory)
@@ -92,12 +100,17 @@ def _try_memory(name: str, target: Asked, memory: str) -> Finding:
 
 def _move(name: str, target: Asked, memory: str) -> str:
     """Write and read back; return the path that the bytes took, or '' if they came changed."""
-    config = {"backends": (name,), "connect_timeout": 5.0, "transfer_timeout": 5.0}
+    config = {
+        "backends": tuple(filter(None, (name, _SILENT.get(name)))),
+        "connect_timeout": 5.0,
+        "transfer_timeout": 5.0,
+    }
     with Agent(f"doctor-{os.getpid()}-{memory}", config=from_env().model_copy(update=config)) as agent:
         made = target.ask("agent", name=f"doctor-target-{os.getpid()}-{memory}", config=config)
         target.ask("region", name=memory, nbytes=_NBYTES, memory=memory)
         remote = agent.peer(base64.b64decode(made["record"])).region(memory)
-        source, back = (make_region(agent, _NBYTES, memory=memory) for _ in range(2))
+        ours = "arena" if memory == "vram" else memory  # which is filled and compared without a GPU's help
+        source, back = (make_region(agent, _NBYTES, memory=ours) for _ in range(2))
         fill(source.array(), 3)
         agent.write(source, remote).wait()
         agent.read(remote, back).wait()
