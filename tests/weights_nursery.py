@@ -72,10 +72,13 @@ class Forked:
 
     def kill(self):
         """End it, and return when it has ended."""
-        if not self.is_alive:
-            return
+        if self.is_alive:
+            self.signal(signal.SIGKILL)
+            self.wait_ended()
+
+    def wait_ended(self):
+        """Return when it has ended, which it does by itself."""
         self.is_alive = False
-        self.signal(signal.SIGKILL)
         with contextlib.suppress(ConnectionResetError):
             while self._lines.readline():
                 pass

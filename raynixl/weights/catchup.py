@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raynixl.errors import PeerLost, RaynixlError
 from raynixl.weights.assignment import Topology
 from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
+from raynixl.weights.flips import Flips
 from raynixl.weights.plan import Plan
 from raynixl.weights.push import planned
 from raynixl.weights.ranks import Errors, parsed
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Describe, Held, Manifest, Pull, Return, Step
+from raynixl.weights.targeting import Describe, Held, Manifest, Pull
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -58,18 +59,17 @@ class CatchUp:
     def roll_back(self, version: int) -> Errors:
         """Have all targets serve a version that they hold; no rank of a replica does if another does not hold it."""
         failed = self._look()
-        asked, errors = [], dict(failed)
+        push, errors = secrets.token_hex(16), dict(failed)
+        asked: list[dict[str, str]] = []
         for replica in self._targets.replicas:
             lame = [name for name in replica if name in failed or not self._holds(name, version)]
-            asked += [name for name in lame or replica if name not in failed]  # who does not hold it says so itself
+            alone = [name for name in lame if name not in failed]  # who does not hold it says so itself
+            asked += [{name: push} for name in alone] if lame else [dict.fromkeys(replica, push)]
             for name in replica:
                 if lame and name not in lame:
                     why = f"{lame[0]!r} of the same replica cannot return to version {version}"
                     errors[name] = PeerLost(why, hint="see why", peer=lame[0])
-        left = max(0.001, self._deadline - time.monotonic())
-        request = Return(version=version, seconds=left).to_bytes()
-        answers = self._targets.ask("return", dict.fromkeys(asked, request), self._deadline)
-        _, refused = self._targets.answers(answers)
+        refused = Flips(self._agent, self._targets, self._deadline, version=version).run(asked).failed
         self._targets.forget(self._targets.names)
         return errors | refused
 
@@ -95,21 +95,10 @@ class CatchUp:
         if lame:
             why = PeerLost(f"{lame!r} of the same replica could not catch up", hint="see why", peer=lame)
             return dict.fromkeys(pushes, why) | errors
-        held, errors = self._ask("hold", pushes) if len(replica) > 1 else (list(pushes), {})
-        if errors:
-            self._ask("let-go", {name: pushes[name] for name in held})
-            return dict.fromkeys(pushes, next(iter(errors.values()))) | errors
-        flipped, errors = self._ask("flip", pushes)
-        for name in flipped:
+        done = Flips(self._agent, self._targets, self._deadline).run([pushes] if pushes else [])
+        for name in done.well:
             self._targets[name].version = version
-        return errors
-
-    def _ask(self, phase: str, pushes: Mapping[str, str]) -> tuple[list[str], Errors]:
-        """Have targets take a step of their pushes; return who did, and why others did not."""
-        left = max(0.001, self._deadline - time.monotonic())
-        steps = {name: Step(push=push, seconds=left).to_bytes() for name, push in pushes.items()}
-        well, failed = self._targets.answers(self._targets.ask(phase, steps, self._deadline))
-        return list(well), failed
+        return done.failed
 
     def _look(self) -> Errors:
         """Ask all targets anew what they hold."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from raynixl.errors import (
     AgentClosed,
     ConfigError,
-    IntegrityError,
     PeerRestarted,
     RaynixlError,
     TransferTimeout,
@@ -22,17 +21,17 @@ from raynixl.host import host_identity
 from raynixl.weights.callback import FlipCallback
 from raynixl.weights.cargo import ImageCargo
 from raynixl.weights.filling import Filler
+from raynixl.weights.flipper import Flipper
 from raynixl.weights.installer import Install, Installer
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import Answer, Fault, topic
 from raynixl.weights.pulling import Pulling
+from raynixl.weights.ranks import incarnation_of
 from raynixl.weights.shards import Shards
 from raynixl.weights.slots import Ready, Slot, Slots
-from raynixl.weights.streams import Streams
 from raynixl.weights.table import Table
-from raynixl.weights.targeting import Describe, Incoming, Manifest, Pull, Return, Step, Subscribed
+from raynixl.weights.targeting import Describe, Incoming, Manifest, Pull, Subscribed
 from raynixl.weights.throttle import Throttle
-from raynixl.weights.versionlock import VersionLock
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -61,26 +60,25 @@ class Follower:
         self, agent: Agent, name: str, installer: Installer, *, callback: FlipCallback, options: Options,
         served: Callable[[int], None],
     ) -> None:  # fmt: skip
-        self.version = 0
-        self._streams = Streams(installer.tensors)
-        self.lock = VersionLock(self._streams.note)
         self.worker: threading.Thread | None = None
         self.is_closed = False
         self._agent = agent
         self._name = name
         self._installer = installer
-        self._callback = callback
-        self._options = options
         self._served = served
         self._busy = threading.Lock()  # held by the one phase at work; protects all below but _stop
         limit = max(1, options.keep + (installer.way is Install.SWAP))
         self._slots = Slots(agent, limit, installer.spaces)
+        self._telling = threading.Lock()  # protects _cargos
         self._cargos: dict[str, ImageCargo] = {}
+        self._puller = ("", "")  # who has the last pull done, and in which life
         self._shards: Shards | None = None
-        self._ready: Ready | None = None
         self._filler = Filler(agent, installer, self._slots, options.throttle)
-        self._held = ""  # the push that holds the readers
-        self._timer: threading.Timer | None = None  # lets them in if nobody else does
+        self._flipper = Flipper(
+            agent, name, (installer, self._slots, callback), flip_timeout=options.flip_timeout, working=self._working,
+            flipped=self._flipped, after=self._let_blobs_go,
+        )  # fmt: skip
+        self.lock = self._flipper.lock
         self._stopping = threading.Lock()  # protects _stop
         self._stop = threading.Event()
 
@@ -89,9 +87,15 @@ class Follower:
         return {
             "target": self._on_describe, "table": self._on_table, "incoming": self._on_incoming,
             "manifest": self._on_manifest, "pull": self._answering(self._on_pull),
-            "hold": self._answering(self._on_hold), "let-go": self._answering(self._on_let_go),
-            "flip": self._answering(self._on_flip), "return": self._answering(self._on_return),
+            "hold": self._answering(self._flipper.on_hold), "let-go": self._answering(self._flipper.on_let_go),
+            "flip": self._answering(self._flipper.on_flip), "return": self._answering(self._flipper.on_return),
+            "settle": self._flipper.settling.answer,
         }  # fmt: skip
+
+    @property
+    def version(self) -> int:
+        """The version that is served."""
+        return self._flipper.version
 
     def prepare(self) -> None:
         """Take memory for a version now, so that no push waits for it, if what is needed does not hang on the source.
@@ -117,6 +121,12 @@ class Follower:
             self._stop.set()
             self._stop = threading.Event()
             return self._stop
+
+    def _end_orphan(self) -> None:
+        """End a pull that nobody waits for: whoever asked for it is gone, and somebody else asks for something."""
+        name, life = self._puller
+        if life and incarnation_of(self._agent, name) != life:
+            self.stop()
 
     def close(self, timeout: float) -> None:
         """Let go of the memory once no phase works; idempotent."""
@@ -150,6 +160,7 @@ class Follower:
         request = Describe.from_bytes(payload)
         deadline = time.monotonic() + request.seconds
         host = host_identity()
+        self._end_orphan()
         try:
             with self._working(deadline):
                 self._shards = self._installer.needs(self._infos(request, deadline))
@@ -177,8 +188,9 @@ class Follower:
         return shards.table.to_bytes()
 
     def _on_incoming(self, _peer: str, payload: bytes) -> bytes:
+        self._end_orphan()
         cargo = ImageCargo(Incoming.from_bytes(payload))
-        with self._busy:
+        with self._telling:
             self._cargos[cargo.plan] = cargo
             while len(self._cargos) > _KEPT_PLANS:
                 del self._cargos[next(iter(self._cargos))]
@@ -195,21 +207,24 @@ class Follower:
         arrived = time.monotonic()
         self._check_version(request.version)  # a late or wrong one ends no pull that is at work
         stop = self.stop()
+        self._flipper.settling.finish()
         with self._working(arrived + request.seconds):
             began = time.monotonic()
             self._check_version(request.version)
-            self._let_readers_go_on()
-            cargo = self._cargos.get(request.plan)
+            self._puller = (peer, incarnation_of(self._agent, peer))
+            self._flipper.let_readers_go_on()
+            with self._telling:
+                cargo = self._cargos.get(request.plan)
             if cargo is None:
                 raise PeerRestarted(f"{self._agent.name!r} was not told of this plan", hint="push again")
             if self._installer.has_changed():
                 self._installer.check(cargo.layout)
-            self._ready = None
-            self._filler.blobs.release(self._agent)
+            self._flipper.ready = None
+            self._let_blobs_go()
             work = Pulling(self._agent, self._name, peer, request, arrived + request.seconds, stop)
             slot, times = self._filler.bring(work, cargo)
             self._installer.plan(slot.arenas)  # made here, and so not while readers wait
-            self._ready = Ready(
+            self._flipper.ready = Ready(
                 request.push, request.version, slot, arrived + request.flip_seconds, request.digests, cargo.chunk_nbytes
             )
             return Answer(
@@ -218,141 +233,16 @@ class Follower:
                 peer_nbytes=times.peer_nbytes, around=tuple(Fault.of(error) for error in times.failures),
             )  # fmt: skip
 
-    def _on_hold(self, _peer: str, payload: bytes) -> Answer:
-        """Keep readers out, as the first half of a flip of several ranks at once."""
-        request = Step.from_bytes(payload)
-        began = time.monotonic()
-        with self._working(began + request.seconds):
-            ready = self._prepared(request.push)
-            self.lock.hold(min(self._options.flip_timeout, request.seconds))
-            self._held = request.push
-            left = max(0.0, min(began + request.seconds, ready.until) - time.monotonic())
-            self._timer = threading.Timer(left, self._let_readers_in, (request.push,))
-            self._timer.daemon = True
-            self._timer.start()
-            return Answer(version=self.version, seconds=time.monotonic() - began)
-
-    def _let_readers_in(self, push: str) -> None:
-        """Nobody said to flip, or not to: whoever pushes is gone."""
-        with self._busy:
-            if self._held == push:
-                self._ready = None
-                self._let_readers_go_on()
-
-    def _let_readers_go_on(self) -> None:
-        """End a hold, if there is one, whose push is over or was given up."""
-        self._forget_timer()
-        if self._held:
-            self._held = ""
-            self.lock.let_go()
-
-    def _forget_timer(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-
-    def _on_let_go(self, _peer: str, payload: bytes) -> Answer:
-        self._let_readers_in(Step.from_bytes(payload).push)
-        return Answer(version=self.version)
-
-    def _on_flip(self, _peer: str, payload: bytes) -> Answer:
-        request = Step.from_bytes(payload)
-        began = time.monotonic()
-        with self._working(began + request.seconds):
-            ready = self._prepared(request.push)
-            self._ready = None
-            until = min(began + request.seconds, ready.until)
-            with self._alone(request.push, until):
-                entered = time.monotonic()
-                if entered >= until:  # this process may have been frozen meanwhile, and was given up
-                    raise TransferTimeout("the flip came after the push's deadline", hint="push again")
-                old = self._install(ready.slot, ready.version, ready)
-                note = self._callback.run(ready.version)
-                seconds = time.monotonic() - entered
-            del old
-            self._filler.blobs.release(self._agent)
-            return Answer(version=ready.version, seconds=seconds, note=note)
-
-    def _on_return(self, _peer: str, payload: bytes) -> Answer:
-        request = Return.from_bytes(payload)
-        began = time.monotonic()
-        with self._working(began + request.seconds):
-            self._let_readers_go_on()
-            slot = self._slots.find(request.version)
-            if slot is None:
-                held = ", ".join(map(str, self._slots.versions)) or "none"
-                raise ConfigError(
-                    f"{self._agent.name!r} does not hold version {request.version} of {self._name!r}; it holds {held}",
-                    hint="subscribe with keep=2 or more",
-                )
-            with self._alone("", began + request.seconds):
-                old = self._install(slot, request.version, None)
-                note = self._callback.run(request.version)
-            del old
-            return Answer(version=request.version, seconds=time.monotonic() - began, note=note)
-
     # What the phases share
 
-    def _prepared(self, push: str) -> Ready:
-        if self._ready is None or self._ready.push != push:
-            raise PeerRestarted(f"{self._agent.name!r} has not pulled this push", hint="push again")
-        return self._ready
-
-    @contextmanager
-    def _alone(self, push: str, until: float) -> Iterator[None]:
-        """Have the weights alone: readers have left, or are held already by the first half of this push's flip.
-
-        What they have put on a GPU is through as well, and so is what was put there inside when they go on.
-        """
-        with self._readers_out(push, until), self._streams.alone(self._patience(until)):
-            yield
-
-    @contextmanager
-    def _readers_out(self, push: str, until: float) -> Iterator[None]:
-        if push and self._held == push:
-            self._forget_timer()
-            self._held = ""
-            self.lock.adopt()
-            try:
-                yield
-            finally:
-                self.lock.let_go()
-        else:
-            with self.lock.writing(self._patience(until)):
-                yield
-
-    def _patience(self, until: float) -> float:
-        return min(self._options.flip_timeout, max(0.0, until - time.monotonic()))
-
-    def _install(self, slot: Slot, version: int, ready: Ready | None) -> list:  # type: ignore[type-arg]
-        """Put a version in place and say so; return the old values.
-
-        From here on the slot counts as holding it: what was pulled and never flipped is no version.
-
-        Raises:
-            IntegrityError: that failed midway. The old version is back, if it lies here; the error says if not.
-        """
-        before = self._slots.find(self.version)
-        if self._installer.has_changed():  # since the pull
-            self._installer.check(slot.arenas.layout)
-        old = self._installer.install(slot.arenas, None if before is None else before.arenas, self._agent)
-        if ready is not None:
-            self._slots.fill(slot, version, ready.digests, ready.chunk_nbytes)
-        if self._installer.way is Install.COPY and not self._installer.is_installed(
-            slot.arenas, version, slot.digest, self._agent
-        ):
-            raise IntegrityError(
-                f"the tensors of {self._agent.name!r} do not hold version {version} of {self._name!r} after its flip",
-                hint="something else writes them; they are undefined until the next push",
-            )
-        self.version = version
+    def _flipped(self, version: int, slot: Slot) -> None:
+        """Note what is served, while readers are still out."""
         if self._installer.way is Install.SWAP:
             self._slots.active = slot
             if not self._slots.has_free():
                 layout = slot.arenas.layout
                 threading.Thread(target=self._grow, args=(layout,), name="raynixl-slot", daemon=True).start()
         self._served(version)
-        return old
 
     def _grow(self, layout: object) -> None:
         """Make the next slot between two pushes: fresh memory comes at 1 GB/s or less, and a push has a deadline."""
@@ -382,10 +272,13 @@ class Follower:
             self._busy.release()
 
     def _let_go(self) -> None:
-        self._ready = None
-        self._let_readers_go_on()
-        self._filler.blobs.release(self._agent)
+        self._flipper.ready = None
+        self._flipper.let_readers_go_on()
+        self._let_blobs_go()
         self._slots.release()
+
+    def _let_blobs_go(self) -> None:
+        self._filler.blobs.release(self._agent)
 
     def _check_version(self, version: int) -> None:
         if version <= self.version:

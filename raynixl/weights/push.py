@@ -16,12 +16,13 @@ from raynixl.weights.assignment import Topology
 from raynixl.weights.conversation import ask_each
 from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
+from raynixl.weights.flips import Flips
 from raynixl.weights.origins import ShardsChanged
 from raynixl.weights.plan import plan
 from raynixl.weights.protocol import topic
 from raynixl.weights.sourcing import Freeze
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Blob, Describe, Pull, Return, Step
+from raynixl.weights.targeting import Blob, Describe, Pull
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -36,7 +37,6 @@ _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to sta
 _FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
 _MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
 _STATUS_SHARE = 0.3  # of the time left, for sources to say that they are there
-_FLIP_SHARE = 0.9  # of the time left is a target's: it hears of it a little later, and must not flip once given up
 _TICK_SECONDS = 0.5
 
 planned = lru_cache(8)(plan)
@@ -303,16 +303,12 @@ class Push:
         now = self._now
         self._leave_out_partial_replicas()
         self._check_lag()
-        together = [replica for replica in self._targets.replicas if len(replica) > 1 and replica[0] in now.pulled]
-        held = self._hold(together)
-        names = [name for name in now.pulled if name not in now.excluded]
-        names = [name for name in names if name in held or not any(name in replica for replica in together)]
-        request = Step(push=now.push, seconds=now.left(_FLIP_SHARE)).to_bytes()
-        now.flipped, failed = self._targets.answers(
-            self._targets.ask("flip", dict.fromkeys(names, request), now.deadline())
-        )
+        ready = [
+            dict.fromkeys(replica, now.push) for replica in self._targets.replicas if set(replica) <= set(now.pulled)
+        ]
+        done = Flips(self._agent, self._targets, now.began + now.timeout).run(ready)
+        now.flipped, failed = done.well, done.failed
         now.excluded.update(failed)
-        self._take_back(together, failed)
         for name in now.flipped:
             self._targets[name].version = now.version
         self._targets.forget(failed)
@@ -351,48 +347,6 @@ class Push:
         for name, error in now.excluded.items():
             if name in self._targets.names and now.version - self._targets.last_version(name) > self._max_lag:
                 raise error
-
-    def _hold(self, replicas: Sequence[tuple[str, ...]]) -> set[str]:
-        """Have the ranks of replicas keep their readers out; return those of replicas where all do."""
-        if not replicas:
-            return set()
-        now = self._now
-        names = [name for replica in replicas for name in replica]
-        request = Step(push=now.push, seconds=now.left(_PULL_SHARE)).to_bytes()
-        answers = self._targets.ask("hold", dict.fromkeys(names, request), now.deadline(_PULL_SHARE))
-        well, failed = self._targets.answers(answers)
-        broken = [replica for replica in replicas if any(name not in well for name in replica)]
-        dropped = [name for replica in broken for name in replica]  # also those that answered too late, or not at all
-        if dropped:
-            self._targets.ask("let-go", dict.fromkeys(dropped, request), now.deadline())
-        for replica in broken:
-            for name in replica:
-                why = failed.get(name) or next(failed[one] for one in replica if one in failed)
-                self._exclude(name, why)
-        return {name for replica in replicas if replica not in broken for name in replica}
-
-    def _take_back(self, replicas: Sequence[tuple[str, ...]], failed: Mapping[str, RaynixlError]) -> None:
-        """Have ranks that flipped serve their old version again where another rank of their replica did not flip."""
-        now = self._now
-        torn = [replica for replica in replicas if any(one in failed for one in replica)]
-        torn_ranks = [name for replica in torn for name in replica if name in now.flipped]
-        requests = {
-            name: Return(version=self._targets[name].version, seconds=now.left()).to_bytes()
-            for name in torn_ranks
-            if self._targets[name].version
-        }
-        back, _ = self._targets.answers(self._targets.ask("return", requests, now.deadline()))
-        self._targets.forget(torn_ranks)
-        for replica in torn:
-            culprit = next(one for one in replica if one in failed)
-            for name in replica:
-                if name in now.flipped:
-                    del now.flipped[name]
-                    where = "is back on its old version" if name in back else "alone serves the new version"
-                    now.excluded[name] = PeerLost(
-                        f"{name!r} {where}: {culprit!r} of its replica did not flip",
-                        hint=f"see why {culprit!r} was excluded, and push again", peer=culprit,
-                    )  # fmt: skip
 
     # What the phases share
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from raynixl.record import Incarnation, Name, RegionRecord
 from raynixl.region import RemoteRegion
 from raynixl.weights.assignment import Why
+from raynixl.weights.pact import Stage
 from raynixl.weights.protocol import Digest, Fault, Holder, Push, Seconds, Version, Wire
 from raynixl.weights.sourcing import MAX_CHUNKS, ChunkNbytes, Count, Image, malformed, pack, u8, unpack
 
@@ -173,10 +174,31 @@ class Batch(Wire):
 
 
 class Step(Wire):
-    """To a target that has pulled: hold your readers, flip, or go on with the old version."""
+    """To a target that has pulled: flip, or let your readers in again, with the old version if you have not flipped."""
 
     push: Push
     seconds: Seconds
+
+
+class Hold(Wire):
+    """To a rank of a replica: keep your readers out, as the first half of a flip of all its `ranks` at once.
+
+    It is the flip to what was pulled, or to `version`, if that is not 0, which the rank holds. If whoever pushes is
+    gone before all have flipped, the ranks settle it among themselves; they know the flip as `pact`.
+    """
+
+    push: Push
+    pact: Push
+    seconds: Seconds
+    version: Count = 0
+    ranks: Annotated[tuple[Name, ...], Field(strict=False, max_length=65_536)]
+
+
+class Settle(Wire):
+    """Between the ranks of a replica: how far the one that asks, or answers, is with a flip that nobody leads."""
+
+    pact: Push
+    stage: Annotated[Stage, Field(strict=False)]
 
 
 class Return(Wire):
@@ -243,6 +265,6 @@ class _ManifestHead(Wire):
 
 
 __all__ = [
-    "Batch", "Blob", "BlobAt", "Describe", "Failed", "Held", "Incoming", "Manifest", "Next", "Pull", "Return",
-    "Step", "Subscribed",
+    "Batch", "Blob", "BlobAt", "Describe", "Failed", "Held", "Hold", "Incoming", "Manifest", "Next", "Pull", "Return",
+    "Settle", "Step", "Subscribed",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.declare import declare
-from raynixl.weights.follower import Follower
+from raynixl.weights.flipper import Flipper
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.placement import Mesh, Shard
 from raynixl.weights.receiver import Receiver
@@ -106,7 +106,7 @@ class Child:
 
     def stall_flip(self):
         """At the next flip say so, and go on when told; from now on note which versions are served."""
-        hold, install = VersionLock.hold, Follower._install
+        hold, install = VersionLock.hold, Flipper._install
         self.told, self.served = threading.Event(), []
 
         def stall(lock, timeout):
@@ -115,11 +115,11 @@ class Child:
             self.told.wait(60)
             return hold(lock, timeout)
 
-        def note(follower, slot, version, ready):
+        def note(flipper, slot, version, ready):
             self.served.append(version)
-            return install(follower, slot, version, ready)
+            return install(flipper, slot, version, ready)
 
-        VersionLock.hold, Follower._install = stall, note
+        VersionLock.hold, Flipper._install = stall, note
         return True
 
     def go_on(self):

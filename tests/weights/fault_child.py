@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import sys
 import threading
 import time
@@ -15,11 +17,12 @@ from weights_nursery import serve
 
 from raynixl.agents import Agent
 from raynixl.errors import RaynixlError
-from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights import WeightSync, publish, settling, subscribe
 from raynixl.weights.declare import declare
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.placement import Mesh, Shard
 from raynixl.weights.receiver import Receiver
+from raynixl.weights.targets import Targets
 
 VERIFY = Receiver._verify
 
@@ -189,6 +192,30 @@ class Child:
         except RaynixlError as error:
             return type(error).__name__
         return sorted(report.ranks)
+
+    def push_until(self, flips, pause, **arguments):
+        """Push, but when so many ranks of a replica have flipped say so and wait, or die if there is no pause."""
+        ask = Targets.ask
+
+        def ask_some(targets, phase, payloads, deadline, **options):
+            if phase != "flip":
+                return ask(targets, phase, payloads, deadline, **options)
+            some = dict(list(payloads.items())[:flips])
+            answers = ask(targets, phase, some, deadline)
+            if not pause:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.say("flipped")
+            time.sleep(pause)
+            rest = {name: payload for name, payload in payloads.items() if name not in some}
+            return answers | ask(targets, phase, rest, deadline)
+
+        Targets.ask = ask_some
+        return self.push(**arguments)
+
+    def settle_for(self, seconds):
+        """Ask other ranks no longer than this how a flip has ended."""
+        settling._SETTLE_SECONDS = seconds
+        return True
 
 
 serve(Child)
