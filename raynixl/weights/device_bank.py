@@ -54,7 +54,8 @@ class DeviceBank:
 
         dtype: torch.dtype = getattr(torch, entry.dtype)
         if entry.nbytes == 0:
-            return torch.empty(entry.shape, dtype=dtype, device=self.space.name)
+            device = self._flats[0].device if self._flats else self.space.name
+            return torch.empty(entry.shape, dtype=dtype, device=device)
         raw = self._regions[entry.arena].tensor(torch.uint8, (entry.nbytes,), offset=entry.offset)
         flat: torch.Tensor = raw.view(dtype).view(entry.shape)
         return flat

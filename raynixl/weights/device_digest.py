@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raynixl.errors import BackendUnavailable
 from raynixl.native.twin_digest import BLOCK_NBYTES, CONSTANTS, block_factors
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 _PIECE_BLOCKS = 4096  # 16 MiB, which take 8 times as much while they are multiplied
 
 U64 = NDArray[np.uint64]
@@ -21,11 +24,33 @@ U64 = NDArray[np.uint64]
 def digest_device(flats: Sequence[torch.Tensor], rows: U64, out: U64, *, seed: int) -> None:
     """Add the digest of each row of (address, nbytes, position, index) to `out[index]`, modulo 2^64.
 
-    Each row lies in one of the flat tensors of bytes, which are on one device. Waits for the device.
+    Each row lies in one of the flat tensors of bytes, which are on one device. Follows what was put on this thread's
+    current stream, and waits for it. On a GPU a kernel of ours does it, where it can be had.
 
     Raises:
         ValueError: an index of no sum, or a row outside.
     """
+    if not flats or not len(rows):
+        return
+    if not flats[0].is_cuda or not _digest_by_kernel(flats[0].device, rows, out, seed):
+        _digest_by_torch(flats, rows, out, seed)
+
+
+def _digest_by_kernel(device: torch.device, rows: U64, out: U64, seed: int) -> bool:
+    import torch
+
+    from raynixl.backends.nvlink_digest import digest_rows
+
+    stream = torch.cuda.current_stream(device).cuda_stream
+    try:
+        digest_rows(device.index or 0, rows, out, seed=seed, stream=stream)
+    except BackendUnavailable as exc:
+        logger.debug("torch digests on %s: %s", device, exc)
+        return False
+    return True
+
+
+def _digest_by_torch(flats: Sequence[torch.Tensor], rows: U64, out: U64, seed: int) -> None:
     starts = np.array([flat.data_ptr() for flat in flats], np.uint64)
     order = np.argsort(starts)
     owner = np.searchsorted(starts[order], rows[:, 0], side="right") - 1

@@ -128,7 +128,7 @@ class Streams:
 
     def note(self) -> None:
         """Note what this thread has put on its current streams: who has the tensors alone next waits for it."""
-        for space in self._homes:
+        for space in list(self._homes):
             now = gpu(space).now()
             if now is not None:
                 self._noted[space, now[0]] = now[1]
@@ -145,13 +145,13 @@ class Streams:
         spaces = self._spaces()
         for space in spaces - self._homes.keys():  # the model has come to a GPU meanwhile
             self._homes[space] = gpu(space).home()
-        past = [gpu(space).default() for space in self._homes]
-        past += [home() for home in self._homes.values()]
+        past = [gpu(space).default() for space in list(self._homes)]
+        past += [home() for home in list(self._homes.values())]
         noted = dict(self._noted)
         _wait([*past, *noted.values()], seconds, "what others do with the weights on a GPU is not over after {:g} s")
         for key, moment in noted.items():
             if self._noted.get(key) is moment:
-                del self._noted[key]
+                self._noted.pop(key, None)
         try:
             yield
         finally:
