@@ -60,6 +60,29 @@ class Pairs:
         return len(got) == len(names)
 
 
+class Reader:
+    """A reader of one target that stays in its section until it is told to leave."""
+
+    def __init__(self, subscription):
+        self._subscription = subscription
+        self._inside, self._leave = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._read)
+
+    def _read(self):
+        with self._subscription.pinned():
+            self._inside.set()
+            self._leave.wait(3 * SECONDS)
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._inside.wait(SECONDS)
+        return self
+
+    def __exit__(self, *_):
+        self._leave.set()
+        self._thread.join(SECONDS)
+
+
 @pytest.mark.parametrize("install", ["swap", "copy"])
 def test_all_ranks_of_all_replicas_flip(fleet, install):
     pairs = Pairs(fleet, install=install)
@@ -107,26 +130,46 @@ def test_no_rank_of_a_replica_flips_if_one_is_dead(fleet):
 def test_no_rank_of_a_replica_flips_if_a_reader_of_one_does_not_leave(fleet, install):
     pairs = Pairs(fleet, install=install, flip_timeout=0.3)
     pairs.push(1)
-    inside, leave = threading.Event(), threading.Event()
-
-    def read():
-        with pairs.subscriptions["p1"].pinned():
-            inside.set()
-            leave.wait(SECONDS)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert inside.wait(SECONDS)
-    try:
+    with Reader(pairs.subscriptions["p1"]):
         report = pairs.push(2)
         assert set(report.excluded) == {"p0", "p1"}
         assert isinstance(report.excluded["p1"], TransferTimeout)
         assert pairs.serve(["p0", "p1"], 1)
         assert pairs.serve(["q0", "q1"], 2)
         assert pairs.can_be_read(["p0", "q0", "q1"])
-    finally:
-        leave.set()
-        reader.join(SECONDS)
+    assert not pairs.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+
+
+def test_a_reader_of_one_rank_keeps_the_flip_of_its_own_replica_up_and_no_other(fleet):
+    pairs = Pairs(fleet, flip_timeout=2 * SECONDS)
+    single, fed = weights(-1), fleet("s")
+    pairs.subscriptions["s"] = subscribe(fed, "policy", single)
+    pairs.sync = WeightSync(pairs.trainer, "policy", ["trainer"], [*pairs.replicas, "s"], timeout=SECONDS)
+    assert not pairs.push(1).excluded
+    pushing = threading.Thread(target=pairs.push, args=(2,), kwargs={"timeout": 2 * SECONDS})
+    with Reader(pairs.subscriptions["p1"]):
+        pushing.start()
+        assert [pairs.subscriptions[name].wait_version(2, SECONDS) for name in ("q0", "q1", "s")] == [2, 2, 2]
+        assert pairs.can_be_read(["q0", "q1", "s"])
+        assert pairs.serve(["p0", "p1"], 1)
+    pushing.join(SECONDS)
+    assert pairs.serve(["p0", "p1", "q0", "q1"], 2)
+
+
+@pytest.mark.parametrize("install", ["swap", "copy"])
+def test_no_rank_of_a_replica_returns_if_a_reader_of_one_does_not_leave(fleet, install):
+    pairs = Pairs(fleet, install=install, flip_timeout=0.3, keep=2)
+    pairs.push(1)
+    pairs.push(2)
+    with Reader(pairs.subscriptions["p1"]):
+        failed = pairs.sync.roll_back(1)
+        assert set(failed) == {"p0", "p1"}
+        assert pairs.serve(["p0", "p1"], 2)
+        assert pairs.serve(["q0", "q1"], 1)
+    assert pairs.can_be_read(pairs.models)
+    assert pairs.sync.roll_back(1) == {}
+    assert pairs.serve(pairs.models, 1)
     assert not pairs.push(3).excluded
     assert pairs.serve(pairs.models, 3)
 
