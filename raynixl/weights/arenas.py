@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from raynixl.errors import AgentClosed, BackendUnavailable, RangeError, RegionStale
 from raynixl.weights.bank import HostBank, holds_any
 from raynixl.weights.device_bank import bank_of
+from raynixl.weights.reads import Reads
 from raynixl.weights.space import HOST, Space
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Arenas:
     def __init__(self, agent: Agent, layout: Layout, *, name: str = "", spaces: Sequence[Space] = (HOST,)) -> None:
         self.layout = layout
         self.regions: list[Region] = []
+        self.reads = Reads()
+        """What is read into it, for whoever does that again and again."""
         self._agent = agent
         self.space = self._fill(name, spaces)
         self.bank = bank_of(self.space, self.regions, agent.native)
@@ -74,6 +77,7 @@ class Arenas:
     def release(self) -> None:
         """Withdraw the memory from peers and let go of it, save where views of it live on; idempotent."""
         self.bank = HostBank(())
+        self.reads.clear()
         self._deregister()
 
     def _deregister(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ U64 = NDArray[np.uint64]
 _KEPT_SHARES = 4096  # chunks whose reads are kept from push to push
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Giver:
     """A source that has bytes of a chunk: its name, and the regions that its arenas are."""
 
@@ -33,6 +33,11 @@ class Giver:
     regions: Sequence[RemoteRegion]
     offset: int = 0
     """Where the part begins in its only region, for a delta."""
+
+    @cached_property
+    def key(self) -> Hashable:
+        """What tells its memory from any other."""
+        return self.offset, tuple((one.owner, one.incarnation, one.id, one.generation) for one in self.regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,10 @@ class Cargo(Protocol):
 
     chunks: NDArray[np.int64]
 
+    @property
+    def key(self) -> Hashable:
+        """What tells it from any other."""
+
     def shares(self, chunk: int) -> Sequence[Share]:
         """Return what each part gives to a chunk."""
 
@@ -80,6 +89,7 @@ class ImageCargo:
         ranges = Ranges.from_bytes(incoming.ranges)
         self.nbytes = ranges.nbytes
         self.parts = ranges.parts
+        self.key = (self.plan, self.number)
         self._cuts = ranges.cut(self.layout.arenas, incoming.chunk_nbytes)
         if len(self._cuts) != len(self.chunks):
             raise IntegrityError("the ranges do not fit the image", hint="run one version of raynixl everywhere")
@@ -100,6 +110,7 @@ class DeltaCargo:
     """The blobs of a delta: one for each part, each an arena of its own."""
 
     def __init__(self, blobs: Sequence[Blob], chunk_nbytes: int) -> None:
+        self.key = "delta"  # its memory is of one pull alone, and what is read into it
         self.sizes = [blob.nbytes for blob in blobs]
         self.chunks = np.array(
             [

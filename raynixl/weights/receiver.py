@@ -27,6 +27,7 @@ from raynixl.weights.cargo import Cargo, Giver, Share, digest_table
 from raynixl.weights.digest import ARENA_BIT
 from raynixl.weights.givers import Givers
 from raynixl.weights.pace import Pace
+from raynixl.weights.reads import Reads
 from raynixl.weights.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -62,10 +63,11 @@ class PullTimes:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a cargo goes: registered arenas, and the bank that they make up."""
+    """Where a cargo goes: registered arenas, the bank that they make up, and the reads into them."""
 
     regions: Sequence[Region]
     bank: Bank
+    reads: Reads = field(default_factory=Reads)
 
 
 @dataclass(slots=True)
@@ -207,17 +209,19 @@ class Receiver:
         if arena >= len(giver.regions):
             raise RegionStale(f"{giver.name!r} does not have all of the image", peer=giver.name)
         source, target = giver.regions[arena], self.slot.regions[arena]
+        read = self.slot.reads.get(
+            (self.cargo.key, chunk, giver.key),
+            lambda: self.agent.prepare("read", source.span(offset, nbytes), target.span(offset, nbytes)),
+        )
         timeout = min(self.left(), self.pace.patience(nbytes))
         try:
-            near, far = target.span(offset, nbytes), source.span(offset, nbytes)
-            transfer = self.agent.read(far, near, timeout=timeout, digest=self._wish(arena))
+            transfer = read.post(timeout=timeout, digest=self._wish(arena))
             transfer.wait()
         except TransferTimeout:
             self.pace.stalled(began, time.monotonic())
             raise
         self.pace.landed(time.monotonic() - began)
-        read = _Read(chunk, gave={0: giver.name}, landed={0: transfer})
-        self._verify(chunk, read, (), began=began, is_origin=False)
+        self._verify(chunk, _Read(chunk, gave={0: giver.name}, landed={0: transfer}), (), began=began, is_origin=False)
 
     def is_whole(self, chunk: int) -> bool:
         """Whether a chunk in the slot matches its digest."""
@@ -257,8 +261,11 @@ class Receiver:
         if not self.sources.is_alone(share.part, read.gone):
             patience = self.pace.patience(int(self.cargo.chunks[read.chunk, 2]))
             timeout = min(timeout, patience * 2 ** read.tried[giver.name])
-        wish = self._wish(int(self.cargo.chunks[read.chunk, 0]))
-        return giver, self.agent.read(share.far(giver), share.near(target), timeout=timeout, digest=wish)
+        prepared = self.slot.reads.get(
+            (self.cargo.key, read.chunk, share.part, giver.key),
+            lambda: self.agent.prepare("read", share.far(giver), share.near(target)),
+        )
+        return giver, prepared.post(timeout=timeout, digest=self._wish(int(self.cargo.chunks[read.chunk, 0])))
 
     def _wish(self, arena: int) -> tuple[int, int]:
         """Return how transfers into an arena digest what they bring, in the same pass where they can."""
