@@ -109,7 +109,7 @@ class Pulling:
     def receiver(self, cargo: ImageCargo, arenas: Arenas, throttle: Throttle) -> Receiver:
         """Return what brings chunks of an image in."""
         givers: dict[int, tuple[Giver, ...]] = {part: givers_of(own) for part, own in self.request.origins.items()}
-        place = Place(arenas.regions, arenas.bank)
+        place = Place(arenas.regions, arenas.bank, arenas.reads)
         return Receiver(
             self.agent, cargo, place, self.request.version, self.request.digests, givers, self.deadline, self.stop,
             lambda chunk: names_in(cargo, chunk), throttle,
