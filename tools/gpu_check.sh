@@ -6,13 +6,14 @@
 #   tools/gpu_check.sh --tests 'tests/gpu/test_nvlink.py -k large' --bench 'large small' --rounds 3
 #   tools/gpu_check.sh --out DIRECTORY        where the logs and rows go (default: a new one under /tmp)
 #   tools/gpu_check.sh --python PYTHON        the interpreter (default: .venv/bin/python, else python3)
+#   tools/gpu_check.sh --limit 'tests=90 file=30'    seconds for a step, and for each file of tests
 #
 # Each step has a time limit. Nothing is downloaded. The exit code is 1 if a step failed, and the last lines say which.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 steps="facts core tests sanitizer bench" tests="tests/gpu" sanitized="" words="" rounds=5 out="" python=""
-limits="facts=30 core=300 tests=900 sanitizer=300 bench=600"
+limits="facts=30 core=300 tests=900 file=300 sanitizer=300 bench=600"
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 while [ $# -gt 0 ]; do
@@ -82,12 +83,30 @@ core() { # built in place from what the environment has: no network
     cmake --build build/gpu && cp build/gpu/_native*.so raynixl/ && "$python" -c 'import raynixl._native'
 }
 
-tests() {
-  # shellcheck disable=SC2086
-  "$python" -m pytest -q --tb=short -m gpu $tests 2>&1 | tee "$out/pytest.txt"
-  local code=${PIPESTATUS[0]}
-  grep -Eq '(^|[ ,])[0-9]+ passed' "$out/pytest.txt" || { echo "no test passed: is there no GPU?"; return 1; }
-  return "$code"
+tests() { # each file in a process of its own: a kernel that fails takes the context of its process with it
+  local word files=() options=() code=0 log=$out/tests.txt told count=0
+  for word in $tests; do
+    if [ -d "$word" ]; then files+=($(find "$word" -name 'test_*.py' | sort))
+    elif [ -e "${word%%::*}" ]; then files+=("$word")
+    else options+=("$word"); fi
+  done
+  : >"$log"
+  for word in "${files[@]}"; do
+    echo "-- $word" >>"$log"
+    timeout --kill-after=5 "$(limit_of file)" "$python" -m pytest -q --tb=short -m gpu -o faulthandler_timeout=20 \
+      "${options[@]}" "$word" >>"$log" 2>&1
+    case $? in
+      0 | 5) ;; # 5: none is selected
+      124 | 137) code=1; echo "ran past its limit of $(limit_of file) s" >>"$log" ;;
+      *) code=1 ;;
+    esac
+    told=$(tail -n 1 "$log")
+    [[ $told =~ ([0-9]+)\ passed ]] && count=$((count + BASH_REMATCH[1]))
+    echo "-- $word: $told"
+  done
+  [ $code = 0 ] || { grep -E '^(FAILED|ERROR|E  |ran past)' "$log" | cut -c1-300 | head -n 80; echo "all of it: $log"; }
+  [ $count -gt 0 ] || { echo "no test passed: is there no GPU?"; return 1; }
+  return $code
 }
 
 sanitizer() { # the kernels alone: memory, then races; a test that is skipped shows nothing
@@ -111,8 +130,8 @@ bench() {
   "$python" tools/gpu_tables.py --rounds "$rounds" --rows "$out/rows.jsonl" $words
 }
 
-export -f facts core tests sanitizer bench
-export python tests sanitized words rounds out
+export -f facts core tests sanitizer bench limit_of
+export python tests sanitized words rounds out limits
 for step in $steps; do
   run_step "$step" bash -c "$step"
 done

@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 PIECE_NBYTES = 8 << 20
 """What is staged at once: two such buffers make a GPU's link busy, and a piece is copied in about a millisecond."""
 _WORKERS = 2
-_SETTLE_SECONDS = 30.0
+SETTLE_SECONDS = 30.0
 
 Rows = npt.NDArray[np.uint64]
 
 
-class _Hung(Exception):
-    """A GPU goes on with a copy for longer than can be waited for."""
+class Hung(Exception):
+    """What uses a buffer goes on for longer than can be waited for."""
 
 
-class _Bounce:
+class Bounce:
     """Two pinned buffers of one piece each."""
 
     def __init__(self) -> None:
@@ -54,9 +54,10 @@ class _Bounce:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
-    """Rows of one piece: its offset inside a buffer, source, destination, length."""
+class Piece:
+    """Rows of one piece: the row that each is of, its offset inside a buffer, source, destination, length."""
 
+    row: Rows
     offset: Rows
     source: Rows
     target: Rows
@@ -68,7 +69,7 @@ class _Cut:
         return int(self.nbytes.sum())
 
 
-def cut(table: Rows, piece_nbytes: int = PIECE_NBYTES) -> list[_Cut]:
+def cut(table: Rows, piece_nbytes: int = PIECE_NBYTES) -> list[Piece]:
     """Cut rows of (source, destination, nbytes) into pieces that fill a buffer each, the last one excepted."""
     ends = np.cumsum(table[:, 2], dtype=np.uint64)
     starts = ends - table[:, 2]
@@ -77,19 +78,26 @@ def cut(table: Rows, piece_nbytes: int = PIECE_NBYTES) -> list[_Cut]:
     row = np.searchsorted(ends, cuts, side="right")
     inside = cuts - starts[row]
     nbytes = np.diff(np.append(cuts, ends[-1]))
-    columns = cuts % np.uint64(piece_nbytes), table[row, 0] + inside, table[row, 1] + inside, nbytes
+    columns = (
+        row.astype(np.uint64),
+        cuts % np.uint64(piece_nbytes),
+        table[row, 0] + inside,
+        table[row, 1] + inside,
+        nbytes,
+    )
     edges = [*np.searchsorted(cuts, bounds).tolist(), len(cuts)]
-    return [_Cut(*(column[start:end] for column in columns)) for start, end in pairwise(edges)]
+    return [Piece(*(column[start:end] for column in columns)) for start, end in pairwise(edges)]
 
 
 class Staging:
     """The threads and buffers that stage for one agent; there are none before the first transfer that needs them."""
 
-    def __init__(self, local: Local) -> None:
+    def __init__(self, local: Local, make: Callable[[], Bounce] = Bounce) -> None:
         self.local = local
+        self._make = make
         self._lock = threading.Lock()  # protects all below
         self._pool: ThreadPoolExecutor | None = None
-        self._idle: list[_Bounce] = []
+        self._idle: list[Bounce] = []
         self._jobs: set[StagedJob] = set()
         self._is_closed = False
 
@@ -99,7 +107,7 @@ class Staging:
         is_upload = is_ours == (request.op is Op.WRITE)
         return StagedProgram(self, device, table, request.gates, is_upload=is_upload)
 
-    def start(self, job: StagedJob, work: Callable[[StagedJob, _Bounce], int], leave: Callable[[], None]) -> None:
+    def start(self, job: StagedJob, work: Callable[[StagedJob, Bounce], int], leave: Callable[[], None]) -> None:
         """Have a thread do a job's work, and leave its gates afterwards.
 
         Raises:
@@ -130,13 +138,13 @@ class Staging:
         for bounce in idle:
             bounce.close()
 
-    def _work(self, job: StagedJob, work: Callable[[StagedJob, _Bounce], int], leave: Callable[[], None]) -> None:
+    def _work(self, job: StagedJob, work: Callable[[StagedJob, Bounce], int], leave: Callable[[], None]) -> None:
         code, bounce = job.code, None
         try:
             if code == PENDING:
                 bounce = self._take()
                 code = work(job, bounce)
-        except _Hung:
+        except Hung:
             logger.exception("a GPU does not end a copy: what it may still touch is never given back")
             job.end(-errno.EIO)
             return
@@ -153,11 +161,11 @@ class Staging:
         job.end(code)
         job.settle()
 
-    def _take(self) -> _Bounce:
+    def _take(self) -> Bounce:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return _Bounce()
+        return self._make()
 
 
 class StagedProgram:
@@ -193,7 +201,7 @@ class StagedProgram:
         """Return the code of the first gate whose closing stops those inside, 0 if there is none."""
         return next((code for gate in self.gates if (code := gate.aborted)), 0)
 
-    def _move(self, job: StagedJob, bounce: _Bounce) -> int:
+    def _move(self, job: StagedJob, bounce: Bounce) -> int:
         """Move all pieces through the buffers; return the code of the first that failed."""
         moved: list[Job | int] = [DONE, DONE]  # what a GPU does with each buffer
         code = DONE
@@ -205,11 +213,11 @@ class StagedProgram:
                 if not isinstance(one, int):
                     if code != DONE:
                         one.cancel(CANCELLED)
-                    if not one.wait_settled(_SETTLE_SECONDS):
-                        raise _Hung(f"not within {_SETTLE_SECONDS:g} s")
+                    if not one.wait_settled(SETTLE_SECONDS):
+                        raise Hung(f"not within {SETTLE_SECONDS:g} s")
         return code
 
-    def _upload(self, job: StagedJob, bounce: _Bounce, moved: list[Job | int]) -> int:
+    def _upload(self, job: StagedJob, bounce: Bounce, moved: list[Job | int]) -> int:
         for number, piece in enumerate(self._cuts):
             host, gpu = self._compiled(number, bounce)
             if code := _end_of(moved[number % 2], job) or self.aborted():
@@ -220,7 +228,7 @@ class StagedProgram:
             job.count(piece.total)
         return _end_of(moved[0], job) or _end_of(moved[1], job)
 
-    def _download(self, job: StagedJob, bounce: _Bounce, moved: list[Job | int]) -> int:
+    def _download(self, job: StagedJob, bounce: Bounce, moved: list[Job | int]) -> int:
         for number in range(len(self._cuts) + 1):
             if number < len(self._cuts):
                 moved[number % 2] = self._compiled(number, bounce)[1].run(job.left)
@@ -232,7 +240,7 @@ class StagedProgram:
                 job.count(self._cuts[number - 1].total)
         return DONE
 
-    def _compiled(self, number: int, bounce: _Bounce) -> tuple[Program, Program]:
+    def _compiled(self, number: int, bounce: Bounce) -> tuple[Program, Program]:
         """Return the programs that copy a piece in the host and that move it to or from the GPU."""
         host, device = bounce.host[number % 2], bounce.device[number % 2]
         programs = self._programs.get((number, host))
@@ -243,11 +251,15 @@ class StagedProgram:
             out = np.stack([piece.offset + np.uint64(second), piece.target, piece.nbytes], axis=1)
             in_host, in_gpu = (into, out) if self.is_upload else (out, into)
             programs = (
-                self.staging.local.engine.program(COPY, 0, np.ascontiguousarray(in_host), []),
+                self._in_host(np.ascontiguousarray(in_host), piece, bounce),
                 mover(self.device).program(np.ascontiguousarray(in_gpu), [], touches_host=True),
             )
             self._programs[(number, host)] = programs
         return programs
+
+    def _in_host(self, rows: Rows, piece: Piece, bounce: Bounce) -> Program:
+        """Compile what is between a buffer and the memory that no GPU reaches: (source, destination, nbytes)."""
+        return self.staging.local.engine.program(COPY, 0, rows, [])
 
 
 def _leave(gates: Sequence[Gate]) -> None:

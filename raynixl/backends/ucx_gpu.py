@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -49,6 +50,11 @@ def ready_to_map(memory: Memory, runtime: _Runtime) -> Iterator[str]:
         logger.warning("%s; peers on this host reach it through host memory, many times slower", slow)
     with cuda.current(context):
         yield slow
+
+
+def is_staged(kind: MemoryKind, *, is_direct: bool) -> bool:
+    """Whether memory of ours goes through buffers: a GPU's that no lane reaches, and that cupy's kernels can copy."""
+    return kind is MemoryKind.VRAM and not is_direct and importlib.util.find_spec("cupy") is not None
 
 
 def check_transports(transports: Sequence[str], settings: str) -> None:

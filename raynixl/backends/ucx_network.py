@@ -10,15 +10,17 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from raynixl.backends.base import Binding, Local, Op, Request
 from raynixl.backends.link import Links
 from raynixl.backends.shm import addresses as address_table
 from raynixl.backends.ucx_answers import Answers
 from raynixl.backends.ucx_exports import Exports
-from raynixl.backends.ucx_gpu import ready_to_map
+from raynixl.backends.ucx_gpu import is_staged, ready_to_map
 from raynixl.backends.ucx_guard import Guard, own_sources, sources
 from raynixl.backends.ucx_key import Keys, unseal_workers
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
@@ -31,12 +33,16 @@ from raynixl.blocks import refuse_overlap
 from raynixl.errors import AgentClosed, PeerLost, TransferTimeout
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Program
-from raynixl.native.ucx import Rail
+from raynixl.native.ucx import Rail, RemoteKey
 from raynixl.region import Region, RemoteRegion
 from raynixl.topology import Address
 
+if TYPE_CHECKING:
+    from raynixl.backends.ucx_staging import UcxStaging
+
 logger = logging.getLogger(__name__)
 
+Rows = npt.NDArray[np.uint64]
 SWEEP_SECONDS = 0.05
 GRACE_SECONDS = 0.1
 """How long UCX has to let go of an operation that was cancelled or is late, before its endpoint is closed by force."""
@@ -77,6 +83,7 @@ class Network:
             local, self.exports, workers=self.worker_addresses, window=lambda: self._run().read_window
         )
         self._choice = RailChoice(local.config.rails)
+        self._staging: UcxStaging | None = None  # until something is staged
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         local.reactor.add(self._bell, self._on_bell)
 
@@ -134,6 +141,9 @@ class Network:
             raise PeerLost(f"the connection with {link.peer!r} was lost meanwhile", peer=link.peer)
         rails = self._choice.rails_for(request.local[0].memory, runtime.devices, runtime.nics, connected=connected)
         rows, paths = cut(np.column_stack((mine, far, ours, theirs, table[:, 2])).astype(np.uint64), rails)
+        if self._is_staged(request.local[0], bindings):
+            far_keys = [(rail, keys[binding][rail]) for _, binding, rail in paths.tolist()]
+            return [self._stage(request, rows, [(rail, key.write if is_write else key.read) for rail, key in far_keys])]
         mappings = [self.exports.mappings(region.id) for region in request.local]
         ways = [
             (mappings[region][rail], keys[binding][rail].write if is_write else keys[binding][rail].read)
@@ -149,7 +159,28 @@ class Network:
             return ""
         connected = [way.rail for way in lane.ways]
         rails = self._choice.describe(local.memory, runtime.devices, runtime.nics, connected=connected)
-        return f"{rails}; {lane.lanes.reaching(binding.remote.kind, own(binding).slow).explain()}"
+        lanes = lane.lanes.reaching(binding.remote.kind, own(binding).slow, local.kind)
+        staged = f"; {local.label} is staged through pinned memory" if self._is_staged(local, [own(binding)]) else ""
+        return f"{rails}; {lanes.explain()}{staged}"
+
+    def _stage(self, request: Request, rows: Rows, paths: Sequence[tuple[int, RemoteKey]]) -> Program:
+        """Compile rows of (path, our address, the peer's, nbytes) between a GPU of ours and what UCX reaches."""
+        from raynixl.backends.ucx_staging import Legs, UcxStaging
+
+        with self._starting:
+            if self._is_closed:
+                raise AgentClosed(f"agent {self._local.name!r} is closed")
+            if self._staging is None:
+                self._staging = UcxStaging(self._local, self._rails)
+            staging = self._staging
+        return staging.program(request, Legs(rows, paths))
+
+    def _is_staged(self, local: Region, bindings: Sequence[UcxBinding]) -> bool:
+        """Whether our memory goes through buffers because a lane does not reach it."""
+        lanes = [
+            one.lane.lanes.reaching(one.remote.kind, one.slow, local.kind) for one in bindings if one.lane is not None
+        ]
+        return is_staged(local.kind, is_direct=not any(one.is_emulation for one in lanes))
 
     def own_lanes(self) -> Lanes:
         """Start UCX, and return by which transports it reaches this very process.
@@ -168,6 +199,10 @@ class Network:
         self._local.reactor.remove(self._bell)
         self._guard.close()
         self._links.close()
+        with self._starting:
+            staging, self._staging = self._staging, None
+        if staging is not None:
+            staging.close(CLOSE_SECONDS)
         with self._starting:
             runtime, self._runtime = self._runtime, None
         if runtime is not None:

@@ -106,20 +106,24 @@ class Lanes:
     kind: MemoryKind = MemoryKind.DRAM
     slow: str = ""
     """Why CUDA IPC does not reach that memory, if it does not."""
+    near: MemoryKind | None = None
+    """The kind of our memory at the other end of a transfer; None: the peer's alone is asked about."""
 
     @staticmethod
     def of(transports: Sequence[str]) -> Lanes:
         """Return them sorted, each once, as a way to host memory."""
         return Lanes(tuple(sorted(set(transports))))
 
-    def reaching(self, kind: MemoryKind, slow: str = "") -> Lanes:
-        """Return them as a way to memory of that kind: cma reaches no GPU's, CUDA IPC no host's."""
-        return replace(self, kind=kind, slow=slow)
+    def reaching(self, kind: MemoryKind, slow: str = "", near: MemoryKind | None = None) -> Lanes:
+        """Return them as a way to memory of that kind, from memory `near`: cma reaches no GPU's, CUDA IPC no host's."""
+        return replace(self, kind=kind, slow=slow, near=near)
 
     @property
     def direct(self) -> tuple[str, ...]:
         """Those that reach a peer's memory without its help."""
-        names = [name for name in _DIRECT.get(self.kind, ()) if not (self.slow and name == "cuda_ipc")]
+        near = _DIRECT.get(self.kind if self.near is None else self.near, ())
+        far = [name for name in _DIRECT.get(self.kind, ()) if not (self.slow and name == "cuda_ipc")]
+        names = [name for name in far if name in near]
         return tuple(one for one in self.transports if one.partition("/")[0] in names)
 
     @property

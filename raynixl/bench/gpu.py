@@ -8,14 +8,11 @@ arguments of all calls are made beforehand.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable
 from contextlib import closing
-from ctypes import byref, c_void_p
 from time import perf_counter_ns
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +21,11 @@ from raynixl import cuda
 from raynixl.bench.layout import Bytes, Layout
 from raynixl.bench.scene import REGION, Contender, Scene
 from raynixl.bench.spec import VRAM, TransferSpec
-from raynixl.cuda.contexts import on
-from raynixl.cuda.library import check, current_driver, failure
+from raynixl.cuda.library import current_driver, failure
 from raynixl.errors import ConfigError
 from raynixl.memory import MemoryKind
 from raynixl.region import Region
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 Rows = NDArray[np.uint64]
 
 
@@ -39,23 +34,21 @@ class CopyStream:
 
     def __init__(self, device: int) -> None:
         self.device = device
-        handle = c_void_p()
-        with on(device):
-            check("cuStreamCreateWithPriority", byref(handle), _NON_BLOCKING, 0, what=f"GPU {device}")
-        self.handle = handle.value or 0
+        with cuda.on(device):
+            self.handle = cuda.stream_create()
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy between addresses of any memory, and wait until it is done."""
-        with on(self.device):
-            check("cuMemcpyAsync", target, source, nbytes, self.handle)
-            check("cuStreamSynchronize", self.handle)
+        with cuda.on(self.device):
+            cuda.memcpy_async(target, source, nbytes, self.handle)
+            cuda.stream_synchronize(self.handle)
 
     def close(self) -> None:
         """Let go of it; idempotent."""
         handle, self.handle = self.handle, 0
         if handle:
-            with on(self.device):
-                check("cuStreamDestroy_v2", handle)
+            with cuda.on(self.device):
+                cuda.stream_destroy(handle)
 
 
 def upload(region: Region, source: Bytes) -> None:
@@ -137,7 +130,7 @@ class CopyRunner:
         """Run it `count` times; return the nanoseconds of each, from the first call to when the last copy is done."""
         run, handle, times = self._run, self._stream.handle, []
         synchronize = current_driver().library.cuStreamSynchronize
-        with on(self._stream.device):
+        with cuda.on(self._stream.device):
             for _ in range(count):
                 start = perf_counter_ns()
                 code = run() or synchronize(handle)
@@ -182,6 +175,5 @@ def _loop_in_c(rows: Rows, stream: int) -> Callable[[], int]:
         raise ConfigError(
             "cudamemcpy_loop_c is a loop of the compiled core, which is not built", hint="leave that baseline out"
         ) from exc
-    function: Any = current_driver().library.cuMemcpyAsync
-    address = ctypes.cast(function, c_void_p).value or 0
+    address = cuda.function_address("cuMemcpyAsync")
     return lambda: _native.cuda_copy_loop(address, stream, rows)
