@@ -120,9 +120,38 @@ def test_expandable_segments_of_torch_arrive_and_the_setting_to_change_is_named(
 
 
 @pytest.mark.parametrize("options", [{"TLS": "tcp"}], ids=["tcp"])
-def test_without_a_transport_for_gpu_memory_it_is_refused(near: Agent, far: Far, fars: Fars) -> None:
-    into = fars.name()
-    far.ask("make", name=into, kind="host", nbytes=MIB)
-    error = error_of(near.write(near.register(filled("gpu", MIB, 1)), near.peer(far.record)[into]))
+def test_without_a_transport_for_gpu_memory_ours_is_staged_and_the_peers_is_refused(
+    near: Agent, far: Far, fars: Fars
+) -> None:
+    into, of_gpu = fars.name(), fars.name()
+    far.ask("make", name=into, kind="host", nbytes=20 * MIB)
+    far.ask("make", name=of_gpu, kind="gpu", nbytes=MIB)
+    ours, peer = near.register(filled("gpu", 20 * MIB, 1)), near.peer(far.record)
+    near.write(ours, peer[into]).wait(PATIENCE)
+    assert far.ask("digest", name=into) == digest(ours)
+    assert "staged through pinned memory" in str(near.explain(ours, peer[into]))
+    error = error_of(near.write(ours[:MIB], peer[of_gpu]))
     assert isinstance(error, BackendUnavailable)
     assert "cuda_copy" in f"{error.hint}{error}"
+
+
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_gpu_memory_that_no_lane_reaches_is_staged_block_by_block(near: Agent, far: Far, fars: Fars, op: str) -> None:
+    count, block, name = 3000, 10007, fars.name()  # 30 MB: several buffers, blocks across their ends
+    before = far.ask("make", name=name, kind="host", nbytes=count * block, seed=4)
+    ours, order = filled("gpu", count * block, 5), np.random.default_rng(3).permutation(count)
+    peer = near.peer(far.record)
+    region = near.register(ours)
+    mine, theirs = region.pages(np.arange(count), block), peer[name].pages(order, block)
+    assert "staged through pinned memory" in str(near.explain(region, peer[name]))
+    if op == "write":
+        near.write(mine, theirs).wait(PATIENCE)
+        wanted = np.empty((count, block), np.uint8)
+        wanted[order] = content(ours).reshape(count, block)
+        assert far.ask("digest", name=name) == digest(wanted)
+    else:
+        near.read(theirs, mine).wait(PATIENCE)
+        wanted = np.empty((count, block), np.uint8)
+        wanted[order] = content(ours).reshape(count, block)
+        assert digest(wanted) == before
+    far.ask("drop", name=name)
