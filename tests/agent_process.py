@@ -25,9 +25,9 @@ LEAVE_SECONDS = 20.0
 class FarAgent:
     """The near end: starts the process, asks it, stops, resumes and kills it."""
 
-    def __init__(self, name: str, **settings: Any) -> None:
+    def __init__(self, name: str, *, script: str = __file__, **settings: Any) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, __file__, name, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, script, name, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(HERE)},
         )  # fmt: skip
         self.pid = self._child.pid
@@ -77,9 +77,9 @@ class FarAgent:
 
 
 @contextlib.contextmanager
-def far_agent(name: str, **settings: Any) -> Iterator[FarAgent]:
-    """A far agent that is gone afterwards."""
-    far = FarAgent(name, **settings)
+def far_agent(name: str, *, script: str = __file__, **settings: Any) -> Iterator[FarAgent]:
+    """A far agent that is gone afterwards; `script` is what its process runs, this one or one that serves more."""
+    far = FarAgent(name, script=script, **settings)
     try:
         yield far
     finally:
@@ -90,7 +90,7 @@ def far_agent(name: str, **settings: Any) -> Iterator[FarAgent]:
             far._child.stdout.close()  # type: ignore[union-attr]
 
 
-class _Served:
+class Served:
     """What the far end does."""
 
     def __init__(self, agent: Agent) -> None:
@@ -132,13 +132,13 @@ class _Served:
         return [note.payload.decode() for note in self.agent.notifications()]
 
 
-def main() -> None:
+def main(serving: type[Served] = Served, backends: tuple[str, ...] = ("shm",)) -> None:
     """Serve until the pipe closes."""
     from agent_tools import make_agent
 
     name, settings = sys.argv[1], json.loads(sys.argv[2])
-    with make_agent(name, backends=("shm",), **settings) as agent:
-        served = _Served(agent)
+    with make_agent(name, backends=backends, **settings) as agent:
+        served = serving(agent)
         sys.stdout.write(json.dumps({"record": agent.record().decode()}) + "\n")
         sys.stdout.flush()
         for line in sys.stdin:

@@ -10,6 +10,13 @@ from collections.abc import Sequence
 from raynixl.memory import Memory
 
 _LOOK_SECONDS = 3600.0
+_KEPT: list[Memory] = []
+"""Memory under transfers that hardware does not end: given back, it would be written in other hands."""
+
+
+def keep_for_good(memory: Memory) -> None:
+    """Hold on to memory for as long as this process lives."""
+    _KEPT.append(memory)
 
 
 def keep_until_ended(memories: Sequence[Memory], pid: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raynixl.agents.connection import Connection
-from raynixl.agents.keeping import keep_until_ended
+from raynixl.agents.keeping import keep_for_good, keep_until_ended
 from raynixl.backends.base import Link
 from raynixl.errors import (
     AgentClosed,
@@ -183,8 +183,16 @@ class Regions:
             self._importers.clear()
         for region in regions:
             region.gate.close(CLOSED)
-            region.gate.drain(self._agent.config.deregister_timeout)
-            _close_fd(region)
+            if region.gate.drain(self._agent.config.deregister_timeout):
+                _close_fd(region)
+            else:
+                self._abandon(region)
+
+    @staticmethod
+    def _abandon(region: Region) -> None:
+        """Give up on memory that a transfer of ours is still under: a GPU hangs, or a system call does."""
+        logger.error("a transfer with %s does not end: its memory stays for as long as this process", region.label)
+        keep_for_good(region.memory)
 
     def _check_open(self) -> None:
         """Refuse a peer that asks while this agent is closing; _lock is held."""
@@ -218,7 +226,8 @@ class Regions:
         self._keep(_pids(stuck) | sleepers, [region])
         if not region.gate.drain(max(0.001, deadline - time.monotonic())):
             region.gate.close(STALE)  # our own transfers end now, by force
-            region.gate.drain(agent.config.transfer_timeout)
+            if not region.gate.drain(agent.config.transfer_timeout):
+                return self._abandon(region)
         for backend in agent.backends:
             backend.deregister(region.id)
         _close_fd(region)
