@@ -101,12 +101,15 @@ class Follower:
         """Take memory for a version now, so that no push waits for it, if what is needed does not hang on the source.
 
         Raises:
+            ConfigError: what was declared is not what the model has.
             RangeError: the host has too little memory.
         """
+        if self._installer.is_recorded:  # only a source says what its loader will need
+            return
+        shards = self._installer.needs(())
         try:
-            shards = self._installer.needs(())
             layout = plan([shards], [shards]).images[0]
-        except ConfigError:  # a recorded or declared target: only a source says more
+        except ConfigError:  # parts of its tensors are nobody's, such as padding: only with a source it is known how
             return
         self._slots.make(layout)
 

@@ -163,14 +163,18 @@ def test_fsdp_ranks_and_their_replicas_feed_fused_and_padded_ranks_of_tensor_par
                 assert torch.equal(target[name], wanted), (version, rank, name)
 
 
-def test_shards_that_speak_of_tensors_that_the_model_does_not_have_are_refused(fleet):
-    _, names = start_sources(fleet, full())
+def cut(target):
+    target["qkv"] = target["qkv"][1:].clone()
+
+
+@pytest.mark.parametrize("change", [lambda target: target.pop("qkv"), cut], ids=["missing", "of another shape"])
+def test_shards_that_are_not_what_the_model_has_are_refused_at_once(fleet, change):
     target = empty(tp(0))
-    del target["qkv"]
-    subscribe(fleet("rollout"), "policy", target, shards=tp(0))
-    sync = WeightSync(fleet.agents[0], "policy", names, ["rollout"], timeout=SECONDS)
+    change(target)
+    agent = fleet("rollout")
     with pytest.raises(ConfigError, match="qkv"):
-        sync.push(1)
+        subscribe(agent, "policy", target, shards=tp(0))
+    subscribe(agent, "policy", empty(tp(0)), shards=tp(0)).close()
 
 
 def test_adapters_alone_are_pushed_where_both_ends_select_them(fleet):
