@@ -187,8 +187,10 @@ class Origins:
     def _fits(self, name: str, request: Freeze, frozen: Frozen) -> bool:
         """Whether an answer is to what was asked, with the memory that the plan reads from."""
         origin, sizes = self._known[name], [region.nbytes for region in frozen.holder.regions]
-        said = (frozen.version, frozen.plan, frozen.shards, frozen.holder.name, sizes)
-        return said == (request.version, request.plan, origin.shards.digest, name, origin.arenas)
+        holder = frozen.holder
+        said = (frozen.version, frozen.plan, frozen.shards, holder.name, holder.incarnation, sizes)
+        life = origin.incarnation
+        return said == (request.version, request.plan, origin.shards.digest, name, life, origin.arenas)
 
     def _gone(self, name: str) -> RaynixlError:
         lost = self._agent.lost(name)

@@ -1,5 +1,6 @@
 """Origins: what whoever pushes learns of its sources, what it tells them, and how their answers add up."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ from raynixl.weights.origins import Origins
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.placement import Mesh, Replicate, Shard
 from raynixl.weights.plan import plan
-from raynixl.weights.sourcing import Freeze
+from raynixl.weights.sourcing import Freeze, Frozen
 
 INFOS = [TensorInfo("a", "float32", (1200, 8)), TensorInfo("b", "float32", (64,))]
 MESH = Mesh((("replica", 2), ("fsdp", 2)))
@@ -179,6 +180,26 @@ def test_an_answer_to_another_question_is_no_answer(trainers, origins, monkeypat
     monkeypatch.setattr(Publication, "freeze", older)
     with pytest.raises(IntegrityError, match="something else"):
         freeze(origins, 1)
+
+
+def test_a_source_that_names_memory_of_another_life_of_it_is_left_out_for_its_replica(trainers, origins, monkeypatch):
+    from raynixl.weights.publication import Publication
+
+    origins.describe(soon())
+    fine = Publication.freeze
+
+    def haunted(publication, request, peer):
+        frozen = Frozen.from_bytes(fine(publication, request, peer))
+        if publication._agent.name == NAMES[1]:
+            holder = frozen.holder.model_copy(update={"incarnation": "0" * 32})
+            frozen = dataclasses.replace(frozen, holder=holder)
+        return frozen.to_bytes()
+
+    monkeypatch.setattr(Publication, "freeze", haunted)
+    made, frozen = freeze(origins, 1)
+    assert list(frozen.failed) == [NAMES[1]]
+    assert isinstance(frozen.failed[NAMES[1]], IntegrityError)
+    check(trainers, origins, made, 1, frozen)
 
 
 def test_a_busy_source_times_out_by_name(trainers, origins):
