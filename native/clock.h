@@ -27,6 +27,15 @@ inline int64_t deadline_after(double seconds) {
   return now_ns() + int64_t(seconds * 1e9);
 }
 
+// What a loop that looks does in between: it leaves the core's other thread more to do.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // A 32-bit word that threads sleep on until it changes. No lock inside, so a fork cannot leave it held.
 class Futex {
  public:

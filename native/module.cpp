@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <system_error>
@@ -202,11 +203,29 @@ int cuda_copy_loop(uint64_t copy, uint64_t stream, Segments rows) {
   return copy_one_by_one(reinterpret_cast<CudaCopy>(copy), rows.data(), rows.shape(0), reinterpret_cast<void*>(stream));
 }
 
+// Without the lock: what writes the word may be a GPU, whose work other threads of Python still have to hand out.
+bool look_for(uint64_t address, uint64_t value, double timeout) {
+  auto* word = reinterpret_cast<std::atomic<uint64_t>*>(address);
+  if (word->load(std::memory_order_acquire) >= value) return true;
+  int64_t deadline = deadline_after(timeout);
+  nb::gil_scoped_release release;
+  do {
+    for (int k = 0; k < 16; ++k) {
+      if (word->load(std::memory_order_acquire) >= value) return true;
+      relax();
+    }
+  } while (now_ns() < deadline);
+  return word->load(std::memory_order_acquire) >= value;
+}
+
 void bind_gate(nb::module_& m) {
   nb::class_<PyGate>(m, "Gate")
       .def(nb::init<>())
       .def("close", gate_close, "code"_a, nb::kw_only(), "abort"_a = true)
       .def("drain", gate_drain, "timeout"_a)
+      .def("enter", [](PyGate& self) { return self.gate->enter(); })
+      .def("leave", [](PyGate& self) { self.gate->leave(); })
+      .def_prop_ro("aborted", [](PyGate& self) { return self.gate->aborted(); })
       .def_prop_ro("code", [](PyGate& self) { return self.gate->code(); })
       .def_prop_ro("inflight", [](PyGate& self) { return self.gate->inflight(); });
 }
@@ -251,5 +270,6 @@ NB_MODULE(_native, m) {
   m.def("enter_cuda", raynixl::enter_cuda_by_address, "context"_a, "get_current"_a, "set_current"_a);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   m.def("cuda_copy_loop", raynixl::cuda_copy_loop, "copy"_a, "stream"_a, nb::arg("rows").noconvert());
+  m.def("look_for", raynixl::look_for, "address"_a, "value"_a, "timeout"_a);
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);
 }

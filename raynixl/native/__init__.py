@@ -73,6 +73,16 @@ class Gate(Protocol):
     def code(self) -> int:
         """The code it was closed with; 0 while it is open."""
 
+    def enter(self) -> int:
+        """Count the caller in; return 0, or the code that refuses it. For what is carried out outside of the core."""
+
+    def leave(self) -> None:
+        """Count out a caller who had been counted in."""
+
+    @property
+    def aborted(self) -> int:
+        """The code if those inside are to stop, else 0."""
+
     @property
     def inflight(self) -> int:
         """How many operations are inside."""
@@ -208,6 +218,12 @@ class Native(Protocol):
 
     def copy(self, dst_addr: int, src_addr: int, nbytes: int) -> None:
         """Copy between two ranges of this process, GIL released."""
+
+    def look_for(self, address: int, value: int, timeout: float) -> bool:
+        """Look at an aligned word of 8 bytes until it is `value` or more, without sleeping, GIL released.
+
+        False at the timeout, in seconds. For what others than threads write, such as a GPU.
+        """
 
     def mapped(self, address: int, nbytes: int) -> bool:
         """Whether every page of the range is mapped in this process (readable or not)."""

@@ -1,4 +1,4 @@
-"""The system calls of the ctypes twin: memcpy, process_vm_readv/writev and msync."""
+"""The system calls of the ctypes twin, memcpy, process_vm_readv/writev and msync; and its look at a word."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import ctypes
 import errno
 import functools
 import os
+import time
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["copy", "copy_rows", "copy_small", "mapped", "move_rows"]
+__all__ = ["copy", "copy_rows", "copy_small", "look_for", "mapped", "move_rows"]
 
 _MAX_IOVECS = 1024  # IOV_MAX of Linux; more is refused with EINVAL
 _MEMCPY_NBYTES = 32 << 10  # rows from here on are copied one by one: 1 us for each call is little against it
@@ -37,6 +38,18 @@ def _libc() -> ctypes.CDLL:
 def copy(dst_addr: int, src_addr: int, nbytes: int) -> None:
     """Copy between two ranges of this process, GIL released."""
     _libc().memcpy(dst_addr, src_addr, nbytes)
+
+
+def look_for(address: int, value: int, timeout: float) -> bool:
+    """Look at an aligned word of 8 bytes until it is `value` or more; False at the timeout."""
+    word = ctypes.c_uint64.from_address(address)
+    if word.value >= value:
+        return True
+    deadline = time.monotonic() + (timeout if timeout > 0 else 0.0)
+    while time.monotonic() < deadline:
+        if word.value >= value:
+            return True
+    return word.value >= value
 
 
 def mapped(address: int, nbytes: int) -> bool:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from raynixl.native import syscalls
 from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
-from raynixl.native.syscalls import copy, mapped
+from raynixl.native.syscalls import copy, look_for, mapped
 from raynixl.native.twin_cuda import enter_cuda
 from raynixl.native.twin_delta import delta_apply, delta_encode
 from raynixl.native.twin_digest import digest_copy, digest_rows
@@ -35,6 +35,7 @@ __all__ = [
     "digest_copy",
     "digest_rows",
     "enter_cuda",
+    "look_for",
     "mapped",
     "rma",
 ]

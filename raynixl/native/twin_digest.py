@@ -11,7 +11,7 @@ import numpy.typing as npt
 from raynixl.native import syscalls
 from raynixl.native.rows import group_rows
 
-__all__ = ["BLOCK_NBYTES", "CONSTANTS", "block_factors", "check_rows", "digest_copy", "digest_rows"]
+__all__ = ["BLOCK_NBYTES", "CONSTANTS", "block_factors", "check_rows", "digest_copy", "digest_rows", "lane_keys"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -40,8 +40,12 @@ CONSTANTS = _make_constants()
 
 def block_factors(blocks: U64, seed: int) -> U64:
     """Return (N, 2): what the sum over each of these blocks is multiplied by, for both lanes."""
-    keys = _mix(np.uint64(seed) ^ _LANE_SEEDS)
-    return _mix(((blocks + np.uint64(1)) * _GOLDEN)[:, None] + keys) | np.uint64(1)
+    return _mix(((blocks + np.uint64(1)) * _GOLDEN)[:, None] + lane_keys(seed)) | np.uint64(1)
+
+
+def lane_keys(seed: int) -> U64:
+    """Return what the factors of both lanes are made from."""
+    return _mix(np.uint64(seed) ^ _LANE_SEEDS)
 
 
 def digest_rows(rows: U64, out: U64, seed: int) -> None:

@@ -1,0 +1,127 @@
+"""The compiled kernels of nvlink_kernels.cu: by NVRTC, as it comes with cupy, once for each kind of GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raynixl import cuda
+from raynixl.errors import BackendUnavailable
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("nvlink_kernels.cu")
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_HINT = "pip install 'raynixl[cu13]' (or [cu12]): cupy compiles the kernels"
+
+_lock = threading.Lock()  # protects _images
+_images: dict[tuple[str, tuple[str, ...]], bytes] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The kernels, loaded into the primary context of a GPU: their functions by name."""
+
+    module: int
+    functions: dict[str, int]
+
+
+def load_kernels(device: int, options: Sequence[str] = ()) -> Kernels:
+    """Return the kernels for a GPU, loaded; the caller unloads the module.
+
+    `options` are for the compiler. The first process on a host compiles, which takes about a second.
+
+    Raises:
+        BackendUnavailable: cupy or NVRTC is not there, or what was compiled does not load.
+    """
+    major = cuda.device_attribute(device, _CAPABILITY_MAJOR)
+    minor = cuda.device_attribute(device, _CAPABILITY_MINOR)
+    image = image_for(f"sm_{major}{minor}", options)
+    with cuda.on(device):
+        module = cuda.module_load(image)
+        return Kernels(module, {name: cuda.module_function(module, name) for name in NAMES})
+
+
+NAMES = (
+    "raynixl_copy_small",
+    "raynixl_copy_range",
+    "raynixl_copy_tiles",
+    "raynixl_copy_narrow",
+    "raynixl_signal",
+    "raynixl_digest",
+    "raynixl_quantise_float32",
+    "raynixl_quantise_bfloat16",
+    "raynixl_quantise_float16",
+)
+
+
+def image_for(architecture: str, options: Sequence[str] = ()) -> bytes:
+    """Return the kernels compiled for an architecture such as 'sm_90'.
+
+    Raises:
+        BackendUnavailable: cupy or NVRTC is not there.
+    """
+    key = architecture, tuple(options)
+    with _lock:
+        if key not in _images:
+            _images[key] = _cached(architecture, options)
+        return _images[key]
+
+
+def _cached(architecture: str, options: Sequence[str]) -> bytes:
+    source = _SOURCE.read_text()
+    text = "\n".join([source, architecture, *options, _version()])
+    path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        image = _compile(source, architecture, options)
+        _keep(path, image)
+        return image
+
+
+def _cache_folder() -> Path:
+    """Beside what cupy keeps."""
+    return Path.home() / ".cupy" / "raynixl"
+
+
+def _keep(path: Path, image: bytes) -> None:
+    """Write it for the next process, whole or not at all; without a place for it each process compiles anew."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(image)
+        Path(name).replace(path)
+    except OSError as exc:
+        logger.info("the compiled kernels are not kept: %s", exc)
+
+
+def _version() -> str:
+    try:
+        from cupy.cuda import nvrtc
+
+        return ".".join(map(str, nvrtc.getVersion()))
+    except (ImportError, RuntimeError) as exc:
+        raise BackendUnavailable(f"kernels for GPUs cannot be compiled: {exc}", hint=_HINT) from exc
+
+
+def _compile(source: str, architecture: str, options: Sequence[str]) -> bytes:
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source, _SOURCE.name, [], [])
+    try:
+        nvrtc.compileProgram(program, [f"--gpu-architecture={architecture}", "--std=c++17", *options])
+        image: bytes = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as exc:
+        log = nvrtc.getProgramLog(program)
+        raise BackendUnavailable(f"the kernels were not compiled for {architecture}: {exc}\n{log}", hint=_HINT) from exc
+    finally:
+        nvrtc.destroyProgram(program)
+    return image

@@ -1,0 +1,89 @@
+"""A lane: one stream of a GPU, the word of host memory that tells how far it has come, and the jobs in flight on it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from typing import TYPE_CHECKING
+
+from raynixl import cuda
+from raynixl.errors import RaynixlError
+
+if TYPE_CHECKING:
+    from raynixl.backends.nvlink_program import GpuJob
+
+WORD_NBYTES = 64  # a word has a line of the cache for itself
+
+
+class Lane:
+    """What is put on it ends in order: each end has a number, which a kernel writes to the lane's word.
+
+    `sequence`, `stream` and `pending` are protected by the mover's lock.
+    """
+
+    __slots__ = ("_event", "_word", "address", "counter", "flag", "pending", "sequence", "stream")
+
+    def __init__(self, stream: int, word: int, counter: int) -> None:
+        """Use a stream, a word of pinned memory, and two numbers of a GPU's memory: zeros, or an earlier lane's."""
+        self.stream = stream
+        self.address = word
+        self.flag = cuda.host_device_address(word)
+        self.counter = counter
+        self.pending: deque[GpuJob] = deque()
+        self._word = ctypes.c_uint64.from_address(word)
+        self._event = 0
+        self.sequence = self.reached
+
+    @property
+    def reached(self) -> int:
+        """The number of the last end so far."""
+        return int(self._word.value)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was put on it has ended."""
+        return self._word.value >= self.sequence
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a job has ended that is still on the lane."""
+        try:
+            return self.pending[0].sequence <= self._word.value
+        except IndexError:
+            return False
+
+    def add(self, job: GpuJob) -> None:
+        """Take a job in, in the order of their numbers: threads may come in another."""
+        place = len(self.pending)
+        while place and self.pending[place - 1].sequence > job.sequence:
+            place -= 1
+        self.pending.insert(place, job)
+
+    def ended(self) -> list[GpuJob]:
+        """Take the jobs that have ended off the lane; the caller finishes them."""
+        reached = self._word.value
+        jobs = []
+        while self.pending and self.pending[0].sequence <= reached:
+            jobs.append(self.pending.popleft())
+        return jobs
+
+    def failure(self) -> RaynixlError | None:
+        """What CUDA says of work that failed: nothing of it runs any more."""
+        try:
+            cuda.stream_query(self.stream)
+        except RaynixlError as exc:
+            return exc
+        return None
+
+    def order(self, stream: int) -> None:
+        """Have another stream wait for what is on the lane now."""
+        if not self._event:
+            self._event = cuda.event_create()
+        cuda.event_record(self._event, self.stream)
+        cuda.stream_wait_event(stream, self._event)
+
+    def close(self) -> None:
+        """Give stream and event back; nothing is on the lane."""
+        if self._event:
+            cuda.event_destroy(self._event)
+        cuda.stream_destroy(self.stream)

@@ -1,0 +1,370 @@
+"""The mover of a GPU: its kernels, its lanes, and the thread that sees to the end of what nobody waits for."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from ctypes import c_uint64
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raynixl import cuda
+from raynixl.backends.nvlink_kernel import load_kernels
+from raynixl.backends.nvlink_lane import WORD_NBYTES, Lane
+from raynixl.backends.nvlink_program import EngineStart, GpuJob, GpuProgram, KernelStart, Start
+from raynixl.backends.nvlink_slabs import Piece, Slabs
+from raynixl.backends.nvlink_tiles import Cut, Rows, Tuning, Way, plan
+from raynixl.errors import BackendUnavailable, RaynixlError, TransferTimeout
+from raynixl.native import CLOSED, Gate, load
+from raynixl.native.twin_job import fork_generation
+
+logger = logging.getLogger(__name__)
+
+_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_WORDS = 1024  # lanes and captured programs at a time
+_COUNTER_NBYTES = 16
+_LANES, _WAITING_LANES = 4, 16
+_UPLOAD_NBYTES = 1 << 20
+_UPLOAD_SECONDS = 30.0
+_CLOSE_SECONDS = 5.0
+_LEAST_PAUSE, _MOST_PAUSE = 50e-6, 2e-3
+_CHECK_SECONDS = 0.05
+
+
+def mover(device: int) -> Mover:
+    """Return the mover of a GPU, the same for the whole process. CUDA is initialised, kernels are compiled.
+
+    Raises:
+        BackendUnavailable, ConfigError: there is no such GPU, or no cupy to compile with.
+    """
+    made: Mover = cuda.kept(("mover", device), lambda: Mover(device))
+    return made
+
+
+class Mover:
+    """Puts programs on a GPU's lanes. Any thread may use it; it never waits for the whole GPU."""
+
+    def __init__(self, device: int, tuning: Tuning | None = None, options: Sequence[str] = ()) -> None:
+        self.device = device
+        self.core = load(native=True)
+        self.tuning = tuning
+        self.context = cuda.primary(device)
+        self.multiprocessors = cuda.device_attribute(device, _MULTIPROCESSORS)
+        self.kernels = load_kernels(device, options)
+        self.tables = Slabs(self._in_context(cuda.alloc), self._in_context(cuda.free))
+        self.pinned = Slabs(self._in_context(cuda.host_alloc), self._in_context(cuda.host_free))
+        self._lock = threading.Lock()  # protects _lanes, _waiting, _marks, and what is put on lanes
+        self._lanes: list[Lane] = []
+        self._waiting: list[Lane] = []
+        self._upload_lock = threading.Lock()  # protects _staging, _upload_stream, _uploaded
+        self._watched = threading.Event()
+        self._hurry = False
+        self._is_closed = False
+        self._forks = fork_generation()
+        self._thread: threading.Thread | None = None
+        self._words = self.pinned.take(_WORDS * WORD_NBYTES)
+        self._counters = self.tables.take(_WORDS * _COUNTER_NBYTES)
+        self._marks = list(range(_WORDS))
+        self._staging = self.pinned.take(_UPLOAD_NBYTES)
+        np.frombuffer(cuda.host_bytes(self._words.address, self._words.nbytes), np.uint8)[:] = 0
+        with cuda.on(device):
+            self._upload_stream = cuda.stream_create(is_urgent=True)
+            self._uploaded = cuda.event_create()
+            cuda.memset_async(self._counters.address, 0, self._counters.nbytes, self._upload_stream)
+            self._lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
+            cuda.event_record(self._uploaded, self._upload_stream)
+            self._wait_for(self._uploaded, _UPLOAD_SECONDS)
+        self._warm_up()
+
+    def program(self, table: Rows, gates: Sequence[Gate], *, touches_host: bool = False) -> GpuProgram:
+        """Compile rows of (source, destination, nbytes); addresses are such as this GPU reaches.
+
+        Waits for a table to be on the GPU, some 20 us.
+
+        Raises:
+            RangeError: the GPU has no memory for it.
+        """
+        cut = plan(table, self.multiprocessors, touches_host=touches_host, tuning=self.tuning)
+        nbytes = int(table[:, 2].sum())
+        return GpuProgram(self, self._starter(cut), gates, count=len(table), nbytes=nbytes)
+
+    def put(self, program: GpuProgram, event: cuda.Event | None) -> tuple[Lane | None, int]:
+        """Put a program, whose gates have been entered, on a lane; return that and its end's number.
+
+        What CUDA does not take is logged; the gates are left, and (None, -EIO) is returned.
+        """
+        if self._forks != fork_generation():
+            program.leave()
+            return None, CLOSED  # CUDA stayed with the parent
+        try:
+            with self._lock:
+                lane = self._free_lane() if event is None or event.query() else self._lane_to_wait(event)
+                sequence = lane.sequence + 1
+                program.start(lane, sequence)
+                lane.sequence = sequence
+                return lane, sequence
+        except RaynixlError as exc:
+            logger.error("GPU %d does not take a transfer: %s", self.device, exc)
+            program.leave()
+            return None, -errno.EIO
+
+    def capture(self, program: GpuProgram, stream: int) -> Lane:
+        """Put a program on a stream of somebody else; its end counts up the word of the lane that is returned."""
+        with self._lock:
+            lane = self._make_lane(stream)
+            program.start(lane, 0)
+        return lane
+
+    def release(self, lane: Lane) -> None:
+        """Take back the word of a captured program."""
+        with self._lock:
+            self._marks.append((lane.address - self._words.address) // WORD_NBYTES)
+
+    def watch(self, job: GpuJob) -> None:
+        """See to a job's end, whoever else does."""
+        with self._lock:
+            job.lane.add(job)
+        if not self._watched.is_set():
+            self._start_watching()
+
+    def hurry(self) -> None:
+        """Look more often: somebody sleeps until a job has ended."""
+        self._hurry = True
+
+    def collect(self, lane: Lane) -> None:
+        """Finish the jobs of a lane that have ended."""
+        if not lane.has_ended:
+            return
+        with self._lock:
+            ended = lane.ended()
+        for job in ended:
+            job.finish(0)
+
+    def check(self, lane: Lane) -> None:
+        """Finish the jobs of a lane whose GPU has failed: it touches nothing any more."""
+        with cuda.on(self.device):
+            failure = lane.failure()
+        if failure is None:
+            return
+        self.collect(lane)
+        with self._lock:
+            failed = list(lane.pending)
+            lane.pending.clear()
+        for job in failed:
+            logger.error("a transfer on GPU %d failed: %s", self.device, failure)
+            job.finish(-errno.EIO)
+
+    def order(self, lane: Lane, sequence: int, stream: int) -> None:
+        """Have a stream wait for what has this number on a lane.
+
+        Raises:
+            ConfigError: no stream of this process.
+        """
+        if lane.reached < sequence:
+            with self._lock, cuda.on(self.device):
+                lane.order(stream)
+
+    def upload(self, rows: Rows) -> Piece:
+        """Return a copy of a table in the GPU's memory, which has arrived there.
+
+        Raises:
+            RangeError: the GPU has no memory for it.
+            TransferTimeout: the GPU does not take it.
+        """
+        flat = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+        piece = self.tables.take(max(1, len(flat)))
+        with self._upload_lock, cuda.on(self.device):
+            staging = np.frombuffer(cuda.host_bytes(self._staging.address, _UPLOAD_NBYTES), np.uint8)
+            for at in range(0, len(flat), _UPLOAD_NBYTES):
+                part = flat[at : at + _UPLOAD_NBYTES]
+                staging[: len(part)] = part
+                cuda.memcpy_h2d_async(piece.address + at, self._staging.address, len(part), self._upload_stream)
+                cuda.event_record(self._uploaded, self._upload_stream)
+                self._wait_for(self._uploaded, _UPLOAD_SECONDS)
+        return piece
+
+    def download(self, address: int, into: npt.NDArray[np.uint64], timeout: float) -> None:
+        """Copy from the GPU's memory, where nobody writes any more.
+
+        Raises:
+            TransferTimeout: the GPU does not bring it.
+        """
+        flat = into.view(np.uint8).reshape(-1)
+        with self._upload_lock, cuda.on(self.device):
+            staging = np.frombuffer(cuda.host_bytes(self._staging.address, _UPLOAD_NBYTES), np.uint8)
+            for at in range(0, len(flat), _UPLOAD_NBYTES):
+                part = flat[at : at + _UPLOAD_NBYTES]
+                cuda.memcpy_d2h_async(self._staging.address, address + at, len(part), self._upload_stream)
+                cuda.event_record(self._uploaded, self._upload_stream)
+                self._wait_for(self._uploaded, timeout)
+                part[:] = staging[: len(part)]
+
+    def launch(self, name: str, grid: int, threads: int, values: Sequence[int], *, ends: bool = True) -> cuda.Launch:
+        """Pack a kernel of this GPU for many launches; if it `ends`, room for the three numbers of its end follows."""
+        arguments = [c_uint64(value) for value in [*values, *([0] * 3 if ends else [])]]
+        return cuda.Launch(self.context, self.kernels.functions[name], (grid, 1, 1), (threads, 1, 1), arguments)
+
+    def wait_for(self, event: int, timeout: float) -> None:
+        """Wait for an event without holding the interpreter's lock for long.
+
+        Raises:
+            TransferTimeout: it does not come.
+        """
+        with cuda.on(self.device):
+            self._wait_for(event, timeout)
+
+    def close(self) -> None:
+        """Give everything back once nothing is in flight; idempotent. Programs must not be run afterwards."""
+        if self._is_closed:
+            return
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        lanes = [*self._lanes, *self._waiting]
+        while not all(lane.is_idle for lane in lanes) and time.monotonic() < deadline:
+            time.sleep(_MOST_PAUSE)
+        self._is_closed = True
+        self._watched.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_SECONDS)
+        for lane in lanes:
+            self.collect(lane)
+        if not all(lane.is_idle for lane in lanes):
+            logger.error("GPU %d does not end its transfers: its memory stays", self.device)
+            return
+        with cuda.on(self.device):
+            for lane in lanes:
+                lane.close()
+            cuda.event_destroy(self._uploaded)
+            cuda.stream_destroy(self._upload_stream)
+            for piece in (self._words, self._counters, self._staging):
+                piece.close()
+            self.tables.close()
+            self.pinned.close()
+            cuda.module_unload(self.kernels.module)
+
+    def _in_context(self, function: Callable[[int], Any]) -> Callable[[int], Any]:
+        def inside(value: int) -> Any:
+            with cuda.on(self.device):
+                return function(value)
+
+        return inside
+
+    def _make_lane(self, stream: int) -> Lane:
+        if not self._marks:
+            raise BackendUnavailable("too many transfers are captured in CUDA graphs", hint="close() those not needed")
+        mark = self._marks.pop()
+        return Lane(stream, self._words.address + mark * WORD_NBYTES, self._counters.address + mark * _COUNTER_NBYTES)
+
+    def _free_lane(self) -> Lane:
+        """Return a lane with nothing on it, or that which has the least; the lock is held."""
+        return self._choose(self._lanes, _LANES)
+
+    def _lane_to_wait(self, event: cuda.Event) -> Lane:
+        """Return a lane that waits for an event. Others are not held up: an event may be long in coming."""
+        lane = self._choose(self._waiting, _WAITING_LANES)
+        with cuda.on(self.device):
+            cuda.stream_wait_event(lane.stream, event.handle)
+        return lane
+
+    def _choose(self, lanes: list[Lane], most: int) -> Lane:
+        for lane in lanes:
+            if lane.is_idle:
+                return lane
+        if len(lanes) < most:
+            with cuda.on(self.device):
+                lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
+            return lanes[-1]
+        return min(lanes, key=lambda lane: lane.sequence - lane.reached)
+
+    def _starter(self, cut: Cut) -> Start:
+        """Return what puts such a list on a lane."""
+        if cut.way is Way.ENGINE:
+            return EngineStart(
+                self.device, cut.rows.tolist(), KernelStart(self.launch("raynixl_signal", 1, 32, ()), None)
+            )
+        held: Piece | None = None
+        if cut.way in (Way.SMALL, Way.RANGE):
+            values = cut.rows[0].tolist() if len(cut.rows) else [0, 0, 0]
+            if cut.way is Way.RANGE:
+                values.append(cut.tile_nbytes)
+        else:
+            held = self.upload(cut.rows)
+            values = [held.address, len(cut.rows)]
+        name = f"raynixl_copy_{cut.way.name.lower()}"
+        return KernelStart(self.launch(name, cut.grid, cut.threads, values), held)
+
+    def _wait_for(self, event: int, timeout: float) -> None:
+        began = time.monotonic()
+        while not cuda.event_query(event):
+            waited = time.monotonic() - began
+            if waited > timeout:
+                raise TransferTimeout(f"GPU {self.device} was not through after {timeout:g} s", hint="see nvidia-smi")
+            if waited > 100e-6:
+                time.sleep(min(_MOST_PAUSE, waited / 16))
+
+    def _warm_up(self) -> None:
+        """Run every kernel once: CUDA loads code at first use, which a busy GPU or a capture would be in the way of."""
+        dummy = self.tables.take(1)
+        where, lane = dummy.address, self._lanes[0]
+        copies = {"small": [0, 0, 0], "range": [0, 0, 0, 4096], "tiles": [where, 0], "narrow": [where, 0]}
+        launches = [self.launch(f"raynixl_copy_{name}", 1, 256, values) for name, values in copies.items()]
+        launches.append(self.launch("raynixl_digest", 1, 256, [where, 0, where, 0, 0]))
+        launches.append(self.launch("raynixl_signal", 1, 32, []))
+        for launch in launches:
+            lane.sequence += 1
+            KernelStart(launch, None)(lane, lane.sequence)
+        for kind in ("float32", "bfloat16", "float16"):
+            values = [where, where + 1024, where + 2048, 1, 1]
+            self.launch(f"raynixl_quantise_{kind}", 1, 256, values, ends=False).run(lane.stream)
+        with cuda.on(self.device):
+            cuda.event_record(self._uploaded, lane.stream)
+            self._wait_for(self._uploaded, _UPLOAD_SECONDS)
+        if not lane.is_idle:
+            raise BackendUnavailable(f"kernels on GPU {self.device} do not reach the host's memory")
+
+    def _start_watching(self) -> None:
+        with self._lock:
+            self._watched.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="raynixl-gpu", daemon=True)
+                self._thread.start()
+
+    def _watch(self) -> None:
+        """See to the end of jobs, as long as there are any; asleep meanwhile for ever longer."""
+        pause, checked = _LEAST_PAUSE, 0.0
+        while not self._is_closed:
+            if self._hurry:
+                self._hurry, pause = False, _LEAST_PAUSE
+            time.sleep(pause)
+            pause = min(_MOST_PAUSE, 1.25 * pause)
+            if time.monotonic() >= checked + _CHECK_SECONDS:
+                checked = time.monotonic()
+                self._check_all()
+            if self._look():
+                continue
+            with self._lock:
+                if not any(lane.pending for lane in self._all_lanes()):
+                    self._watched.clear()
+            self._watched.wait()
+            pause = _LEAST_PAUSE
+
+    def _all_lanes(self) -> list[Lane]:
+        return [*self._lanes, *self._waiting]
+
+    def _check_all(self) -> None:
+        for lane in self._all_lanes():
+            if lane.pending:
+                self.check(lane)
+
+    def _look(self) -> bool:
+        """Look at all jobs; return whether some are left."""
+        lanes = [lane for lane in self._all_lanes() if lane.pending]
+        for lane in lanes:
+            self.collect(lane)
+            for job in list(lane.pending):
+                job.look()
+        return any(lane.pending for lane in lanes)

@@ -1,0 +1,311 @@
+"""Programs that a GPU carries out, and their jobs: the face of the core's `Program` and `Job`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from raynixl import cuda
+from raynixl.native import CLOSED, DONE, PENDING, TIMEOUT, Gate, Job
+from raynixl.native.twin_job import fork_generation
+
+if TYPE_CHECKING:
+    from raynixl.backends.nvlink_lane import Lane
+    from raynixl.backends.nvlink_mover import Mover
+    from raynixl.backends.nvlink_slabs import Piece
+
+INLINE_NBYTES = 64 << 10
+"""What a GPU moves faster than a thread is woken: who posts it looks for its end at once."""
+_LOOK_SECONDS = 40e-6
+_WAIT_LOOK_SECONDS = 1e-3
+"""A sleep is 60 us too long: who waits looks for longer than that would matter."""
+_LEAST_PAUSE, _MOST_PAUSE = 20e-6, 1e-3
+_PAUSE_SHARE = 1 / 32  # of the time waited so far
+_CHECK_SECONDS = 0.01
+
+
+class Start(Protocol):
+    """Puts a list of blocks on a lane."""
+
+    def __call__(self, lane: Lane, sequence: int) -> None:
+        """Put it there; its end is this number, 0 for one that the GPU counts itself.
+
+        Raises:
+            RaynixlError: CUDA does not take it; a part of it may be on the lane.
+        """
+
+
+@dataclass(eq=False)
+class KernelStart:
+    """One kernel, whose last arguments say what its end writes where. `held` is memory that it reads."""
+
+    launch: cuda.Launch
+    held: Piece | None
+
+    def __call__(self, lane: Lane, sequence: int) -> None:
+        """See `Start`."""
+        flag, number, counter = self.launch.arguments[-3:]
+        flag.value, number.value, counter.value = lane.flag, sequence, lane.counter
+        self.launch.run(lane.stream)
+
+
+@dataclass(eq=False)
+class EngineStart:
+    """One copy after the other by the GPU's copy engines, and a kernel that says when they are done."""
+
+    device: int
+    rows: list[list[int]]
+    signal: KernelStart
+
+    def __call__(self, lane: Lane, sequence: int) -> None:
+        """See `Start`."""
+        with cuda.on(self.device):
+            for source, target, nbytes in self.rows:
+                cuda.memcpy_async(target, source, nbytes, lane.stream)
+        self.signal(lane, sequence)
+
+
+class GpuProgram:
+    """A list of blocks that a GPU copies; run any number of times, also while an earlier run is in flight.
+
+    `start` puts it on a lane, with its end's number.
+    """
+
+    __slots__ = ("_gates", "_mover", "_start", "count", "nbytes")
+
+    def __init__(self, mover: Mover, start: Start, gates: Sequence[Gate], *, count: int, nbytes: int) -> None:
+        self._mover = mover
+        self._start = start
+        self._gates = tuple(gates)
+        self.count = count
+        self.nbytes = nbytes
+
+    def run(self, timeout: float, out_of_line: bool = False) -> int | Job:
+        """Start it; see `Program.run`. What is small has ended when this returns, if the GPU is not busy."""
+        if code := self._enter():
+            return code
+        lane, sequence = self._mover.put(self, None)
+        if lane is None:
+            return sequence
+        if self.nbytes <= INLINE_NBYTES and not out_of_line:
+            try:
+                if self._mover.core.look_for(lane.address, sequence, _LOOK_SECONDS):
+                    self.leave()
+                    return DONE
+            except BaseException:  # Ctrl-C: the GPU goes on, and the gates are left when it is through
+                self._mover.watch(GpuJob(self, lane, sequence, timeout))
+                raise
+        job = GpuJob(self, lane, sequence, timeout)
+        self._mover.watch(job)
+        return job
+
+    def run_after(self, timeout: float, event: cuda.Event) -> int | Job:
+        """Start it once an event has come; this thread does not wait for that. The deadline counts from now."""
+        if code := self._enter():
+            return code
+        lane, sequence = self._mover.put(self, event)
+        if lane is None:
+            return sequence
+        job = GpuJob(self, lane, sequence, timeout)
+        self._mover.watch(job)
+        return job
+
+    def capture(self, stream: int) -> Captured:
+        """Put it on a stream that is being captured into a CUDA graph, or that is none of ours.
+
+        Addresses are fixed, and nothing of the host runs in between. The memory belongs to it until `Captured.close`.
+
+        Raises:
+            ConfigError: the stream cannot take it.
+            RegionStale, PeerLost, ...: what is said of a transfer whose gate is closed, by its code; see `Captured`.
+        """
+        return Captured(self._mover, self, stream)
+
+    def enter(self) -> int:
+        """Enter all gates, or none; return the code of the one that refused, else 0."""
+        return self._enter()
+
+    def start(self, lane: Lane, sequence: int) -> None:
+        """Put it on a lane; 0 stands for a number that the GPU counts itself."""
+        self._start(lane, sequence)
+
+    def leave(self) -> None:
+        """Leave all gates."""
+        for gate in self._gates:
+            gate.leave()
+
+    @property
+    def aborted(self) -> int:
+        """The code of the first gate whose closing ends those inside, else 0."""
+        return next((code for gate in self._gates if (code := gate.aborted)), 0)
+
+    def _enter(self) -> int:
+        for number, gate in enumerate(self._gates):
+            if code := gate.enter():
+                for entered in self._gates[:number]:
+                    entered.leave()
+                return code
+        return 0
+
+
+class GpuJob:
+    """One run of a program. It ends once, with one code; settled once the GPU is through, which nobody can hasten.
+
+    Whoever looks at it finds out how far the GPU is; if nobody does, the mover's thread will.
+    """
+
+    __slots__ = ("_armed", "_deadline", "_forks", "_is_settled", "_lock", "_program", "_result", "lane", "sequence")
+
+    def __init__(self, program: GpuProgram, lane: Lane, sequence: int, timeout: float) -> None:
+        self.sequence = sequence
+        self._program = program
+        self.lane = lane
+        self._deadline = time.monotonic() + (timeout if timeout > 0 else 0.0)
+        self._forks = fork_generation()
+        self._lock = threading.Lock()  # protects _result, _armed
+        self._result = PENDING
+        self._is_settled = False
+        self._armed: list[int] = []
+
+    @property
+    def code(self) -> int:
+        """PENDING until it has ended; looking applies the deadline, and that a gate was closed."""
+        if self._result == PENDING:
+            if self._forks != fork_generation():
+                self._result = CLOSED  # CUDA stayed with the parent
+                return CLOSED
+            self._program._mover.collect(self.lane)
+            if self._result == PENDING:
+                if time.monotonic() >= self._deadline:
+                    self._end(TIMEOUT)
+                elif aborted := self._program.aborted:
+                    self._end(aborted)
+        return self._result
+
+    @property
+    def nbytes_done(self) -> int:
+        """All bytes or none: how far a kernel is cannot be seen."""
+        return self._program.nbytes if self._result == DONE else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has ended and the GPU touches its memory no more."""
+        return self.code != PENDING and self._has_settled()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the end. False at the timeout."""
+        if self._result != PENDING:
+            return True
+        if timeout > 0 and self._forks == fork_generation():
+            self._program._mover.core.look_for(self.lane.address, self.sequence, min(timeout, _WAIT_LOOK_SECONDS))
+        return self._wait_until(lambda: self.code != PENDING, timeout)
+
+    def wait_settled(self, timeout: float) -> bool:
+        """Wait until the GPU touches its memory no more. False at the timeout."""
+        return self._wait_until(lambda: self.settled, timeout)
+
+    def cancel(self, code: int) -> bool:
+        """End it with `code` unless it has ended. The GPU goes on, and the gates stay entered, until it is through."""
+        if code < 2:
+            raise ValueError("the code of a cancelled job is 2 or more")
+        return self._forks == fork_generation() and self._end(code)
+
+    def arm(self, fd: int) -> bool:
+        """Have 1 written to a duplicate of the eventfd when it ends; False if it has."""
+        if self.code != PENDING:
+            return False
+        duplicate = os.dup(fd)
+        with self._lock:
+            if self._result == PENDING:
+                self._armed.append(duplicate)
+                self._program._mover.hurry()
+                return True
+        os.close(duplicate)
+        return False
+
+    def order(self, stream: int) -> None:
+        """Have what is put on a stream from now on wait for the GPU to be through; this thread does not."""
+        self._program._mover.order(self.lane, self.sequence, stream)
+
+    def look(self) -> None:
+        """End it if its time is over or a gate says so."""
+        _ = self.code
+
+    def finish(self, code: int) -> None:
+        """Hear that the GPU is through, well or not. Called once, by whoever found out."""
+        self._program.leave()
+        self._is_settled = True
+        self._end(code)
+
+    def _has_settled(self) -> bool:
+        if not self._is_settled and self._forks == fork_generation():
+            self._program._mover.collect(self.lane)
+        return self._is_settled or self._forks != fork_generation()
+
+    def _wait_until(self, is_over: Callable[[], bool], timeout: float) -> bool:
+        began = time.monotonic()
+        limit = began + (timeout if timeout > 0 else 0.0)
+        check = began + _CHECK_SECONDS
+        while not is_over():
+            now = time.monotonic()
+            if now >= limit:
+                return False
+            if now >= check:
+                self._program._mover.check(self.lane)
+                check = now + _CHECK_SECONDS
+            pause = min(_MOST_PAUSE, max(_LEAST_PAUSE, (now - began) * _PAUSE_SHARE), limit - now)
+            if self._result == PENDING:
+                pause = min(pause, max(0.0, self._deadline - now))
+            time.sleep(pause)
+        return True
+
+    def _end(self, code: int) -> bool:
+        with self._lock:
+            if self._result != PENDING:
+                return False
+            self._result = code
+            armed, self._armed = self._armed, []
+        for fd in armed:
+            with contextlib.suppress(BlockingIOError):  # full, hence readable already
+                os.eventfd_write(fd, 1)
+            os.close(fd)
+        return True
+
+
+class Captured:
+    """A program inside a CUDA graph: it runs whenever the graph is replayed, in the graph's order.
+
+    `code` is that of a gate that was closed, and then nothing was put on the stream; else 0.
+    """
+
+    def __init__(self, mover: Mover, program: GpuProgram, stream: int) -> None:
+        self.code = program.enter()
+        self._program = program
+        self._mover = mover
+        self._lane: Lane | None = None
+        self._before = 0
+        if self.code:
+            return
+        try:
+            self._lane = mover.capture(program, stream)
+            self._before = self._lane.reached
+        except BaseException:
+            program.leave()
+            raise
+
+    @property
+    def runs(self) -> int:
+        """How many replays have come to this program's end."""
+        return 0 if self._lane is None else self._lane.reached - self._before
+
+    def close(self) -> None:
+        """Leave the gates: the graph is gone, or will not be replayed any more, and no replay is in flight."""
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            self._mover.release(lane)
+            self._program.leave()
