@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raynixl.errors import (
+    AgentClosed,
     IntegrityError,
     PeerLost,
     PeerRestarted,
@@ -235,9 +236,12 @@ class Receiver:
         Raises:
             TransferTimeout: none is, or too little for all to have its turn.
             TransferCancelled: a newer push has begun.
+            AgentClosed: nothing can come any more.
         """
         if self._spent is not None:
             raise self._spent
+        if self.agent.is_closed:
+            raise AgentClosed(f"{self.agent.name!r} was closed", hint="subscribe again")
         if self.stop.is_set():
             raise TransferCancelled("a newer push has begun", hint="its version comes instead")
         left = self.deadline - time.monotonic()
@@ -245,10 +249,13 @@ class Receiver:
             raise TransferTimeout(f"version {self.version} did not come in time", peer=self.agent.name)
         return left
 
+    def _is_over(self) -> bool:
+        return self.stop.is_set() or self.agent.is_closed
+
     def _begin(self, chunk: int) -> float:
         """Wait for a chunk's turn; return when it came. That there is none left is our own fault, and ends the pull."""
         try:
-            self.throttle.take(int(self.cargo.chunks[chunk, 2]), self.left(), self.stop)
+            self.throttle.take(int(self.cargo.chunks[chunk, 2]), self.left(), self._is_over)
         except TransferTimeout as exc:
             self._spent = exc
             raise

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from raynixl.errors import ConfigError, TransferTimeout
+
+_LOOK_SECONDS = 0.1  # how often what waits for its turn looks whether it is over
 
 
 class Throttle:
@@ -22,8 +25,8 @@ class Throttle:
         self._lock = threading.Lock()  # protects _free
         self._free = 0.0  # when the next bytes may go
 
-    def take(self, nbytes: int, timeout: float, stop: threading.Event) -> None:
-        """Wait for the turn of so many bytes, or until `stop` is set: then they do not go.
+    def take(self, nbytes: int, timeout: float, is_over: Callable[[], bool]) -> None:
+        """Wait for the turn of so many bytes, or until it `is_over`: then they do not go.
 
         Raises:
             TransferTimeout: it does not come in time.
@@ -39,6 +42,9 @@ class Throttle:
                 )
             seconds = nbytes * 8e-9 / self.max_gbps
             self._free = begins + seconds
-        if begins > now and stop.wait(begins - now):
-            with self._lock:
-                self._free -= seconds
+        while (left := begins - time.monotonic()) > 0:
+            if is_over():
+                with self._lock:
+                    self._free -= seconds
+                return
+            time.sleep(min(left, _LOOK_SECONDS))

@@ -47,10 +47,27 @@ def test_a_newer_push_ends_the_wait_for_a_turn(fleet):
     assert subscription.version == 2
 
 
+@pytest.mark.parametrize("topology", ["direct", "relay"])
+def test_a_pull_whose_agent_is_closed_ends_soon(fleet, topology):
+    publish(fleet("trainer"), "w", weights(1), chunk_nbytes=CHUNK)
+    subscriptions = [subscribe(fleet(name), "w", weights(0), max_gbps=SLOW_GBPS / 100) for name in ("r0", "r1")]
+    sync = WeightSync(fleet.agents[0], "w", ["trainer"], ["r0", "r1"], topology=topology, timeout=60.0)
+    pushing = threading.Thread(target=sync.push, args=(1,))
+    pushing.start()
+    deadline = time.monotonic() + 10
+    while not all(one._follower._busy.locked() for one in subscriptions):
+        assert time.monotonic() < deadline
+    for agent in fleet.agents[1:]:
+        agent.close()
+    while any(one._follower._busy.locked() for one in subscriptions):
+        assert time.monotonic() < deadline
+    pushing.join(10)
+    assert not pushing.is_alive()
+
+
 def test_bytes_that_were_given_up_take_no_room():
-    throttle, stopped, going = Throttle(1.0), threading.Event(), threading.Event()
-    stopped.set()
-    throttle.take(1 << 20, 60.0, going)
+    throttle = Throttle(1.0)
+    throttle.take(1 << 20, 60.0, lambda: False)
     for _ in range(100):
-        throttle.take(1 << 30, 60.0, stopped)
-    throttle.take(1 << 20, 1.0, going)  # raises if the others had room
+        throttle.take(1 << 30, 60.0, lambda: True)
+    throttle.take(1 << 20, 1.0, lambda: False)  # raises if the others had room
