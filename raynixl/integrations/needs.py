@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Host tensors in which versions land: of each tensor of a checkpoint the box that an engine uses of it.
+    """Tensors in which versions land: of each tensor of a checkpoint the box that an engine uses of it.
 
     `shards` say what of each box is pulled; the rest of it stays zero. Tensors that the engine does not use are left
     out.
@@ -46,8 +46,8 @@ class Landing:
                 yield name, whole
 
 
-def landing(infos: Sequence[TensorInfo], recording: Recording | None) -> Landing:
-    """Make what versions land in: of what a loader was seen to use, or of whole tensors without a recording."""
+def landing(infos: Sequence[TensorInfo], recording: Recording | None, *, device: str = "cpu") -> Landing:
+    """Make what versions land in on a device: of what a loader was seen to use, or whole tensors if it was not."""
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
@@ -56,7 +56,8 @@ def landing(infos: Sequence[TensorInfo], recording: Recording | None) -> Landing
     numbers = {info.name: number for number, info in enumerate(infos)}
     for info, used in _used(infos, recording):
         box = tuple(slice(*ends) for ends in zip(used[0].min(axis=0), (used[0] + used[1]).max(axis=0), strict=True))
-        tensors[info.name] = torch.zeros([side.stop - side.start for side in box], dtype=getattr(torch, info.dtype))
+        shape = [side.stop - side.start for side in box]
+        tensors[info.name] = torch.zeros(shape, dtype=getattr(torch, info.dtype), device=device)
         boxes[info.name] = box
         pieces += _pieces(tensors[info.name], box, used, (numbers[info.name], len(boxes) - 1))
     layout = build_layout(describe(tensors))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from raynixl.actors import agent as this_agent
 from raynixl.errors import BackendUnavailable, ConfigError, IntegrityError, TransferTimeout
+from raynixl.memory import MemoryKind
 from raynixl.weights import Publication, Subscription, WeightSync, publish, subscribe
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
 class RaynixlCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """One for each worker of verl, made by verl. Memory and connections are kept from one update to the next.
 
-    The trainers' first rank copies the full tensors that verl makes into host memory and pushes them as a version;
-    rollout workers feed each other. Options in `engine_kwargs`: `timeout` of an update in seconds, `device` that
-    rollout workers get the tensors on (by default a GPU if there is one), and those of `WeightSync` as `sync`.
+    The trainers' first rank copies the full tensors that verl makes aside and pushes them as a version; rollout
+    workers feed each other. Options in `engine_kwargs`: `timeout` of an update in seconds, `device` that rollouts get
+    the tensors on (by default a GPU if there is one), `memory` in which the tensors lie on both sides ('dram', the
+    hosts' by default, or 'vram', that of GPUs with room for three copies), and those of `WeightSync` as `sync`.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class RaynixlCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         is_master: bool = False,
         timeout: float = 300.0,
         device: str = "",
+        memory: str = MemoryKind.DRAM.value,
         sync: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.is_master = is_master
         self._timeout = timeout
         self._device = device
+        self._memory = memory
         self._options = dict(sync or {})
         self._source = ""
         self._targets: tuple[str, ...] = ()
@@ -80,7 +84,7 @@ class RaynixlCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
         """Learn who sends and who receives; a receiver waits for word from the source."""
         self._source, self._targets = source, tuple(targets)
         if this_agent().name in self._targets and self._receiver is None:
-            self._receiver = _Receiver(self._timeout)
+            self._receiver = _Receiver(self._timeout, self._memory, self._device or _default_device())
 
     def finalize(self) -> None:
         """Keep memory and connections for the next update."""
@@ -103,7 +107,7 @@ class RaynixlCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
                 pass
             return {}
         if self._sender is None:
-            self._sender = _Sender()
+            self._sender = _Sender(self._memory)
         await self._sender.collect(weights)
         report = await asyncio.to_thread(self._sender.push, self._targets, self._timeout, self._options)
         logger.info("step %s: %s", global_steps, report)
@@ -127,9 +131,10 @@ class RaynixlCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
 
 
 class _Sender:
-    """The trainer's end: full tensors in host memory, published."""
+    """The trainer's end: copies of full tensors, published."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: str) -> None:
+        self._memory = memory
         self._tensors: dict[str, torch.Tensor] = {}
         self._publication: Publication | None = None
         self._shapes: Shapes = ()
@@ -142,7 +147,8 @@ class _Sender:
         async for name, tensor in ensure_async_iterator(weights):
             known = self._tensors.get(name)
             if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
-                known = tensor.detach().to("cpu", copy=True).contiguous()
+                device = "cpu" if self._memory == MemoryKind.DRAM.value else tensor.device
+                known = tensor.detach().to(device, copy=True).contiguous()
             else:
                 known.copy_(tensor.detach())
             fresh[name] = known
@@ -150,7 +156,7 @@ class _Sender:
         if shapes != self._shapes:
             self.close()
             self._tensors, self._shapes = fresh, shapes
-            self._publication = publish(this_agent(), NAME, fresh)
+            self._publication = publish(this_agent(), NAME, fresh, memory=self._memory)
 
     def push(self, targets: tuple[str, ...], timeout: float, options: Mapping[str, Any]) -> Any:
         """Push them as the version after the latest that a target has; raise what any target failed with."""
@@ -174,9 +180,11 @@ class _Sender:
 
 
 class _Receiver:
-    """A rollout worker's end: tensors in host memory that follow the source's."""
+    """A rollout worker's end: tensors that follow the source's."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, memory: str, device: str) -> None:
+        self._memory = memory
+        self._device = "cpu" if memory == MemoryKind.DRAM.value else device
         self.tensors: dict[str, torch.Tensor] = {}
         self._timeout = timeout
         self._agent = this_agent()
@@ -222,8 +230,8 @@ class _Receiver:
             if self._subscription is None or shapes != self._shapes:
                 if self._subscription is not None:
                     self._subscription.close()
-                self.tensors, self._shapes, self._taken = _empty(shapes), shapes, 0
-                self._subscription = subscribe(self._agent, NAME, self.tensors)
+                self.tensors, self._shapes, self._taken = _empty(shapes, self._device), shapes, 0
+                self._subscription = subscribe(self._agent, NAME, self.tensors, memory=self._memory)
                 self._changed.notify_all()
             return str(self._subscription.version).encode()
 
@@ -235,13 +243,13 @@ def _parse(payload: bytes) -> Shapes:
         raise IntegrityError("the list of tensors is malformed", hint="run one version of raynixl") from exc
 
 
-def _empty(shapes: Shapes) -> dict[str, torch.Tensor]:
+def _empty(shapes: Shapes, device: str) -> dict[str, torch.Tensor]:
     import torch
 
     kinds = {name: getattr(torch, dtype, None) for name, dtype, _ in shapes}
     if not all(isinstance(kind, torch.dtype) for kind in kinds.values()):
         raise IntegrityError("the list of tensors names unknown dtypes", hint="run one version of torch")
-    return {name: torch.zeros(shape, dtype=kinds[name]) for name, _, shape in shapes}
+    return {name: torch.zeros(shape, dtype=kinds[name], device=device) for name, _, shape in shapes}
 
 
 def _default_device() -> str:

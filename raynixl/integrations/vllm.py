@@ -33,12 +33,13 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, "raynixl.integrations.vllm_engine", "RaynixlEngine")
 
 
-def init_info(name: str, model: Model, *, workers: str = "") -> dict[str, Any]:
+def init_info(name: str, model: Model, *, workers: str = "", memory: str = "dram") -> dict[str, Any]:
     """Return what to give to `init_weight_transfer_engine`: plain values, fit for JSON.
 
     The tensors of `model`, a module or state dict (on the meta device, too), must be named as in a checkpoint of what
     vLLM serves, and be of the dtypes in which they are published. `workers` is what the names of the workers' agents
-    begin with, by default the name of the weights.
+    begin with, by default the name of the weights. `memory` is where versions land: 'dram', the workers' host memory,
+    or 'vram', their GPUs, which then need room for two more copies of what they hold.
 
     Raises:
         ConfigError: Ray is not initialised, through which workers and trainers find each other.
@@ -50,7 +51,7 @@ def init_info(name: str, model: Model, *, workers: str = "") -> dict[str, Any]:
     tensors = {key: (dtype_name(tensor), list(tensor.shape)) for key, tensor in named_tensors(model).items()}
     return {
         "name": name, "workers": workers or name, "tensors": tensors,
-        "gcs": place.gcs, "session": place.session, "job": place.job,
+        "memory": memory, "gcs": place.gcs, "session": place.session, "job": place.job,
     }  # fmt: skip
 
 

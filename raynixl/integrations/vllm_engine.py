@@ -22,6 +22,7 @@ from raynixl.config import from_env
 from raynixl.errors import ConfigError
 from raynixl.integrations.needs import Landing, landing
 from raynixl.integrations.vllm import worker_names
+from raynixl.memory import MemoryKind
 from raynixl.weights import Subscription, subscribe
 from raynixl.weights.pieces import TensorInfo
 from raynixl.weights.recorder import Recording, record
@@ -43,6 +44,7 @@ class RaynixlInitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is 
     gcs: str
     session: str
     job: str
+    memory: str = "dram"
 
 
 @dataclass
@@ -81,10 +83,12 @@ class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  
         config = from_env().model_copy(update={"secret": SecretBytes(directory.secret)})
         self._agent = Agent(worker_names(init_info.workers, rank + 1)[rank], config=config, directory=directory)
         infos = [TensorInfo(key, dtype, tuple(shape)) for key, (dtype, shape) in init_info.tensors.items()]
-        self._landing = landing(infos, self._record(infos))
+        device = "cpu" if init_info.memory == MemoryKind.DRAM.value else str(self.device)
+        self._landing = landing(infos, self._record(infos), device=device)
         self._subscription = subscribe(
-            self._agent, init_info.name, self._landing.tensors, shards=self._landing.shards, install="swap"
-        )
+            self._agent, init_info.name, self._landing.tensors, shards=self._landing.shards, install="swap",
+            memory=init_info.memory,
+        )  # fmt: skip
 
     def _record(self, infos: Sequence[TensorInfo]) -> Recording | None:
         """Return what this worker's loader uses of a checkpoint's tensors; None if it does not say so."""
@@ -108,7 +112,7 @@ class RaynixlEngine(WeightTransferEngine[RaynixlInitInfo, RaynixlUpdateInfo]):  
         """Wait for a version and load it."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.current_stream().synchronize()
 
     def receive_weights(self, update_info: RaynixlUpdateInfo) -> None:
         """Wait for a version, or a later one, and load it through vLLM's loader.

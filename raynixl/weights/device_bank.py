@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raynixl.errors import RangeError
 from raynixl.weights.bank import I64, U64, Bank, Encoder, HostBank
 from raynixl.weights.device_delta import DeviceChanges, apply_blobs
 from raynixl.weights.device_digest import digest_device
@@ -62,7 +64,7 @@ class DeviceBank:
 
     def digest(self, rows: U64, out: U64, *, seed: int, threads: int = 1) -> None:
         """See `Bank`."""
-        with on_ours((self.space,)):
+        with _at_work(self.space):
             digest_device(self._flats, rows, out, seed=seed)
 
     def read(self, rows: I64) -> bytes:
@@ -72,7 +74,7 @@ class DeviceBank:
         parts = [self._flats[arena][offset : offset + nbytes] for offset, arena, nbytes in rows.tolist()]
         if not parts:
             return b""
-        with on_ours((self.space,)):
+        with _at_work(self.space):
             return bytes(torch.cat(parts).cpu().numpy())
 
     def encoder(self, base: Bank, *, threads: int) -> Encoder:
@@ -81,22 +83,39 @@ class DeviceBank:
         changes = DeviceChanges(old, self._flats)
 
         def encode(rows: I64, itemsize: int, limit: int) -> bytes | None:
-            with on_ours((self.space,)):
+            with _at_work(self.space):
                 return changes.encode(rows, itemsize, limit)
 
         return encode
 
     def apply(self, blobs: Sequence[NDArray[np.uint8]], *, threads: int) -> None:
         """See `Bank`."""
-        with on_ours((self.space,)):
+        with _at_work(self.space):
             for blob in blobs:
                 apply_blobs(blob, self._flats)
 
     def take(self, other: Bank) -> None:
         """See `Bank`."""
-        with on_ours({self.space, other.space}):
+        with _at_work(self.space, other.space):
             for number, flat in enumerate(self._flats):
                 flat.copy_(other.flat(number))
+
+
+@contextmanager
+def _at_work(*spaces: Space) -> Iterator[None]:
+    """Work on our own streams of GPUs.
+
+    Raises:
+        RangeError: a GPU has too little memory left for what that needs.
+        TransferTimeout: a GPU hangs.
+    """
+    import torch
+
+    try:
+        with on_ours(set(spaces)):
+            yield
+    except torch.OutOfMemoryError as exc:
+        raise RangeError(f"{spaces[0].name} has too little memory left: {exc}", hint="leave some for pushes") from exc
 
 
 def bank_of(space: Space, regions: Sequence[Region], native: Native) -> Bank:

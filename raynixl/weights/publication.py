@@ -15,7 +15,7 @@ from raynixl.weights.conversion import Cast, Fp8, conversion
 from raynixl.weights.copies import Copies, Copy
 from raynixl.weights.copyout import Digests
 from raynixl.weights.hold import WhileBusy
-from raynixl.weights.layout import CHUNK_NBYTES, Layout
+from raynixl.weights.layout import CHUNK_NBYTES, DEVICE_CHUNK_NBYTES, Layout
 from raynixl.weights.original import Look, Original, Publish
 from raynixl.weights.protocol import Holder, check_weights_name, topic
 from raynixl.weights.selection import Select
@@ -40,7 +40,7 @@ class Options:
     """How a publication works: threads that digest, the size of chunks, what a push does that finds it busy."""
 
     threads: int
-    chunk_nbytes: int
+    chunk_nbytes: int | None
     while_busy: WhileBusy
     keeps_base: bool
     in_place: bool
@@ -61,6 +61,8 @@ class Publication:
         self.layout: Layout = self._original.layout
         self._agent = agent
         self._options = options
+        usual = DEVICE_CHUNK_NBYTES if self._original.spaces[0].is_gpu else CHUNK_NBYTES
+        self._chunk_nbytes = usual if options.chunk_nbytes is None else options.chunk_nbytes
         self._served = Served(agent, self.layout, threads=options.threads)
         self._copies = Copies(
             agent, self.layout, f"weights/{name}", while_busy=options.while_busy, keeps_base=options.keeps_base,
@@ -226,7 +228,7 @@ class Publication:
         shards = self._original.shards
         return Described(
             table=shards.table.digest, rank=shards.rank, version=self._committed, nbytes=self.layout.nbytes,
-            chunk_nbytes=self._options.chunk_nbytes,
+            chunk_nbytes=self._chunk_nbytes,
         ).to_bytes()  # fmt: skip
 
     def _on_outgoing(self, _peer: str, payload: bytes) -> bytes:
@@ -268,7 +270,7 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
     copy_out: bool = True,
     memory: str = "auto",
     copy_threads: int | None = None,
-    chunk_nbytes: int = CHUNK_NBYTES,
+    chunk_nbytes: int | None = None,
 ) -> Publication:
     """Offer the weights of a module or state dict to `WeightSync` under a name. Nothing moves yet.
 
@@ -281,14 +283,14 @@ def publish(  # noqa: PLR0913 - each of them is one thing that a trainer may say
     tensors move into memory that peers read, once, and nothing is copied at a push; they must not change from then
     until it releases them: `updating()` waits for that. `memory` is where the copies lie: 'vram' on the GPU that the
     tensors are on, 'dram' in the host's memory, 'auto' on the GPU if it has room. `copy_threads` digest (the agent's
-    by default).
+    by default), and `chunk_nbytes` are checked at a time: 8 MiB, 64 MiB on a GPU.
 
     Raises:
         ConfigError: an argument is unusable, the name is taken, or the model holds what cannot be carried.
         RangeError: the host has too little memory for a copy of it.
     """
     threads = agent.config.copy_threads if copy_threads is None else copy_threads
-    if threads < 1 or not 4096 <= chunk_nbytes <= 1 << 40:
+    if threads < 1 or not (chunk_nbytes is None or 4096 <= chunk_nbytes <= 1 << 40):
         raise ConfigError(
             f"{threads} copy threads, chunks of {chunk_nbytes} bytes", hint="use 1 or more, and 4 KiB or more"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from raynixl.errors import BackendUnavailable
 from raynixl.weights.conversion import BLOCK, FP8_MAX
@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 _STRIP_NBYTES = 8 << 20
 """Worked on at a time, as float32: what fits a cache is read twice at its speed."""
 _DEVICE_STRIP_NBYTES = 256 << 20
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES: dict[str, Literal["float32", "bfloat16", "float16"]] = {
+    "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
+}  # fmt: skip
 
 
 def quantise(source: torch.Tensor, stored: torch.Tensor, scales: torch.Tensor) -> None:
@@ -46,9 +48,9 @@ def _quantise_by_kernel(source: torch.Tensor, stored: torch.Tensor, scales: torc
 
     from raynixl.backends.nvlink_quantise import quantise_blocks
 
-    dtype = str(source.dtype).removeprefix("torch.")
+    dtype = _DTYPES.get(str(source.dtype).removeprefix("torch."))
     is_plain = all(one.device == source.device and one.is_contiguous() for one in (source, stored, scales))
-    if not is_plain or dtype not in _DTYPES:
+    if not is_plain or dtype is None:
         return False
     try:
         quantise_blocks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from raynixl.weights.copies import Copies, Copy
 
 _KEPT_PLANS = 4
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,13 @@ class Served:
         if base is None or base is copy or changes is None:
             return {}, None
         old = base.arenas.bank
-        blobs = changes.encode(old, bank, threads=self._threads) if len(old.sizes) and old.space == bank.space else {}
+        if not len(old.sizes) or old.space != bank.space:
+            return {}, None
+        try:
+            blobs = changes.encode(old, bank, threads=self._threads)
+        except RangeError as exc:  # as below
+            logger.info("no delta of %r: %s", self._agent.name, exc)
+            return {}, None
         if not blobs or base.version != request.base:  # another push has taken the base meanwhile
             return {}, None
         try:

@@ -99,3 +99,9 @@ def test_without_a_recording_everything_lands():
     assert {name: tuple(one.shape) for name, one in made.tensors.items()} == SHAPES
     assert _pulled(made) == sum(one.numel() * 4 for one in FULL.values())
     assert all(torch.equal(one, FULL[name]) for name, one in made.full())
+
+
+def test_versions_may_land_on_another_device():
+    made = landing(INFOS, None, device="meta")
+    assert {one.device.type for one in made.tensors.values()} == {"meta"}
+    assert {one.device.type for _, one in made.full()} == {"meta"}

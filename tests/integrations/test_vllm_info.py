@@ -49,6 +49,11 @@ def test_workers_are_named_for_the_weights_or_as_one_likes(cluster):
     assert worker_names("engine-2", 2) == ["engine-2-vllm-0", "engine-2-vllm-1"]
 
 
+def test_versions_land_in_host_memory_unless_another_is_named(cluster):
+    assert init_info("policy", _Tied())["memory"] == "dram"
+    assert init_info("policy", _Tied(), memory="vram")["memory"] == "vram"
+
+
 def test_without_ray_it_is_said_what_is_missing(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ConfigError, match="there is no Ray here"):
