@@ -14,6 +14,7 @@ from raynixl.cuda.arena import (
     record,
     stream_handle,
 )
+from raynixl.cuda.chunks import Chunk, MappedChunks, export_chunks
 from raynixl.cuda.contexts import (
     Device,
     bus_id,
@@ -54,8 +55,10 @@ from raynixl.cuda.pointers import (
     context_for,
     device_of,
     examine,
+    is_beyond,
     pinned_address,
 )
+from raynixl.cuda.prototypes import HANDLE_NBYTES
 from raynixl.cuda.streams import (
     event_create,
     event_destroy,
@@ -77,14 +80,15 @@ from raynixl.cuda.streams import (
 )
 
 __all__ = [
-    "FABRIC", "POSIX_FD", "Allocation", "Arena", "Device", "Event", "Launch", "Origin", "Pin", "alloc", "arena",
-    "bus_id", "close_kept", "context_for", "current", "current_functions", "device_attribute", "device_of",
-    "device_of_context", "devices", "enable_peer", "event_create", "event_destroy", "event_elapsed_ms", "event_query",
-    "event_record", "event_synchronize", "examine", "free", "function_address", "has_driver", "host_alloc",
-    "host_bytes", "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close", "ipc_export",
+    "FABRIC", "HANDLE_NBYTES", "POSIX_FD", "Allocation", "Arena", "Chunk", "Device", "Event", "Launch",
+    "MappedChunks", "Origin", "Pin", "alloc", "arena", "bus_id", "close_kept", "context_for", "current",
+    "current_functions", "device_attribute", "device_of", "device_of_context", "devices", "enable_peer",
+    "event_create", "event_destroy", "event_elapsed_ms", "event_query", "event_record", "event_synchronize",
+    "examine", "export_chunks", "free", "function_address", "has_driver", "host_alloc", "host_bytes",
+    "host_device_address", "host_free", "host_register", "host_unregister", "is_beyond", "ipc_close", "ipc_export",
     "ipc_export_event", "ipc_open", "ipc_open_event", "kept", "launch", "memcpy_async", "memcpy_d2d_async",
     "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info", "memset_async", "module_function",
     "module_load", "module_unload", "on", "pin", "pinned_address", "primary", "record", "replace_driver",
-    "stream_create", "stream_destroy", "stream_handle", "stream_is_capturing", "stream_query", "stream_synchronize",
-    "stream_wait_event",
+    "stream_create", "stream_destroy", "stream_handle", "stream_is_capturing", "stream_query",
+    "stream_synchronize", "stream_wait_event",
 ]  # fmt: skip

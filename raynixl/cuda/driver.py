@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 from ctypes import byref, c_size_t, c_uint64, c_void_p
 
-from raynixl.cuda.library import check
+from raynixl.cuda.library import call, check, failure
 from raynixl.cuda.prototypes import Handle
+from raynixl.errors import BackendUnavailable
 
 _LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the one value that is allowed
 _PORTABLE_AND_MAPPED = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE | _DEVICEMAP: every context reaches it
@@ -58,12 +59,14 @@ def ipc_open(handle: bytes) -> int:
     """Return where another process's allocation begins here. To be closed, in the same context.
 
     The memory stays until then, even if its owner ends. CUDA opens no handle in the process that made it.
+
+    Raises:
+        BackendUnavailable: CUDA does not open it.
     """
     address = c_uint64()
-    check(
-        "cuIpcOpenMemHandle_v2", byref(address), Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS,
-        what="a peer's memory", hint=_FOREIGN,
-    )  # fmt: skip
+    code = call("cuIpcOpenMemHandle_v2", byref(address), Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
+    if code:
+        raise _foreign(code, "cuIpcOpenMemHandle", "a peer's memory")
     return address.value
 
 
@@ -80,11 +83,15 @@ def ipc_export_event(event: int) -> bytes:
 
 
 def ipc_open_event(handle: bytes) -> int:
-    """Return another process's event. To be destroyed like one of ours."""
+    """Return another process's event. To be destroyed like one of ours.
+
+    Raises:
+        BackendUnavailable: CUDA does not open it.
+    """
     event = c_void_p()
-    check(
-        "cuIpcOpenEventHandle", byref(event), Handle.from_buffer_copy(handle), what="a peer's event", hint=_FOREIGN
-    )  # fmt: skip
+    code = call("cuIpcOpenEventHandle", byref(event), Handle.from_buffer_copy(handle))
+    if code:
+        raise _foreign(code, "cuIpcOpenEventHandle", "a peer's event")
     return event.value or 0
 
 
@@ -123,3 +130,7 @@ def host_device_address(address: int) -> int:
 def host_bytes(address: int, nbytes: int) -> memoryview:
     """Return the bytes of host memory that somebody else keeps alive."""
     return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+
+def _foreign(code: int, name: str, what: str) -> BackendUnavailable:
+    return BackendUnavailable(failure(code, name, what=what).message, hint=_FOREIGN)

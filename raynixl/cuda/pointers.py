@@ -100,6 +100,17 @@ def examine(address: int, nbytes: int) -> Allocation:
     return allocation  # virtual memory is pieced together of allocations, and the driver tells of the first
 
 
+def is_beyond(address: int, nbytes: int) -> bool:
+    """Whether memory of a GPU goes beyond its allocation, as far as the driver can tell. Adjoining pieces are one."""
+    at, end = address, address + nbytes
+    while at < end:
+        start, size = _ask(_Attribute.START, at, c_uint64()), _ask(_Attribute.SIZE, at, c_size_t())
+        if start is None or not size:
+            return at > address
+        at = start + size
+    return False
+
+
 def device_of(address: int) -> int:
     """Return the number of the GPU that memory is on; 0 where the driver cannot tell."""
     return _ask(_Attribute.ORDINAL, address, c_int()) or 0 if has_driver() else 0
