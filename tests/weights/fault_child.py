@@ -35,6 +35,7 @@ class Child:
         self.send = send
         self.weights = {}
         self.module = None
+        self.publication = None
         self.saying = threading.Lock()
         self.told, self.stop = threading.Event(), threading.Event()
         self.reads, self.torn, self.seen = 0, [], []
@@ -74,6 +75,11 @@ class Child:
 
     def publish(self, **options):
         self.publication = publish(self.agent, "w", self.weights, **options)
+        return True
+
+    def unpublish(self):
+        if self.publication is not None:
+            self.publication.close()
         return True
 
     def publish_share(self, rank, ranks, **options):

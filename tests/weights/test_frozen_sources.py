@@ -1,0 +1,65 @@
+"""A source that is frozen while it is pulled from, over paths that need it: its replica gives the rest, and soon."""
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from weights_crew import CHUNK, ELEMENTS, TENSORS, Crew
+
+from raynixl.agents import Agent
+from raynixl.config import from_env
+from raynixl.errors import PeerLost, TransferTimeout
+from raynixl.weights import WeightSync
+
+pytest.importorskip("ucxx", reason="shm reads from processes that are stopped; only TCP needs them")
+ROLLOUTS = ["r0", "r1"]
+
+
+@pytest.fixture(scope="module")
+def crew():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYNIXL_BACKENDS", "ucx")
+        patch.setenv("RAYNIXL_UCX", "TLS=tcp")
+        patch.setenv("RAYNIXL_HEARTBEAT_TIMEOUT", "60")
+        with Agent("pusher", config=from_env()) as pusher:
+            made = Crew(pusher)
+            yield made
+            made.close()
+
+
+@pytest.mark.parametrize("topology", ["direct", "relay"])
+def test_a_source_that_is_frozen_midway_is_named_and_its_replica_gives_the_rest(crew, topology):
+    sources = crew.missing("trainer", "twin") or [crew.by_name[name] for name in ("trainer", "twin")]
+    rollouts = crew.start(*(f"{name}-{topology}" for name in ROLLOUTS))
+    for child in (*sources, *rollouts):
+        child.ask("make", tensors=TENSORS, elements=ELEMENTS)
+    for child in sources:
+        child.ask("unpublish")
+        child.ask("publish", chunk_nbytes=CHUNK)
+        child.ask("fill", value=1.0)
+    for child in rollouts:
+        child.ask("subscribe")
+    names = [child.name for child in rollouts]
+    sync = WeightSync(crew.pusher, "w", ["trainer", "twin"], names, topology=topology, timeout=60)
+    assert not sync.push(1).excluded
+    for child in sources:
+        child.ask("fill", value=2.0)
+    for child in rollouts:
+        child.ask("stall_at", chunk=3)
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(sync.push, 2)
+        assert [child.hear() for child in rollouts] == ["stalled"] * len(rollouts)
+        sources[1].signal(signal.SIGSTOP)
+        began = time.monotonic()
+        for child in rollouts:
+            child.ask("go_on")
+        report = pushing.result(60)
+        seconds = time.monotonic() - began
+        sources[1].signal(signal.SIGCONT)
+    assert set(report.ranks) == set(names)
+    assert all(child.ask("values") == [2, [2.0]] for child in rollouts)
+    if topology == "direct":
+        assert isinstance(report.excluded["twin"], TransferTimeout | PeerLost)
+        assert report.replans == 1
+    assert seconds < 20  # the pull alone may take 48
