@@ -12,7 +12,7 @@ from cuda_fake import FakeCuda
 
 @pytest.fixture
 def fake_cuda() -> Iterator[FakeCuda]:
-    """A fake driver of two GPUs that knows our kernels; the test fails on every misuse and on what is not given back."""
+    """A fake driver of two GPUs that knows our kernels; misuse and what is not given back fail the test."""
     fake = cuda_fake.install()
     cuda_kernels.register(fake)
     yield fake
