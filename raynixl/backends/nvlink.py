@@ -204,7 +204,7 @@ class NvlinkBackend:
             return memory.address, memory.device, "memory", None
         if link.process == os.getpid():
             raise PeerLost(f"peer {link.peer!r} is no longer in this process", peer=link.peer)
-        opened = IMPORTS.open(link.incarnation, key, self._home())
+        opened = IMPORTS.open(link.incarnation, key, remote.nbytes, self._home())
         return opened.address, opened.device, "ipc", opened
 
     def _reach_host(self, link: SilentLink, remote: RemoteRegion, fds: Sequence[int]) -> tuple[int, bool, str, Any]:
