@@ -156,14 +156,16 @@ def subscribe(  # noqa: PLR0913 - each of them is one thing that an engine may s
     own memory) or 'auto': swap for modules in host memory, else copy, as captured CUDA graphs keep addresses.
     `on_flip(version)`, or `on_flip()`, runs after each flip, before any reader sees the new version; it may run the
     module. `flip_timeout` is how long a flip waits for readers. `keep` versions stay for `roll_back` and late joiners,
-    each of which is a copy of the model in memory. `memory` is where they lie: 'vram' on the GPU that the tensors are
-    on, 'dram' in the host's memory, from where a flip brings them to the GPU, 'auto' on the GPU if it has room. Pulls
-    are held to `max_gbps` gigabits a second.
+    each of which is a copy of the model in memory; with install='copy' a rank of a replica can only return to its old
+    version, where another rank fails amid their flip, if `keep` is 2 or more. `memory` is where they lie: 'vram' on
+    the GPU that the tensors are on, 'dram' in the host's memory, from where a flip brings them to the GPU, 'auto' on
+    the GPU if it has room. Pulls are held to `max_gbps` gigabits a second.
 
     Takes memory for a second copy of the model at once, so that no push waits for it.
 
     Raises:
-        ConfigError: an argument is unusable, or this agent has subscribed to the name already.
+        ConfigError: an argument is unusable, the shards are not what the model has, or this agent has subscribed to
+            the name already.
         RangeError: the host has too little memory for a second copy.
     """
     if not 0 < flip_timeout < 1e6:
