@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 from raynixl import cuda
@@ -54,7 +54,7 @@ def ready_to_map(memory: Memory, runtime: _Runtime) -> Iterator[str]:
 
 def is_staged(kind: MemoryKind, *, is_direct: bool) -> bool:
     """Whether memory of ours goes through buffers: a GPU's that no lane reaches, and that cupy's kernels can copy."""
-    return kind is MemoryKind.VRAM and not is_direct and importlib.util.find_spec("cupy") is not None
+    return kind is MemoryKind.VRAM and not is_direct and find_spec("cupy") is not None
 
 
 def check_transports(transports: Sequence[str], settings: str) -> None:

@@ -1,9 +1,9 @@
 """Memory of GPUs in the benchmarks: filled and read through host memory, and the baselines that copy it by the driver.
 
-`cudamemcpy` is one cuMemcpyAsync of as many bytes as ours moves: between the very same memory for one block, and what
-copying gives at best for a list of blocks, which it does not scatter. `cudamemcpy_loop` moves the very blocks, by one
-bare call through ctypes for each; `cudamemcpy_loop_c` does so in C. Each run ends with one cuStreamSynchronize. The
-arguments of all calls are made beforehand.
+`cudamemcpy` is one cuMemcpyDtoDAsync (HtoD, DtoH) of as many bytes as ours moves: between the very same memory for one
+block, and what copying gives at best for a list of blocks, which it does not scatter. `cudamemcpy_loop` moves the very
+blocks, by one bare call through ctypes for each; `cudamemcpy_loop_c` does so in C. Each run ends with one
+cuStreamSynchronize. The arguments of all calls are made beforehand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from raynixl.errors import ConfigError
 from raynixl.memory import MemoryKind
 from raynixl.region import Region
 
+_BOUNCE_NBYTES = 32 << 20
 Rows = NDArray[np.uint64]
+_COPIES = {
+    (True, True): "cuMemcpyDtoDAsync_v2",
+    (True, False): "cuMemcpyDtoHAsync_v2",
+    (False, True): "cuMemcpyHtoDAsync_v2",
+}
+"""The driver's function, by whether source and target are a GPU's."""
 
 
 class CopyStream:
@@ -36,12 +43,6 @@ class CopyStream:
         self.device = device
         with cuda.on(device):
             self.handle = cuda.stream_create()
-
-    def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy between addresses of any memory, and wait until it is done."""
-        with cuda.on(self.device):
-            cuda.memcpy_async(target, source, nbytes, self.handle)
-            cuda.stream_synchronize(self.handle)
 
     def close(self) -> None:
         """Let go of it; idempotent."""
@@ -53,16 +54,48 @@ class CopyStream:
 
 def upload(region: Region, source: Bytes) -> None:
     """Copy bytes of the host into a region on a GPU; they are there on return."""
-    with closing(CopyStream(region.device)) as stream:
-        stream.copy(region.memory.address, source.ctypes.data, region.nbytes)
+    with _Bounce(region) as bounce:
+        for at in range(0, region.nbytes, len(bounce.view)):
+            part = source[at : at + len(bounce.view)]
+            bounce.view[: len(part)] = part
+            bounce.copy(cuda.memcpy_h2d_async, region.memory.address + at, bounce.address, len(part))
 
 
 def download(region: Region) -> Bytes:
     """Return a copy of a region on a GPU."""
     target = np.empty(region.nbytes, np.uint8)
-    with closing(CopyStream(region.device)) as stream:
-        stream.copy(target.ctypes.data, region.memory.address, region.nbytes)
+    with _Bounce(region) as bounce:
+        for at in range(0, region.nbytes, len(bounce.view)):
+            part = target[at : at + len(bounce.view)]
+            bounce.copy(cuda.memcpy_d2h_async, bounce.address, region.memory.address + at, len(part))
+            part[:] = bounce.view[: len(part)]
     return target
+
+
+class _Bounce:
+    """Pinned memory and a stream, to fill and to read a region."""
+
+    def __init__(self, region: Region) -> None:
+        nbytes = min(region.nbytes, _BOUNCE_NBYTES)
+        self._stream = CopyStream(region.device)
+        with cuda.on(region.device):
+            self.address = cuda.host_alloc(nbytes)
+        self.view: Bytes = np.frombuffer(cuda.host_bytes(self.address, nbytes), np.uint8)
+
+    def __enter__(self) -> _Bounce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.view
+        with cuda.on(self._stream.device):
+            cuda.host_free(self.address)
+        self._stream.close()
+
+    def copy(self, copy: Callable[[int, int, int, int], None], target: int, source: int, nbytes: int) -> None:
+        """Copy from address to address, and wait until it is done."""
+        with cuda.on(self._stream.device):
+            copy(target, source, nbytes, self._stream.handle)
+            cuda.stream_synchronize(self._stream.handle)
 
 
 class CudaMemcpy:
@@ -70,6 +103,8 @@ class CudaMemcpy:
 
     def __init__(self, spec: TransferSpec, name: str) -> None:
         ours, theirs = spec.memories
+        source, target = (ours, theirs) if spec.is_write else (theirs, ours)
+        self._copy = _COPIES[source == VRAM, target == VRAM]
         self._name = name
         self._device = spec.gpus[0] if ours == VRAM else spec.gpus[1]
         self._is_theirs_vram = theirs == VRAM
@@ -83,7 +118,7 @@ class CudaMemcpy:
         is_one = self._name == "cudamemcpy"
         layout = Layout(scene.layout.nbytes, 1, is_random=False) if is_one else scene.layout
         source, target = (ours, theirs) if scene.is_write else (theirs, ours)
-        run = self._make(rows_of(layout, source, target), stream.handle)
+        run = self._make(self._copy, rows_of(layout, source, target), stream.handle)
         runner = CopyRunner(self._name, stream, run, time.perf_counter() - began)
 
         def once() -> object:
@@ -109,7 +144,9 @@ class CudaMemcpy:
             from raynixl.backends.nvlink_import import IMPORTS
 
             key = scene.target.ask("export", name=REGION)["key"]
-            opened = scene.kept.enter_context(closing(IMPORTS.open(scene.remote.incarnation, key, self._device)))
+            opened = scene.kept.enter_context(
+                closing(IMPORTS.open(scene.remote.incarnation, key, scene.layout.nbytes, self._device))
+            )
             return int(opened.address)
         from raynixl.bench.baselines import reach
 
@@ -136,7 +173,7 @@ class CopyRunner:
                 code = run() or synchronize(handle)
                 times.append(perf_counter_ns() - start)
                 if code:
-                    raise failure(code, "cuMemcpyAsync")
+                    raise failure(code, "a copy")
         return times
 
 
@@ -149,14 +186,14 @@ def rows_of(layout: Layout, source: int, target: int) -> Rows:
     return rows
 
 
-def _call(rows: Rows, stream: int) -> Callable[[], int]:
+def _call(name: str, rows: Rows, stream: int) -> Callable[[], int]:
     ((source, target, nbytes),) = rows.tolist()
-    copy = current_driver().library.cuMemcpyAsync
+    copy = getattr(current_driver().library, name)
     return lambda: int(copy(target, source, nbytes, stream))
 
 
-def _loop(rows: Rows, stream: int) -> Callable[[], int]:
-    copy = current_driver().library.cuMemcpyAsync
+def _loop(name: str, rows: Rows, stream: int) -> Callable[[], int]:
+    copy = getattr(current_driver().library, name)
     calls = [(target, source, nbytes, stream) for source, target, nbytes in rows.tolist()]
 
     def run() -> int:
@@ -168,12 +205,12 @@ def _loop(rows: Rows, stream: int) -> Callable[[], int]:
     return run
 
 
-def _loop_in_c(rows: Rows, stream: int) -> Callable[[], int]:
+def _loop_in_c(name: str, rows: Rows, stream: int) -> Callable[[], int]:
     try:
         from raynixl import _native
     except ImportError as exc:
         raise ConfigError(
             "cudamemcpy_loop_c is a loop of the compiled core, which is not built", hint="leave that baseline out"
         ) from exc
-    address = cuda.function_address("cuMemcpyAsync")
+    address = cuda.function_address(name)
     return lambda: _native.cuda_copy_loop(address, stream, rows)
