@@ -1,0 +1,134 @@
+"""Memory of a GPU over UCX's transports for host memory, staged: a fake CUDA driver here, real UCX, another process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import cuda_fake
+import cuda_kernels
+import numpy as np
+import pytest
+from agent_tools import error_of, make_agent
+from gpu_tools import Far
+
+from raynixl import Agent, AgentConfig, PeerLost, Region
+from raynixl.backends import ucx_gpu
+from raynixl.backends.nvlink_staging import PIECE_NBYTES
+from raynixl.bench.gpu import download, upload
+from raynixl.bench.layout import digest, fill
+
+pytestmark = pytest.mark.skipif("ucx" not in AgentConfig().backends, reason="ucxx is not installed")
+PATIENCE = 30.0
+LANES = {"tcp": {"TLS": "tcp"}, "cma": {"TLS": "cma,tcp"}}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], list[str]]) -> Iterator[cuda_fake.FakeCuda]:
+    """A made-up GPU, as if cupy were here."""
+    monkeypatch.setattr(ucx_gpu, "find_spec", lambda _name: object())
+    made = cuda_fake.install()
+    cuda_kernels.register(made)
+    yield made
+    made.finish()
+
+
+@pytest.fixture(params=LANES)
+def options(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Options of UCX."""
+    return LANES[request.param]
+
+
+@pytest.fixture
+def pair(fake: cuda_fake.FakeCuda, options: dict[str, str]) -> Iterator[tuple[Agent, Far]]:
+    """An agent here, and one in another process that has host memory only."""
+    with ExitStack() as stack:
+        far = stack.enter_context(Far(backends=["ucx"], ucx=options))
+        yield stack.enter_context(make_agent("near", backends=("ucx",), ucx=options)), far
+
+
+def on_gpu(agent: Agent, nbytes: int, seed: int) -> Region:
+    """A region of the made-up GPU that holds what no other seed gives."""
+    region, source = agent.empty(nbytes, kind="vram"), np.empty(nbytes, np.uint8)
+    fill(source, seed)
+    upload(region, source)
+    return region
+
+
+@pytest.mark.parametrize("nbytes", [1, 4099, 2 * PIECE_NBYTES + 3])
+def test_every_byte_goes_there_and_back(pair: tuple[Agent, Far], nbytes: int) -> None:
+    near, far = pair
+    ours = on_gpu(near, nbytes, 5)
+    sent = digest(download(ours))
+    far.ask("make", name="theirs", kind="host", nbytes=nbytes)
+    theirs = near.peer(far.record)["theirs"]
+    near.write(ours, theirs).wait(PATIENCE)
+    assert far.ask("digest", name="theirs") == sent
+    other = far.ask("fill", name="theirs", seed=9)
+    near.read(theirs, ours).wait(PATIENCE)
+    assert digest(download(ours)) == other
+
+
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_blocks_that_lie_across_the_ends_of_buffers_land_where_they_belong(pair: tuple[Agent, Far], op: str) -> None:
+    near, far = pair
+    count, block = 300, 70_001  # 21 MB: three buffers, none of which ends with a block
+    ours = on_gpu(near, count * block, 5)
+    far.ask("make", name="theirs", kind="arena", nbytes=count * block, seed=3)
+    order = np.random.default_rng(1).permutation(count)
+    mine, theirs = ours.pages(np.arange(count), block), near.peer(far.record)["theirs"].pages(order, block)
+    before = download(ours).reshape(count, block)
+    if op == "write":
+        near.write(mine, theirs).wait(PATIENCE)
+        wanted = np.empty_like(before)
+        wanted[order] = before
+        assert far.ask("digest", name="theirs") == digest(wanted)
+    else:
+        near.read(theirs, mine).wait(PATIENCE)
+        got = download(ours).reshape(count, block)
+        back = np.empty_like(got)
+        back[order] = got
+        assert digest(back) == far.ask("digest", name="theirs")
+
+
+def test_it_is_explained(pair: tuple[Agent, Far]) -> None:
+    near, far = pair
+    far.ask("make", name="theirs", kind="host", nbytes=64)
+    told = near.explain(on_gpu(near, 64, 1), near.peer(far.record)["theirs"])
+    assert "staged through pinned memory" in str(told)
+    assert told.backend == "ucx"
+
+
+def test_a_prepared_transfer_is_posted_again_and_again_with_the_same_buffers(
+    pair: tuple[Agent, Far], fake: cuda_fake.FakeCuda
+) -> None:
+    near, far = pair
+    ours = on_gpu(near, 4096, 1)
+    far.ask("make", name="theirs", kind="host", nbytes=4096)
+    plan = near.prepare("write", ours, near.peer(far.record)["theirs"])
+    for seed in range(2, 7):
+        source = np.empty(4096, np.uint8)
+        fill(source, seed)
+        upload(ours, source)
+        plan.post().wait(PATIENCE)
+        assert far.ask("digest", name="theirs") == digest(source)
+
+
+def test_a_killed_peer_is_an_error_and_its_successor_is_reached(
+    pair: tuple[Agent, Far], options: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    near, far = pair
+    caplog.set_level(logging.CRITICAL)
+    ours = on_gpu(near, 3 * PIECE_NBYTES, 5)
+    far.ask("make", name="theirs", kind="host", nbytes=3 * PIECE_NBYTES)
+    plan = near.prepare("write", ours, near.peer(far.record)["theirs"])
+    plan.post().wait(PATIENCE)
+    transfers: list[Any] = [plan.post(timeout=PATIENCE) for _ in range(4)]
+    far.kill()
+    assert isinstance(error_of(transfers[-1]), PeerLost)
+    with Far(backends=["ucx"], ucx=options) as heir:
+        heir.ask("make", name="into", kind="host", nbytes=4096)
+        near.write(ours[:4096], near.peer(heir.record)["into"]).wait(PATIENCE)
+        assert heir.ask("digest", name="into") == digest(download(ours)[:4096])
