@@ -1,8 +1,9 @@
-"""A stand-in for a GPU: tensors in memory of its own count as on "cuda:0", and what is put on its streams may be late."""
+"""A stand-in for a GPU: tensors in memory of its own count as on "cuda:0"; what is put on its streams may be late."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from raynixl.errors import RangeError
+from raynixl.memory import MemoryKind
+from raynixl.region import Region
 from raynixl.weights.space import Space
 
 GPU = Space("cuda:0")
@@ -142,6 +145,22 @@ class StandIn:
     def holds(self, *tensors: torch.Tensor) -> bool:
         """Whether all of these lie on it."""
         return all(self.device_of(tensor) == GPU.name for tensor in tensors)
+
+    def install_over(self, fake: Any, monkeypatch: Any) -> None:
+        """Take the place of a GPU whose memory is that of a fake driver: agents allocate and copy by CUDA itself."""
+        host = Region.tensor
+
+        def tensor(region: Region, dtype: Any, shape: Any, *, offset: int = 0) -> Any:
+            if region.kind is MemoryKind.DRAM:
+                return host(region, dtype, shape, offset=offset)
+            nbytes = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+            array = fake.view(region.memory.address + offset, nbytes)
+            self._add(array)
+            return torch.from_numpy(array).view(dtype).view(tuple(shape))
+
+        monkeypatch.setattr(Region, "tensor", tensor)
+        monkeypatch.setattr("raynixl.weights.space.device_of", self.device_of)
+        monkeypatch.setattr("raynixl.weights.streams.gpu", lambda _space: self.gpu)
 
     def _add(self, array: Any) -> None:
         self._kept.append(array)

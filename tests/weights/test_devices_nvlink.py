@@ -1,0 +1,108 @@
+"""Weights in the memory of a fake CUDA driver go from one agent to the other over nvlink, with all that is freed."""
+
+import time
+
+import pytest
+import torch
+from cuda_fixtures import fake_driver
+from device_stand_in import GPU, StandIn
+from weights_tools import Cluster, Policy, fill, same
+
+from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.space import HOST
+
+BACKENDS = ("nvlink", "shm")
+
+
+@pytest.fixture
+def fake():
+    with fake_driver() as made:
+        yield made
+
+
+@pytest.fixture
+def device(fake, monkeypatch):
+    made = StandIn()
+    made.install_over(fake, monkeypatch)
+    return made
+
+
+@pytest.fixture
+def link(device, fleet):
+    """Agents that reach GPUs' memory, which is given back with them."""
+    yield lambda name: fleet(name, backends=BACKENDS)
+    for agent in fleet.agents:
+        agent.close()
+    fleet.agents.clear()
+
+
+@pytest.mark.parametrize("install", ["copy", "swap"])
+def test_versions_go_from_gpu_to_gpu(link, device, install):
+    source, target = device.move(Policy(value=1.0)), device.move(Policy())
+    cluster = Cluster(link, source, [target], install=install)
+    for version in (1, 2, 3):
+        fill(source, float(version))
+        cluster.sync.push(version).raise_for_excluded()
+        assert same(target, source)
+    assert {slot.arenas.space for slot in cluster.subscriptions[0]._follower._slots} == {GPU}
+    [ours] = next(iter(cluster.subscriptions[0]._follower._slots)).arenas.regions
+    theirs = cluster.rollouts[0].peer("trainer")["weights/policy/0"]
+    assert "nvlink" in str(cluster.rollouts[0].explain(theirs, ours))
+
+
+@pytest.mark.parametrize("is_source", [True, False], ids=["gpu to host", "host to gpu"])
+def test_one_side_may_be_on_the_host(link, device, is_source):
+    source, target = Policy(value=1.0), Policy()
+    device.move(source if is_source else target)
+    cluster = Cluster(link, source, [target])
+    for version in (1, 2):
+        fill(source, float(version))
+        cluster.sync.push(version).raise_for_excluded()
+        assert same(target, source)
+    slots = list(cluster.subscriptions[0]._follower._slots)
+    assert slots[0].arenas.space == (HOST if is_source else GPU)
+
+
+def test_in_place_and_relayed(link, device):
+    source = device.move(Policy(value=1.0))
+    trainer = link("trainer")
+    publication = publish(trainer, "policy", source, copy_out=False, chunk_nbytes=4096)
+    targets = {f"rollout-{number}": device.move(Policy()) for number in range(3)}
+    for name, target in targets.items():
+        subscribe(link(name), "policy", target)
+    sync = WeightSync(trainer, "policy", ["trainer"], list(targets), timeout=20, topology="relay")
+    for version in (1, 2):
+        with publication.updating():
+            fill(source, float(version))
+        report = sync.push(version)
+        report.raise_for_excluded()
+        assert all(same(target, source) for target in targets.values())
+    assert report.peer_nbytes > 0
+
+
+def test_few_changes_travel_as_a_delta_through_host_memory(link, device):
+    source = device.move({"w": torch.arange(100_000, dtype=torch.int32)})
+    target = device.move({"w": torch.zeros(100_000, dtype=torch.int32)})
+    cluster = Cluster(link, source, [target])
+    for version in (1, 2):
+        cluster.sync.push(version).raise_for_excluded()
+    deadline = time.monotonic() + 20
+    while len(cluster.publication._copies._copies) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for version in (3, 4):
+        source["w"][version * 100] = -version
+        report = cluster.sync.push(version)
+        report.raise_for_excluded()
+        assert same(target, source)
+    assert report.deltas == 1
+    assert report.origin_nbytes < 1000
+
+
+def test_a_gpu_without_room_leaves_versions_in_host_memory(link, device, fake):
+    source, target = device.move(Policy(value=2.0)), device.move(Policy())
+    fake.fail("cuMemAlloc_v2", 2, times=2)  # CUDA_ERROR_OUT_OF_MEMORY
+    cluster = Cluster(link, source, [target])
+    cluster.sync.push(1).raise_for_excluded()
+    assert same(target, source)
+    assert [slot.arenas.space for slot in cluster.subscriptions[0]._follower._slots] == [HOST]
