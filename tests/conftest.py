@@ -11,8 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from cuda_fake import FakeCuda
 
 SETTLE_SECONDS = 5.0
 
@@ -97,6 +101,15 @@ def _cheap_collections() -> None:
     """Leave what the imports made (torch, ray) out of garbage collections: each test makes two of them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fake_cuda() -> Iterator[FakeCuda]:
+    """A fake CUDA driver of two GPUs; the test fails on every misuse and on what it does not give back."""
+    from cuda_fixtures import fake_driver
+
+    with fake_driver() as fake:
+        yield fake
 
 
 @pytest.fixture

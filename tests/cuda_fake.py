@@ -189,13 +189,16 @@ class FakeCuda:
             self.work.drain()
             found = self.misuses + self.leaks()
         finally:
-            self.work.stop()
-            while self._undo:
-                self._undo.pop()()
-            self.memory.close()
-            self.chunks.close()
-            self.work.events.close()
+            self.discard()
         assert not found, "misuse of CUDA:\n" + "\n".join(found)
+
+    def discard(self) -> None:
+        """Take it out, whatever state it is in: a test has failed."""
+        self.work.stop()
+        while self._undo:
+            self._undo.pop()()
+        for part in (self.memory, self.chunks, self.work.events):
+            part.close()
 
     def install(self) -> None:
         """Put it in the driver's place in this process."""

@@ -1,19 +1,24 @@
-"""Fixtures for tests that need a CUDA driver: import them where they are used."""
+"""A fake CUDA driver that knows our kernels, for a while; tests have it as the fixture `fake_cuda`."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import cuda_fake
 import cuda_kernels
-import pytest
 from cuda_fake import FakeCuda
 
 
-@pytest.fixture
-def fake_cuda() -> Iterator[FakeCuda]:
-    """A fake driver of two GPUs that knows our kernels; misuse and what is not given back fail the test."""
-    fake = cuda_fake.install()
+@contextlib.contextmanager
+def fake_driver(**settings: Any) -> Iterator[FakeCuda]:
+    """Put a fake driver in CUDA's place meanwhile; raises on every misuse and on what was not given back."""
+    fake = cuda_fake.install(**settings)
     cuda_kernels.register(fake)
-    yield fake
+    try:
+        yield fake
+    except BaseException:
+        fake.discard()
+        raise
     fake.finish()

@@ -12,16 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cuda_tools import PRIMARY, FakeDriver, Piece
+from cuda_fake import PRIMARY, FakeCuda
 
-from raynixl import cuda
 from raynixl.backends.ucx_gpu import check_transports, parse_version, ready_to_map, why_slow
 from raynixl.backends.ucx_options import Lanes
 from raynixl.cuda import FABRIC, POSIX_FD, Allocation, Origin
 from raynixl.errors import BackendUnavailable, ConfigError
 from raynixl.memory import Memory, MemoryKind
-
-AT = 0x7F00_0000_0000
 
 
 @dataclass
@@ -38,17 +35,9 @@ class FakeRuntime:
         self.entered.append(context)
 
 
-def vram(device: int = 0) -> Memory:
+def vram(address: int, device: int = 0) -> Memory:
     """A page on a made-up GPU."""
-    return Memory(MemoryKind.VRAM, device, AT, 4096, True, None)
-
-
-def drive(monkeypatch: pytest.MonkeyPatch, *pieces: Piece) -> FakeDriver:
-    """Put a driver that knows these allocations in place of CUDA's."""
-    driver = FakeDriver(list(pieces))
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "_primaries", {})
-    return driver
+    return Memory(MemoryKind.VRAM, device, address, 4096, True, None)
 
 
 @pytest.mark.parametrize("transports", [(), ("tcp/eth0", "cma/memory"), ("cuda_ipc/cuda", "tcp/eth0")])
@@ -58,35 +47,36 @@ def test_without_a_transport_that_copies_gpu_memory_it_is_refused_and_the_settin
     assert "cuda_copy" in caught.value.hint
 
 
-def test_host_memory_is_mapped_without_a_word_to_cuda(monkeypatch):
-    monkeypatch.setattr(cuda, "_driver", lambda: pytest.fail("asked"))
+def test_host_memory_is_mapped_without_a_word_to_cuda(fake_cuda: FakeCuda):
     runtime = FakeRuntime(transports=())
     with ready_to_map(Memory(MemoryKind.DRAM, 0, 4096, 4096, True, None), runtime) as slow:
         assert slow == ""
     assert runtime.entered == []
+    assert not fake_cuda.calls
 
 
-def test_gpu_memory_is_mapped_in_its_context_which_ucx_then_works_in(monkeypatch):
-    driver, runtime = drive(monkeypatch, Piece(AT, 1 << 20, context=0xAB)), FakeRuntime()
-    with ready_to_map(vram(), runtime) as slow:
-        assert driver.stack == [0xAB]
+def test_gpu_memory_is_mapped_in_its_context_which_ucx_then_works_in(fake_cuda: FakeCuda):
+    own, runtime = fake_cuda.devices.make_context(0), FakeRuntime()
+    with ready_to_map(vram(fake_cuda.make(1 << 20, context=own)), runtime) as slow:
+        assert fake_cuda.devices.stack == [own]
         assert slow == ""
-    assert driver.stack == []
-    assert runtime.entered == [0xAB]
+    assert fake_cuda.devices.stack == []
+    assert runtime.entered == [own]
 
 
-def test_expandable_segments_are_mapped_in_the_primary_context_and_said_to_be_slow(monkeypatch, caplog):
-    piece = Piece(AT, 1 << 20, device=1, context=0, origin=Origin.VIRTUAL, handle_types=POSIX_FD)
-    driver, runtime = drive(monkeypatch, piece), FakeRuntime()
-    with caplog.at_level(logging.WARNING), ready_to_map(vram(1), runtime) as slow:
-        assert driver.stack == [PRIMARY + 1]
+def test_expandable_segments_are_mapped_in_the_primary_context_and_said_to_be_slow(fake_cuda: FakeCuda, caplog):
+    address = fake_cuda.make(1 << 20, device=1, origin=Origin.VIRTUAL, handle_types=POSIX_FD)
+    runtime = FakeRuntime()
+    with caplog.at_level(logging.WARNING), ready_to_map(vram(address, 1), runtime) as slow:
+        assert fake_cuda.devices.stack == [PRIMARY + 1]
     assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False" in slow
     assert slow in caplog.text
 
 
-def test_memory_that_was_freed_meanwhile_is_not_mapped(monkeypatch):
-    drive(monkeypatch)
-    with pytest.raises(ConfigError, match="on no GPU"), ready_to_map(vram(), FakeRuntime()):
+def test_memory_that_was_freed_meanwhile_is_not_mapped(fake_cuda: FakeCuda):
+    address = fake_cuda.make(1 << 20)
+    fake_cuda.drop(address)
+    with pytest.raises(ConfigError, match="on no GPU"), ready_to_map(vram(address), FakeRuntime()):
         pass
 
 
@@ -100,10 +90,11 @@ def test_memory_that_was_freed_meanwhile_is_not_mapped(monkeypatch):
         (Origin.VIRTUAL, 0, (1, 22), "expandable_segments:False"),
         (Origin.POOL, POSIX_FD, (1, 22), "backend:native"),
         (Origin.POOL, FABRIC, (1, 21), ""),
+        (Origin.MANAGED, 0, (1, 22), "cudaMalloc"),
     ],
 )
 def test_what_cuda_ipc_does_not_export_is_known_and_what_to_set(origin, handle_types, version, setting):
-    said = why_slow(Allocation(0, 0, AT, 4096, origin, handle_types), version)
+    said = why_slow(Allocation(0, 0, 1 << 40, 4096, origin, handle_types), version)
     assert bool(said) == bool(setting)
     assert setting in said
 
@@ -127,18 +118,13 @@ def test_an_explanation_tells_that_cuda_ipc_does_not_reach_such_memory_and_why()
 # In a process of its own, since a context is entered once for the process.
 ENTER = """
     import threading
+    import cuda_fake
     import numpy as np
     from agent_tools import introduce, make_agent
-    from cuda_tools import FakeDriver
-    from raynixl import cuda
 
-    class Noting(FakeDriver):
-        def _set_current(self, context):
-            taken.append((threading.get_native_id(), context))
-            return super()._set_current(context)
-
-    taken, driver = [], Noting([])
-    cuda._driver = lambda: driver
+    taken, fake = [], cuda_fake.install()
+    context = fake.devices.make_context(0)
+    fake.watch("cuCtxSetCurrent", lambda given: taken.append((threading.get_native_id(), given)))
     with make_agent("near", **SETTINGS) as near, make_agent("far", **SETTINGS) as far:
         introduce(near, far)
         theirs, mine = np.zeros(1 << 20, np.uint8), np.arange(1 << 20, dtype=np.uint8)
@@ -150,9 +136,9 @@ ENTER = """
             assert (theirs == mine).all()
             if number == 0:
                 (backend,) = near.backends
-                backend.network._run().enter_cuda(0xC0)
+                backend.network._run().enter_cuda(context)
     assert taken
-    assert {context for _, context in taken} == {0xC0}
+    assert {given for _, given in taken} == {context}
     assert len(taken) == len(dict(taken)), "each thread takes it once"
     print(len(taken), threading.get_native_id() in dict(taken))
 """
