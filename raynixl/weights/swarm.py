@@ -13,6 +13,7 @@ from raynixl.weights.choice import Choice, Origin
 from raynixl.weights.holders import Holders, Member, Pulling
 from raynixl.weights.parking import Parking
 
+_STALL_TIMES, _STALL_SECONDS = 10.0, 2.0  # times the slowest pull, at least so long: machines are busy at times
 _FAULTS = 3  # corrupt pulls of one chunk from the origin, before it is asked for that no more
 
 
@@ -51,6 +52,7 @@ class Swarm:
         self._members: dict[str, Member] = {}
         self._accusations = Accusations()
         self._is_few: bool | None = None
+        self._slowest = 0.0  # seconds, of the pulls that are done
 
     # membership
 
@@ -152,8 +154,10 @@ class Swarm:
         member.progressed = now
         for chunk in chunks:
             pulling = self._drop(member, chunk)
-            if pulling is not None and pulling.holder is not None:
-                pulling.holder.complaints.clear()
+            if pulling is not None:
+                self._slowest = max(self._slowest, now - pulling.since)
+                if pulling.holder is not None:
+                    pulling.holder.complaints.clear()
             if 0 <= chunk < self.chunks:
                 self._holders.gain(member, chunk)
         self._choice.freed[member.host] = None
@@ -219,12 +223,13 @@ class Swarm:
     def tick(self, now: float) -> list[tuple[str, Assignment]]:
         """Write off pulls that take too long, and return them; call it now and then, and `dispatch` after it.
 
-        Those are of receivers that finished nothing in `stall_seconds`. Others may bring these chunks in from then on;
-        they themselves are to be told to give them up and to say `failed`, and get them again only then.
+        Those are of receivers that finished nothing in `stall_seconds`, or in less where chunks come fast. Others may
+        bring these chunks in from then on; they themselves are to be told to give them up and to say `failed`, and get
+        them again only then.
         """
         self._choice.freed.update(dict.fromkeys(self._holders.hosts.values()))  # pauses may have passed
         overdue: list[tuple[str, Assignment]] = []
-        limit = now - self.policy.stall_seconds
+        limit = now - self._patience()
         for member in self._members.values():
             self._catch_up(member, now)
             if member.progressed > limit:
@@ -236,6 +241,11 @@ class Swarm:
                         (member.name, Assignment(pulling.chunk, pulling.holder.name if pulling.holder else ORIGIN))
                     )
         return overdue
+
+    def _patience(self) -> float:
+        """Return how long a receiver may finish nothing: chunks are alike, and so the slowest says what to expect."""
+        longest = self.policy.stall_seconds
+        return min(longest, max(_STALL_SECONDS, _STALL_TIMES * self._slowest)) if self._slowest else longest
 
     # how it stands
 
