@@ -172,8 +172,9 @@ class FakeCuda:
         try:
             yield
         finally:
-            self.work.mode = mode
-            self.work.wake()
+            with self.lock:
+                self.work.mode = mode
+                self.work.wake()
 
     def leaks(self) -> list[str]:
         """Say what is still held."""

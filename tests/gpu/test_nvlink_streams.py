@@ -59,6 +59,8 @@ def test_a_write_follows_what_is_on_the_stream(near: Agent, far: Far, fars: Fars
     plan = near.prepare("write", mine, near.peer(far.record)[name])
     plan.post().wait(PATIENCE)
     spin(stream, 0.0)
+    with stream:
+        mine.cupy()[:] = 6  # compiled at first use
     stream.synchronize()
     began = time.monotonic()
     spin(stream, 0.2)
@@ -89,12 +91,13 @@ def test_a_stream_that_waits_for_a_read_sees_its_bytes(near: Agent, far: Far, fa
     import cupy
 
     name, ahead, behind = fars.name(), new_stream(), new_stream()
-    far.ask("make", name=name, kind="vram", nbytes=64 * MIB, seed=3)
-    mine = registered(near, "vram", 64 * MIB, 0)
+    far.ask("make", name=name, kind="vram", nbytes=16 * MIB, seed=3)
+    mine = registered(near, "vram", 16 * MIB, 0)
     plan = near.prepare("read", near.peer(far.record)[name], mine)
     plan.post().wait(PATIENCE)
     mine.cupy()[:] = 0
-    seen = cupy.empty(64 * MIB, cupy.uint8)
+    seen = cupy.empty(16 * MIB, cupy.uint8)
+    seen[:] = mine.cupy()  # compiled at first use
     cupy.cuda.Stream.null.synchronize()
     began = time.monotonic()
     spin(ahead, 0.2)
@@ -104,7 +107,7 @@ def test_a_stream_that_waits_for_a_read_sees_its_bytes(near: Agent, far: Far, fa
         seen[:] = mine.cupy()
     assert time.monotonic() - began < 0.15, "the host waited"
     behind.synchronize()
-    assert np.array_equal(seen.get(), some_bytes(64 * MIB, 3))
+    assert np.array_equal(seen.get(), some_bytes(16 * MIB, 3))
     transfer.wait(PATIENCE)
     far.ask("drop", name=name)
 
