@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from raynixl.errors import TransferTimeout
+from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.throttle import Throttle
 
@@ -63,6 +63,26 @@ def test_a_pull_whose_agent_is_closed_ends_soon(fleet, topology):
         assert time.monotonic() < deadline
     pushing.join(10)
     assert not pushing.is_alive()
+
+
+def test_a_pull_whose_pusher_is_gone_does_not_keep_another_one_waiting(fleet):
+    publish(fleet("trainer"), "w", weights(1), chunk_nbytes=CHUNK)
+    subscription = subscribe(fleet("r0"), "w", weights(0), max_gbps=SLOW_GBPS / 100)
+    first, second = (WeightSync(fleet(name), "w", ["trainer"], ["r0"], timeout=60.0) for name in ("first", "second"))
+    pushing = threading.Thread(target=failing_push, args=(first,))
+    pushing.start()
+    deadline = time.monotonic() + 10
+    while not subscription._follower._busy.locked():
+        assert time.monotonic() < deadline
+    first._agent.close()
+    assert second.lag(timeout=5.0) == {"r0": 0}
+    pushing.join(10)
+    assert not pushing.is_alive()
+
+
+def failing_push(sync):
+    with pytest.raises(RaynixlError):
+        sync.push(1).raise_for_excluded()
 
 
 def test_bytes_that_were_given_up_take_no_room():
