@@ -42,6 +42,11 @@ class ServedVram(Served):
         self.regions[name] = region
         put(region.memory, random_bytes(nbytes, seed) if seed else np.zeros(nbytes, np.uint8))
 
+    def drop(self) -> None:
+        """Withdraw all that is left."""
+        for name in list(self.regions):
+            self.agent.deregister(self.regions.pop(name))
+
     def carve(self, name: str, of: str, offset: int, nbytes: int) -> None:
         """Register part of a region's memory as a region of its own."""
         from vram_tools import Piece

@@ -8,15 +8,23 @@ import threading
 from collections.abc import Sequence
 
 from raynixl.memory import Memory
+from raynixl.native import Gate
 
 _LOOK_SECONDS = 3600.0
-_KEPT: list[Memory] = []
-"""Memory under transfers that hardware does not end: given back, it would be written in other hands."""
 
 
-def keep_for_good(memory: Memory) -> None:
-    """Hold on to memory for as long as this process lives."""
-    _KEPT.append(memory)
+def keep_until_left(memory: Memory, gate: Gate) -> None:
+    """Hold on to memory for as long as a transfer is inside its gate; returns at once.
+
+    Hardware that hangs may go on: given back, the memory would be written in other hands.
+    """
+    threading.Thread(target=_keep_inside, args=(memory, gate), name="raynixl-keep", daemon=True).start()
+
+
+def _keep_inside(memory: Memory, gate: Gate) -> None:
+    while not gate.drain(_LOOK_SECONDS):
+        continue
+    del memory
 
 
 def keep_until_ended(memories: Sequence[Memory], pid: int) -> None:

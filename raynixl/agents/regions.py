@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raynixl.agents.connection import Connection
-from raynixl.agents.keeping import keep_for_good, keep_until_ended
+from raynixl.agents.keeping import keep_until_ended, keep_until_left
 from raynixl.backends.base import Link
 from raynixl.errors import (
     AgentClosed,
@@ -191,8 +191,8 @@ class Regions:
     @staticmethod
     def _abandon(region: Region) -> None:
         """Give up on memory that a transfer of ours is still under: a GPU hangs, or a system call does."""
-        logger.error("a transfer with %s does not end: its memory stays for as long as this process", region.label)
-        keep_for_good(region.memory)
+        logger.error("a transfer with %s does not end: its memory is kept until it does", region.label)
+        keep_until_left(region.memory, region.gate)
 
     def _check_open(self) -> None:
         """Refuse a peer that asks while this agent is closing; _lock is held."""
@@ -227,7 +227,8 @@ class Regions:
         if not region.gate.drain(max(0.001, deadline - time.monotonic())):
             region.gate.close(STALE)  # our own transfers end now, by force
             if not region.gate.drain(agent.config.transfer_timeout):
-                return self._abandon(region)
+                self._abandon(region)
+                return
         for backend in agent.backends:
             backend.deregister(region.id)
         _close_fd(region)

@@ -38,12 +38,19 @@ def near(gpus: Any) -> Iterator[Agent]:
         yield agent
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[FarAgent]:
+    """The process of the far agent, which outlives our made-up drivers."""
+    with far_vram("far") as started:
+        yield started
+
+
 @pytest.fixture
-def far(near: Agent) -> Iterator[FarAgent]:
-    """The agent of another process, which knows the near one and is known to it."""
-    with far_vram("far") as process:
-        near.peer(process.record)
-        yield process
+def far(near: Agent, process: FarAgent) -> Iterator[FarAgent]:
+    """The agent of another process."""
+    near.peer(process.record)
+    yield process
+    process.ask("drop")
 
 
 def seen(far: FarAgent, name: str) -> np.ndarray:

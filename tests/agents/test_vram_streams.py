@@ -56,13 +56,20 @@ def near(gpus: Any) -> Iterator[Agent]:
         yield agent
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[FarAgent]:
+    """The process of the far agent, which outlives our made-up drivers."""
+    with far_vram("far") as started:
+        yield started
+
+
 @pytest.fixture
-def far(near: Agent) -> Iterator[FarAgent]:
+def far(near: Agent, process: FarAgent) -> Iterator[FarAgent]:
     """The agent of another process."""
-    with far_vram("far") as process:
-        near.peer(process.record)
-        process.ask("region", name="theirs", nbytes=N, memory="vram", seed=2)
-        yield process
+    near.peer(process.record)
+    process.ask("region", name="theirs", nbytes=N, memory="vram", seed=2)
+    yield process
+    process.ask("drop")
 
 
 @pytest.fixture
@@ -220,9 +227,13 @@ def test_what_is_no_stream_is_refused(near: Agent, far: FarAgent, wrong: Any) ->
     transfer.wait(PATIENCE)
 
 
-def test_the_default_stream_is_followed_by_its_number(near: Agent, far: FarAgent) -> None:
-    mine, other = make_region(near, "vram", N, seed=5), make_region(near, "vram", N, seed=6)
+def test_the_default_stream_is_followed_by_its_number(gpus: Any, near: Agent, far: FarAgent) -> None:
+    mine = make_region(near, "vram", N, seed=5)
+
+    def overwrite() -> None:
+        gpus.view(mine.memory.address, N)[:] = random_bytes(N, 6)
+
     with cuda.on(0):
-        cuda.memcpy_async(mine.memory.address, other.memory.address, N, 0)
+        gpus.work.put(0, overwrite)
     near.write(mine, near.peer("far")["theirs"], stream=0).wait(PATIENCE)
     assert np.array_equal(seen(far), random_bytes(N, 6))
