@@ -22,7 +22,8 @@ def some_bytes(nbytes: int, seed: int) -> Any:
     """Bytes in host memory that no other seed gives; zeros for seed 0."""
     if seed == 0:
         return np.zeros(nbytes, np.uint8)
-    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+    words = np.random.default_rng(seed).integers(0, 1 << 64, -(-nbytes // 8), dtype=np.uint64)  # many times faster
+    return words.view(np.uint8)[:nbytes]
 
 
 def filled(kind: str, nbytes: int, seed: int, *, device: int = 0) -> Any:
