@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 NOT_READY, CAPTURE_UNSUPPORTED = 600, 900
 SPECIAL = (0, 1, 2)
 """The default stream of a context, the legacy one, that of a thread."""
-_PATIENCE = 10.0
 _handles = itertools.count(0x5000_0001, 0x10)
 
 
@@ -81,6 +80,7 @@ class Work:
         self.fake, self.mode, self._delay = fake, mode, delay
         self.streams: dict[int, Stream] = {}
         self.events = Events(fake, self)
+        self.patience = 10.0
         self._ended = False
         self._thread: threading.Thread | None = None
         self._running = False
@@ -149,21 +149,21 @@ class Work:
 
     def wake(self) -> None:
         """Run what can run now, or have a thread do it."""
-        if self.mode is Mode.AT_ONCE:
-            if not self._running:
-                self._running = True
-                try:
-                    while self.step():
-                        pass
-                finally:
-                    self._running = False
-        elif self.mode is Mode.DELAYED and self._thread is None:
+        if self.mode is Mode.AT_ONCE and not self._running:
+            self._running = True
+            try:
+                while self.step():
+                    pass
+            finally:
+                self._running = False
+        has_more = self.mode is not Mode.HELD and any(one.pieces for one in self.streams.values())
+        if has_more and self._thread is None and not self._ended:
             self._thread = threading.Thread(target=self._serve, name="fake-cuda", daemon=True)
             self._thread.start()
         self.fake.changed.notify_all()
 
     def step(self, now: float = float("inf")) -> bool:
-        """Run one piece, of the stream that got its work last; False if none can run."""
+        """Bring one piece to its end, of the stream that got its work last; False if none can be."""
         heads = [one for one in self.streams.values() if one.pieces]
         for stream in sorted(heads, key=lambda one: one.pieces[0].due, reverse=True):
             piece = stream.pieces[0]
@@ -176,8 +176,8 @@ class Work:
                 is_done = True
             if is_done:
                 stream.pieces.popleft()
-            self.fake.changed.notify_all()
-            return True
+                self.fake.changed.notify_all()
+                return True
         return False
 
     def pending_on(self, held: Any) -> str:
@@ -192,7 +192,7 @@ class Work:
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         """Wait as the driver does: work that is held would never end."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + self.patience
         while not is_done():
             if self.mode is Mode.AT_ONCE and self.step():
                 continue
@@ -205,7 +205,7 @@ class Work:
         with self.fake.lock:
             if self.mode is Mode.HELD:
                 self.release()
-            deadline = time.monotonic() + _PATIENCE
+            deadline = time.monotonic() + self.patience
             while any(one.pieces for one in self.streams.values()):
                 if not self.step():
                     self.fake.changed.wait(0.001)
@@ -238,7 +238,10 @@ class Work:
             while not self._ended:
                 if self.mode is Mode.DELAYED:
                     self.step(time.monotonic())
-                self.fake.changed.wait(self._delay / 4)
+                elif self.mode is Mode.AT_ONCE:
+                    self.wake()
+                is_idle = not any(one.pieces for one in self.streams.values())
+                self.fake.changed.wait(1.0 if is_idle else self._delay / 4)
 
     def _add(self, context: int) -> Stream:
         made = Stream(next(_handles), context)
