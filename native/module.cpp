@@ -3,13 +3,11 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
-#include <atomic>
 #include <cmath>
 #include <optional>
 #include <system_error>
 #include <vector>
 
-#include "cuda.h"
 #include "engine.h"
 #include "python.h"
 
@@ -193,31 +191,6 @@ void copy_range(uint64_t destination, uint64_t source, uint64_t nbytes) {
   stream_fence();
 }
 
-void enter_cuda_by_address(uint64_t context, uint64_t get_current, uint64_t set_current) {
-  enter_cuda({reinterpret_cast<void*>(context), reinterpret_cast<int (*)(void**)>(get_current),
-              reinterpret_cast<int (*)(void*)>(set_current)});
-}
-
-int cuda_copy_loop(uint64_t copy, uint64_t stream, Segments rows) {
-  nb::gil_scoped_release release;
-  return copy_one_by_one(reinterpret_cast<CudaCopy>(copy), rows.data(), rows.shape(0), reinterpret_cast<void*>(stream));
-}
-
-// Without the lock: what writes the word may be a GPU, whose work other threads of Python still have to hand out.
-bool look_for(uint64_t address, uint64_t value, double timeout) {
-  auto* word = reinterpret_cast<std::atomic<uint64_t>*>(address);
-  if (word->load(std::memory_order_acquire) >= value) return true;
-  int64_t deadline = deadline_after(timeout);
-  nb::gil_scoped_release release;
-  do {
-    for (int k = 0; k < 16; ++k) {
-      if (word->load(std::memory_order_acquire) >= value) return true;
-      relax();
-    }
-  } while (now_ns() < deadline);
-  return word->load(std::memory_order_acquire) >= value;
-}
-
 void bind_gate(nb::module_& m) {
   nb::class_<PyGate>(m, "Gate")
       .def(nb::init<>())
@@ -267,9 +240,7 @@ NB_MODULE(_native, m) {
   raynixl::bind_job(m);
   raynixl::bind_ucx(m);
   raynixl::bind_weights(m);
-  m.def("enter_cuda", raynixl::enter_cuda_by_address, "context"_a, "get_current"_a, "set_current"_a);
+  raynixl::bind_cuda(m);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
-  m.def("cuda_copy_loop", raynixl::cuda_copy_loop, "copy"_a, "stream"_a, nb::arg("rows").noconvert());
-  m.def("look_for", raynixl::look_for, "address"_a, "value"_a, "timeout"_a);
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);
 }

@@ -52,6 +52,18 @@ class Engine:
     def program(self, mode: int, pid: int, segments: npt.NDArray[np.uint64], gates: Sequence[Any]) -> Program: ...
     def close(self, timeout: float) -> bool: ...
 
+class Launcher:
+    def __init__(
+        self,
+        functions: tuple[int, int, int, int, int],
+        context: int,
+        function: int,
+        shape: tuple[int, int],
+        values: npt.NDArray[np.uint64],
+        copies: npt.NDArray[np.uint64],
+    ) -> None: ...
+    def run(self, stream: int, flag: int, number: int, counter: int, may_wait: bool) -> int: ...
+
 Rail: RailMaker
 rma: MakeRma
 

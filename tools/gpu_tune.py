@@ -80,7 +80,7 @@ class Bench:
         """Seconds of a list on the GPU."""
         program = gpu.program(rows, [])
         lane = gpu.capture(program, self.stream)
-        found = self.seconds(lambda: program.start(lane, 0))
+        found = self.seconds(lambda: program.start.put(lane, 0))
         gpu.release(lane)
         return found
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from raynixl import cuda
 from raynixl.backends.nvlink_mover import Mover, mover
-from raynixl.backends.nvlink_program import GpuProgram, KernelStart
+from raynixl.backends.nvlink_program import GpuProgram, Start
 from raynixl.errors import BackendUnavailable, TransferTimeout
 from raynixl.native import CANCELLED, DONE, PENDING
 from raynixl.native.twin_digest import BLOCK_NBYTES, check_rows, lane_keys
@@ -44,7 +44,7 @@ def digest_rows(device: int, rows: U64, out: U64, *, seed: int, stream: int = 0,
     where = held.address + cut.nbytes
     grid = min(gpu.multiprocessors * _CTAS, -(-len(cut) // _WARPS))
     values = [held.address, len(cut), where, *lane_keys(seed).tolist()]
-    start = KernelStart(gpu.launch("raynixl_digest", grid, _THREADS, values), held)
+    start = Start(gpu.launcher("raynixl_digest", grid, _THREADS, values), held)
     program = GpuProgram(gpu, start, (), count=len(rows), nbytes=int(rows[:, 1].sum()))
     _run(program, cuda.record(stream, device), timeout)
     gpu.download(where, sums, max(0.001, deadline - time.monotonic()))

@@ -59,13 +59,14 @@ class Lane:
             place -= 1
         self.pending.insert(place, job)
 
-    def ended(self) -> list[GpuJob]:
-        """Take the jobs that have ended off the lane; the caller finishes them."""
+    def finish(self) -> list[int]:
+        """Finish the jobs that have ended, and take them off the lane; return whom to tell."""
         reached = self._word.value
-        jobs = []
+        armed: list[int] = []
         while self.pending and self.pending[0].sequence <= reached:
-            jobs.append(self.pending.popleft())
-        return jobs
+            armed += self.pending[0].finish(0)
+            self.pending.popleft()  # not before: who sees none may ask a job's code
+        return armed
 
     def failure(self) -> RaynixlError | None:
         """What CUDA says of work that failed: nothing of it runs any more."""

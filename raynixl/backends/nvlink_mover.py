@@ -16,11 +16,11 @@ import numpy.typing as npt
 from raynixl import cuda
 from raynixl.backends.nvlink_kernel import load_kernels
 from raynixl.backends.nvlink_lane import WORD_NBYTES, Lane
-from raynixl.backends.nvlink_program import EngineStart, GpuJob, GpuProgram, KernelStart, Start
+from raynixl.backends.nvlink_program import GpuJob, GpuProgram, Start, ring
 from raynixl.backends.nvlink_slabs import Piece, Slabs
 from raynixl.backends.nvlink_tiles import Cut, Rows, Tuning, Way, plan
 from raynixl.errors import BackendUnavailable, RaynixlError, TransferTimeout
-from raynixl.native import CLOSED, Gate, load
+from raynixl.native import CLOSED, Gate, Launcher, load
 from raynixl.native.twin_job import fork_generation
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ _UPLOAD_NBYTES = 1 << 20
 _UPLOAD_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 _LEAST_PAUSE, _MOST_PAUSE = 50e-6, 2e-3
-_CHECK_SECONDS = 0.05
+_QUIET = 50
+"""Looks without a job in flight, after which the thread sleeps until there is one: waking it disturbs who posts."""
+_NO_ROWS = np.empty((0, 3), np.uint64)
+_CALLS = ("cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuLaunchKernel", "cuMemcpyAsync")
 
 
 def mover(device: int) -> Mover:
@@ -54,6 +57,8 @@ class Mover:
         self.core = load(native=True)
         self.tuning = tuning
         self.context = cuda.primary(device)
+        get, push, pop, start, copy = (cuda.function_address(name) for name in _CALLS)
+        self._calls = get, push, pop, start, copy
         self.multiprocessors = cuda.device_attribute(device, _MULTIPROCESSORS)
         self.kernels = load_kernels(device, options)
         self.tables = Slabs(self._in_context(cuda.alloc), self._in_context(cuda.free))
@@ -62,7 +67,8 @@ class Mover:
         self._lanes: list[Lane] = []
         self._waiting: list[Lane] = []
         self._upload_lock = threading.Lock()  # protects _staging, _upload_stream, _uploaded
-        self._watched = threading.Event()
+        self._bell = threading.Event()
+        self._is_watched = False
         self._hurry = False
         self._is_closed = False
         self._forks = fork_generation()
@@ -91,7 +97,7 @@ class Mover:
         """
         cut = plan(table, self.multiprocessors, touches_host=touches_host, tuning=self.tuning)
         nbytes = int(table[:, 2].sum())
-        return GpuProgram(self, self._starter(cut), gates, count=len(table), nbytes=nbytes)
+        return GpuProgram(self, self._start(cut), gates, count=len(table), nbytes=nbytes)
 
     def put(self, program: GpuProgram, event: cuda.Event | None) -> tuple[Lane | None, int]:
         """Put a program, whose gates have been entered, on a lane; return that and its end's number.
@@ -105,7 +111,7 @@ class Mover:
             with self._lock:
                 lane = self._free_lane() if event is None or event.query() else self._lane_to_wait(event)
                 sequence = lane.sequence + 1
-                program.start(lane, sequence)
+                program.start.put(lane, sequence)
                 lane.sequence = sequence
                 return lane, sequence
         except RaynixlError as exc:
@@ -117,7 +123,7 @@ class Mover:
         """Put a program on a stream of somebody else; its end counts up the word of the lane that is returned."""
         with self._lock:
             lane = self._make_lane(stream)
-            program.start(lane, 0)
+            program.start.put(lane, 0)
         return lane
 
     def release(self, lane: Lane) -> None:
@@ -129,21 +135,24 @@ class Mover:
         """See to a job's end, whoever else does."""
         with self._lock:
             job.lane.add(job)
-        if not self._watched.is_set():
-            self._start_watching()
+            is_watched, self._is_watched = self._is_watched, True
+        if not is_watched:
+            self._bell.set()
+            if self._thread is None:
+                self._start_thread()
 
     def hurry(self) -> None:
-        """Look more often: somebody sleeps until a job has ended."""
+        """Look more often for a while: somebody sleeps until a job has ended."""
         self._hurry = True
+        self._bell.set()
 
     def collect(self, lane: Lane) -> None:
         """Finish the jobs of a lane that have ended."""
         if not lane.has_ended:
             return
         with self._lock:
-            ended = lane.ended()
-        for job in ended:
-            job.finish(0)
+            armed = lane.finish()
+        ring(armed)
 
     def check(self, lane: Lane) -> None:
         """Finish the jobs of a lane whose GPU has failed: it touches nothing any more."""
@@ -153,11 +162,11 @@ class Mover:
             return
         self.collect(lane)
         with self._lock:
-            failed = list(lane.pending)
+            armed = [fd for job in lane.pending for fd in job.finish(-errno.EIO)]
+            failed = len(lane.pending)
             lane.pending.clear()
-        for job in failed:
-            logger.error("a transfer on GPU %d failed: %s", self.device, failure)
-            job.finish(-errno.EIO)
+        logger.error("%d transfers on GPU %d failed: %s", failed, self.device, failure)
+        ring(armed)
 
     def order(self, lane: Lane, sequence: int, stream: int) -> None:
         """Have a stream wait for what has this number on a lane.
@@ -204,10 +213,14 @@ class Mover:
                 self._wait_for(self._uploaded, timeout)
                 part[:] = staging[: len(part)]
 
-    def launch(self, name: str, grid: int, threads: int, values: Sequence[int], *, ends: bool = True) -> cuda.Launch:
-        """Pack a kernel of this GPU for many launches; if it `ends`, room for the three numbers of its end follows."""
-        arguments = [c_uint64(value) for value in [*values, *([0] * 3 if ends else [])]]
-        return cuda.Launch(self.context, self.kernels.functions[name], (grid, 1, 1), (threads, 1, 1), arguments)
+    def launcher(
+        self, name: str, grid: int, threads: int, values: Sequence[int], *, copies: Rows = _NO_ROWS
+    ) -> Launcher:
+        """Pack a kernel of this GPU, which ends as lanes want it; `copies` by copy engine go before."""
+        packed, rows = np.array(values, np.uint64), np.ascontiguousarray(copies)
+        return self.core.Launcher(
+            self._calls, self.context, self.kernels.functions[name], (grid, threads), packed, rows
+        )
 
     def wait_for(self, event: int, timeout: float) -> None:
         """Wait for an event without holding the interpreter's lock for long.
@@ -227,7 +240,7 @@ class Mover:
         while not all(lane.is_idle for lane in lanes) and time.monotonic() < deadline:
             time.sleep(_MOST_PAUSE)
         self._is_closed = True
-        self._watched.set()
+        self._bell.set()
         if self._thread is not None:
             self._thread.join(_CLOSE_SECONDS)
         for lane in lanes:
@@ -280,12 +293,10 @@ class Mover:
             return lanes[-1]
         return min(lanes, key=lambda lane: lane.sequence - lane.reached)
 
-    def _starter(self, cut: Cut) -> Start:
+    def _start(self, cut: Cut) -> Start:
         """Return what puts such a list on a lane."""
         if cut.way is Way.ENGINE:
-            return EngineStart(
-                self.device, cut.rows.tolist(), KernelStart(self.launch("raynixl_signal", 1, 32, ()), None)
-            )
+            return Start(self.launcher("raynixl_signal", 1, 32, [], copies=cut.rows))
         held: Piece | None = None
         if cut.way in (Way.SMALL, Way.RANGE):
             values = cut.rows[0].tolist() if len(cut.rows) else [0, 0, 0]
@@ -294,8 +305,7 @@ class Mover:
         else:
             held = self.upload(cut.rows)
             values = [held.address, len(cut.rows)]
-        name = f"raynixl_copy_{cut.way.name.lower()}"
-        return KernelStart(self.launch(name, cut.grid, cut.threads, values), held)
+        return Start(self.launcher(f"raynixl_copy_{cut.way.name.lower()}", cut.grid, cut.threads, values), held)
 
     def _wait_for(self, event: int, timeout: float) -> None:
         began = time.monotonic()
@@ -311,46 +321,43 @@ class Mover:
         dummy = self.tables.take(1)
         where, lane = dummy.address, self._lanes[0]
         copies = {"small": [0, 0, 0], "range": [0, 0, 0, 4096], "tiles": [where, 0], "narrow": [where, 0]}
-        launches = [self.launch(f"raynixl_copy_{name}", 1, 256, values) for name, values in copies.items()]
-        launches.append(self.launch("raynixl_digest", 1, 256, [where, 0, where, 0, 0]))
-        launches.append(self.launch("raynixl_signal", 1, 32, []))
-        for launch in launches:
+        launchers = [self.launcher(f"raynixl_copy_{name}", 1, 256, values) for name, values in copies.items()]
+        launchers.append(self.launcher("raynixl_digest", 1, 256, [where, 0, where, 0, 0]))
+        launchers.append(self.launcher("raynixl_signal", 1, 32, []))
+        for launcher in launchers:
+            Start(launcher).put(lane, lane.sequence + 1)
             lane.sequence += 1
-            KernelStart(launch, None)(lane, lane.sequence)
-        for kind in ("float32", "bfloat16", "float16"):
-            values = [where, where + 1024, where + 2048, 1, 1]
-            self.launch(f"raynixl_quantise_{kind}", 1, 256, values, ends=False).run(lane.stream)
+        values = [c_uint64(value) for value in (where, where + 1024, where + 2048, 1, 1)]
+        with cuda.on(self.device):
+            for kind in ("float32", "bfloat16", "float16"):
+                function = self.kernels.functions[f"raynixl_quantise_{kind}"]
+                cuda.launch(function, (1, 1, 1), (256, 1, 1), values, lane.stream)
         with cuda.on(self.device):
             cuda.event_record(self._uploaded, lane.stream)
             self._wait_for(self._uploaded, _UPLOAD_SECONDS)
         if not lane.is_idle:
             raise BackendUnavailable(f"kernels on GPU {self.device} do not reach the host's memory")
 
-    def _start_watching(self) -> None:
+    def _start_thread(self) -> None:
         with self._lock:
-            self._watched.set()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="raynixl-gpu", daemon=True)
                 self._thread.start()
 
     def _watch(self) -> None:
-        """See to the end of jobs, as long as there are any; asleep meanwhile for ever longer."""
-        pause, checked = _LEAST_PAUSE, 0.0
+        """See to the end of jobs. Who posts or waits is not disturbed: this looks seldom unless it is to hurry."""
+        pause, quiet = _MOST_PAUSE, 0
         while not self._is_closed:
-            if self._hurry:
-                self._hurry, pause = False, _LEAST_PAUSE
-            time.sleep(pause)
-            pause = min(_MOST_PAUSE, 1.25 * pause)
-            if time.monotonic() >= checked + _CHECK_SECONDS:
-                checked = time.monotonic()
-                self._check_all()
-            if self._look():
-                continue
-            with self._lock:
-                if not any(lane.pending for lane in self._all_lanes()):
-                    self._watched.clear()
-            self._watched.wait()
-            pause = _LEAST_PAUSE
+            self._bell.wait(pause if quiet < _QUIET else None)
+            self._bell.clear()
+            pause = _LEAST_PAUSE if self._hurry else min(_MOST_PAUSE, 1.25 * pause)
+            self._hurry = False
+            self._check_all()
+            quiet = 0 if self._look() else quiet + 1
+            if quiet == _QUIET:
+                with self._lock:
+                    self._is_watched = any(lane.pending for lane in self._all_lanes())
+                    quiet = 0 if self._is_watched else _QUIET
 
     def _all_lanes(self) -> list[Lane]:
         return [*self._lanes, *self._waiting]

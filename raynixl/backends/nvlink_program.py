@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from raynixl import cuda
-from raynixl.native import CLOSED, DONE, PENDING, TIMEOUT, Gate, Job
+from raynixl.native import CLOSED, DONE, PENDING, TIMEOUT, Gate, Job, Launcher
 from raynixl.native.twin_job import fork_generation
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from raynixl.backends.nvlink_mover import Mover
     from raynixl.backends.nvlink_slabs import Piece
 
-INLINE_NBYTES = 64 << 10
+INLINE_NBYTES = 1 << 20
 """What a GPU moves faster than a thread is woken: who posts it looks for its end at once."""
 _LOOK_SECONDS = 40e-6
 _WAIT_LOOK_SECONDS = 1e-3
@@ -27,60 +27,37 @@ _WAIT_LOOK_SECONDS = 1e-3
 _LEAST_PAUSE, _MOST_PAUSE = 20e-6, 1e-3
 _PAUSE_SHARE = 1 / 32  # of the time waited so far
 _CHECK_SECONDS = 0.01
+_FULL = 256
+"""CUDA takes about 1000 launches on a stream; then it waits, and the interpreter must not."""
 
 
-class Start(Protocol):
-    """Puts a list of blocks on a lane."""
+@dataclass(eq=False, slots=True)
+class Start:
+    """What a program puts on a lane. `held` is memory that its kernel reads."""
 
-    def __call__(self, lane: Lane, sequence: int) -> None:
+    launcher: Launcher
+    held: Piece | None = None
+
+    def put(self, lane: Lane, sequence: int) -> None:
         """Put it there; its end is this number, 0 for one that the GPU counts itself.
 
         Raises:
             RaynixlError: CUDA does not take it; a part of it may be on the lane.
         """
-
-
-@dataclass(eq=False)
-class KernelStart:
-    """One kernel, whose last arguments say what its end writes where. `held` is memory that it reads."""
-
-    launch: cuda.Launch
-    held: Piece | None
-
-    def __call__(self, lane: Lane, sequence: int) -> None:
-        """See `Start`."""
-        flag, number, counter = self.launch.arguments[-3:]
-        flag.value, number.value, counter.value = lane.flag, sequence, lane.counter
-        self.launch.run(lane.stream)
-
-
-@dataclass(eq=False)
-class EngineStart:
-    """One copy after the other by the GPU's copy engines, and a kernel that says when they are done."""
-
-    device: int
-    rows: list[list[int]]
-    signal: KernelStart
-
-    def __call__(self, lane: Lane, sequence: int) -> None:
-        """See `Start`."""
-        with cuda.on(self.device):
-            for source, target, nbytes in self.rows:
-                cuda.memcpy_async(target, source, nbytes, lane.stream)
-        self.signal(lane, sequence)
+        is_full = sequence > lane.reached + _FULL
+        code = self.launcher.run(lane.stream, lane.flag, sequence, lane.counter, is_full)
+        if code:
+            raise cuda.failure(code, "cuLaunchKernel")
 
 
 class GpuProgram:
-    """A list of blocks that a GPU copies; run any number of times, also while an earlier run is in flight.
+    """A list of blocks that a GPU copies; run any number of times, also while an earlier run is in flight."""
 
-    `start` puts it on a lane, with its end's number.
-    """
-
-    __slots__ = ("_gates", "_mover", "_start", "count", "nbytes")
+    __slots__ = ("_gates", "_mover", "count", "nbytes", "start")
 
     def __init__(self, mover: Mover, start: Start, gates: Sequence[Gate], *, count: int, nbytes: int) -> None:
         self._mover = mover
-        self._start = start
+        self.start = start
         self._gates = tuple(gates)
         self.count = count
         self.nbytes = nbytes
@@ -129,10 +106,6 @@ class GpuProgram:
     def enter(self) -> int:
         """Enter all gates, or none; return the code of the one that refused, else 0."""
         return self._enter()
-
-    def start(self, lane: Lane, sequence: int) -> None:
-        """Put it on a lane; 0 stands for a number that the GPU counts itself."""
-        self._start(lane, sequence)
 
     def leave(self) -> None:
         """Leave all gates."""
@@ -236,11 +209,11 @@ class GpuJob:
         """End it if its time is over or a gate says so."""
         _ = self.code
 
-    def finish(self, code: int) -> None:
-        """Hear that the GPU is through, well or not. Called once, by whoever found out."""
+    def finish(self, code: int) -> list[int]:
+        """Hear that the GPU is through, well or not; return what `ring` is to be told. Called once."""
         self._program.leave()
         self._is_settled = True
-        self._end(code)
+        return self._conclude(code) or []
 
     def _has_settled(self) -> bool:
         if not self._is_settled and self._forks == fork_generation():
@@ -265,16 +238,26 @@ class GpuJob:
         return True
 
     def _end(self, code: int) -> bool:
+        armed = self._conclude(code)
+        ring(armed or [])
+        return armed is not None
+
+    def _conclude(self, code: int) -> list[int] | None:
+        """Set the code and return who is to be told, None if there is a code already."""
         with self._lock:
             if self._result != PENDING:
-                return False
+                return None
             self._result = code
             armed, self._armed = self._armed, []
-        for fd in armed:
-            with contextlib.suppress(BlockingIOError):  # full, hence readable already
-                os.eventfd_write(fd, 1)
-            os.close(fd)
-        return True
+        return armed
+
+
+def ring(armed: list[int]) -> None:
+    """Tell those who sleep until a job ends, and let go of their descriptors."""
+    for fd in armed:
+        with contextlib.suppress(BlockingIOError):  # full, hence readable already
+            os.eventfd_write(fd, 1)
+        os.close(fd)
 
 
 class Captured:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ctypes import c_uint64
 from typing import Literal
 
+from raynixl import cuda
 from raynixl.backends.nvlink_mover import mover
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -32,5 +34,7 @@ def quantise_blocks(
     matrices, rows, columns = shape
     blocks = matrices * -(-rows // _SIDE) * -(-columns // _SIDE)
     if blocks:
-        values = [source, stored, scales, rows, columns]
-        mover(device).launch(f"raynixl_quantise_{dtype}", blocks, _THREADS, values, ends=False).run(stream)
+        function = mover(device).kernels.functions[f"raynixl_quantise_{dtype}"]
+        values = [c_uint64(value) for value in (source, stored, scales, rows, columns)]
+        with cuda.on(device):
+            cuda.launch(function, (blocks, 1, 1), (_THREADS, 1, 1), values, stream)

@@ -46,7 +46,7 @@ from raynixl.cuda.driver import (
     memset_async,
 )
 from raynixl.cuda.kernels import Launch, launch, module_function, module_load, module_unload
-from raynixl.cuda.library import has_driver, kept, replace_driver
+from raynixl.cuda.library import failure, has_driver, kept, replace_driver
 from raynixl.cuda.pointers import (
     FABRIC,
     POSIX_FD,
@@ -84,7 +84,7 @@ __all__ = [
     "MappedChunks", "Origin", "Pin", "alloc", "arena", "bus_id", "close_kept", "context_for", "current",
     "current_functions", "device_attribute", "device_of", "device_of_context", "devices", "enable_peer",
     "event_create", "event_destroy", "event_elapsed_ms", "event_query", "event_record", "event_synchronize",
-    "examine", "export_chunks", "free", "function_address", "has_driver", "host_alloc", "host_bytes",
+    "examine", "failure", "export_chunks", "free", "function_address", "has_driver", "host_alloc", "host_bytes",
     "host_device_address", "host_free", "host_register", "host_unregister", "is_beyond", "ipc_close", "ipc_export",
     "ipc_export_event", "ipc_open", "ipc_open_event", "kept", "launch", "memcpy_async", "memcpy_d2d_async",
     "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info", "memset_async", "module_function",

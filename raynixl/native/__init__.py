@@ -47,6 +47,7 @@ __all__ = [
     "Engine",
     "Gate",
     "Job",
+    "Launcher",
     "Native",
     "Program",
     "load",
@@ -184,6 +185,35 @@ class EngineMaker(Protocol):
         """Make an engine that copies up to `inline_nbytes` in the caller's own thread."""
 
 
+class Launcher(Protocol):
+    """A kernel of a GPU, packed once; what it copies before, if anything, goes by the GPU's copy engines."""
+
+    def run(self, stream: int, flag: int, number: int, counter: int, may_wait: bool) -> int:
+        """Put it on a stream, with these numbers as its last arguments; return the driver's error, or 0.
+
+        The interpreter's lock is released if it `may_wait`, which it does when too much is on the stream already.
+        """
+
+
+class LauncherMaker(Protocol):
+    """The class `Launcher` of an implementation."""
+
+    def __call__(
+        self,
+        functions: tuple[int, int, int, int, int],
+        context: int,
+        function: int,
+        shape: tuple[int, int],
+        values: npt.NDArray[np.uint64],
+        copies: npt.NDArray[np.uint64],
+    ) -> Launcher:
+        """Pack a kernel of a context: `shape` is its CTAs and their threads, `values` its arguments but the last three.
+
+        `functions` are, by address, cuCtxGetCurrent, cuCtxPushCurrent, cuCtxPopCurrent, cuLaunchKernel and
+        cuMemcpyAsync. `copies` are rows of (source, destination, nbytes).
+        """
+
+
 _MakeGate: TypeAlias = Callable[[], Gate]  # inside Native, `Gate` would name its own member
 
 
@@ -201,6 +231,10 @@ class Native(Protocol):
     @property
     def Engine(self) -> EngineMaker:  # noqa: N802 - a class
         """Make an engine."""
+
+    @property
+    def Launcher(self) -> LauncherMaker:  # noqa: N802 - a class
+        """Pack a kernel of a GPU."""
 
     @property
     def Rail(self) -> RailMaker:  # noqa: N802 - a class

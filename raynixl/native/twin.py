@@ -15,7 +15,7 @@ import numpy.typing as npt
 from raynixl.native import syscalls
 from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
 from raynixl.native.syscalls import copy, look_for, mapped
-from raynixl.native.twin_cuda import enter_cuda
+from raynixl.native.twin_cuda import Launcher, enter_cuda
 from raynixl.native.twin_delta import delta_apply, delta_encode
 from raynixl.native.twin_digest import digest_copy, digest_rows
 from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
@@ -27,6 +27,7 @@ __all__ = [
     "Engine",
     "Gate",
     "Job",
+    "Launcher",
     "Program",
     "Rail",
     "copy",
