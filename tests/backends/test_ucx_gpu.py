@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from cuda_fake import PRIMARY, FakeCuda
 
-from raynixl.backends.ucx_gpu import check_transports, parse_version, ready_to_map, why_slow
+from raynixl.backends import ucx_gpu
+from raynixl.backends.ucx_gpu import check_transports, is_staged, parse_version, ready_to_map, why_slow
 from raynixl.backends.ucx_options import Lanes
 from raynixl.cuda import FABRIC, POSIX_FD, Allocation, Origin
 from raynixl.errors import BackendUnavailable, ConfigError
@@ -38,6 +39,20 @@ class FakeRuntime:
 def vram(address: int, device: int = 0) -> Memory:
     """A page on a made-up GPU."""
     return Memory(MemoryKind.VRAM, device, address, 4096, True, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_direct", "has_cupy", "staged"),
+    [
+        (MemoryKind.VRAM, False, True, True),
+        (MemoryKind.VRAM, True, True, False),
+        (MemoryKind.VRAM, False, False, False),  # UCX stages it then
+        (MemoryKind.DRAM, False, True, False),
+    ],
+)
+def test_memory_of_a_gpu_that_no_lane_reaches_is_staged(monkeypatch, kind, is_direct, has_cupy, staged):
+    monkeypatch.setattr(ucx_gpu, "find_spec", lambda _name: object() if has_cupy else None)
+    assert is_staged(kind, is_direct=is_direct) == staged
 
 
 @pytest.mark.parametrize("transports", [(), ("tcp/eth0", "cma/memory"), ("cuda_ipc/cuda", "tcp/eth0")])

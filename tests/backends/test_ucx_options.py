@@ -120,6 +120,26 @@ def test_transports_that_need_the_peers_help_are_emulation(
         assert all(name in one.explain() for name in transports)
 
 
+@pytest.mark.parametrize(
+    ("transports", "slow", "near", "far", "direct"),
+    [
+        (["cuda_ipc/cuda", "cma/memory", "tcp/lo"], "", VRAM, VRAM, "cuda_ipc/cuda"),
+        (["cuda_ipc/cuda", "cma/memory", "tcp/lo"], "pool", VRAM, VRAM, ""),
+        (["cuda_ipc/cuda", "cma/memory", "tcp/lo"], "", VRAM, DRAM, ""),
+        (["cuda_ipc/cuda", "cma/memory", "tcp/lo"], "", DRAM, VRAM, ""),
+        (["cuda_ipc/cuda", "cma/memory", "tcp/lo"], "", DRAM, DRAM, "cma"),
+        (["rc_mlx5/mlx5_0:1", "cuda_ipc/cuda"], "", VRAM, DRAM, "rc_mlx5/mlx5_0:1"),
+        (["tcp/eth0"], "", VRAM, VRAM, ""),
+    ],
+)
+def test_a_lane_is_direct_where_one_transport_reaches_both_ends(
+    transports: list[str], slow: str, near: MemoryKind, far: MemoryKind, direct: str
+) -> None:
+    lanes = Lanes.of(transports).reaching(far, slow, near)
+    assert ", ".join(lanes.direct).removesuffix("/memory") == direct
+    assert lanes.is_emulation == (not direct)
+
+
 def test_lanes_are_sorted_and_each_is_told_once() -> None:
     lanes = Lanes.of(["tcp/lo", "cma/memory", "tcp/lo", "tcp/eth0"])
     assert lanes.transports == ("cma/memory", "tcp/eth0", "tcp/lo")

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import cuda_fake
-import cuda_kernels
 import numpy as np
 import pytest
 from agent_tools import error_of, make_agent
+from cuda_fake import FakeCuda
 from gpu_tools import Far
 
 from raynixl import Agent, AgentConfig, PeerLost, Region
@@ -26,13 +25,10 @@ LANES = {"tcp": {"TLS": "tcp"}, "cma": {"TLS": "cma,tcp"}}
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], list[str]]) -> Iterator[cuda_fake.FakeCuda]:
+def fake(monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], list[str]], fake_cuda: FakeCuda) -> FakeCuda:
     """A made-up GPU, as if cupy were here."""
     monkeypatch.setattr(ucx_gpu, "find_spec", lambda _name: object())
-    made = cuda_fake.install()
-    cuda_kernels.register(made)
-    yield made
-    made.finish()
+    return fake_cuda
 
 
 @pytest.fixture(params=LANES)
@@ -42,7 +38,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @pytest.fixture
-def pair(fake: cuda_fake.FakeCuda, options: dict[str, str]) -> Iterator[tuple[Agent, Far]]:
+def pair(fake: FakeCuda, options: dict[str, str]) -> Iterator[tuple[Agent, Far]]:
     """An agent here, and one in another process that has host memory only."""
     with ExitStack() as stack:
         far = stack.enter_context(Far(backends=["ucx"], ucx=options))
@@ -102,7 +98,7 @@ def test_it_is_explained(pair: tuple[Agent, Far]) -> None:
 
 
 def test_a_prepared_transfer_is_posted_again_and_again_with_the_same_buffers(
-    pair: tuple[Agent, Far], fake: cuda_fake.FakeCuda
+    pair: tuple[Agent, Far], fake: FakeCuda
 ) -> None:
     near, far = pair
     ours = on_gpu(near, 4096, 1)

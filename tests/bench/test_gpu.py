@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cuda_fake
-import cuda_kernels
 import numpy as np
 import pytest
+from cuda_fake import FakeCuda
 
 from raynixl.bench import transfer
 from raynixl.bench.gpu import rows_of
@@ -24,14 +23,11 @@ TESTS = str(Path(__file__).parents[1])
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], list[str]]) -> Iterator[cuda_fake.FakeCuda]:
+def gpus(monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], list[str]], fake_cuda: FakeCuda) -> FakeCuda:
     """Two made-up GPUs, here and at the target."""
     target = functools.partial(TargetProcess, "bench_fake_target", {"PYTHONPATH": TESTS})
     monkeypatch.setattr(transfer, "TargetProcess", target)
-    fake = cuda_fake.install()
-    cuda_kernels.register(fake)
-    yield fake
-    fake.finish()
+    return fake_cuda
 
 
 def run(**settings: Any) -> list[dict[str, Any]]:
@@ -42,7 +38,7 @@ def run(**settings: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("op", ["read", "write"])
 @pytest.mark.parametrize(("blocks", "is_random"), [(1, False), (40, True)])
 def test_bytes_of_gpus_are_moved_and_checked_against_every_baseline(
-    gpus: cuda_fake.FakeCuda, op: str, blocks: int, is_random: bool
+    gpus: FakeCuda, op: str, blocks: int, is_random: bool
 ) -> None:
     rows = run(sizes=(8, 4099), op=op, blocks=blocks, is_random=is_random, baselines=CUDA_BASELINES)
     impls = ("raynixl", *CUDA_BASELINES)
@@ -54,14 +50,14 @@ def test_bytes_of_gpus_are_moved_and_checked_against_every_baseline(
 
 @pytest.mark.parametrize("op", ["read", "write"])
 @pytest.mark.parametrize(("ours", "theirs"), [("arena", "vram"), ("vram", "arena"), ("user", "vram")])
-def test_between_host_and_gpu(gpus: cuda_fake.FakeCuda, op: str, ours: str, theirs: str) -> None:
+def test_between_host_and_gpu(gpus: FakeCuda, op: str, ours: str, theirs: str) -> None:
     baselines = ("cudamemcpy",) if ours != "user" else ()  # the fake driver wants pinned memory
     rows = run(sizes=(4096,), op=op, memory=ours, target_memory=theirs, blocks=3, baselines=baselines)
     assert [(row["impl"], row["verified"]) for row in rows] == [(impl, True) for impl in ("raynixl", *baselines)]
     assert {row["memory"] for row in rows} == {f"{ours}/{theirs}"}
 
 
-def test_two_gpus_of_one_host(gpus: cuda_fake.FakeCuda) -> None:
+def test_two_gpus_of_one_host(gpus: FakeCuda) -> None:
     rows = run(sizes=(4096,), gpus=(1, 0), baselines=CUDA_BASELINES)
     assert all(row["verified"] is True for row in rows)
 
