@@ -101,6 +101,30 @@ class Flipper:
             pact.reach(Stage.FLIPPED)
         return answer
 
+    def on_undo(self, _peer: str, payload: bytes) -> Answer:
+        """Go back to the version before a flip: another rank of the replica did not flip."""
+        request = Step.from_bytes(payload)
+        began = time.monotonic()
+        pact = self.settling.of(request.push)
+        if pact is None:
+            raise PeerRestarted(f"{self._agent.name!r} has not held for this push", hint="push again")
+        with self._working(began + request.seconds):
+            is_led = pact.begin_back()
+            if is_led and pact.stage is Stage.FLIPPING:
+                try:
+                    self._return(pact.terms.before, began + request.seconds)
+                except BaseException:
+                    pact.reach(Stage.FLIPPED)
+                    raise
+                pact.reach(Stage.BACK)
+            if is_led:
+                self.ready = None
+                self.let_readers_go_on()
+        pact.wait_over(request.seconds)
+        if pact.stage is Stage.FLIPPED:
+            raise PeerRestarted(f"{self._agent.name!r} and its replica serve the new version", hint="push again")
+        return Answer(version=self.version)
+
     def on_return(self, _peer: str, payload: bytes) -> Answer:
         """Serve a version again that lies here."""
         request = Return.from_bytes(payload)
@@ -140,6 +164,7 @@ class Flipper:
             elif pact.stage is Stage.FLIPPED and end is Stage.BACK:
                 with self._working(time.monotonic() + _SETTLE_SECONDS):
                     self._return(pact.terms.before, time.monotonic() + self._flip_timeout)
+                    pact.reach(Stage.BACK)
             else:
                 self._let_readers_in(push, _SETTLE_SECONDS)
         except RaynixlError as exc:
@@ -172,9 +197,6 @@ class Flipper:
             old = self._install(slot, version, None)
             note = self._callback.run(version)
         del old
-        last = self.settling.last
-        if last is not None and last.stage is Stage.FLIPPED:
-            last.reach(Stage.BACK)  # if another rank asks how the last flip ended
         return note
 
     def _slot(self, version: int) -> Slot:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _HOLD_SHARE = 0.8  # of the time left; the rest is for the flip of those that hold
 _FLIP_SHARE = 0.9  # of the time left is a target's: it hears of it a little later, and must not flip once given up
 _SETTLED_SECONDS = 5.0
+_UNDO_SECONDS = 1.0  # also where no time is left
 
 
 @dataclass(slots=True)
@@ -85,16 +86,14 @@ class Flips:
 
     def _taken_back(self, pushes: Mapping[str, str], done: Flipped) -> Flipped:
         """Have ranks that flipped serve their old version again: another one of their replica did not flip."""
-        requests = {
-            name: Return(version=self._targets[name].version, seconds=self._left()).to_bytes()
-            for name in done.well
-            if self._targets[name].version
-        }
-        back = self._answers("return", requests, self._deadline).well
+        self._tell("undo", {name: push for name, push in pushes.items() if name in done.failed})  # it may flip late
+        seconds = max(_UNDO_SECONDS, self._left())
+        steps = {name: Step(push=pushes[name], seconds=seconds).to_bytes() for name in done.well}
+        back = self._answers("undo", steps, time.monotonic() + seconds).well
         culprit = next(name for name in pushes if name in done.failed)
         failed = dict(done.failed)
         for name in done.well:
-            where = "is back on its old version" if name in back else "alone serves the new version"
+            where = "is back on its old version" if name in back else "serves the new version"
             failed[name] = PeerLost(
                 f"{name!r} {where}: {culprit!r} of its replica did not flip",
                 hint=f"see why {culprit!r} did not, and push again", peer=culprit,

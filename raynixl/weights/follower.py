@@ -89,7 +89,7 @@ class Follower:
             "manifest": self._on_manifest, "pull": self._answering(self._on_pull),
             "hold": self._answering(self._flipper.on_hold), "let-go": self._answering(self._flipper.on_let_go),
             "flip": self._answering(self._flipper.on_flip), "return": self._answering(self._flipper.on_return),
-            "settle": self._flipper.settling.answer,
+            "undo": self._answering(self._flipper.on_undo), "settle": self._flipper.settling.answer,
         }  # fmt: skip
 
     @property

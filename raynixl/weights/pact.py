@@ -14,7 +14,7 @@ class Stage(enum.StrEnum):
     """How far a rank is."""
 
     HELD = "held"  # its readers are out; nothing has changed
-    FLIPPING = "flipping"
+    FLIPPING = "flipping"  # or going back
     FLIPPED = "flipped"
     BACK = "back"  # it serves the old version, again or still
     UNKNOWN = "unknown"  # it has never held for that flip, or long ago
@@ -92,6 +92,15 @@ class Pact:
             if self._is_ours or self._stage is not Stage.HELD:
                 return False
             self._stage = Stage.FLIPPING
+            return True
+
+    def begin_back(self) -> bool:
+        """Begin to go back because whoever pushes says so; False if that does not count any more."""
+        with self._changed:
+            if self._is_ours:
+                return False
+            if self._stage is Stage.FLIPPED:
+                self._stage = Stage.FLIPPING  # between the two: who asks now is told how it ends
             return True
 
     def reach(self, stage: Stage) -> None:

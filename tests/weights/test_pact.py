@@ -45,6 +45,16 @@ def test_whoever_pushes_is_not_heard_any_more_once_another_rank_has_asked():
     assert one.stage is BACK
 
 
+def test_a_flip_is_taken_back_only_while_it_is_led():
+    one = flipped()
+    assert one.begin_back()
+    one.reach(BACK)
+    other = flipped()
+    assert other.asked(HELD) is FLIPPED
+    assert not other.begin_back()
+    assert other.stage is FLIPPED
+
+
 def test_who_has_told_one_that_flipped_that_it_holds_flips_whatever_else_it_hears():
     one = pact()
     assert one.asked(FLIPPED) is HELD
