@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raynixl import cuda
 from raynixl.cuda import FABRIC, Allocation, Origin
-from raynixl.errors import BackendUnavailable
+from raynixl.errors import BackendUnavailable, ConfigError
 from raynixl.memory import Memory
 
 Key = dict[str, str | int]
@@ -33,7 +33,7 @@ def export(memory: Memory) -> Key:
     try:
         with cuda.current(cuda.context_for(allocation)):
             return {**key, **_handles(memory, allocation)}
-    except BackendUnavailable as exc:
+    except (BackendUnavailable, ConfigError) as exc:
         return {**key, "refusal": f"{exc.message}; {exc.hint}; or {allocation.origin.remedy}"}
 
 

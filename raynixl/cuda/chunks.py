@@ -72,18 +72,22 @@ class MappedChunks:
             self._nbytes = 0
 
     def _map(self, handle: bytes, nbytes: int) -> None:
-        chunk = c_uint64()
-        code = call("cuMemImportFromShareableHandle", byref(chunk), Handle.from_buffer_copy(handle), FABRIC)
-        if code:
-            raise BackendUnavailable(
-                failure(code, "cuMemImportFromShareableHandle", what="a peer's memory").message,
-                hint="its owner has ended or freed it, or nvidia-imex does not join the two hosts",
-            )
+        chunk, data = c_uint64(), Handle.from_buffer_copy(handle)
+        if code := call("cuMemImportFromShareableHandle", byref(chunk), byref(data), FABRIC):
+            raise _foreign(code, "cuMemImportFromShareableHandle")
         try:
-            check("cuMemMap", self.address + self._mapped, nbytes, 0, chunk, 0, what=f"{nbytes} bytes")
+            if code := call("cuMemMap", self.address + self._mapped, nbytes, 0, chunk, 0):
+                raise _foreign(code, "cuMemMap")
             self._mapped += nbytes
         finally:
             check("cuMemRelease", chunk)  # a mapping keeps it
+
+
+def _foreign(code: int, name: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        failure(code, name, what="a peer's memory").message,
+        hint="its owner has ended or freed it, or nvidia-imex does not join the two hosts",
+    )
 
 
 def _export(address: int) -> bytes:
