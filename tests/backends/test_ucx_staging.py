@@ -128,3 +128,19 @@ def test_a_killed_peer_is_an_error_and_its_successor_is_reached(
         heir.ask("make", name="into", kind="host", nbytes=4096)
         near.write(ours[:4096], near.peer(heir.record)["into"]).wait(PATIENCE)
         assert heir.ask("digest", name="into") == digest(download(ours)[:4096])
+
+
+def test_what_nvlink_does_not_reach_goes_over_ucx_and_both_are_explained(fake: FakeCuda) -> None:
+    with (
+        Far(backends=["nvlink", "shm", "ucx"]) as far,
+        make_agent("near", backends=("nvlink", "shm", "ucx")) as near,
+    ):
+        ours = on_gpu(near, 4096, 5)
+        far.ask("make", name="plain", kind="host", nbytes=4096)
+        plain = near.peer(far.record)["plain"]
+        near.write(ours, plain).wait(PATIENCE)
+        assert far.ask("digest", name="plain") == digest(download(ours))
+        told = near.explain(ours, plain)
+        assert told.backend == "ucx"
+        assert {name for name, _ in told.rejected} == {"nvlink", "shm"}
+        assert "staged through pinned memory" in told.detail
