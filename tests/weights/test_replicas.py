@@ -8,6 +8,7 @@ import torch
 
 from raynixl.errors import IntegrityError, RaynixlError, TransferTimeout
 from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.flipper import Flipper
 from raynixl.weights.receiver import Receiver
 
 SECONDS = 20.0
@@ -170,6 +171,48 @@ def test_no_rank_of_a_replica_returns_if_a_reader_of_one_does_not_leave(fleet, i
     assert pairs.can_be_read(pairs.models)
     assert pairs.sync.roll_back(1) == {}
     assert pairs.serve(pairs.models, 1)
+    assert not pairs.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+
+
+def failing_at(monkeypatch, rank):
+    """Have a version not be installed at one rank."""
+    install = Flipper._install
+
+    def fail(flipper, slot, version, ready):
+        if flipper._agent.name == rank and ready is not None:
+            raise IntegrityError("a test breaks this install")
+        return install(flipper, slot, version, ready)
+
+    monkeypatch.setattr(Flipper, "_install", fail)
+
+
+@pytest.mark.parametrize(("install", "keep"), [("swap", 1), ("copy", 2)])
+def test_a_rank_that_flipped_returns_if_another_of_its_replica_does_not_flip(fleet, install, keep, monkeypatch):
+    pairs = Pairs(fleet, install=install, keep=keep)
+    pairs.push(1)
+    failing_at(monkeypatch, "p1")
+    report = pairs.push(2)
+    assert set(report.excluded) == {"p0", "p1"}
+    assert "is back on its old version" in str(report.excluded["p0"])
+    assert pairs.serve(["p0", "p1"], 1)
+    assert pairs.serve(["q0", "q1"], 2)
+    monkeypatch.undo()
+    assert pairs.can_be_read(pairs.models)
+    assert not pairs.push(3).excluded
+    assert pairs.serve(pairs.models, 3)
+
+
+def test_a_rank_that_has_its_old_version_no_more_says_so_and_serves_the_new_one(fleet, monkeypatch):
+    pairs = Pairs(fleet, install="copy", keep=1)
+    pairs.push(1)
+    failing_at(monkeypatch, "p1")
+    report = pairs.push(2)
+    assert "serves the new version" in str(report.excluded["p0"])
+    assert pairs.serve(["p0"], 2)
+    assert pairs.subscriptions["p1"].version == 1
+    monkeypatch.undo()
+    assert pairs.can_be_read(pairs.models)
     assert not pairs.push(3).excluded
     assert pairs.serve(pairs.models, 3)
 
