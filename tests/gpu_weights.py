@@ -16,6 +16,7 @@ from gpu_far import World
 from raynixl.weights import publish, subscribe
 
 SHAPES = {"plain": (300, 257), "half": (1024, 513), "strided": (65, 129), "counts": (3,), "empty": (0, 4)}
+_AHEAD = 4
 DTYPES = {"half": torch.bfloat16, "counts": torch.int64}
 
 
@@ -100,6 +101,7 @@ class Reader:
 
     def _read(self) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        ends: list[torch.cuda.Event] = []
         with torch.cuda.stream(stream), torch.no_grad():
             while not self._is_over.is_set() or len(self._seen) < 10:
                 with self._subscription.pinned():
@@ -107,7 +109,9 @@ class Reader:
                     torch.cuda._sleep(2_000_000)  # about 1 ms: the flip is waiting for us by now
                     last = [one.max().view(1) for one in self._tensors.values()]
                     self._seen.append(torch.cat([*first, *last]))
-                stream.query()
+                ends.append(stream.record_event())
+                if len(ends) > _AHEAD:  # else a thousand sections would be under way, and a flip wait for them all
+                    ends.pop(0).synchronize()
             stream.synchronize()
 
     def stop(self) -> list[list[float]]:
@@ -134,7 +138,7 @@ def capture(world: World, name: str) -> None:
     tensors, subscription = world.kept[name]
     out = torch.zeros_like(tensors["plain"])
     graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    with subscription.pinned(), torch.cuda.graph(graph):  # type: ignore[no-untyped-call]
+    with subscription.pinned(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # type: ignore[no-untyped-call]
         out.copy_(tensors["plain"] * 2)
     world.kept[f"graph of {name}"] = (graph, out)
 
