@@ -39,7 +39,10 @@ Handler = Callable[[str, bytes], bytes]
 """Answers a request: (peer's name, payload) -> payload. A RaynixlError that it raises reaches the asker."""
 
 Answer = Callable[[Message, Link], None]
-"""Answers a request of the agent's own, on the reactor's thread; a RaynixlError that it raises is the answer."""
+"""Answers a request of the agent's own, at once or later, by `reply`; it runs on the reactor's thread.
+
+A RaynixlError that it raises is the answer.
+"""
 
 MAX_HANDLER_THREADS = 64
 MAX_INBOXES = 65_536
@@ -144,6 +147,10 @@ class Control:
     def answer(self, topic: str, answer: Answer) -> None:
         """Answer a topic of the agent's own, which users cannot take over."""
         self._answers[topic] = answer
+
+    def unanswer(self, topic: str) -> None:
+        """Answer a topic of the agent's own no more."""
+        self._answers.pop(topic, None)
 
     def reply(self, link: Link, request: Message, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Answer a request; an asker that is gone needs no answer."""

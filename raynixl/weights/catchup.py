@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from raynixl.errors import PeerLost, RaynixlError
+from raynixl.errors import ConfigError, PeerLost, RaynixlError
 from raynixl.weights.assignment import Topology
+from raynixl.weights.conversation import Asking
 from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
 from raynixl.weights.flips import Flips
 from raynixl.weights.plan import Plan
-from raynixl.weights.push import planned
+from raynixl.weights.planning import images_of, planned
+from raynixl.weights.protocol import topic
 from raynixl.weights.ranks import Errors, parsed
 from raynixl.weights.swarm import Swarm
 from raynixl.weights.targeting import Describe, Held, Manifest, Pull
@@ -25,6 +28,27 @@ if TYPE_CHECKING:
     from raynixl.weights.targets import Target, Targets
 
 _NOBODY = "0" * 32
+_MANIFEST_SECONDS = 2.0  # for which one holder is asked, before the next
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Targets that need the same image of a plan, and the others that do."""
+
+    plan: Plan
+    image: int
+    names: list[str]
+    others: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Pulls of a version under way, and who failed."""
+
+    version: int
+    push: str
+    exchange: Exchange
+    errors: Errors = field(default_factory=dict)
 
 
 class CatchUp:
@@ -52,9 +76,13 @@ class CatchUp:
         new = [name for replica in replicas for name in replica]
         version = version or max((one.version for one in self._served(but=new)), default=0)
         errors: Errors = {name: failed[name] for name in new if name in failed}
-        for replica in replicas if version else ():
-            errors |= self._bring_all(replica, version, errors)
-        return errors
+        if not version:
+            return errors
+        push = secrets.token_hex(16)
+        behind = [name for name in new if name not in failed and not self._serves(name, version)]
+        pulled, lacking = self._bring(behind, version, push)
+        errors |= lacking
+        return errors | self._flip(pulled, replicas, version, push)
 
     def roll_back(self, version: int) -> Errors:
         """Have all targets serve a version that they hold; no rank of a replica does if another does not hold it."""
@@ -81,24 +109,25 @@ class CatchUp:
         known = (self._targets.get(name) for name in self._targets.names if name not in but)
         return [target for target in known if target is not None]
 
-    def _bring_all(self, replica: tuple[str, ...], version: int, failed: Errors) -> Errors:
-        """Bring the ranks of a replica to a version: they flip together, or none does if one cannot."""
-        pushes: dict[str, str] = {}
-        errors: Errors = {}
-        for name in replica:
-            if name not in failed and self._targets[name].version != version:
-                try:
-                    pushes[name] = self._bring(name, version)
-                except RaynixlError as exc:
-                    errors[name] = exc
-        lame = next((name for name in replica if name in failed or name in errors), "")
-        if lame:
+    def _flip(self, pulled: Collection[str], replicas: Sequence[tuple[str, ...]], version: int, push: str) -> Errors:
+        """Have the ranks of each replica serve what they have pulled, or none of them if one cannot."""
+        ready, errors = [], {}
+        for replica in replicas:
+            new = [name for name in replica if name in pulled]
+            lame = next((name for name in replica if name not in pulled and not self._serves(name, version)), "")
+            if not lame:
+                ready.append(dict.fromkeys(new, push))
+                continue
             why = PeerLost(f"{lame!r} of the same replica could not catch up", hint="see why", peer=lame)
-            return dict.fromkeys(pushes, why) | errors
-        done = Flips(self._agent, self._targets, self._deadline).run([pushes] if pushes else [])
+            errors.update(dict.fromkeys(new, why))
+        done = Flips(self._agent, self._targets, self._deadline).run([one for one in ready if one])
         for name in done.well:
             self._targets[name].version = version
-        return done.failed
+        return errors | done.failed
+
+    def _serves(self, name: str, version: int) -> bool:
+        known = self._targets.get(name)
+        return known is not None and known.version == version
 
     def _look(self) -> Errors:
         """Ask all targets anew what they hold."""
@@ -111,54 +140,77 @@ class CatchUp:
         until = time.monotonic() + self._seconds / 2
         return self._targets.describe(names, request, self._deadline, until=until)
 
-    def _bring(self, name: str, version: int) -> str:
-        """Have one target pull a version; return the push under which it flips.
-
-        Raises:
-            RaynixlError: nobody holds it, or it did not come.
-        """
-        target = self._targets[name]
-        sources = tuple(self._origins.planned.values()) or (target.shards,)
-        plan: Plan = planned(sources, (target.shards,))
-        layout = plan.images[0]
-        held = self._held(layout.digest, version, self._alike(name, sources))
-        if not held:
-            raise PeerLost(
-                f"no target holds version {version} of {self._name!r} as {name!r} needs it",
-                hint="push the next version",
-            )
-        manifest = self._manifest(held, version, layout.digest)
-        chunk_nbytes = held[0][2].chunk_nbytes
-        told = self._targets.tell(plan, {name: 0}, chunk_nbytes, self._deadline)
-        if told:
-            raise told[name]
-        push = secrets.token_hex(16)
+    def _bring(self, names: Sequence[str], version: int, push: str) -> tuple[list[str], Errors]:
+        """Have targets pull a version, those with equal needs in one swarm; return who did, and why others did not."""
         exchange = Exchange(self._agent, self._name, push, on_released=_nothing)
+        work = _Work(version, push, exchange)
+        pulls: dict[str, bytes] = {}
         try:
-            swarm = Swarm(len(manifest.digests), origin_hosts=(), topology=Topology.RELAY)
-            for _, host, one in held:
-                exchange.offer(swarm, host, one.holder)
-            exchange.add(swarm, {name: target.host})
-            left = max(0.001, self._deadline - time.monotonic())
-            pull = Pull(
-                push=push, version=version, plan=plan.digest, seconds=left, flip_seconds=left, is_relay=True,
-                origins={}, digests=manifest.digests,
-            ).to_bytes()  # fmt: skip
-            self._require(name, "pull", pull)
+            for group in self._groups(names, work.errors):
+                try:
+                    pulls |= self._told(group, work)
+                except RaynixlError as exc:
+                    work.errors.update(dict.fromkeys(group.names, exc))
+            asking = Asking(self._agent, topic(self._name, "pull"), self._deadline)
+            asking.ask(pulls)
+            while asking.open:
+                found = asking.collect()
+                _, failed = self._targets.answers(found)
+                work.errors.update(failed)
+                exchange.over(found, failed)
+                exchange.tick()
         finally:
             exchange.close()
-        return push
+        return [name for name in pulls if name not in work.errors], work.errors
 
-    def _alike(self, name: str, sources: tuple[Shards, ...]) -> list[str]:
-        """Return the other targets that need the same bytes: ranks of one mesh are laid out alike and do not."""
-        own = self._targets[name].shards
-        others = {one: known.shards for one in self._targets.names if (known := self._targets.get(one)) and one != name}
-        different = {shards.digest: shards for shards in others.values() if shards.digest != own.digest}
-        images = planned(sources, (own, *different.values())).image_of
-        same = {own.digest} | {
-            digest for digest, image in zip(different, images[1:], strict=True) if image == images[0]
-        }
-        return [one for one, shards in others.items() if shards.digest in same]
+    def _groups(self, names: Sequence[str], errors: Errors) -> Iterator[_Group]:
+        """Yield those of `names` that need the same bytes, with whoever else does; note who does not fit."""
+        needs = {name: one.shards for name in self._targets.names if (one := self._targets.get(name)) is not None}
+        sources = tuple(self._origins.planned.values())
+        if sources:
+            plans = [images_of(sources, needs)]
+        else:  # nobody knows what sources hold: who says the same needs the same
+            plans = [
+                images_of((own,), {name: one for name, one in needs.items() if one == own}) for own in {*needs.values()}
+            ]
+        for made, image_of in plans:
+            for image in sorted(set(image_of.values())):
+                same = [name for name in image_of if image_of[name] == image]
+                group = [name for name in same if name in names]
+                if group:
+                    yield _Group(made, image, group, [name for name in same if name not in group])
+        for name in names:
+            if not any(name in image_of for _, image_of in plans):
+                errors[name] = _misfit(sources, needs[name])
+
+    def _told(self, group: _Group, work: _Work) -> dict[str, bytes]:
+        """Return what targets that need the same are told to pull, from those that hold it and from each other.
+
+        Raises:
+            RaynixlError: nobody holds it.
+        """
+        layout = group.plan.images[group.image]
+        held = self._held(layout.digest, work.version, group.others)
+        if not held:
+            raise PeerLost(
+                f"no target holds version {work.version} of {self._name!r} as {group.names[0]!r} needs it",
+                hint="push the next version",
+            )
+        manifest = self._manifest(held, work.version, layout.digest)
+        image_of = dict.fromkeys(group.names, group.image)
+        told = self._targets.tell(group.plan, image_of, held[0][2].chunk_nbytes, self._deadline)
+        work.errors.update(told)
+        names = [name for name in group.names if name not in told]
+        swarm = Swarm(len(manifest.digests), origin_hosts=(), topology=Topology.RELAY)
+        work.exchange.add(swarm, {name: self._targets[name].host for name in names})
+        for _, host, whole in held:
+            work.exchange.offer(swarm, host, whole.holder)
+        left = max(0.001, self._deadline - time.monotonic())
+        pull = Pull(
+            push=work.push, version=work.version, plan=group.plan.digest, seconds=left, flip_seconds=left,
+            is_relay=True, origins={}, digests=manifest.digests,
+        ).to_bytes()  # fmt: skip
+        return dict.fromkeys(names, pull)
 
     def _held(self, image: str, version: int, alike: Sequence[str]) -> list[tuple[str, str, Held]]:
         """Return who of those that need the same bytes holds a version of an image whole: (name, host, where)."""
@@ -172,18 +224,27 @@ class CatchUp:
         """Ask holders for the digests of a version's chunks until one answers as most of them say it is."""
         named = [one.digest for _, _, one in held]
         wanted = max(set(named), key=named.count)
-        asked = {name: str(version).encode() for name, _, one in held if one.digest == wanted}
-        answers, failed = parsed(self._targets.ask("manifest", asked, self._deadline), Manifest.from_bytes)
-        for manifest in answers.values():
-            is_meant = version_digest(manifest.digests) == wanted
-            if is_meant and (manifest.version, manifest.image) == (version, image):
-                return manifest
+        failed: Errors = {}
+        for name in [name for name, _, one in held if one.digest == wanted]:
+            until = min(self._deadline, time.monotonic() + _MANIFEST_SECONDS)
+            answers, refused = parsed(
+                self._targets.ask("manifest", {name: str(version).encode()}, until), Manifest.from_bytes
+            )  # fmt: skip
+            failed |= refused
+            for manifest in answers.values():
+                is_meant = version_digest(manifest.digests) == wanted
+                if is_meant and (manifest.version, manifest.image) == (version, image):
+                    return manifest
         raise next(iter(failed.values()), PeerLost(f"nobody says what version {version} is", hint="push the next one"))
 
-    def _require(self, name: str, phase: str, payload: bytes) -> None:
-        _, failed = self._targets.answers(self._targets.ask(phase, {name: payload}, self._deadline))
-        if failed:
-            raise failed[name]
+
+def _misfit(sources: tuple[Shards, ...], own: Shards) -> RaynixlError:
+    """Return why a target does not fit."""
+    try:
+        planned(sources, (own,))
+    except ConfigError as exc:
+        return exc
+    raise AssertionError("it fits by itself")
 
 
 def _nothing() -> None:

@@ -21,11 +21,17 @@ class Origin:
     hosts: frozenset[str]
     uploads: int
     is_gone: bool
+    is_held: bool = False  # it is asked for nothing while receivers may come to have everything
     load: int = 0
     given: int = 0  # chunks, over all
     sending: int = 0  # bitmap of the chunks that are on their way
     faults: dict[int, int] = field(default_factory=dict)  # corrupt chunks
     hopeless: int = 0  # bitmap of those with too many
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether it gives nothing now."""
+        return self.is_gone or self.is_held
 
 
 class Choice:
@@ -98,7 +104,7 @@ class Choice:
     def has_fresh(self) -> bool:
         """Whether the origin is free, and has something that it has given nobody."""
         origin = self._origin
-        if origin.is_gone or origin.load >= origin.uploads:
+        if origin.is_shut or origin.load >= origin.uploads:
             return False
         return bool(self._holders.rarity[0] & ~origin.sending & ~origin.hopeless)
 
@@ -113,7 +119,9 @@ class Choice:
     def _wanted(self, member: Member) -> int:
         """What a receiver would have to bring in to its host."""
         host = member.host
-        return member.wants if len(host.members) == 1 else member.wants & ~(host.has | host.arriving)
+        if len(host.members) == 1:
+            return member.wants
+        return member.wants & ~(host.arriving if member.is_rebuffed else host.has | host.arriving)
 
     def _remote(self, member: Member, now: float) -> Assignment | None:
         want = self._wanted(member)
@@ -125,8 +133,10 @@ class Choice:
             return found
         origin = self._origin
         want &= ~origin.hopeless
+        if want and member.is_rebuffed and self._can_origin(member):
+            return self._assign(member, self._holders.rarest(want), None, now=now)
         is_idle = not (origin.load or self._holders.rarity[0])
-        if want and is_idle and self._extra > 0 and self._can_origin(member):
+        if want and is_idle and self._extra > 0 and not member.is_late and self._can_origin(member):
             self._extra -= 1
             return self._assign(member, self._holders.rarest(want), None, now=now)
         return None
@@ -140,7 +150,7 @@ class Choice:
 
     def _can_origin(self, member: Member) -> bool:
         origin = self._origin
-        if origin.is_gone or origin.load >= origin.uploads or ORIGIN in member.avoid:
+        if origin.is_shut or origin.load >= origin.uploads or ORIGIN in member.avoid:
             return False
         sole = member.host.sole
         if sole < _SOLE:

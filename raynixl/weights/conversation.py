@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from raynixl.errors import PeerLost, PeerUnknown, RaynixlError, RegionUnknown, TransferTimeout
@@ -49,20 +49,41 @@ def ask_all(
     return results
 
 
-def ask_each(
-    agent: Agent, topic: str, payloads: Mapping[str, bytes], deadline: float, *, every: float
-) -> Iterator[dict[str, bytes | RaynixlError]]:
-    """Ask every peer of `payloads` at once; yield what has come, as it comes, and nothing after `every` seconds."""
-    replies = {name: _send(agent, name, topic, payload, deadline) for name, payload in payloads.items()}
-    while replies:
-        first = next(iter(replies.values()))
-        if not isinstance(first, RaynixlError) and not first.done:
+class Asking:
+    """Questions to peers under one topic, by a deadline; more may be asked while others are not answered yet."""
+
+    def __init__(self, agent: Agent, topic: str, deadline: float) -> None:
+        self._agent = agent
+        self._topic = topic
+        self.deadline = deadline
+        self._replies: dict[str, Reply | RaynixlError] = {}
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Who has not answered yet."""
+        return tuple(self._replies)
+
+    def ask(self, payloads: Mapping[str, bytes]) -> None:
+        """Ask every peer of `payloads` at once."""
+        for name, payload in payloads.items():
+            self._replies[name] = _send(self._agent, name, self._topic, payload, self.deadline)
+
+    def give_up(self, names: Iterable[str]) -> None:
+        """Wait for these no more."""
+        for name in names:
+            self._replies.pop(name, None)
+
+    def collect(self) -> dict[str, bytes | RaynixlError]:
+        """Return what has come; nothing, if that is so, after a moment."""
+        first = next(iter(self._replies.values()), None)
+        if first is not None and not isinstance(first, RaynixlError) and not first.done:
             with contextlib.suppress(RaynixlError):  # it is asked again below
-                first.wait(min(every, _LOOK_SECONDS))
+                first.wait(_LOOK_SECONDS)
+        replies = self._replies
         over = {name: reply for name, reply in replies.items() if isinstance(reply, RaynixlError) or reply.done}
         for name in over:
             del replies[name]
-        yield {name: _wait(reply, deadline) for name, reply in over.items()}
+        return {name: _wait(reply, self.deadline) for name, reply in over.items()}
 
 
 class _Newcomer:

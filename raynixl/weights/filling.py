@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
 from raynixl.weights.cargo import DeltaCargo, ImageCargo
 from raynixl.weights.installer import Install, Installer
-from raynixl.weights.pulling import Blobs, Pulling, mend
+from raynixl.weights.pulling import Blobs, Pulling
 from raynixl.weights.receiver import PullTimes
 from raynixl.weights.slots import Slot, Slots
 from raynixl.weights.throttle import Throttle
@@ -43,13 +43,15 @@ class Filler:
         base = self._slots.find(work.request.base)
         if base is not None and base.arenas.layout == cargo.layout:
             try:
-                return self._bring_delta(work, cargo, base)
+                slot, times = self._bring_delta(work, cargo, base)
             except (TransferTimeout, TransferCancelled):
                 raise
             except RaynixlError as exc:
                 logger.info("no delta of version %d at %r: %s", work.request.version, self._agent.name, exc)
-        if work.request.base:  # what it would change is not here any more: everything comes, straight from the sources
-            work = replace(work, request=replace(work.request, base=0, is_relay=False))
+            else:
+                return slot, self._mended(work, cargo, slot, times)
+        if work.request.base:  # what it would change is not here any more, or the delta did not come: everything does
+            work = replace(work, request=replace(work.request, base=0))
         slot = self._slot(cargo)
         return slot, work.image(cargo, slot, self._throttle, self._agent.config.copy_threads)
 
@@ -60,9 +62,21 @@ class Filler:
         if slot is not base:
             slot.arenas.bank.take(base.arenas.bank)
         slot.arenas.bank.apply(self.blobs.arrays, threads=threads)
-        whole = work.receiver(cargo, slot.arenas, throttle)
-        run_workers(lambda chunk: mend(whole, chunk), len(cargo.chunks), threads=threads)
-        return slot, times.plus(whole)
+        return slot, times
+
+    def _mended(self, work: Pulling, cargo: ImageCargo, slot: Slot, times: PullTimes) -> PullTimes:
+        """Bring in what a delta has not made right: its base may lie in tensors that the engine has changed."""
+        threads, whole = self._agent.config.copy_threads, work.receiver(cargo, slot.arenas, self._throttle)
+        wrong: list[int] = []
+
+        def check(chunk: int) -> None:
+            if not whole.is_whole(chunk):
+                wrong.append(chunk)
+
+        run_workers(check, len(cargo.chunks), threads=threads)
+        if wrong:
+            work.mend(whole, slot, wrong, threads)
+        return times.plus(whole)
 
     def _slot(self, cargo: ImageCargo) -> Slot:
         """Return a slot to fill. One that the model's own tensors lie in stays as it is."""

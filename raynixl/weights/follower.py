@@ -234,6 +234,7 @@ class Follower:
                 version=self.version, seconds=time.monotonic() - began, pull_seconds=times.pull_seconds,
                 verify_seconds=times.verify_seconds, nbytes=cargo.layout.nbytes, origin_nbytes=times.origin_nbytes,
                 peer_nbytes=times.peer_nbytes, around=tuple(Fault.of(error) for error in times.failures),
+                holder=slot.holder(self._agent),
             )  # fmt: skip
 
     # What the phases share

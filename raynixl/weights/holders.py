@@ -50,6 +50,8 @@ class Member:
     complaints: set[str] = field(default_factory=set)  # who could not pull from it, since somebody last could
     resumes: float | None = None  # when it serves again, after complaints
     progressed: float = 0.0
+    is_rebuffed: bool = False  # it could not pull from others since it last could: the origin gives it anything
+    is_late: bool = False  # it joined midway: the origin gives it nothing that others have
 
 
 class Holders:

@@ -93,7 +93,10 @@ class Holder(Wire):
 
 
 class Answer(Wire):
-    """From a target: how a phase went. `note` is what on_flip raised, `around` how sources failed it that had others."""
+    """From a target: how a phase went. `note` is what on_flip raised, `around` how sources failed it that had others.
+
+    `holder` says where all of the image lies after a pull.
+    """
 
     fault: Fault | None = None
     version: Annotated[int, Field(ge=0)] = 0
@@ -105,3 +108,4 @@ class Answer(Wire):
     peer_nbytes: Annotated[int, Field(ge=0)] = 0
     note: Annotated[str, Field(max_length=2_000)] = ""
     around: Annotated[tuple[Fault, ...], Field(strict=False, max_length=65_536)] = ()
+    holder: Holder | None = None

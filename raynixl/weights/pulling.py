@@ -83,8 +83,19 @@ class Pulling:
         """Bring the whole image in."""
         began = time.monotonic()
         receiver = self.receiver(cargo, slot.arenas, throttle)
-        self._run(receiver, slot.holder(self.agent), threads)
+        if self.request.is_relay:
+            self._relay(receiver, slot.holder(self.agent)).run(threads=threads)
+        else:
+            run_workers(receiver.from_origin, len(receiver.digests), threads=threads)
         return receiver.times(began, threads)
+
+    def mend(self, receiver: Receiver, slot: Slot, wrong: Sequence[int], threads: int) -> None:
+        """Bring some chunks of an image in; all others lie in the slot, and are given to others."""
+        if self.request.is_relay:
+            have = sorted(set(range(len(receiver.digests))) - set(wrong))
+            self._relay(receiver, slot.holder(self.agent), have=have).run(threads=threads)
+        else:
+            run_workers(lambda number: receiver.from_origin(wrong[number]), len(wrong), threads=threads)
 
     def delta(self, cargo: DeltaCargo, throttle: Throttle, threads: int, blobs: Blobs) -> PullTimes:
         """Bring the blobs of a delta in, to memory where they stay for other receivers."""
@@ -96,15 +107,15 @@ class Pulling:
             self.agent, cargo, place, self.request.version, self.request.blob_digests,
             givers, self.deadline, self.stop, lambda _chunk: "a delta", throttle,
         )  # fmt: skip
-        self._run(receiver, blobs.holder(self.agent), threads)
-        return receiver.times(began, threads)
-
-    def _run(self, receiver: Receiver, holder: Holder, threads: int) -> None:
-        """Bring everything in: in a relay, or straight from the sources."""
-        if self.request.is_relay:
-            Relay(self.agent, receiver, self.name, self.request.push, self.coordinator, holder).run(threads=threads)
+        if self.request.relays_delta:
+            self._relay(receiver, blobs.holder(self.agent), is_delta=True).run(threads=threads)
         else:
             run_workers(receiver.from_origin, len(receiver.digests), threads=threads)
+        return receiver.times(began, threads)
+
+    def _relay(self, receiver: Receiver, holder: Holder, have: Sequence[int] = (), *, is_delta: bool = False) -> Relay:
+        to = (self.name, self.request.push, self.coordinator)
+        return Relay(self.agent, receiver, *to, holder, have, is_delta)
 
     def receiver(self, cargo: ImageCargo, arenas: Arenas, throttle: Throttle) -> Receiver:
         """Return what brings chunks of an image in."""
@@ -114,12 +125,6 @@ class Pulling:
             self.agent, cargo, place, self.request.version, self.request.digests, givers, self.deadline, self.stop,
             lambda chunk: names_in(cargo, chunk), throttle,
         )  # fmt: skip
-
-
-def mend(receiver: Receiver, chunk: int) -> None:
-    """Bring a chunk in whole if a delta has not made it right: its base may lie in tensors that the engine changed."""
-    if not receiver.is_whole(chunk):
-        receiver.from_origin(chunk)
 
 
 def names_in(cargo: ImageCargo, chunk: int) -> str:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerRestarted, RaynixlError
-from raynixl.weights.assembly import told_delta
+from raynixl.weights.arrivals import Arrival, Arrivals
 from raynixl.weights.assignment import Topology
-from raynixl.weights.conversation import ask_each
 from raynixl.weights.digest import version_digest
 from raynixl.weights.exchange import Exchange
 from raynixl.weights.flips import Flips
 from raynixl.weights.origins import ShardsChanged
-from raynixl.weights.plan import plan
-from raynixl.weights.protocol import topic
+from raynixl.weights.planning import images_of, planned
+from raynixl.weights.pulls import Pulls
 from raynixl.weights.sourcing import Freeze
-from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Blob, Describe, Pull
+from raynixl.weights.targeting import Describe
+from raynixl.weights.targets import Targets
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -30,17 +27,12 @@ if TYPE_CHECKING:
     from raynixl.weights.report import PushReport
     from raynixl.weights.rounds import Round
     from raynixl.weights.shards import Shards
-    from raynixl.weights.targets import Targets
 
 logger = logging.getLogger(__name__)
 _GRACE_SECONDS = 10.0  # how long a rank that was never heard of may take to start
 _FREEZE_SHARE = 0.3  # of the time, where a source that is frozen has a replica
 _MATCH_SHARE, _PULL_SHARE = 0.4, 0.8  # of the time left then; the rest is for the flip of those that are ready
 _STATUS_SHARE = 0.3  # of the time left, for sources to say that they are there
-_TICK_SECONDS = 0.5
-
-planned = lru_cache(8)(plan)
-"""Plans that were made: the same ranks push again and again."""
 
 
 class Push:
@@ -58,6 +50,8 @@ class Push:
         self._base = base
         self._exclude_failed = exclude_failed
         self._max_lag = max_lag
+        self.arrivals = Arrivals()
+        self._needs: dict[int, Shards] = {}
         self._releasing = threading.Lock()  # held while the sources are told; protects _is_over
         self._is_over = False
 
@@ -77,12 +71,48 @@ class Push:
             self._pull()
             self._flip()
         finally:
+            self.arrivals.end()
             with self._releasing:
                 self._is_over = True
                 self._origins.release(now.push, committed=bool(now.flipped))
         first = next((now.image_of[name] for name in now.flipped), 0)
         digest = version_digest(now.froze.digests[first]) if now.froze.digests else ""
         return now.report(digest, len(self._targets.names))
+
+    def admit(self, replicas: Sequence[tuple[str, ...]], deadline: float) -> list[tuple[str, ...]]:
+        """Have replicas that come while this push is at work take part in it; called in another thread.
+
+        Returns those that did, once the push is over.
+        """
+        if not self.arrivals.is_open(deadline):
+            return []
+        sources = tuple(self._origins.planned.values())
+        first = next(iter(self._origins.planned))
+        left = max(0.001, deadline - time.monotonic())
+        request = Describe(source=first, table=sources[0].table.digest, seconds=left)
+        targets = Targets(self._agent, self._name, replicas)
+        failed = targets.describe(targets.names, request, deadline, until=time.monotonic() + _GRACE_SECONDS)
+        image_of = {name: self._image(sources, targets[name].shards) for name in targets.names if name not in failed}
+        fitting = {name: image for name, image in image_of.items() if image is not None}
+        failed = targets.tell(self._now.planned, fitting, self._origins.chunk_nbytes, deadline)
+        well = [replica for replica in replicas if set(replica) <= set(fitting) - set(failed)]
+        targets.replicas = well
+        arrival = Arrival(targets, {name: fitting[name] for name in targets.names})
+        return well if well and self.arrivals.enter(arrival, deadline) else []
+
+    def _image(self, sources: tuple[Shards, ...], own: Shards) -> int | None:
+        """Return the image of this push that has what a target needs, if there is one."""
+        for image, shards in self._needs.items():
+            if shards.digest == own.digest:
+                return image
+        numbers = images_of(sources, {-1: own, **self._needs})[1]
+        wanted = numbers.get(-1)  # none: it does not fit; it is told so when it is looked at by itself
+        return next((image for image in self._needs if wanted is not None and numbers.get(image) == wanted), None)
+
+    @property
+    def flipped(self) -> frozenset[str]:
+        """The targets that serve the version."""
+        return frozenset(self._now.flipped)
 
     # Phases
 
@@ -178,15 +208,14 @@ class Push:
         return self._base if any(self._targets[name].version == self._base for name in self._live()) else 0
 
     def _pull(self) -> None:
-        """Have all targets that are left pull and verify."""
+        """Have all targets that are left pull and verify, and those that come meanwhile."""
         now = self._now
-        seconds, deadline = now.left(_PULL_SHARE), now.deadline(_PULL_SHARE)
+        self._needs = {image: self._targets[name].shards for name, image in now.image_of.items()}
         exchange = Exchange(self._agent, self._name, now.push, on_released=self._release_early)
         try:
-            payloads: dict[str, bytes] = {}
-            for image in sorted(set(now.image_of.values())):
-                payloads |= self._pulls(image, exchange, seconds)
-            answers = self._ask_pulls(payloads, deadline, exchange)
+            ranks = (self._origins, self._targets)
+            pulls = Pulls(self._agent, self._name, now, ranks, topology=self._topology, exchange=exchange)
+            answers = pulls.run(self.arrivals, now.deadline(_PULL_SHARE))
             now.liars = exchange.liars
         finally:
             exchange.close()
@@ -199,74 +228,6 @@ class Push:
         self._leave_out_liars()
         self._check_sources()
         self._note_sources()
-
-    def _pulls(self, image: int, exchange: Exchange, seconds: float) -> dict[str, bytes]:
-        """Return what the targets of one image are told to pull; those that relay take part in the exchange."""
-        now, froze = self._now, self._now.froze
-        names = [name for name in self._live() if now.image_of[name] == image]
-        blobs, blob_digests = told_delta(froze.deltas.get(image, ()))
-        with_delta = {name for name in names if blobs and self._targets[name].version == froze.base}
-        now.deltas += len(with_delta)
-        others = [name for name in names if name not in with_delta]
-        chunks = len(froze.digests[image])
-        hosts = {name: self._targets[name].host for name in others}
-        is_relay = self._relays(Swarm(chunks, origin_hosts=self._hosts(), topology=self._topology), hosts)
-        origins = {part: froze.holders[part] for part in now.planned.incoming(image).parts}
-        exchange.expect(with_delta if is_relay else names)  # what a delta leaves wrong comes whole from the sources
-        if is_relay:
-            parts = [[holder.name for holder in holders] for holders in origins.values()]
-            exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts, parts)
-        pull = Pull(
-            push=now.push, version=now.version, plan=now.planned.digest, seconds=seconds, flip_seconds=now.left(),
-            is_relay=is_relay, origins=origins, digests=froze.digests[image],
-        )  # fmt: skip
-        full = pull.to_bytes() if others else b""
-        delta = b""
-        if with_delta:
-            relays = self._relay_delta(with_delta, blobs, len(blob_digests), exchange)
-            pull = replace(pull, is_relay=relays, base=froze.base, blobs=blobs, blob_digests=blob_digests)
-            delta = pull.to_bytes()
-        return {name: delta if name in with_delta else full for name in names}
-
-    def _relay_delta(self, names: Iterable[str], blobs: Sequence[Blob], chunks: int, exchange: Exchange) -> bool:
-        """Have those who get a delta feed each other with it, if they are to; return whether."""
-        hosts = {name: self._targets[name].host for name in names}
-        is_relay = self._relays(Swarm(chunks, origin_hosts=self._hosts(), topology=self._topology), hosts)
-        if is_relay:
-            parts = [[one.owner for one in blob.at] for blob in blobs]
-            exchange.add(Swarm(chunks, origin_hosts=self._hosts(), topology=Topology.RELAY), hosts, parts)
-        return is_relay
-
-    def _relays(self, swarm: Swarm, hosts: Mapping[str, str]) -> bool:
-        """Whether receivers feed each other."""
-        for name, host in hosts.items():
-            swarm.join(name, host)
-        return len(hosts) > 1 and not swarm.is_direct
-
-    def _hosts(self) -> list[str]:
-        """Return the hosts of the sources, as far as they are known."""
-        hosts = []
-        for name in self._origins.planned:
-            connection = self._agent.connector.current(name)
-            record = None if connection is None else connection.record
-            hosts.append(f"host of {name}" if record is None else record.host)
-        return hosts
-
-    def _ask_pulls(
-        self, payloads: Mapping[str, bytes], deadline: float, exchange: Exchange
-    ) -> dict[str, bytes | RaynixlError]:
-        """Ask targets to pull, and look after those that feed each other until all have answered."""
-        answers: dict[str, bytes | RaynixlError] = {}
-        ticked = time.monotonic()
-        for found in ask_each(self._agent, topic(self._name, "pull"), payloads, deadline, every=_TICK_SECONDS):
-            answers |= {name: self._targets.explained(name, answer) for name, answer in found.items()}
-            _, failed = self._targets.answers(found)
-            if found:
-                exchange.over(found, failed)
-            if time.monotonic() - ticked > _TICK_SECONDS:
-                ticked = time.monotonic()
-                exchange.tick()
-        return answers
 
     def _release_early(self) -> None:
         """Tell the sources that others hold all they have to give."""
@@ -315,8 +276,9 @@ class Push:
         now.seconds = time.monotonic() - now.began
         if not now.flipped:
             logger.warning("version %d of %r reached nobody: %s", now.version, self._name, now.excluded)
-        if failed and not self._exclude_failed:
-            raise next(iter(failed.values()))
+        counting = [error for name, error in failed.items() if name not in now.late]
+        if counting and not self._exclude_failed:
+            raise counting[0]
 
     def _leave_out_liars(self) -> None:
         """Have nobody install what others found to be corrupt."""
@@ -345,7 +307,8 @@ class Push:
         if self._max_lag is None:
             return
         for name, error in now.excluded.items():
-            if name in self._targets.names and now.version - self._targets.last_version(name) > self._max_lag:
+            is_bound = name in self._targets.names and name not in now.late
+            if is_bound and now.version - self._targets.last_version(name) > self._max_lag:
                 raise error
 
     # What the phases share
@@ -355,5 +318,5 @@ class Push:
 
     def _exclude(self, name: str, error: RaynixlError) -> None:
         self._now.excluded[name] = error
-        if name in self._targets.names and not self._exclude_failed:
+        if name in self._targets.names and name not in self._now.late and not self._exclude_failed:
             raise error

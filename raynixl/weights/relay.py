@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
-import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from raynixl.errors import IntegrityError, PeerLost, RaynixlError, TransferTimeo
 from raynixl.weights.cargo import Giver
 from raynixl.weights.protocol import Holder, topic
 from raynixl.weights.receiver import Receiver, is_origin, reason
-from raynixl.weights.targeting import Batch, Failed, Next
+from raynixl.weights.relaying import Batch, Failed, Next
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -36,7 +35,10 @@ def done_topic(name: str, push: str) -> str:
 
 @dataclass(slots=True)
 class Relay:
-    """One receiver's part in a push. `coordinator` is the agent that answers; `holder` is this receiver's slot."""
+    """One receiver's part in a push. `coordinator` is the agent that answers; `holder` is this receiver's slot.
+
+    `have` are chunks that lie there already, verified. `is_delta` says that it is the delta that is relayed.
+    """
 
     agent: Agent
     receiver: Receiver
@@ -44,6 +46,8 @@ class Relay:
     push: str
     coordinator: str
     holder: Holder
+    have: Sequence[int] = ()
+    is_delta: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)  # protects all below
     _todo: deque[tuple[int, str]] = field(default_factory=deque)
     _pulling: int = 0
@@ -80,6 +84,8 @@ class Relay:
     def _talk(self) -> None:
         """Ask for more whenever there is room, until all is here."""
         total = len(self.receiver.digests)
+        self._have.update(self.have)
+        self._done.extend(self.have)
         first: Holder | None = self.holder
         while True:
             with self._changed:
@@ -103,7 +109,7 @@ class Relay:
         return len(self._have) >= total or len(self._todo) + self._pulling <= _ROOM // 2
 
     def _take_news(self, room: int, holder: Holder | None) -> bytes:
-        message = Next(done=tuple(self._done), failed=tuple(self._failed), room=room, holder=holder).to_bytes()
+        message = Next(self._done, self._failed, room, holder, self.is_delta).to_bytes()
         self._done, self._failed = [], []
         return message
 
@@ -113,22 +119,15 @@ class Relay:
         Raises:
             RaynixlError: it is gone, or does not answer, or the pull is over.
         """
-        while True:
-            asked = time.monotonic()
-            timeout = max(0.001, min(_ASK_SECONDS, self.receiver.left()))
-            reply = self.agent.ask(self.coordinator, next_topic(self.name, self.push), message, timeout=timeout)
-            while not reply.done:
-                with contextlib.suppress(TransferTimeout):  # it is looked at again
-                    reply.wait(_LOOK_SECONDS)
-                self.receiver.left()
-                if self._error is not None:
-                    raise self._error
-            try:
-                return Batch.from_bytes(reply.wait())
-            except TransferTimeout:  # before its time: too many ask at once, and this was not heard
-                if time.monotonic() - asked >= timeout:
-                    raise
-                time.sleep(_pause())
+        timeout = max(0.001, min(_ASK_SECONDS, self.receiver.left()))
+        reply = self.agent.ask(self.coordinator, next_topic(self.name, self.push), message, timeout=timeout)
+        while not reply.done:
+            with contextlib.suppress(TransferTimeout):  # it is looked at again
+                reply.wait(_LOOK_SECONDS)
+            self.receiver.left()
+            if self._error is not None:
+                raise self._error
+        return Batch.from_bytes(reply.wait())
 
     def _take(self, batch: Batch) -> None:
         if batch.fault is not None:
@@ -138,8 +137,6 @@ class Relay:
             self._givers.update((one.name, Giver(one.name, one.remotes())) for one in batch.holders)
             self._todo.extend(one for one in batch.chunks if one[0] < total and one[0] not in self._have)
             self._changed.notify_all()
-            if not batch.chunks:  # there are too many who wait for news to be kept waiting
-                self._changed.wait_for(lambda: self._error is not None, _pause())
 
     def _report(self, *, is_last: bool = False) -> None:
         """Say what is here if no question is to be asked now; the answer means nothing."""
@@ -206,8 +203,3 @@ class Relay:
         if giver is None:
             raise PeerLost(f"{holder!r} has told nobody where its chunks lie", peer=holder)
         return giver
-
-
-def _pause() -> float:
-    """Return how long to wait before asking again, not in step with others."""
-    return random.uniform(0.01, 0.05)

@@ -19,6 +19,8 @@ class RankReport:
     nbytes: int
     note: str = ""
     """What on_flip raised, if it did."""
+    origin_nbytes: int = 0
+    """Bytes that the sources gave it."""
 
 
 @dataclass(frozen=True, slots=True)

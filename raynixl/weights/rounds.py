@@ -30,6 +30,7 @@ class Round:
     deltas: int = 0
     replans: int = 0
     liars: tuple[str, ...] = ()
+    late: set[str] = field(default_factory=set)  # targets that joined midway
     released: float = 0.0
     seconds: float = 0.0
 
@@ -75,4 +76,5 @@ def _rank(pulled: Answer, flipped: Answer) -> RankReport:
     return RankReport(
         seconds=pulled.seconds + flipped.seconds, pull_seconds=pulled.pull_seconds,
         verify_seconds=pulled.verify_seconds, flip_seconds=flipped.seconds, nbytes=pulled.nbytes, note=flipped.note,
+        origin_nbytes=pulled.origin_nbytes,
     )  # fmt: skip

@@ -25,7 +25,8 @@ class Swarm:
     what has become possible since. A pull that was assigned stays assigned to that receiver, whatever else
     happens, until the receiver says `done` or `failed` or leaves: only it knows that nothing more lands there.
     Rarest chunks first, from the least busy holder, on the same host where one is; a host brings a chunk in once,
-    and the origin gives each chunk once while some receiver that has it stays. Not safe in threads.
+    and the origin gives each chunk once while some receiver that has it stays. With `holds_origin` it gives none
+    before `open_origin`: others are to bring everything. Not safe in threads.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Swarm:
         origin_hosts: Sequence[str],
         topology: Topology | str = Topology.AUTO,
         policy: Policy | None = None,
+        holds_origin: bool = False,
     ) -> None:
         if topology not in list(Topology):
             raise ConfigError(f"there is no topology {topology!r}", hint="take auto, direct or relay")
@@ -46,7 +48,7 @@ class Swarm:
         hosts = frozenset(origin_hosts)
         self._uplinks = float(len(hosts)) if self.policy.uplinks is None else self.policy.uplinks
         uploads = max(1, round(self.policy.uploads * self._uplinks))
-        self._origin = Origin(hosts, uploads, is_gone=not hosts)
+        self._origin = Origin(hosts, uploads, is_gone=not hosts, is_held=holds_origin)
         self._choice = Choice(self._holders, self._origin, self.policy, draw)
         self._parking = Parking(self._choice, self._holders)
         self._members: dict[str, Member] = {}
@@ -56,8 +58,10 @@ class Swarm:
 
     # membership
 
-    def join(self, receiver: str, host: str, has: bytes | None = None) -> None:
+    def join(self, receiver: str, host: str, has: bytes | None = None, *, is_late: bool = False) -> None:
         """Let a receiver take part, with the chunks that it has verified already (a bitmap, see `bitmap`).
+
+        The origin gives one that is late only what nobody has, and waits for it no longer than for others.
 
         Raises:
             ConfigError: it takes part already, or has no name.
@@ -65,7 +69,9 @@ class Swarm:
         if receiver == ORIGIN or receiver in self._members:
             raise ConfigError(f"{receiver!r} takes part already", hint="let it leave first")
         present = 0 if has is None else from_bytes(has, self.chunks)
-        member = Member(receiver, self._holders.host(host), present, self._holders.full & ~present)
+        member = Member(
+            receiver, self._holders.host(host), present, self._holders.full & ~present, is_late=is_late
+        )  # fmt: skip
         self._members[receiver] = member
         member.host.members.append(member)
         member.is_serving = False
@@ -88,6 +94,10 @@ class Swarm:
     def release_origin(self) -> None:
         """Assign nothing more to the origin: its sources are free, or dead."""
         self._origin.is_gone = True
+
+    def open_origin(self) -> None:
+        """Have the origin give what nobody has, after all."""
+        self._origin.is_held = False
 
     # assignments
 
@@ -126,7 +136,7 @@ class Swarm:
         return list(self._members).index(member.name) / len(self._members)
 
     def _is_direct(self, member: Member) -> bool:
-        if self._origin.is_gone or self.topology is Topology.RELAY or ORIGIN in member.avoid:
+        if self._origin.is_shut or self.topology is Topology.RELAY or ORIGIN in member.avoid:
             return False
         if self.topology is Topology.DIRECT:
             return True
@@ -158,6 +168,7 @@ class Swarm:
                 self._slowest = max(self._slowest, now - pulling.since)
                 if pulling.holder is not None:
                     pulling.holder.complaints.clear()
+                member.is_rebuffed = False
             if 0 <= chunk < self.chunks:
                 self._holders.gain(member, chunk)
         self._choice.freed[member.host] = None
@@ -177,6 +188,7 @@ class Swarm:
         source = pulling.holder
         if source is None:
             return
+        member.is_rebuffed = True
         source.complaints.add(receiver)
         if why is Why.STALE:
             self._holders.withdraw(source)
@@ -267,9 +279,25 @@ class Swarm:
         return all(member.has == self._holders.full for member in self._members.values())
 
     @property
+    def is_held(self) -> bool:
+        """Whether the origin gives nothing before `open_origin`."""
+        return self._origin.is_held
+
+    @property
+    def is_scarce(self) -> bool:
+        """Whether there are chunks that no receiver can give."""
+        return bool(self._holders.scarce[0])
+
+    @property
+    def has_rebuffed(self) -> bool:
+        """Whether some receiver could not pull from the others."""
+        return any(member.is_rebuffed for member in self._members.values())
+
+    @property
     def is_released(self) -> bool:
         """Whether the origin is needed no more, should a receiver die, too (where there are two)."""
-        needed = min(self.policy.copies, len(self._members), 2)
+        count = sum(not member.is_late for member in self._members.values()) or len(self._members)
+        needed = min(self.policy.copies, count, 2)
         return needed > 0 and not any(self._holders.scarce[:needed])
 
     @property

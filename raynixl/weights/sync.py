@@ -68,6 +68,7 @@ class WeightSync:
         self._origins = Origins(agent, self.name, self.sources)
         self._targets = Targets(agent, self.name, _replicas(targets))
         self._pushing = threading.Lock()  # held by one push at a time; protects all but timeout and name
+        self._work: Push | None = None  # the push that is at work
         self._version = 0
         self._current = 0  # what targets are to serve: the last version, or the one that was returned to
 
@@ -106,9 +107,11 @@ class WeightSync:
                 self._agent, self.name, now, (self._origins, self._targets), topology=self._topology,
                 base=self._version if self._delta else 0, exclude_failed=self._exclude_failed, max_lag=self._max_lag,
             )  # fmt: skip
+            self._work = work
             try:
                 return work.run()
             finally:
+                self._work = None
                 if now.flipped:
                     self._version = self._current = now.version
 
@@ -117,7 +120,9 @@ class WeightSync:
         return await asyncio.to_thread(self.push, version, timeout=timeout)
 
     def join(self, targets: Sequence[Replica], *, timeout: float | None = None) -> dict[str, RaynixlError]:
-        """Have more targets follow, also while a push is under way: they catch up from those that have its version.
+        """Have more targets follow: they catch up from those that have the version, all of them at the same time.
+
+        While a push is under way they take part in it, from where it is, and return when it is over.
 
         Returns the targets that could not catch up, with the reasons. They take part in the next push, except those
         whose tensors do not fit (ConfigError): these do not follow.
@@ -127,20 +132,29 @@ class WeightSync:
             TransferTimeout: the push that is under way did not end in time.
         """
         seconds = self.timeout if timeout is None else _check_timeout(timeout)
-        began = time.monotonic()
+        deadline = time.monotonic() + seconds
         new = _replicas(targets)
-        with self._alone(seconds):
-            taken = sorted(set(self.targets) & {name for replica in new for name in replica})
-            if taken:
-                raise ConfigError(f"{', '.join(taken)} follow already", hint="name those that are new")
-            self._targets.replicas += new
-            left = max(0.001, began + seconds - time.monotonic())
-            failed = CatchUp(self._agent, self.name, (self._origins, self._targets), left).run(new, self._current)
+        self._check_new(new)
+        work = self._work
+        admitted = [] if work is None else work.admit(new, deadline)
+        with self._alone(max(0.001, deadline - time.monotonic())):
+            rest = [replica for replica in new if replica not in admitted]
+            self._check_new(rest)
+            self._targets.replicas += rest
+            behind = [replica for replica in new if work is None or not work.flipped.issuperset(replica)]
+            left = max(0.001, deadline - time.monotonic())
+            ranks = (self._origins, self._targets)
+            failed = CatchUp(self._agent, self.name, ranks, left).run(behind, self._current) if behind else {}
             misfits = {name for name, error in failed.items() if isinstance(error, ConfigError)}
             self._targets.replicas = [
                 replica for replica in self._targets.replicas if replica not in new or not misfits & set(replica)
             ]
             return failed
+
+    def _check_new(self, replicas: Sequence[tuple[str, ...]]) -> None:
+        taken = sorted(set(self.targets) & {name for replica in replicas for name in replica})
+        if taken:
+            raise ConfigError(f"{', '.join(taken)} follow already", hint="name those that are new")
 
     def leave(self, targets: Sequence[str], *, timeout: float | None = None) -> None:
         """Have targets follow no more; they keep the version that they serve. A replica leaves as a whole.

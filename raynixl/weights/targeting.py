@@ -12,12 +12,10 @@ from pydantic import Field
 
 from raynixl.record import Incarnation, Name, RegionRecord
 from raynixl.region import RemoteRegion
-from raynixl.weights.assignment import Why
 from raynixl.weights.pact import Stage
 from raynixl.weights.protocol import Digest, Fault, Holder, Push, Seconds, Version, Wire
 from raynixl.weights.sourcing import MAX_CHUNKS, ChunkNbytes, Count, Image, malformed, pack, u8, unpack
 
-Chunk = Annotated[int, Field(ge=0, lt=MAX_CHUNKS)]
 Part = Annotated[int, Field(ge=0, lt=1 << 20)]
 
 
@@ -105,8 +103,9 @@ class Blob(Wire):
 class Pull:
     """To a target: bring this version into a slot and check it, the delta to `base` if that is not 0.
 
-    `digests` (n, 2) are of the image's chunks, `blob_digests` of the delta's. In a relay the target asks under the
-    push's own topics what to pull from whom. After `flip_seconds` whoever pushes has given the target up.
+    `digests` (n, 2) are of the image's chunks, `blob_digests` of the delta's. In a relay, of the image or of the delta,
+    the target asks under the push's own topics what to pull from whom. After `flip_seconds` whoever pushes has given
+    the target up.
     """
 
     push: str
@@ -120,6 +119,7 @@ class Pull:
     base: int = 0
     blobs: tuple[Blob, ...] = ()
     blob_digests: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+    relays_delta: bool = False
 
     def to_bytes(self) -> bytes:
         """Return the wire form."""
@@ -127,6 +127,7 @@ class Pull:
             push=self.push, version=self.version, plan=self.plan, seconds=self.seconds,
             flip_seconds=self.flip_seconds, is_relay=self.is_relay, origins=tuple(self.origins.items()),
             base=self.base, blobs=self.blobs, chunks=len(self.digests), blob_chunks=len(self.blob_digests),
+            relays_delta=self.relays_delta,
         )  # fmt: skip
         return pack(head, [u8(self.digests), u8(self.blob_digests)])
 
@@ -144,33 +145,8 @@ class Pull:
             raise malformed("it names a part twice")
         return Pull(
             head.push, head.version, head.plan, head.seconds, head.flip_seconds, head.is_relay, dict(head.origins),
-            digests, head.base, head.blobs, blob_digests,
+            digests, head.base, head.blobs, blob_digests, head.relays_delta,
         )  # fmt: skip
-
-
-class Failed(Wire):
-    """A chunk that did not come: from whom, and why."""
-
-    chunk: Chunk
-    holder: Annotated[str, Field(max_length=200)]
-    why: Annotated[Why, Field(strict=False)]
-
-
-class Next(Wire):
-    """From a target in a relay: what became of its chunks, and how many more it takes. The first names its slot."""
-
-    done: Annotated[tuple[Chunk, ...], Field(strict=False, max_length=MAX_CHUNKS)] = ()
-    failed: Annotated[tuple[Failed, ...], Field(strict=False, max_length=MAX_CHUNKS)] = ()
-    room: Annotated[int, Field(ge=0, le=4096)] = 0
-    holder: Holder | None = None
-
-
-class Batch(Wire):
-    """To a target in a relay: chunks to pull and from whom, where these lie, and an error if it is all over."""
-
-    chunks: Annotated[tuple[tuple[Chunk, str], ...], Field(strict=False, max_length=MAX_CHUNKS)] = ()
-    holders: Annotated[tuple[Holder, ...], Field(strict=False, max_length=65_536)] = ()
-    fault: Fault | None = None
 
 
 class Step(Wire):
@@ -256,6 +232,7 @@ class _PullHead(Wire):
     blobs: Annotated[tuple[Blob, ...], Field(strict=False, max_length=65_536)]
     chunks: Annotated[int, Field(ge=0, le=MAX_CHUNKS)]
     blob_chunks: Annotated[int, Field(ge=0, le=MAX_CHUNKS)]
+    relays_delta: bool
 
 
 class _ManifestHead(Wire):
@@ -265,6 +242,6 @@ class _ManifestHead(Wire):
 
 
 __all__ = [
-    "Batch", "Blob", "BlobAt", "Describe", "Failed", "Held", "Hold", "Incoming", "Manifest", "Next", "Pull", "Return",
+    "Blob", "BlobAt", "Describe", "Held", "Hold", "Incoming", "Manifest", "Pull", "Return",
     "Settle", "Step", "Subscribed",
 ]  # fmt: skip

@@ -66,6 +66,13 @@ class Targets:
             self._last[name] = self.last_version(name)
             self._known.pop(name, None)
 
+    def adopt(self, others: Targets) -> None:
+        """Have the targets of others follow, with what is known of them."""
+        self.replicas = self.replicas + others.replicas
+        self._known |= others._known
+        self._tables |= others._tables
+        self._heard |= others._heard
+
     def last_version(self, name: str) -> int:
         """Return the version that a target served when it was last heard of, maybe in another life, or 0."""
         return self._known[name].version if name in self._known else self._last.get(name, 0)

@@ -1,5 +1,6 @@
 """What whoever coordinates a relay answers to receivers, and what these make of it."""
 
+import threading
 import time
 
 import pytest
@@ -17,8 +18,8 @@ from raynixl.weights.placement import Mesh, Shard
 from raynixl.weights.protocol import Holder
 from raynixl.weights.receiver import Receiver
 from raynixl.weights.relay import done_topic, next_topic
+from raynixl.weights.relaying import Batch, Failed, Next
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Batch, Failed, Next
 
 PUSH = "ab" * 16
 CHUNKS = 3
@@ -39,7 +40,8 @@ class Party:
 
     def ask(self, agent, where=next_topic, **said):
         """Return the answer that comes."""
-        return Batch.from_bytes(self.send(agent, where, **said).wait())
+        answer = self.send(agent, where, **said).wait()
+        return Batch.from_bytes(answer) if answer else None
 
     def send(self, agent, where=next_topic, **said):
         return agent.ask("coordinator", where("w", PUSH), Next(**said).to_bytes(), timeout=10)
@@ -74,37 +76,57 @@ def test_a_failure_that_is_told_while_a_question_waits_is_answered_by_that_quest
     assert len(made.ask(one, room=CHUNKS).chunks) == CHUNKS
     waiting = made.send(one, room=1)
     made.ask(one, done_topic, failed=(Failed(chunk=1, holder="", why=Why.CORRUPT),))
-    assert Batch.from_bytes(waiting.wait()).chunks == ((1, ""),)
+    assert Batch.from_bytes(waiting.wait()).chunks == [(1, "")]
 
 
-def test_no_more_questions_wait_than_there_are_threads_for(party, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_PARKED", 1)
-    monkeypatch.setattr(module, "_POLL_SECONDS", 30.0)
-    made = party(3)
+def test_questions_that_wait_take_no_thread_and_are_answered_as_soon_as_there_is_something(party):
+    made = party(6)
     first, *others = made.receivers
     assert len(made.ask(first, room=CHUNKS).chunks) == CHUNKS
-    waiting = made.send(others[0], room=1)
-    deadline = time.monotonic() + 10
-    while not made.exchange._parked:
-        assert time.monotonic() < deadline
-    assert made.ask(others[1], room=1) == made.ask(others[1], room=1) == Batch()
-    assert not waiting.done
+    before = threading.active_count()
+    waiting = [made.send(other, room=1) for other in others]
+    made.ask(first, done_topic)  # was heard after them
+    assert threading.active_count() == before
+    assert not any(reply.done for reply in waiting)
     made.ask(first, done_topic, done=(0,))
-    assert Batch.from_bytes(waiting.wait()).chunks == ((0, first.name),)
+    answered = [Batch.from_bytes(reply.wait()).chunks for reply in waiting[:4]]
+    assert answered == [[(0, first.name)]] * 4
+
+
+def test_a_question_for_which_there_is_nothing_is_answered_now_and_then(party, monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.0)
+    made = party(2)
+    first, other = made.receivers
+    assert len(made.ask(first, room=CHUNKS).chunks) == CHUNKS
+    waiting = made.send(other, room=1)
+    made.ask(other, done_topic)  # was heard after it
+    made.exchange.tick()
+    assert Batch.from_bytes(waiting.wait()) == Batch([])
+
+
+def test_questions_that_wait_when_the_pulls_are_over_are_told_so(party):
+    made = party(2)
+    first, other = made.receivers
+    assert len(made.ask(first, room=CHUNKS).chunks) == CHUNKS
+    waiting = made.send(other, room=1)
+    made.ask(other, done_topic)
+    made.exchange.close()
+    assert Batch.from_bytes(waiting.wait()).fault.kind == "PeerLost"
 
 
 def test_what_stalls_at_a_receiver_that_asks_on_is_brought_in_by_others(party, monkeypatch):
-    monkeypatch.setattr(module, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 60.0)
     made = party(2)
     stalled, other = made.receivers
     assert len(made.ask(stalled, room=CHUNKS).chunks) == CHUNKS
-    deadline, found = time.monotonic() + 20, ()
-    while not found:
+    waiting = made.send(other, room=1)
+    deadline = time.monotonic() + 20
+    while not waiting.done:
         assert time.monotonic() < deadline
-        made.ask(stalled, room=1)
+        made.send(stalled, room=1)
         made.exchange.tick()
-        found = made.ask(other, room=1).chunks
-    assert found[0][1] == ""
+        time.sleep(0.05)
+    assert Batch.from_bytes(waiting.wait()).chunks[0][1] == ""
 
 
 def test_sources_are_kept_for_those_who_pull_by_themselves(party):
@@ -133,10 +155,10 @@ def test_reads_of_a_chunk_do_not_outlast_a_pull_that_ends_while_they_are_begun(f
     sync = WeightSync(rollout, "w", ["half0", "half1"], ["rollout"], timeout=10)
     begun, start = [], Receiver._start
 
-    def interrupted(receiver, chunk, share, gone):
+    def interrupted(receiver, read, share):
         if begun:
             raise TransferCancelled("a newer push has begun")
-        begun.append(start(receiver, chunk, share, gone)[1])
+        begun.append(start(receiver, read, share)[1])
         return None, begun[0]
 
     monkeypatch.setattr(Receiver, "_start", interrupted)
