@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from cuda_fixtures import fake_driver
 from device_stand_in import GPU, StandIn
 from weights_tools import Cluster, Policy, fill, same
 
@@ -15,15 +14,9 @@ BACKENDS = ("nvlink", "shm")
 
 
 @pytest.fixture
-def fake():
-    with fake_driver() as made:
-        yield made
-
-
-@pytest.fixture
-def device(fake, monkeypatch):
+def device(fake_cuda, monkeypatch):
     made = StandIn()
-    made.install_over(fake, monkeypatch)
+    made.install_over(fake_cuda, monkeypatch)
     return made
 
 
@@ -99,9 +92,9 @@ def test_few_changes_travel_as_a_delta_through_host_memory(link, device):
     assert report.origin_nbytes < 1000
 
 
-def test_a_gpu_without_room_leaves_versions_in_host_memory(link, device, fake):
+def test_a_gpu_without_room_leaves_versions_in_host_memory(link, device, fake_cuda):
     source, target = device.move(Policy(value=2.0)), device.move(Policy())
-    fake.fail("cuMemAlloc_v2", 2, times=2)  # CUDA_ERROR_OUT_OF_MEMORY
+    fake_cuda.fail("cuMemAlloc_v2", 2, times=2)  # CUDA_ERROR_OUT_OF_MEMORY
     cluster = Cluster(link, source, [target])
     cluster.sync.push(1).raise_for_excluded()
     assert same(target, source)
