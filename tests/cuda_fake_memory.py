@@ -113,7 +113,10 @@ class Memory:
 
     def add(self, block: Block, fd: int = -1) -> Block:
         """Give a block an address and bytes: fresh ones, or those of a descriptor."""
-        if sum(one.nbytes for one in self.blocks.values() if one.device == block.device) + block.nbytes > TOTAL_NBYTES:
+        if (
+            sum(one.nbytes for one in list(self.blocks.values()) if one.device == block.device) + block.nbytes
+            > TOTAL_NBYTES
+        ):
             raise Refused(OUT_OF_MEMORY)
         if not block.address:
             block.address = self.reserve(block.nbytes)
@@ -207,7 +210,7 @@ class Memory:
         """What was neither freed nor closed."""
         return [
             f"{one.name} was never {'closed' if one.opened else 'freed'}"
-            for one in self.blocks.values()
+            for one in list(self.blocks.values())
             if not one.is_users
         ]
 
@@ -227,7 +230,7 @@ class Memory:
 
     def _cuMemGetInfo_v2(self, left: int, total: int) -> None:  # noqa: N802
         device = self._fake.devices.contexts[self._fake.devices.current]
-        used = sum(one.nbytes for one in self.blocks.values() if one.device == device)
+        used = sum(one.nbytes for one in list(self.blocks.values()) if one.device == device)
         put(left, c_size_t, TOTAL_NBYTES - used)
         put(total, c_size_t, TOTAL_NBYTES)
 
@@ -246,7 +249,7 @@ class Memory:
         pid, fd, serial, nbytes, uuid = unpack(raw)
         if pid == os.getpid():
             raise Misuse("a handle is opened in the process that made it")
-        if any(one.opened == raw for one in self.blocks.values()):
+        if any(one.opened == raw for one in list(self.blocks.values())):
             raise Misuse("a handle is opened twice in one process")
         context = self._fake.devices.current
         device = self._fake.devices.find(uuid)

@@ -156,7 +156,7 @@ class Work:
                     pass
             finally:
                 self._running = False
-        has_more = self.mode is not Mode.HELD and any(one.pieces for one in self.streams.values())
+        has_more = self.mode is not Mode.HELD and any(one.pieces for one in list(self.streams.values()))
         if has_more and self._thread is None and not self._ended:
             self._thread = threading.Thread(target=self._serve, name="fake-cuda", daemon=True)
             self._thread.start()
@@ -164,7 +164,7 @@ class Work:
 
     def step(self, now: float = float("inf")) -> bool:
         """Bring one piece to its end, of the stream that got its work last; False if none can be."""
-        heads = [one for one in self.streams.values() if one.pieces]
+        heads = [one for one in list(self.streams.values()) if one.pieces]
         for stream in sorted(heads, key=lambda one: one.pieces[0].due, reverse=True):
             piece = stream.pieces[0]
             if piece.due > now or not piece.is_ready():
@@ -183,7 +183,7 @@ class Work:
     def pending_on(self, held: Any) -> str:
         """Say which queued work needs memory, or ''."""
         spans = [(held.address, held.nbytes), (getattr(held, "device_address", held.address), held.nbytes)]
-        for stream in self.streams.values():
+        for stream in list(self.streams.values()):
             for piece in stream.pieces:
                 for address, nbytes in piece.touches:
                     if any(address < start + size and start < address + nbytes for start, size in spans):
@@ -206,7 +206,7 @@ class Work:
             if self.mode is Mode.HELD:
                 self.release()
             deadline = time.monotonic() + self.patience
-            while any(one.pieces for one in self.streams.values()):
+            while any(one.pieces for one in list(self.streams.values())):
                 if not self.step():
                     self.fake.changed.wait(0.001)
                 if time.monotonic() > deadline:
@@ -223,15 +223,17 @@ class Work:
 
     def leaks(self) -> list[str]:
         """What was not destroyed."""
-        return [f"stream {one.handle:#x} was never destroyed" for one in self.streams.values() if not one.is_users]
+        return [
+            f"stream {one.handle:#x} was never destroyed" for one in list(self.streams.values()) if not one.is_users
+        ]
 
     def refuse_capture(self) -> None:
         """Refuse what cannot be done while anything is captured."""
-        if any(one.captured is not None for one in self.streams.values()):
+        if any(one.captured is not None for one in list(self.streams.values())):
             raise Refused(CAPTURE_UNSUPPORTED)
 
     def _stuck(self) -> list[str]:
-        return [one.pieces[0].label for one in self.streams.values() if one.pieces]
+        return [one.pieces[0].label for one in list(self.streams.values()) if one.pieces]
 
     def _serve(self) -> None:
         with self.fake.lock:
@@ -240,7 +242,7 @@ class Work:
                     self.step(time.monotonic())
                 elif self.mode is Mode.AT_ONCE:
                     self.wake()
-                is_idle = not any(one.pieces for one in self.streams.values())
+                is_idle = not any(one.pieces for one in list(self.streams.values()))
                 self.fake.changed.wait(1.0 if is_idle else self._delay / 4)
 
     def _add(self, context: int) -> Stream:

@@ -42,7 +42,7 @@ class _Handed:
 
     def close(self) -> None:
         """Unmap it."""
-        cuda.ipc_close(self.address)
+        cuda.give_back("cuIpcCloseMemHandle", self.address)
 
 
 @dataclass(slots=True, eq=False)

@@ -46,7 +46,7 @@ from raynixl.cuda.driver import (
     memset_async,
 )
 from raynixl.cuda.kernels import Launch, launch, module_function, module_load, module_unload
-from raynixl.cuda.library import failure, has_driver, kept, replace_driver
+from raynixl.cuda.library import failure, give_back, has_driver, kept, replace_driver
 from raynixl.cuda.pointers import (
     FABRIC,
     POSIX_FD,
@@ -84,11 +84,11 @@ __all__ = [
     "MappedChunks", "Origin", "Pin", "alloc", "arena", "bus_id", "close_kept", "context_for", "current",
     "current_functions", "device_attribute", "device_of", "device_of_context", "devices", "enable_peer",
     "event_create", "event_destroy", "event_elapsed_ms", "event_query", "event_record", "event_synchronize",
-    "examine", "failure", "export_chunks", "free", "function_address", "has_driver", "host_alloc", "host_bytes",
-    "host_device_address", "host_free", "host_register", "host_unregister", "is_beyond", "ipc_close", "ipc_export",
-    "ipc_export_event", "ipc_open", "ipc_open_event", "kept", "launch", "memcpy_async", "memcpy_d2d_async",
-    "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info", "memset_async", "module_function",
-    "module_load", "module_unload", "on", "pin", "pinned_address", "primary", "record", "replace_driver",
-    "stream_create", "stream_destroy", "stream_handle", "stream_is_capturing", "stream_query",
-    "stream_synchronize", "stream_wait_event",
+    "examine", "export_chunks", "failure", "free", "function_address", "give_back", "has_driver", "host_alloc",
+    "host_bytes", "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close",
+    "ipc_export", "ipc_export_event", "ipc_open", "ipc_open_event", "is_beyond", "kept", "launch", "memcpy_async",
+    "memcpy_d2d_async", "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info",
+    "memset_async", "module_function", "module_load", "module_unload", "on", "pin", "pinned_address", "primary",
+    "record", "replace_driver", "stream_create", "stream_destroy", "stream_handle", "stream_is_capturing",
+    "stream_query", "stream_synchronize", "stream_wait_event",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from raynixl.cuda import driver, streams
 from raynixl.cuda.contexts import a_context, current, device_of_context, on, primary
-from raynixl.cuda.library import Driver, current_driver
+from raynixl.cuda.library import Driver, current_driver, give_back
 from raynixl.cuda.pointers import pinned_address
 from raynixl.errors import ConfigError, RaynixlError
 
@@ -70,7 +70,7 @@ def _free(owner: Driver, pid: int, context: int, address: int) -> None:
     if os.getpid() != pid or owner is not current_driver():
         return  # a fork has no part in it
     with current(context):
-        driver.free(address)
+        give_back("cuMemFree_v2", address)
 
 
 class Pin:
@@ -92,7 +92,7 @@ class Pin:
             owner.pins.pop((self.address, self.nbytes), None)
             if self._is_ours:
                 with current(a_context()):
-                    driver.host_unregister(self.address)
+                    give_back("cuMemHostUnregister", self.address)
 
 
 def pin(address: int, nbytes: int) -> Pin:

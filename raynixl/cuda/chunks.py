@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ctypes import byref, c_uint64
 from dataclasses import dataclass
 
-from raynixl.cuda.library import call, check, failure
+from raynixl.cuda.library import call, check, failure, give_back
 from raynixl.cuda.pointers import FABRIC, examine
 from raynixl.cuda.prototypes import HANDLE_NBYTES, Access, Handle, Location
 from raynixl.errors import BackendUnavailable, RaynixlError
@@ -65,10 +65,10 @@ class MappedChunks:
     def close(self) -> None:
         """Unmap all; nothing uses it any more."""
         if self._mapped:
-            check("cuMemUnmap", self.address, self._mapped)
+            give_back("cuMemUnmap", self.address, self._mapped)
             self._mapped = 0
         if self._nbytes:
-            check("cuMemAddressFree", self.address, self._nbytes)
+            give_back("cuMemAddressFree", self.address, self._nbytes)
             self._nbytes = 0
 
     def _map(self, handle: bytes, nbytes: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from typing import Any
 from raynixl.cuda.prototypes import PROTOTYPES
 from raynixl.errors import BackendUnavailable, ConfigError, RangeError, RaynixlError
 
+logger = logging.getLogger(__name__)
+
 _LIBRARY = "libcuda.so.1"
-INVALID_VALUE, NOT_READY, PEER_ALREADY_ENABLED, ALREADY_REGISTERED = 1, 600, 704, 712
+INVALID_VALUE, DEINITIALIZED, NOT_READY, PEER_ALREADY_ENABLED = 1, 4, 600, 704
 
 _GONE = "its context was destroyed or reset; end whatever calls cudaDeviceReset"
 _BROKEN = "a kernel has failed on that GPU and its context is lost: restart this process"
@@ -67,6 +70,8 @@ class Driver:
     events: dict[int, deque[int]] = field(default_factory=dict)
     pins: dict[tuple[int, int], Any] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
+    making: threading.RLock = field(default_factory=threading.RLock)
+    """Protects `kept` while something is made for it: compiling kernels takes seconds."""
 
 
 @functools.cache
@@ -131,6 +136,17 @@ def check(name: str, *arguments: Any, what: str = "", hint: str = "") -> None:
         raise failure(code, name, what=what, hint=hint)
 
 
+def give_back(name: str, *arguments: Any) -> None:
+    """Call a function of the driver that takes something back. If it fails, the log says so: there is no other way.
+
+    That happens once a kernel has failed and the context is lost, and with it all that is held there.
+    """
+    code = call(name, *arguments)
+    if code and code != DEINITIALIZED:
+        error = failure(code, name)
+        logger.warning("memory of a GPU is not given back: %s", error)
+
+
 def failure(code: int, name: str, *, what: str = "", hint: str = "") -> RaynixlError:
     """Return the error to raise for a code of CUDA."""
     kind, remedy = _MEANING.get(code, (BackendUnavailable, "see the message, `raynixl doctor` and dmesg"))
@@ -149,7 +165,9 @@ def error_name(code: int) -> str:
 def kept(key: Any, make: Callable[[], Any]) -> Any:
     """Return what this process keeps under a key for as long as it uses this driver; it is made once."""
     driver = current_driver()
-    with driver.lock:
+    if key in driver.kept:
+        return driver.kept[key]
+    with driver.making:
         if key not in driver.kept:
             driver.kept[key] = make()
         return driver.kept[key]

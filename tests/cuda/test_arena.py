@@ -195,3 +195,24 @@ def test_ten_thousand_arenas_pins_and_events_leave_nothing(fake_cuda: FakeCuda, 
             arena.close()
         assert cuda.memory_info() == before
     assert [one.partition(" ")[0] for one in fake_cuda.leaks()] == ["event"], "one that waits in its pool"
+
+
+def test_what_a_lost_context_does_not_take_back_is_said_and_no_error(fake_cuda: FakeCuda, caplog):
+    with mmap.mmap(-1, PAGE) as mapping:
+        arena, pin = cuda.arena(1000, 0), cuda.pin(address_of(mapping), PAGE)
+        fake_cuda.fail("cuMemFree_v2", 700)
+        fake_cuda.fail("cuMemHostUnregister", 700)
+        arena.close()
+        pin.close()
+        assert caplog.text.count("memory of a GPU is not given back") == 2
+        assert "a kernel has failed" in caplog.text
+        fake_cuda.drop(arena.address)
+        fake_cuda.host.ranges.clear()
+
+
+def test_the_end_of_the_process_is_no_failure_to_give_something_back(fake_cuda: FakeCuda, caplog):
+    arena = cuda.arena(1000, 0)
+    fake_cuda.fail("cuMemFree_v2", 4)
+    arena.close()
+    assert caplog.text == ""
+    fake_cuda.drop(arena.address)
