@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one run: build, tests, compute-sanitizer, and the tables of docs/performance.md.
 #
 #   tools/gpu_check.sh                        all steps
-#   tools/gpu_check.sh --only tests,bench     some of: facts core tests sanitizer bench
+#   tools/gpu_check.sh --only tests,bench     some of: core facts tests sanitizer bench
 #   tools/gpu_check.sh --tests 'tests/gpu/test_nvlink.py -k every_byte' --bench 'large small' --rounds 3
 #   tools/gpu_check.sh --sanitize 'tests/gpu/test_kernels.py -k range'   what compute-sanitizer watches
 #   tools/gpu_check.sh --out DIRECTORY        where the logs and rows go (default: a new one under /tmp)
@@ -13,8 +13,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-steps="facts core tests sanitizer bench" tests="tests/gpu" sanitized="" words="" rounds=5 out="" python=""
-limits="facts=30 core=300 tests=900 file=300 sanitizer=300 bench=600"
+steps="core facts tests sanitizer bench" tests="tests/gpu" sanitized="" words="" rounds=5 out="" python=""
+limits="facts=60 core=300 tests=900 file=300 sanitizer=300 bench=600"
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 while [ $# -gt 0 ]; do
@@ -37,7 +37,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 for step in $steps; do
-  case " facts core tests sanitizer bench " in *" $step "*) ;; *) echo "there is no step $step" >&2; exit 2 ;; esac
+  case " core facts tests sanitizer bench " in *" $step "*) ;; *) echo "there is no step $step" >&2; exit 2 ;; esac
 done
 [ -n "$python" ] || { [ -x .venv/bin/python ] && python=$PWD/.venv/bin/python || python=$(command -v python3); }
 [ -n "$out" ] || out=$(mktemp -d /tmp/gpu_check.XXXXXX)
@@ -71,6 +71,7 @@ for name in ("numpy", "cupy", "torch", "triton", "ucxx", "pydantic", "pytest"):
     except ImportError as exc:
         print(name, "missing:", exc)
 PY
+  "$python" -m raynixl doctor
 }
 
 core() { # built in place from what the environment has: no network
