@@ -47,7 +47,7 @@ class PushReport:
     deltas: int = 0
     """How many targets got what had changed since the version that they served, instead of everything."""
     liars: tuple[str, ...] = ()
-    """Receivers that gave corrupt chunks to others, which then got them elsewhere."""
+    """Receivers and sources that gave corrupt chunks to others, which then got them elsewhere."""
     replans: int = 0
     """How often chunks had to come from somebody else than planned: the holder died, stalled or lied."""
 
