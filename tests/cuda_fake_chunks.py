@@ -13,13 +13,14 @@ from cuda_fake_core import INVALID_VALUE, Misuse, Refused, put
 from cuda_fake_memory import Block, open_bytes, pack, unpack
 
 from raynixl.cuda import FABRIC, Origin
-from raynixl.cuda.prototypes import Access
+from raynixl.cuda.prototypes import Access, Properties
 
 if TYPE_CHECKING:
     from cuda_fake import FakeCuda
 
 NOT_SUPPORTED = 801
 _READ_WRITE = 3
+_GRAIN = 2 << 20
 _SHARED_FIXED, _ANONYMOUS = 0x11, 0x20
 
 
@@ -140,8 +141,17 @@ class Chunks:
     def _cuMemRelease(self, handle: int) -> None:  # noqa: N802
         self._release(handle)
 
-    def _cuMemCreate(self, out: int, nbytes: int, properties: int, flags: int) -> None:  # noqa: N802
-        raise Refused(NOT_SUPPORTED)
+    def _cuMemCreate(self, out: int, nbytes: int, wanted: int | None, flags: int) -> None:  # noqa: N802
+        properties = Properties.from_address(wanted or 0)
+        if properties.type != 1 or properties.location.type != 1 or nbytes % _GRAIN:
+            raise Refused(INVALID_VALUE)
+        if properties.handle_types & FABRIC and not self.exports_fabric:
+            raise Refused(NOT_SUPPORTED)
+        device, serial = properties.location.id, Block(0, 0, nbytes).serial
+        fd = os.memfd_create(f"fakecuda-{serial}", os.MFD_CLOEXEC)
+        os.ftruncate(fd, nbytes)
+        made = Chunk(fd, nbytes, device, properties.handle_types, serial, self._fake.devices.uuid(device))
+        put(out, c_uint64, self._add(made))
 
     def _cuMemExportToShareableHandle(self, out: int, handle: int, kind: int, flags: int) -> None:  # noqa: N802
         chunk = self._chunks.get(handle)

@@ -269,7 +269,7 @@ class Memory:
         values = self._fake.host.attributes(address) or self._attributes(address)
         if attribute not in values:
             raise Refused(INVALID_VALUE)
-        kinds = {1: c_void_p, 2: c_uint, 8: c_uint, 9: c_int, 10: c_int, 12: c_size_t, 17: c_void_p}
+        kinds = {1: c_void_p, 2: c_uint, 8: c_uint, 9: c_int, 10: c_int, 12: c_size_t, 17: c_void_p, 18: c_size_t}
         put(out, kinds.get(attribute, c_uint64), values[attribute])
 
     def _attributes(self, address: int) -> dict[int, int]:
@@ -281,4 +281,5 @@ class Memory:
             1: 0 if block.origin is Origin.VIRTUAL else block.context, 2: 2, 3: address, 7: block.serial,
             8: int(block.origin is Origin.MANAGED), 9: block.device, 10: int(is_malloc), 11: block.address,
             12: block.nbytes, 14: block.handle_types, 16: 3, 17: 0xF001 if block.origin is Origin.POOL else 0,
+            18: block.nbytes, 19: block.address,
         }  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import cuda_fake
+import cuda_scenes
 
 from raynixl import cuda
 from raynixl.backends.nvlink_export import export
@@ -41,6 +42,8 @@ class FarCuda:
 
     def ask(self, do: str, **fields: Any) -> Any:
         """Have something done there."""
+        if do.startswith("far_"):
+            do, fields = "scene", {"scene": do, **fields}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
@@ -60,6 +63,10 @@ class Far:
         self.fake = cuda_fake.install(**settings)
         self.arenas: dict[str, cuda.Arena] = {}
         self.streams: dict[str, tuple[int, int]] = {}
+
+    def scene(self, scene: str, **fields: Any) -> Any:
+        """Do the far part of a scene of `cuda_scenes`."""
+        return getattr(cuda_scenes, scene)(**fields)
 
     def arena(self, name: str, nbytes: int, device: int = 0) -> None:
         """Make memory of ours."""

@@ -56,6 +56,7 @@ from raynixl.cuda.pointers import (
     device_of,
     examine,
     is_beyond,
+    piece_at,
     pinned_address,
 )
 from raynixl.cuda.prototypes import HANDLE_NBYTES
@@ -88,7 +89,7 @@ __all__ = [
     "host_bytes", "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close",
     "ipc_export", "ipc_export_event", "ipc_open", "ipc_open_event", "is_beyond", "kept", "launch", "memcpy_async",
     "memcpy_d2d_async", "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info",
-    "memset_async", "module_function", "module_load", "module_unload", "on", "pin", "pinned_address", "primary",
-    "record", "replace_driver", "stream_create", "stream_destroy", "stream_handle", "stream_is_capturing",
-    "stream_query", "stream_synchronize", "stream_wait_event",
+    "memset_async", "module_function", "module_load", "module_unload", "on", "piece_at", "pin", "pinned_address",
+    "primary", "record", "replace_driver", "stream_create", "stream_destroy", "stream_handle",
+    "stream_is_capturing", "stream_query", "stream_synchronize", "stream_wait_event",
 ]  # fmt: skip

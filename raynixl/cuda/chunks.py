@@ -7,7 +7,7 @@ from ctypes import byref, c_uint64
 from dataclasses import dataclass
 
 from raynixl.cuda.library import call, check, failure, give_back
-from raynixl.cuda.pointers import FABRIC, examine
+from raynixl.cuda.pointers import FABRIC, piece_at
 from raynixl.cuda.prototypes import HANDLE_NBYTES, Access, Handle, Location
 from raynixl.errors import BackendUnavailable, RaynixlError
 
@@ -34,9 +34,9 @@ def export_chunks(address: int, nbytes: int, *, most: int) -> list[Chunk]:
     while at < address + nbytes:
         if len(chunks) == most:
             raise BackendUnavailable(f"the memory is pieced together of more than {most} chunks")
-        piece = examine(at, 1)
-        chunks.append(Chunk(piece.start, piece.nbytes, _export(at)))
-        at = piece.start + piece.nbytes
+        start, size = piece_at(at)
+        chunks.append(Chunk(start, size, _export(at)))
+        at = start + size
     return chunks
 
 

@@ -32,6 +32,8 @@ class _Attribute(enum.IntEnum):
     SIZE = 12
     HANDLE_TYPES = 14
     POOL = 17
+    PIECE_SIZE = 18  # CUDA 12.3
+    PIECE_START = 19
 
 
 class Origin(enum.Enum):
@@ -98,6 +100,19 @@ def examine(address: int, nbytes: int) -> Allocation:
     if allocation.origin is not Origin.VIRTUAL and address + nbytes > allocation.start + allocation.nbytes:
         raise RangeError(f"memory of {nbytes} bytes at {address:#x} goes beyond its allocation on the GPU")
     return allocation  # virtual memory is pieced together of allocations, and the driver tells of the first
+
+
+def piece_at(address: int) -> tuple[int, int]:
+    """Return where the chunk of virtual memory begins that is mapped at an address, and its size.
+
+    Raises:
+        ConfigError: none is.
+    """
+    start = _ask(_Attribute.PIECE_START, address, c_uint64()) or _ask(_Attribute.START, address, c_uint64())
+    size = _ask(_Attribute.PIECE_SIZE, address, c_size_t()) or _ask(_Attribute.SIZE, address, c_size_t())
+    if not start or not size:
+        raise ConfigError(f"memory at {address:#x} is on no GPU of this process")
+    return start, size
 
 
 def is_beyond(address: int, nbytes: int) -> bool:
