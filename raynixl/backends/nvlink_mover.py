@@ -20,7 +20,7 @@ from raynixl.backends.nvlink_program import GpuJob, GpuProgram, Start, ring
 from raynixl.backends.nvlink_slabs import Piece, Slabs
 from raynixl.backends.nvlink_tiles import Cut, Rows, Tuning, Way, plan
 from raynixl.errors import BackendUnavailable, RaynixlError, TransferTimeout
-from raynixl.native import CLOSED, Gate, Launcher, load
+from raynixl.native import CLOSED, Gate, Launcher, Native, load
 from raynixl.native.twin_job import fork_generation
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,11 @@ def mover(device: int) -> Mover:
 class Mover:
     """Puts programs on a GPU's lanes. Any thread may use it; it never waits for the whole GPU."""
 
-    def __init__(self, device: int, tuning: Tuning | None = None, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, device: int, tuning: Tuning | None = None, options: Sequence[str] = (), *, core: Native | None = None
+    ) -> None:
         self.device = device
-        self.core = load(native=True)
+        self.core = load(native=True) if core is None else core
         self.tuning = tuning
         self.context = cuda.primary(device)
         get, push, pop, start, copy = (cuda.function_address(name) for name in _CALLS)

@@ -94,7 +94,7 @@ def plan(table: Rows, multiprocessors: int, *, touches_host: bool = False, tunin
 
 def small_threads(nbytes: int) -> int:
     """Return how many threads copy a small block: about 64 bytes each, in whole warps."""
-    return min(1024, max(_WARP_LANES, 1 << (max(1, nbytes // 64) - 1).bit_length()))
+    return min(1024, max(_WARP_LANES, 1 << (max(1, -(-nbytes // 64)) - 1).bit_length()))
 
 
 def tile_nbytes(total: int, warps: int, tuning: Tuning) -> int:
