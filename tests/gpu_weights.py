@@ -79,6 +79,13 @@ def tell(world: World, name: str) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def holds(world: World, name: str, values: list[float]) -> bool:
+    """Return whether all elements of each tensor have the value that is named for it, as the device sees them."""
+    tensors, subscription = world.kept[name]
+    with subscription.pinned():
+        return all(bool((one == value).all()) for one, value in zip(tensors.values(), values, strict=True))
+
+
 def stop(world: World, name: str) -> None:
     """Follow or publish no more, and let go of the tensors."""
     world.kept.pop(name)[1].close()

@@ -55,7 +55,12 @@ class VersionLock:
 
     def unpin(self, thread: threading.Thread) -> None:
         """Give back one pin of a thread; more than were taken are ignored."""
-        self._leaving()
+        try:
+            self._leaving()
+        finally:
+            self._drop(thread)
+
+    def _drop(self, thread: threading.Thread) -> None:
         with self._changed:
             pins = self._pins.get(thread)
             if not pins:

@@ -132,7 +132,8 @@ def test_published_in_place_they_take_no_second_copy_at_the_trainer(pair: Pair) 
             for number, tensor in enumerate(tensors.values()):
                 tensor.fill_(number + 10 * version)
         sync.push(version).raise_for_excluded()
-        check_same(pair, tensors, version)
+        values = [number + 10 * version for number in range(len(tensors))]
+        assert far.ask("gpu_weights:holds", name=pair.name, values=values)
     publication.close()
     del tensors, publication
     torch.cuda.empty_cache()
@@ -266,10 +267,13 @@ def test_versions_are_kept_on_the_gpu_and_returned_to(pair: Pair) -> None:
     publication.close()
 
 
-def test_rollouts_on_one_gpu_feed_each_other_and_the_death_of_one_stops_nobody(
+def test_rollouts_on_one_gpu_feed_each_other_and_a_process_that_is_killed_takes_nobody_along(
     fars: Fars, make_far: Callable[..., Far], make_near: Callable[..., Agent]
 ) -> None:
-    from gpu_weights import refill, weights
+    from gpu_weights import digests, refill, weights
+
+    from raynixl.errors import RaynixlError
+    from raynixl.weights import WeightSync, subscribe
 
     doomed, stays = make_far(backends=BACKENDS), fars(backends=BACKENDS)
     pair = Pair(make_near(backends=tuple(BACKENDS)), doomed, stays, name=fars.name())
@@ -281,7 +285,21 @@ def test_rollouts_on_one_gpu_feed_each_other_and_the_death_of_one_stops_nobody(
         refill(tensors, version, scale=16)
         sync.push(version).raise_for_excluded()
         check_same(pair, tensors, version)
+
+    doomed.ask("gpu_weights:offer", name="theirs", device="cuda", seed=4, copy_out=False)
+    followed = weights("cuda", 0)
+    followed["strided"] = followed["strided"].contiguous()
+    subscription = subscribe(pair.near, "theirs", followed)
+    from_doomed = WeightSync(pair.near, "theirs", [doomed.name], [pair.near.name], timeout=20)
+    from_doomed.push(1).raise_for_excluded()
+    wanted = digests(weights("cpu", 4))
+    assert digests(followed) == wanted
+
     doomed.kill()
+    with pytest.raises(RaynixlError):
+        from_doomed.push(2)
+    assert subscription.version == 1
+    assert digests(followed) == wanted
     refill(tensors, 3, scale=16)
     report = sync.push(3)
     assert set(report.excluded) == {doomed.name}
@@ -289,32 +307,6 @@ def test_rollouts_on_one_gpu_feed_each_other_and_the_death_of_one_stops_nobody(
     check_same(pair, tensors, 3)
     publication.close()
     pair.close()
-
-
-def test_a_trainer_that_is_killed_takes_nobody_along(
-    make_far: Callable[..., Far], make_near: Callable[..., Agent]
-) -> None:
-    from gpu_weights import digests, weights
-
-    from raynixl.errors import RaynixlError
-    from raynixl.weights import WeightSync, subscribe
-
-    far, near = make_far(backends=BACKENDS), make_near(backends=tuple(BACKENDS))
-    far.ask("gpu_weights:meet", record=base64.b64encode(near.record()).decode())
-    near.peer(far.record)
-    far.ask("gpu_weights:offer", name="w", device="cuda", seed=4, copy_out=False)
-    tensors = weights("cuda", 0)
-    tensors["strided"] = tensors["strided"].contiguous()
-    subscription = subscribe(near, "w", tensors)
-    sync = WeightSync(near, "w", [far.name], [near.name], timeout=20)
-    sync.push(1).raise_for_excluded()
-    wanted = digests(weights("cpu", 4))
-    assert digests(tensors) == wanted
-    far.kill()
-    with pytest.raises(RaynixlError):
-        sync.push(2)
-    assert subscription.version == 1
-    assert digests(tensors) == wanted
 
 
 def test_digests_of_tensors_on_the_gpu_are_those_of_the_cpu() -> None:
@@ -346,7 +338,7 @@ def test_a_large_push_and_what_it_takes(pair: Pair, capsys: pytest.CaptureFixtur
     shapes = {f"w{number}": ("bfloat16", (128 * MIB,)) for number in range(8)}  # 2 GiB
     tensors = plain("cuda", shapes)
     spare = torch.empty_like(tensors["w0"])
-    lines = []
+    lines, total = [], 0
     for in_place in (False, True):
         publication = pair.publish(tensors, copy_out=not in_place)
         pair.follow("cuda", shapes=shapes)
@@ -356,7 +348,8 @@ def test_a_large_push_and_what_it_takes(pair: Pair, capsys: pytest.CaptureFixtur
                 torch._foreach_add_(list(tensors.values()), 1.0)
             report = sync.push(version)
             report.raise_for_excluded()
-        check_same(pair, tensors, 4)
+            total += 1
+        assert pair.fars[0].ask("gpu_weights:holds", name=pair.name, values=[total] * len(shapes))
         lines.append(f"in place: {in_place}\n{report}")
         pair.close()
         publication.close()
@@ -371,3 +364,20 @@ def test_a_large_push_and_what_it_takes(pair: Pair, capsys: pytest.CaptureFixtur
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     pair.fars = ()
+
+
+def test_ucx_carries_them_too(fars: Fars, make_near: Callable[..., Agent]) -> None:
+    from gpu_weights import refill, weights
+
+    skip_without_gpu("torch", "ucxx")
+    pair = Pair(make_near(backends=("ucx",)), fars(backends=["ucx"]), name=fars.name())
+    tensors = weights("cuda", 1)
+    publication = pair.publish(tensors)
+    pair.follow("cuda")
+    sync = pair.sync()
+    for version in (1, 2):
+        refill(tensors, version)
+        sync.push(version).raise_for_excluded()
+        check_same(pair, tensors, version)
+    publication.close()
+    pair.close()

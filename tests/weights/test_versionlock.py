@@ -108,3 +108,15 @@ def test_unpinning_too_often_is_harmless():
     lock.unpin(pinned)
     with lock.writing(1.0):
         pass
+
+
+def test_a_reader_that_fails_to_say_so_has_left_all_the_same():
+    def fail():
+        raise ZeroDivisionError
+
+    lock = VersionLock(fail)
+    thread = lock.pin(1.0)
+    with pytest.raises(ZeroDivisionError):
+        lock.unpin(thread)
+    with lock.writing(0.5):
+        pass
