@@ -14,7 +14,7 @@ from raynixl.agents.waiters import Waiters
 from raynixl.config import check_wait
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
 from raynixl.messages import notification_bytes
-from raynixl.native import CANCELLED, DONE, DigestingJob, Job
+from raynixl.native import CANCELLED, DONE, PENDING, DigestingJob, Job
 
 if TYPE_CHECKING:
     from raynixl.agents.prepared import Prepared
@@ -247,14 +247,17 @@ class Transfer:
         return False
 
     def _check_jobs(self) -> None:
-        codes = [job.code for job in self._jobs]
-        for code in codes:
-            if code > 1 or code < 0:  # the first error ends it
+        is_over = True
+        for job in self._jobs:  # often one, at whose end every microsecond counts
+            code = job.code
+            if code == PENDING:
+                is_over = False
+            elif code != DONE:  # the first error ends it
                 self._end_locked(self._prepared.translate(code, self._link))
-                for job in self._jobs:
-                    job.cancel(CANCELLED)
+                for other in self._jobs:
+                    other.cancel(CANCELLED)
                 return
-        if all(code == DONE for code in codes):
+        if is_over:
             self._notify_locked()
 
     def _notify_locked(self) -> None:
