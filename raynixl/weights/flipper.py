@@ -50,6 +50,7 @@ class Flipper:
         self._flipped = flipped
         self._after = after
         self._held = ""  # the push that holds the readers
+        self._given_up = ""  # the last one that was told to let them go on: it may have come too soon
         self.settling = Settling(agent, name, self._conclude)
 
     # The phases
@@ -67,6 +68,9 @@ class Flipper:
             ready = self._prepared(request.push)
             self.lock.hold(min(self._flip_timeout, request.seconds))
             self._held = request.push
+            if self._given_up == request.push:
+                self.let_readers_go_on()
+                raise PeerRestarted(f"{self._agent.name!r} was told to let its readers go on", hint="push again")
             others = tuple(name for name in request.ranks if name != self._agent.name)
             leader, until = (peer, incarnation_of(self._agent, peer)), min(began + request.seconds, ready.until)
             self.settling.begin(Pact(Terms(request.pact, request.push, leader, others, until, self.version)))
@@ -75,6 +79,7 @@ class Flipper:
     def on_let_go(self, _peer: str, payload: bytes) -> Answer:
         """Let readers in again: with the version that was flipped to, or with the old one if that has not been."""
         request = Step.from_bytes(payload)
+        self._given_up = request.push
         pact = self.settling.of(request.push)
         if pact is not None and pact.stage is Stage.FLIPPED:
             pact.end()
@@ -155,7 +160,8 @@ class Flipper:
     def _conclude(self, pact: Pact, end: Stage) -> None:
         """End a flip that nobody leads any more, as all ranks do."""
         name, push = self._agent.name, pact.terms.push
-        logger.warning("whoever flipped %r at %r is gone; its ranks end it: %s", self._name, name, end)
+        level = logging.INFO if pact.stage is end else logging.WARNING
+        logger.log(level, "whoever flipped %r at %r is gone; its ranks end it: %s", self._name, name, end)
         try:
             if pact.stage is Stage.FLIPPING:
                 with self._working(time.monotonic() + _SETTLE_SECONDS):

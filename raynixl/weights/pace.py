@@ -8,7 +8,7 @@ STALL_SECONDS = 5.0
 """For which a giver is waited for as long as nothing has come."""
 _SLOWEST = 1e8  # bytes a second that a giver should reach
 _TIMES = 20.0  # as long as the slowest read so far: chunks are alike, and waiting in turn for others costs few times
-_LEAST_SECONDS = 1.0  # on a busy machine threads wait for tenths of seconds
+_LEAST_SECONDS = 2.0  # a busy machine may keep a thread waiting for a second
 _MAX_DOUBLINGS = 10
 
 

@@ -9,7 +9,9 @@ import torch
 from raynixl.errors import IntegrityError, RaynixlError, TransferTimeout
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.flipper import Flipper
+from raynixl.weights.protocol import Answer, topic
 from raynixl.weights.receiver import Receiver
+from raynixl.weights.targeting import Hold, Step
 
 SECONDS = 20.0
 
@@ -231,6 +233,29 @@ def held_and_left(pairs, monkeypatch, version, timeout):
     with pytest.raises(KeyboardInterrupt):
         pairs.push(version, timeout=timeout)
     monkeypatch.undo()
+
+
+def test_a_hold_that_comes_after_it_was_given_up_keeps_nobody_out(fleet):
+    pairs = Pairs(fleet)
+    pairs.push(1)
+    push, pact = "a" * 32, "b" * 32
+
+    def ask(phase, request):
+        return pairs.trainer.ask("p1", topic("policy", phase), request.to_bytes(), timeout=SECONDS)
+
+    with Reader(pairs.subscriptions["p1"]):
+        holding = ask("hold", Hold(push=push, pact=pact, seconds=SECONDS, version=1, ranks=("p0", "p1")))
+        wait_until(pairs.subscriptions["p1"]._follower._busy.locked)
+        assert Answer.from_bytes(ask("let-go", Step(push=push, seconds=0.1)).wait()).fault is not None
+    assert Answer.from_bytes(holding.wait()).fault is not None
+    assert pairs.can_be_read(["p1"])
+    assert not pairs.push(2).excluded
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
 
 
 def test_readers_are_let_in_by_time_if_whoever_pushes_dies_between_hold_and_flip(fleet, monkeypatch):
