@@ -97,6 +97,7 @@ class FakeCuda:
                         self._watchers[name](*arguments)
                     if self._failures.get(name):
                         return self._failures[name].pop(0)
+                    self.work.check_capture(name)
                     return run(*arguments) or 0
                 except Refused as exc:
                     return exc.code

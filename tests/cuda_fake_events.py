@@ -119,7 +119,6 @@ class Events:
         del self.events[number or 0]
 
     def _cuEventQuery(self, number: int | None) -> int:  # noqa: N802
-        self._work.refuse_capture()
         return 0 if self.recorded(number).moment()() else NOT_READY
 
     def _cuIpcGetEventHandle(self, out: int, number: int | None) -> None:  # noqa: N802

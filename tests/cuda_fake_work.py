@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 NOT_READY, CAPTURE_UNSUPPORTED = 600, 900
 SPECIAL = (0, 1, 2)
 """The default stream of a context, the legacy one, that of a thread."""
+_RELAXED = 2
+_UNSAFE = {
+    "cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost", "cuMemHostRegister_v2", "cuMemHostUnregister",
+    "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle", "cuIpcOpenEventHandle", "cuStreamQuery",
+    "cuStreamSynchronize", "cuEventQuery", "cuEventSynchronize", "cuModuleLoadData", "cuModuleUnload", "cuMemMap",
+    "cuMemUnmap", "cuMemSetAccess", "cuMemCreate",
+}  # fmt: skip
 _handles = itertools.count(0x5000_0001, 0x10)
 
 
@@ -81,6 +88,7 @@ class Work:
         self.streams: dict[int, Stream] = {}
         self.events = Events(fake, self)
         self.patience = 10.0
+        self._modes: dict[int, int] = {}
         self._ended = False
         self._thread: threading.Thread | None = None
         self._running = False
@@ -227,10 +235,15 @@ class Work:
             f"stream {one.handle:#x} was never destroyed" for one in list(self.streams.values()) if not one.is_users
         ]
 
-    def refuse_capture(self) -> None:
-        """Refuse what cannot be done while anything is captured."""
-        if any(one.captured is not None for one in list(self.streams.values())):
-            raise Refused(CAPTURE_UNSUPPORTED)
+    def check_capture(self, name: str) -> None:
+        """Refuse what breaks a capture: most calls that are not put on a stream, in a thread that is not relaxed."""
+        is_captured = any(one.captured is not None for one in list(self.streams.values()))
+        if is_captured and name in _UNSAFE and self._modes.get(threading.get_native_id()) != _RELAXED:
+            raise Misuse("this breaks the CUDA graph that is captured meanwhile: the thread is not relaxed")
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode: int) -> None:  # noqa: N802
+        thread, word = threading.get_native_id(), c_int.from_address(mode)
+        word.value, self._modes[thread] = self._modes.get(thread, 0), word.value
 
     def _stuck(self) -> list[str]:
         return [one.pieces[0].label for one in list(self.streams.values()) if one.pieces]
@@ -268,12 +281,15 @@ class Work:
             del self.streams[stream.handle]
 
     def _cuStreamQuery(self, handle: int | None) -> int:  # noqa: N802
-        self.refuse_capture()
-        return NOT_READY if self.of(handle).pieces else 0
+        stream = self.of(handle)
+        if stream.captured is not None:
+            raise Refused(CAPTURE_UNSUPPORTED)
+        return NOT_READY if stream.pieces else 0
 
     def _cuStreamSynchronize(self, handle: int | None) -> None:  # noqa: N802
-        self.refuse_capture()
         stream = self.ours(handle)
+        if stream.captured is not None:
+            raise Refused(CAPTURE_UNSUPPORTED)
         self.wait(lambda: not stream.pieces)
 
     def _cuStreamWaitEvent(self, handle: int | None, number: int | None, flags: int) -> None:  # noqa: N802
@@ -296,7 +312,6 @@ class Work:
         self.queue(stream, Piece("an event", lambda: event.end(count)))
 
     def _cuEventSynchronize(self, number: int | None) -> None:  # noqa: N802
-        self.refuse_capture()
         self.wait(self.events.recorded(number).moment())
 
     def _cuEventElapsedTime(self, out: int, first: int | None, second: int | None) -> None:  # noqa: N802

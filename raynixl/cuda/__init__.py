@@ -27,6 +27,7 @@ from raynixl.cuda.contexts import (
     function_address,
     on,
     primary,
+    relaxed,
 )
 from raynixl.cuda.driver import (
     alloc,
@@ -90,6 +91,6 @@ __all__ = [
     "ipc_export", "ipc_export_event", "ipc_open", "ipc_open_event", "is_beyond", "kept", "launch", "memcpy_async",
     "memcpy_d2d_async", "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info",
     "memset_async", "module_function", "module_load", "module_unload", "on", "piece_at", "pin", "pinned_address",
-    "primary", "record", "replace_driver", "stream_create", "stream_destroy", "stream_handle",
+    "primary", "record", "relaxed", "replace_driver", "stream_create", "stream_destroy", "stream_handle",
     "stream_is_capturing", "stream_query", "stream_synchronize", "stream_wait_event",
 ]  # fmt: skip

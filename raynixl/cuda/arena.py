@@ -9,7 +9,7 @@ from operator import index
 from typing import Any
 
 from raynixl.cuda import driver, streams
-from raynixl.cuda.contexts import a_context, current, device_of_context, on, primary
+from raynixl.cuda.contexts import a_context, current, device_of_context, on, primary, relaxed
 from raynixl.cuda.library import Driver, current_driver, give_back
 from raynixl.cuda.pointers import pinned_address
 from raynixl.errors import ConfigError, RaynixlError
@@ -137,7 +137,8 @@ class Event:
 
     def query(self) -> bool:
         """Whether all that it comes after is done."""
-        return streams.event_query(self.handle)
+        with relaxed():
+            return streams.event_query(self.handle)
 
     def close(self) -> None:
         """Let go of it. Streams that were told to wait for it still do."""

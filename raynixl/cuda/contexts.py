@@ -9,7 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from raynixl.cuda.library import PEER_ALREADY_ENABLED, call, check, current_driver, failure, has_driver
-from raynixl.errors import BackendUnavailable, ConfigError
+from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,28 @@ class Device:
     uuid: str
 
 
-class current:  # noqa: N801  (reads as a verb: `with current(context):`)
-    """Make a context the current one of this thread meanwhile.
+class relaxed:  # noqa: N801  (reads as a sentence: `with relaxed():`)
+    """Let this thread do meanwhile what would break a CUDA graph that another thread captures.
+
+    As torch captures by default, each allocation or look at an event, on whatever stream and in whatever thread, would
+    fail otherwise, and the capture with it. None of ours concerns what is captured.
+    """
+
+    __slots__ = ("_mode",)
+
+    def __enter__(self) -> Self:
+        self._mode = c_int(_RELAXED)
+        check("cuThreadExchangeStreamCaptureMode", byref(self._mode))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        call("cuThreadExchangeStreamCaptureMode", byref(self._mode))
+
+
+class current(relaxed):  # noqa: N801  (likewise: `with current(context):`)
+    """Make a context the current one of this thread meanwhile; the thread is `relaxed`.
 
     Raises:
         ConfigError: the driver does not take it.
@@ -40,11 +62,19 @@ class current:  # noqa: N801  (reads as a verb: `with current(context):`)
                 hint = "it was destroyed or reset"
                 raise ConfigError(failure(code, "cuCtxPushCurrent", what="a GPU's context").message, hint=hint)
             self._is_pushed = True
-        return self
+        try:
+            return super().__enter__()
+        except RaynixlError:
+            self._pop()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
+        self._pop()
+
+    def _pop(self) -> None:
         if self._is_pushed:
             self._is_pushed = False
             call("cuCtxPopCurrent_v2", byref(c_void_p()))

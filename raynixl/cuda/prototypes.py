@@ -87,6 +87,7 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuStreamQuery": (_STREAM,),
     "cuStreamSynchronize": (_STREAM,),
     "cuStreamWaitEvent": (_STREAM, _EVENT, c_uint),
+    "cuThreadExchangeStreamCaptureMode": (_OUT,),
     "cuStreamIsCapturing": (_STREAM, _OUT),
     "cuStreamGetCtx": (_STREAM, _OUT),
     "cuEventCreate": (_OUT, c_uint),

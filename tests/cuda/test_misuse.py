@@ -203,6 +203,18 @@ def test_waiting_for_the_whole_device():
         assert fake.cuCtxSynchronize() != 0
 
 
+@pytest.mark.parametrize("breaks", [lambda: cuda.alloc(1), lambda: cuda.event_query(1), lambda: cuda.host_alloc(1)])
+def test_what_breaks_a_capture_of_another_thread(breaks):
+    with caught("breaks the CUDA graph") as fake:
+        fake.work.begin_capture(fake.work.stream(cuda.primary(0)))
+        mode = ctypes.c_int(0)
+        assert fake.cuThreadExchangeStreamCaptureMode(ctypes.addressof(mode)) == 0
+        try:
+            breaks()
+        finally:
+            assert fake.cuThreadExchangeStreamCaptureMode(ctypes.addressof(mode)) == 0
+
+
 def test_bytes_beyond_an_allocation():
     with caught("go beyond memory of 100 bytes"):
         cuda.memset_async(cuda.alloc(100), 0, 101, cuda.stream_create())

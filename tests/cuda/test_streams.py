@@ -141,6 +141,23 @@ def test_a_stream_tells_whether_it_is_captured_and_what_is_captured_can_run_agai
         cuda.stream_destroy(stream)
 
 
+def test_what_we_do_breaks_no_graph_that_somebody_captures(fake_cuda: FakeCuda):
+    event = cuda.record(0, 0)
+    fake_cuda.work.begin_capture(fake_cuda.work.stream(cuda.primary(0)))
+    with mmap.mmap(-1, mmap.PAGESIZE) as mapping:
+        cuda.pin(address_of(mapping), mmap.PAGESIZE).close()
+    cuda.arena(100, 1).close()
+    assert event.query()
+    with cuda.on(0):
+        stream = cuda.stream_create()
+        assert cuda.stream_query(stream)
+        with cuda.relaxed(), cuda.on(1):
+            cuda.host_free(cuda.host_alloc(1))
+        cuda.stream_synchronize(stream)
+        cuda.stream_destroy(stream)
+    assert set(fake_cuda.work._modes.values()) == {0}, "every thread is left as it was"
+
+
 class Blocks(Structure):
     """An argument by value."""
 
