@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cuda_scenes
@@ -11,6 +13,7 @@ from gpu_tools import Fars, has_cuda_torch
 
 from raynixl import cuda
 from raynixl.errors import ConfigError
+from raynixl.memory import address_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 BACKENDS = ["nvlink", "shm"]
@@ -73,3 +76,25 @@ def test_memory_of_allocators_is_known_for_what_it_is() -> None:
 def test_memory_that_is_none_has_no_handle() -> None:
     with cuda.on(0), pytest.raises(ConfigError, match="cuIpcGetMemHandle"):
         cuda.ipc_export(0x1000)
+
+
+def test_what_we_do_breaks_no_graph_that_somebody_captures() -> None:
+    import cupy
+
+    event, numbers, stream = cuda.record(0, 0), cupy.zeros(100), cupy.cuda.Stream(non_blocking=True)
+    numbers += 1  # compiled before
+
+    def disturb() -> None:
+        assert event.query()
+        cuda.arena(1 << 20, 0).close()
+        with mmap.mmap(-1, 1 << 20) as mapping:
+            cuda.pin(address_of(mapping), 1 << 20).close()
+
+    with stream, ThreadPoolExecutor(1) as pool:
+        stream.begin_capture()
+        numbers += 1
+        pool.submit(disturb).result(30)
+        graph = stream.end_capture()
+    graph.launch(stream)
+    stream.synchronize()
+    assert float(numbers[0]) == 2.0
