@@ -79,7 +79,7 @@ class Bench:
     def program(self, gpu: Mover, rows: Any) -> float:
         """Seconds of a list on the GPU."""
         program = gpu.program(rows, [])
-        lane = gpu.capture(program, self.stream)
+        lane, _ = gpu.capture(program, self.stream)
         found = self.seconds(lambda: program.start.put(lane, 0))
         gpu.release(lane)
         return found

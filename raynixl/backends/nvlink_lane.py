@@ -23,11 +23,14 @@ class Lane:
 
     __slots__ = ("_event", "_word", "address", "counter", "flag", "pending", "sequence", "stream")
 
-    def __init__(self, stream: int, word: int, counter: int) -> None:
-        """Use a stream, a word of pinned memory, and two numbers of a GPU's memory: zeros, or an earlier lane's."""
+    def __init__(self, stream: int, word: int, flag: int, counter: int) -> None:
+        """Use a stream, a word of pinned memory as the host and as the GPU address it, and two numbers of the GPU's.
+
+        All are zero, or as an earlier lane has left them.
+        """
         self.stream = stream
         self.address = word
-        self.flag = cuda.host_device_address(word)
+        self.flag = flag
         self.counter = counter
         self.pending: deque[GpuJob] = deque()
         self._word = ctypes.c_uint64.from_address(word)

@@ -81,6 +81,7 @@ class Mover:
         self._staging = self.pinned.take(_UPLOAD_NBYTES)
         np.frombuffer(cuda.host_bytes(self._words.address, self._words.nbytes), np.uint8)[:] = 0
         with cuda.on(device):
+            self._flags = cuda.host_device_address(self._words.address)
             self._upload_stream = cuda.stream_create(is_urgent=True)
             self._uploaded = cuda.event_create()
             cuda.memset_async(self._counters.address, 0, self._counters.nbytes, self._upload_stream)
@@ -121,17 +122,26 @@ class Mover:
             program.leave()
             return None, -errno.EIO
 
-    def capture(self, program: GpuProgram, stream: int) -> Lane:
-        """Put a program on a stream of somebody else; its end counts up the word of the lane that is returned."""
+    def capture(self, program: GpuProgram, stream: int) -> tuple[Lane, int]:
+        """Put a program on a stream of somebody else; its end counts up the word of the lane, from the number returned.
+
+        Raises:
+            BackendUnavailable, ConfigError: there are too many, or CUDA does not take it.
+        """
         with self._lock:
             lane = self._make_lane(stream)
-            program.start.put(lane, 0)
-        return lane
+            before = lane.reached
+            try:
+                program.start.put(lane, 0)
+            except RaynixlError:
+                self._give_back(lane)
+                raise
+        return lane, before
 
     def release(self, lane: Lane) -> None:
         """Take back the word of a captured program."""
         with self._lock:
-            self._marks.append((lane.address - self._words.address) // WORD_NBYTES)
+            self._give_back(lane)
 
     def watch(self, job: GpuJob) -> None:
         """See to a job's end, whoever else does."""
@@ -272,7 +282,11 @@ class Mover:
         if not self._marks:
             raise BackendUnavailable("too many transfers are captured in CUDA graphs", hint="close() those not needed")
         mark = self._marks.pop()
-        return Lane(stream, self._words.address + mark * WORD_NBYTES, self._counters.address + mark * _COUNTER_NBYTES)
+        word, flag = self._words.address + mark * WORD_NBYTES, self._flags + mark * WORD_NBYTES
+        return Lane(stream, word, flag, self._counters.address + mark * _COUNTER_NBYTES)
+
+    def _give_back(self, lane: Lane) -> None:
+        self._marks.append((lane.address - self._words.address) // WORD_NBYTES)
 
     def _free_lane(self) -> Lane:
         """Return a lane with nothing on it, or that which has the least; the lock is held."""
@@ -350,7 +364,11 @@ class Mover:
         """See to the end of jobs. Who posts or waits is not disturbed: this looks seldom unless it is to hurry."""
         pause, quiet = _MOST_PAUSE, 0
         while not self._is_closed:
-            self._bell.wait(pause if quiet < _QUIET else None)
+            if quiet < _QUIET:
+                self._bell.wait(pause)
+            else:
+                self._bell.wait()
+                quiet = 0
             self._bell.clear()
             pause = _LEAST_PAUSE if self._hurry else min(_MOST_PAUSE, 1.25 * pause)
             self._hurry = False

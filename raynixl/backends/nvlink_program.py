@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from raynixl.backends.nvlink_mover import Mover
     from raynixl.backends.nvlink_slabs import Piece
 
-INLINE_NBYTES = 1 << 20
-"""What a GPU moves faster than a thread is woken: who posts it looks for its end at once."""
+INLINE_NBYTES = 16 << 20
+"""What a GPU moves in the time that a job costs: who posts it looks for its end at once."""
 _LOOK_SECONDS = 40e-6
 _WAIT_LOOK_SECONDS = 1e-3
 """A sleep is 60 us too long: who waits looks for longer than that would matter."""
@@ -175,7 +175,11 @@ class GpuJob:
         if self._result != PENDING:
             return True
         if timeout > 0 and self._forks == fork_generation():
-            self._program._mover.core.look_for(self.lane.address, self.sequence, min(timeout, _WAIT_LOOK_SECONDS))
+            mover = self._program._mover
+            if mover.core.look_for(self.lane.address, self.sequence, min(timeout, _WAIT_LOOK_SECONDS)):
+                mover.collect(self.lane)
+                if self._result != PENDING:
+                    return True
         return self._wait_until(lambda: self.code != PENDING, timeout)
 
     def wait_settled(self, timeout: float) -> bool:
@@ -275,8 +279,7 @@ class Captured:
         if self.code:
             return
         try:
-            self._lane = mover.capture(program, stream)
-            self._before = self._lane.reached
+            self._lane, self._before = mover.capture(program, stream)
         except BaseException:
             program.leave()
             raise

@@ -31,7 +31,7 @@ class Tuning:
 
     small_nbytes: int = 64 << 10
     """A single block of at most this is one CTA's."""
-    engine_nbytes: int = 16 << 20
+    engine_nbytes: int = 128 << 20
     """Blocks of this length on average go by copy engine, one call for each."""
     engine_host_nbytes: int = 64 << 10
     """Likewise where one side is host memory."""

@@ -171,6 +171,13 @@ def test_a_transfer_follows_a_stream_and_a_stream_follows_the_transfer() -> None
     stream = cupy.cuda.Stream(non_blocking=True)
     source, target = uploaded(np.zeros(MIB, np.uint8)), uploaded(np.zeros(MIB, np.uint8))
     program = gpu.program(np.array([[source.data.ptr, target.data.ptr, MIB]], np.uint64), [gate])
+    keep_busy(stream, 0.0)
+    with stream:  # cupy compiles at first use
+        source += 7
+        target *= 3
+        after = target * 3
+    source.fill(0)
+    settle()
     keep_busy(stream, 0.05)
     with stream:
         source += 7
@@ -195,6 +202,8 @@ def test_a_deadline_ends_the_transfer_and_the_gate_is_left_when_the_gpu_is_throu
     stream = cupy.cuda.Stream(non_blocking=True)
     source, target = uploaded(random_bytes(64)), uploaded(np.zeros(64, np.uint8))
     program = gpu.program(np.array([[source.data.ptr, target.data.ptr, 64]], np.uint64), [gate])
+    keep_busy(stream, 0.0)
+    settle()
     keep_busy(stream, 0.3)
     job = program.run_after(0.02, cuda.record(stream, 0))
     assert end_of(job) == TIMEOUT
@@ -221,6 +230,8 @@ def test_a_captured_transfer_runs_with_every_replay_of_its_graph(blocks: int) ->
     rows = rows_of(at[order] + source.data.ptr, at + target.data.ptr, nbytes).astype(np.uint64)
     program = gpu.program(rows, [gate])
     with stream:
+        source += 0  # cupy compiles at first use
+        stream.synchronize()
         stream.begin_capture()
         source += 1
         captured = program.capture(stream.ptr)

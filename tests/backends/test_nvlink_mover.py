@@ -1,0 +1,420 @@
+"""Programs of a GPU and their jobs: order, ends, gates, deadlines, on a driver that is made up."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_fake import FakeCuda
+from cuda_fixtures import fake_driver
+
+from raynixl import BackendUnavailable, ConfigError, cuda
+from raynixl.backends.nvlink_mover import Mover, mover
+from raynixl.backends.nvlink_tiles import Tuning
+from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, Job, load
+
+MIB = 1 << 20
+PATIENCE = 10.0
+WAYS = {
+    "small": [(3, 5, 1000)],
+    "range": [(0, 64, 700_001)],
+    "tiles": [(k * 9000, k * 9000 + 1, 8000) for k in range(60)],
+    "narrow": [(k * 900, k * 900 + 8, 80) for k in range(60)],
+    "engine": [(0, 0, MIB)],
+}
+TUNING = Tuning(engine_nbytes=MIB)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    with fake_driver() as made:
+        yield made
+
+
+@pytest.fixture(params=["native", "ctypes"])
+def gpu(fake: FakeCuda, request: pytest.FixtureRequest) -> Iterator[Mover]:
+    """A mover of its own, in either core."""
+    made = Mover(0, TUNING, core=load(request.param == "native"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return load(native=True).Gate()
+
+
+class Pair:
+    """Two pieces of a GPU's memory that the user has."""
+
+    def __init__(self, fake: FakeCuda) -> None:
+        self._fake = fake
+        self.source, self.target = fake.make(MIB), fake.make(MIB)
+        self.data = np.random.default_rng(0).integers(0, 256, MIB, np.uint8)
+        fake.view(self.source, MIB)[:] = self.data
+        fake.view(self.target, MIB)[:] = 0
+
+    def table(self, rows: list[tuple[int, int, int]]) -> Any:
+        """Rows of offsets as addresses."""
+        return np.array(rows, np.uint64).reshape(-1, 3) + np.array([self.source, self.target, 0], np.uint64)
+
+    def has(self, rows: list[tuple[int, int, int]]) -> bool:
+        """Whether the rows have been copied, and nothing else."""
+        wanted = np.zeros(MIB, np.uint8)
+        for source, target, nbytes in rows:
+            wanted[target : target + nbytes] = self.data[source : source + nbytes]
+        return bool((self._fake.view(self.target, MIB) == wanted).all())
+
+    @property
+    def is_untouched(self) -> bool:
+        return not self._fake.view(self.target, MIB).any()
+
+
+@pytest.fixture
+def pair(fake: FakeCuda) -> Iterator[Pair]:
+    made = Pair(fake)
+    yield made
+    fake.drop(made.source)
+    fake.drop(made.target)
+
+
+def as_job(result: int | Job) -> Job:
+    assert not isinstance(result, int), result
+    return result
+
+
+def is_readable(fd: int, patience: float = PATIENCE) -> bool:
+    return bool(select.select([fd], [], [], patience)[0])
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    limit = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_moves_the_blocks_and_leaves_the_gate(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, way: str
+) -> None:
+    program = gpu.program(pair.table(WAYS[way]), [gate])
+    fake.kernels.launches.clear()
+    result = program.run(PATIENCE)
+    assert isinstance(result, int) or result.wait(PATIENCE)
+    assert (result if isinstance(result, int) else result.code) == DONE
+    assert pair.has(WAYS[way])
+    assert gate.inflight == 0
+    assert (program.count, program.nbytes) == (len(WAYS[way]), sum(row[2] for row in WAYS[way]))
+    assert fake.kernels.launches == ["raynixl_signal" if way == "engine" else f"raynixl_copy_{way}"]
+
+
+def test_nothing_to_move_is_done(gpu: Mover, gate: Gate) -> None:
+    assert gpu.program(np.empty((0, 3), np.uint64), [gate]).run(PATIENCE) == DONE
+    assert gpu.program(np.array([[4096, 8192, 0]], np.uint64), [gate]).run(PATIENCE) == DONE
+
+
+def test_what_is_small_ends_inside_the_post_unless_it_must_not(gpu: Mover, pair: Pair) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    assert program.run(PATIENCE) == DONE
+    job = as_job(program.run(PATIENCE, out_of_line=True))
+    assert job.wait(PATIENCE)
+    assert job.code == DONE
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_job_ends_when_the_gpu_is_through_and_the_gate_is_left_then(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, way: str
+) -> None:
+    program = gpu.program(pair.table(WAYS[way]), [gate])
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+        assert (job.code, job.settled, job.nbytes_done, gate.inflight) == (PENDING, False, 0, 1)
+        assert not job.wait(0.005)
+        assert not job.wait_settled(0.005)
+    assert job.wait(PATIENCE)
+    assert (job.code, job.settled, job.nbytes_done, gate.inflight) == (DONE, True, program.nbytes, 0)
+    assert pair.has(WAYS[way])
+
+
+def test_a_closed_gate_refuses_and_those_before_it_are_left(gpu: Mover, pair: Pair, gate: Gate) -> None:
+    closed = load(native=True).Gate()
+    closed.close(STALE)
+    assert gpu.program(pair.table([(0, 0, 64)]), [gate, closed, gate]).run(PATIENCE) == STALE
+    assert gate.inflight == 0
+    assert pair.is_untouched
+
+
+def test_a_deadline_ends_the_job_and_the_gate_stays_entered_while_the_gpu_works(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    with fake.held():
+        job = as_job(program.run(0.01))
+        assert job.wait(PATIENCE)
+        assert (job.code, job.settled, gate.inflight) == (TIMEOUT, False, 1)
+        assert not job.cancel(CANCELLED)
+        assert not gate.drain(0.01)
+    assert gate.drain(PATIENCE)
+    assert job.settled
+    assert job.code == TIMEOUT
+
+
+def test_cancelling_ends_the_job_for_its_user_only(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+        with pytest.raises(ValueError, match="2 or more"):
+            job.cancel(DONE)
+        assert job.cancel(CANCELLED)
+        assert not job.cancel(STALE)
+        assert (job.code, job.settled, gate.inflight) == (CANCELLED, False, 1)
+    assert job.wait_settled(PATIENCE)
+    assert gate.inflight == 0
+    assert pair.has([(0, 0, 64)])
+
+
+def test_a_gate_that_is_closed_with_abort_ends_the_job(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+        gate.close(STALE, abort=False)
+        assert job.code == PENDING
+        gate.close(STALE)
+        assert job.wait(PATIENCE)
+        assert job.code == STALE
+        assert gate.inflight == 1
+    assert gate.drain(PATIENCE)
+
+
+def test_an_armed_descriptor_is_told_of_the_end_that_nobody_waits_for(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    with fake.held():
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(3)]
+        assert all(job.arm(bell) for job in jobs)
+        assert not is_readable(bell, 0.01)
+    assert is_readable(bell)
+    wait_until(lambda: all(job.settled for job in jobs))
+    assert os.eventfd_read(bell) == 3
+    assert not jobs[0].arm(bell)
+    os.close(bell)
+
+
+def test_a_deadline_is_told_to_an_armed_descriptor(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    with fake.held():
+        job = as_job(program.run(0.05))
+        assert job.arm(bell)
+        assert is_readable(bell)
+        assert job.code == TIMEOUT
+    assert job.wait_settled(PATIENCE)
+    os.close(bell)
+
+
+def test_a_descriptor_that_is_not_open_is_refused(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            job.arm(1 << 20)
+    assert job.wait(PATIENCE)
+
+
+def test_jobs_that_nobody_holds_leave_their_gates(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
+    program = gpu.program(pair.table([(0, 0, 2 * 4096)]), [gate])
+    with fake.held():
+        for _ in range(20):
+            program.run(PATIENCE)
+        assert gate.inflight == 20
+    assert gate.drain(PATIENCE)
+
+
+def test_a_program_that_is_dropped_keeps_its_table_until_the_gpu_is_through(
+    gpu: Mover, fake: FakeCuda, pair: Pair
+) -> None:
+    rows = WAYS["tiles"]
+    program = gpu.program(pair.table(rows), [])
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+        del program
+        gc.collect()
+    assert job.wait(PATIENCE)
+    assert pair.has(rows)
+
+
+def test_a_program_follows_an_event_and_a_stream_follows_the_job(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    seen: list[bool] = []
+    rows = [(0, 0, MIB)]
+    program = gpu.program(pair.table(rows), [])
+    with fake.held():
+        fake.work.put(stream, lambda: pair.data.__setitem__(slice(0, 100), 7))
+        fake.work.put(stream, lambda: fake.view(pair.source, 100).__setitem__(slice(None), 7))
+        job = as_job(program.run_after(PATIENCE, cuda.record(stream, 0)))
+        job.order(stream)  # type: ignore[attr-defined]
+        fake.work.put(stream, lambda: seen.append(pair.has(rows)))
+        while fake.step():
+            pass
+    assert job.wait(PATIENCE)
+    assert seen == [True]
+
+
+def test_what_waits_for_an_event_holds_up_nothing_else(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    is_open = threading.Event()
+
+    def spin() -> Iterator[None]:
+        while not is_open.is_set():
+            yield
+
+    fake.work.put(stream, spin)
+    event = cuda.record(stream, 0)
+    waiting = [as_job(program.run_after(PATIENCE, event)) for _ in range(20)]
+    others = [as_job(program.run(PATIENCE, out_of_line=True)) for _ in range(5)]
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in others)
+    assert all(job.code == PENDING for job in waiting)
+    is_open.set()
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in waiting)
+
+
+def test_ordering_after_a_job_that_has_ended_asks_nothing_of_the_driver(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    job = as_job(gpu.program(pair.table([(0, 0, 64)]), []).run(PATIENCE, out_of_line=True))
+    assert job.wait(PATIENCE)
+    before = fake.calls["cuStreamWaitEvent"]
+    job.order(fake.work.stream(cuda.primary(0)))  # type: ignore[attr-defined]
+    assert fake.calls["cuStreamWaitEvent"] == before
+
+
+def test_many_threads_share_the_lanes(gpu: Mover, pair: Pair, gate: Gate) -> None:
+    program = gpu.program(pair.table([(0, 0, 4096)]), [gate])
+    codes: list[int] = []
+
+    def work() -> None:
+        for number in range(40):
+            result = program.run(PATIENCE, out_of_line=number % 2 == 0)
+            assert isinstance(result, int) or result.wait(PATIENCE)
+            codes.append(result if isinstance(result, int) else result.code)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert codes == [DONE] * 240
+    assert gate.inflight == 0
+
+
+def test_a_launch_that_fails_is_an_error_code_and_leaves_the_gate(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    fake.fail("cuLaunchKernel", 719)
+    assert program.run(PATIENCE) == -errno.EIO
+    assert gate.inflight == 0
+    assert "does not take a transfer" in caplog.text
+    assert program.run(PATIENCE) == DONE
+
+
+def test_a_gpu_that_fails_ends_its_jobs(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    with fake.held():
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(3)]
+        fake.fail("cuStreamQuery", 700, times=len(jobs))
+        assert all(job.wait(PATIENCE) for job in jobs)
+        assert [job.code for job in jobs] == [-errno.EIO] * 3
+        assert gate.inflight == 0
+    assert "failed" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["range", "tiles", "engine"])
+def test_a_captured_program_runs_with_every_replay(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, way: str
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table(WAYS[way]), [gate])
+    fake.work.begin_capture(stream)
+    captured = program.capture(stream)
+    graph = fake.work.end_capture(stream)
+    assert (captured.code, captured.runs, gate.inflight) == (0, 0, 1)
+    assert pair.is_untouched
+    for replay in (1, 2, 3):
+        graph.launch()
+        wait_until(lambda replay=replay: captured.runs == replay)
+    assert pair.has(WAYS[way])
+    captured.close()
+    captured.close()
+    assert gate.inflight == 0
+
+
+def test_words_of_captured_programs_are_used_again(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    for _ in range(1500):
+        captured = program.capture(stream)
+        wait_until(lambda captured=captured: captured.runs == 1)
+        captured.close()
+    gate.close(STALE)
+    assert program.capture(stream).code == STALE
+    assert gate.drain(PATIENCE)
+
+
+def test_too_many_captured_programs_are_refused_and_the_gate_is_left(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    kept = [program.capture(stream) for _ in range(1023)]
+    with pytest.raises(BackendUnavailable, match="close"):
+        program.capture(stream)
+    assert gate.inflight == len(kept)
+    for captured in kept:
+        captured.close()
+    assert gate.inflight == 0
+
+
+def test_a_child_that_was_forked_cannot_use_the_gpu(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+        child = os.fork()
+        if child == 0:
+            codes = (job.code, job.settled, job.cancel(CANCELLED), program.run(1.0))
+            os._exit(0 if codes == (CLOSED, True, False, CLOSED) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert job.wait(PATIENCE)
+
+
+def test_there_is_one_mover_for_each_gpu(fake: FakeCuda) -> None:
+    assert mover(0) is mover(0)
+    assert mover(0) is not mover(1)
+    assert (mover(0).device, mover(1).device) == (0, 1)
+
+
+def test_a_gpu_that_is_not_there_is_refused(fake: FakeCuda) -> None:
+    with pytest.raises(ConfigError, match="GPU 7"):
+        mover(7)
+
+
+def test_preparing_again_and_again_takes_no_more_memory(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    def prepare() -> None:
+        assert gpu.program(pair.table(WAYS["tiles"]), []).run(PATIENCE, out_of_line=True)
+
+    for _ in range(20):
+        prepare()
+    before = fake.calls["cuMemAlloc_v2"] + fake.calls["cuMemHostAlloc"]
+    for _ in range(200):
+        prepare()
+    assert fake.calls["cuMemAlloc_v2"] + fake.calls["cuMemHostAlloc"] == before
