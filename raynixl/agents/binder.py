@@ -97,7 +97,7 @@ class Binder:
                     return bindings
                 except BackendUnavailable as exc:
                     reason = str(exc)
-                    task.connection.refused(task.remotes, backend.name)
+                    task.connection.refused(task.remotes, backend.name, reason)
             reasons.append(f"{backend.name}: {reason}")
         labels = ", ".join(dict.fromkeys(remote.label for remote in task.remotes[:3]))
         raise BackendUnavailable(

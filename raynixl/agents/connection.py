@@ -29,7 +29,7 @@ class Connection:
         self.heard = time.monotonic()
         self.regions: dict[str, RemoteRegion] = {}  # by name, as the peer told us
         self.bindings: dict[tuple[int, int, str], Binding] = {}  # by region id, generation and backend
-        self.refusals: set[tuple[int, int, str]] = set()  # likewise: which backends refused to bind which regions
+        self.refusals: dict[tuple[int, int, str], str] = {}  # likewise: why backends refused to bind regions
         self.withdrawals = 0  # how often the peer has withdrawn a region
         self.lock = threading.Lock()  # protects links, regions, bindings, refusals, withdrawals, lost
         self.binding = threading.Lock()  # held while a region is bound, so that it is bound once
@@ -84,11 +84,16 @@ class Connection:
             binding = self.bindings.get((remote.id, remote.generation, backend))
         return binding if binding is not None and binding.is_usable else None
 
-    def refused(self, remotes: Sequence[RemoteRegion], backend: str) -> None:
-        """Remember which regions a backend did not bind; those that it had bound before stay bound."""
+    def refused(self, remotes: Sequence[RemoteRegion], backend: str, reason: str) -> None:
+        """Remember why a backend did not bind these regions; those that it had bound before stay bound."""
         with self.lock:
             keys = {(remote.id, remote.generation, backend) for remote in remotes}
-            self.refusals |= keys - self.bindings.keys()
+            self.refusals |= dict.fromkeys(keys - self.bindings.keys(), reason)
+
+    def why_refused(self, remote: RemoteRegion, backend: str) -> str:
+        """Return why a backend did not bind a region; '' if it has not refused to."""
+        with self.lock:
+            return self.refusals.get((remote.id, remote.generation, backend), "")
 
     def add_binding(self, binding: Binding, withdrawals: int) -> bool:
         """Take a binding; False if the peer has withdrawn a region since `withdrawals` was read: ask it again.
@@ -102,7 +107,7 @@ class Connection:
             if self.withdrawals != withdrawals:
                 return False
             key = (binding.remote.id, binding.remote.generation, binding.link.backend)
-            self.refusals.discard(key)
+            self.refusals.pop(key, None)
             old, self.bindings[key] = self.bindings.get(key), binding
         if old is not None:
             old.gate.close(LOST)
@@ -131,7 +136,7 @@ class Connection:
             gone = {key: binding for key, binding in self.bindings.items() if key[0] == region_id}
             for key in gone:
                 del self.bindings[key]
-            self.refusals = {key for key in self.refusals if key[0] != region_id}
+            self.refusals = {key: why for key, why in self.refusals.items() if key[0] != region_id}
         self.forget_region(region_id)
         for binding in gone.values():
             binding.gate.close(STALE, abort=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from raynixl.agents.binder import kind_names, refusal
 from raynixl.agents.prepared import Prepared, Selections, as_list
-from raynixl.backends.base import Binding, Describes, Op
+from raynixl.backends.base import Binding, Describes, NamesPaths, Op
 from raynixl.region import Region
 
 if TYPE_CHECKING:
@@ -64,12 +64,23 @@ def explain(agent: Agent, src: Selections, dst: Selections) -> Explanation:
         reasons = [refusal(backend, remote, kinds) for remote in plan.remote]
         record = agent.find(plan.peer)
         reason = next((text for text in reasons if text), "") or (backend.reaches(record) if record else "")
+        connection = agent.connector.current(plan.peer)
+        if connection is not None and not reason:
+            reason = next((text for one in plan.remote if (text := connection.why_refused(one, backend.name))), "")
         rejected.append((backend.name, reason or "refused to bind the region"))
     return Explanation(
         op=op.value, peer=plan.peer, nbytes=plan.nbytes, blocks=plan.count, kinds=kind_names(kinds),
-        backend=plan.backend, paths=tuple(dict.fromkeys(binding.path for binding in bindings)),
+        backend=plan.backend, paths=_paths(agent, plan, bindings),
         core=agent.native_name, rejected=tuple(dict.fromkeys(rejected)), detail=_detail(agent, plan, bindings),
     )  # fmt: skip
+
+
+def _paths(agent: Agent, plan: Prepared, bindings: Sequence[Binding]) -> tuple[str, ...]:
+    """Return the paths inside the backend, everything once."""
+    backend = agent.backend(plan.backend)
+    if not isinstance(backend, NamesPaths):
+        return tuple(dict.fromkeys(binding.path for binding in bindings))
+    return tuple(dict.fromkeys(backend.path(local, binding) for local in plan.local for binding in bindings))
 
 
 def _detail(agent: Agent, plan: Prepared, bindings: Sequence[Binding]) -> str:

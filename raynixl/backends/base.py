@@ -195,6 +195,14 @@ class StreamJob(Protocol):
 
 
 @runtime_checkable
+class NamesPaths(Protocol):
+    """What a backend may offer whose path depends on both ends, for `agent.explain`."""
+
+    def path(self, local: Region, binding: Binding) -> str:
+        """Return the path between these two, more exactly than `binding.path`."""
+
+
+@runtime_checkable
 class Describes(Protocol):
     """What a backend may offer besides, for `agent.explain`."""
 

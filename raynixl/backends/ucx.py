@@ -108,6 +108,10 @@ class UcxBackend:
         """Turn a request into one program over all rails that it uses."""
         return self.network.prepare(request)
 
+    def path(self, local: Region, binding: Binding) -> str:
+        """Name the transports that carry a region's bytes: which they are depends on both ends' kinds of memory."""
+        return self.network.path(local, binding)
+
     def describe(self, local: Region, binding: Binding) -> str:
         """Say which rails carry a region's bytes and why, whether UCX emulates, and list all transports."""
         return self.network.describe(local, binding)

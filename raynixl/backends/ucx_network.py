@@ -152,6 +152,14 @@ class Network:
         native, limit = self._local.native, self._local.config.inline_nbytes
         return [native.rma(is_write, ways, rows, request.gates, limit)]
 
+    def path(self, local: Region, binding: Binding) -> str:
+        """Name the transports between two pieces of memory; ours is the host's where it is staged."""
+        lane = own(binding).lane
+        if lane is None:
+            return binding.path
+        near = MemoryKind.DRAM if self._is_staged(local, [own(binding)]) else local.kind
+        return str(lane.lanes.reaching(binding.remote.kind, own(binding).slow, near))
+
     def describe(self, local: Region, binding: Binding) -> str:
         """Say which rails carry a region's bytes and why, whether UCX emulates, and list all transports."""
         runtime, lane = self._run(), own(binding).lane
@@ -159,8 +167,10 @@ class Network:
             return ""
         connected = [way.rail for way in lane.ways]
         rails = self._choice.describe(local.memory, runtime.devices, runtime.nics, connected=connected)
-        lanes = lane.lanes.reaching(binding.remote.kind, own(binding).slow, local.kind)
-        staged = f"; {local.label} is staged through pinned memory" if self._is_staged(local, [own(binding)]) else ""
+        is_staged = self._is_staged(local, [own(binding)])
+        near = MemoryKind.DRAM if is_staged else local.kind
+        lanes = lane.lanes.reaching(binding.remote.kind, own(binding).slow, near)
+        staged = f"; {local.label} is staged through pinned memory" if is_staged else ""
         return f"{rails}; {lanes.explain()}{staged}"
 
     def _stage(self, request: Request, rows: Rows, paths: Sequence[tuple[int, RemoteKey]]) -> Program:

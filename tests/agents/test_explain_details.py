@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from agent_tools import introduce
 
-from raynixl import Agent, RemoteRegion
-from raynixl.backends.base import Binding, Describes
+from raynixl import Agent, BackendUnavailable, RemoteRegion
+from raynixl.backends.base import Binding, Describes, Link
 from raynixl.backends.loopback import LoopbackBackend
 from raynixl.backends.table import offered
 from raynixl.region import Region
@@ -42,6 +42,43 @@ def test_what_a_backend_says_of_each_pair_of_regions_is_told_once(new_agent: Cal
     said = alice.explain([*mine, tiny], theirs)
     assert said.detail.splitlines() == [f"{N} to {N} bytes", f"{N} to {2 * N} bytes", f"{N} to 8 bytes"]
     assert [line for line in str(said).splitlines() if "to 8 bytes" in line] == [f"  {N} to 8 bytes"]
+
+
+class Reluctant(LoopbackBackend):
+    """A backend that binds nothing."""
+
+    name = "reluctant"
+
+    def bind(self, link: Link, remote: RemoteRegion, fds: Sequence[int]) -> Binding:
+        """Refuse."""
+        raise BackendUnavailable("not on a Sunday", hint="ask on Monday")
+
+
+class Exact(LoopbackBackend):
+    """A backend whose path depends on both ends."""
+
+    name = "exact"
+
+    def path(self, local: Region, binding: Binding) -> str:
+        """Name the lengths."""
+        return f"{local.nbytes}-{binding.remote.nbytes}"
+
+
+def test_why_a_backend_refused_to_bind_is_told(new_agent: Callable[..., Agent]) -> None:
+    with offered("reluctant", Reluctant):
+        alice, bob = (new_agent(name, backends=("reluctant", "loopback")) for name in ("alice", "bob"))
+    introduce(alice, bob)
+    mine, theirs = alice.empty(N), bob.empty(N).describe()
+    for _ in range(2):  # also once it is not tried any more
+        said = alice.explain(mine, theirs)
+        assert (said.backend, said.rejected) == ("loopback", (("reluctant", "not on a Sunday; ask on Monday"),))
+
+
+def test_a_path_that_depends_on_both_ends_is_told_of_each_pair(new_agent: Callable[..., Agent]) -> None:
+    with offered("exact", Exact):
+        alice, bob = pair_over(new_agent, "exact")
+    said = alice.explain([alice.empty(N), alice.empty(8)], bob.empty(N + 8).describe())
+    assert said.paths == (f"{N}-{N + 8}", f"8-{N + 8}")
 
 
 def test_a_backend_that_says_nothing_is_explained_without_a_detail(pair: tuple[Agent, Agent], backend: str) -> None:

@@ -89,12 +89,13 @@ def test_blocks_that_lie_across_the_ends_of_buffers_land_where_they_belong(pair:
         assert digest(back) == far.ask("digest", name="theirs")
 
 
-def test_it_is_explained(pair: tuple[Agent, Far]) -> None:
+def test_it_is_explained(pair: tuple[Agent, Far], options: dict[str, str]) -> None:
     near, far = pair
     far.ask("make", name="theirs", kind="host", nbytes=64)
     told = near.explain(on_gpu(near, 64, 1), near.peer(far.record)["theirs"])
     assert "staged through pinned memory" in str(told)
     assert told.backend == "ucx"
+    assert told.paths == (("cma",) if "cma" in options["TLS"] else ("tcp/lo (software emulation)",))
 
 
 def test_a_prepared_transfer_is_posted_again_and_again_with_the_same_buffers(
@@ -142,5 +143,6 @@ def test_what_nvlink_does_not_reach_goes_over_ucx_and_both_are_explained(fake: F
         assert far.ask("digest", name="plain") == digest(download(ours))
         told = near.explain(ours, plain)
         assert told.backend == "ucx"
-        assert {name for name, _ in told.rejected} == {"nvlink", "shm"}
+        assert dict(told.rejected)["shm"] == "does not carry vram-dram"
+        assert "does not offer the region over it" in dict(told.rejected)["nvlink"]  # it has no driver
         assert "staged through pinned memory" in told.detail
