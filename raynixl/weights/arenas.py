@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from raynixl.errors import AgentClosed, BackendUnavailable, RangeError, RegionStale
+from raynixl import cuda
+from raynixl.errors import AgentClosed, BackendUnavailable, ConfigError, RangeError, RegionStale
 from raynixl.weights.bank import HostBank, holds_any
 from raynixl.weights.device_bank import bank_of
 from raynixl.weights.reads import Reads
@@ -39,6 +42,8 @@ class Arenas:
         """What is read into it, for whoever does that again and again."""
         self._agent = agent
         self.space = self._fill(name, spaces)
+        self._unpin = weakref.finalize(self, _unpin, self._pin() if self.space.is_pinned else [], os.getpid())
+        self._unpin.atexit = False  # what is left then goes with the process
         self.bank = bank_of(self.space, self.regions, agent.native)
 
     def __repr__(self) -> str:
@@ -68,16 +73,29 @@ class Arenas:
                 self._deregister()
                 if space is spaces[-1]:
                     raise
-                logger.warning("weights of %r lie in the memory of another device: %s", self._agent.name, exc)
+                # as text: who keeps records would keep this memory by the error's traceback
+                logger.warning("weights of %r lie in the memory of another device: %s", self._agent.name, str(exc))
             except BaseException:
                 self._deregister()
                 raise
         raise AssertionError("there is a space to lie in")
 
+    def _pin(self) -> list[cuda.Pin]:
+        """Pin host memory, as a GPU copies to it and from it several times as fast then; it goes without, too."""
+        pins: list[cuda.Pin] = []
+        if not cuda.has_driver():
+            return pins
+        try:
+            pins.extend(cuda.pin(region.memory.address, region.nbytes) for region in self.regions)
+        except (RangeError, BackendUnavailable, ConfigError) as exc:
+            logger.info("weights of %r are not pinned: %s", self._agent.name, str(exc))
+        return pins
+
     def release(self) -> None:
         """Withdraw the memory from peers and let go of it, save where views of it live on; idempotent."""
         self.bank = HostBank(())
         self.reads.clear()
+        self._unpin()
         self._deregister()
 
     def _deregister(self) -> None:
@@ -87,3 +105,10 @@ class Arenas:
                 self._agent.deregister(region)
             except (AgentClosed, RegionStale):
                 continue  # the agent was closed before us and has withdrawn it
+
+
+def _unpin(pins: Sequence[cuda.Pin], pid: int) -> None:
+    """Unpin memory before it is unmapped; a fork has no part in it."""
+    if os.getpid() == pid:
+        for pin in pins:
+            pin.close()

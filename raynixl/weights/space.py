@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from raynixl.errors import ConfigError
@@ -24,6 +24,8 @@ class Space:
     """The memory of one device, by torch's name for it."""
 
     name: str = "cpu"
+    is_pinned: bool = field(default=False, compare=False)
+    """Whether arenas in host memory are to be pinned, as what lies in them comes from a GPU or goes to one."""
 
     @property
     def is_host(self) -> bool:
@@ -91,6 +93,7 @@ def spaces_for(tensors: Iterable[torch.Tensor], memory: str) -> tuple[Space, ...
         if not has_one:
             raise ConfigError(f"memory='vram' for tensors on {len(gpus)} GPUs", hint="use memory='dram' or 'auto'")
         return (gpus[0],)
+    host = Space(is_pinned=bool(gpus))
     if memory == MemoryKind.DRAM.value or not has_one or 2 * nbytes[gpus[0]] < nbytes.total():
-        return (HOST,)
-    return gpus[0], HOST
+        return (host,)
+    return gpus[0], host

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from raynixl import cuda
 from raynixl.errors import TransferTimeout
 from raynixl.weights.space import Space, gpus_of
 
@@ -48,6 +49,18 @@ class Gpu(Protocol):
         """Return what tells, later, what was put on the stream that is this thread's current one now."""
 
 
+class TorchMoment:
+    """An event of torch's."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def query(self) -> bool:
+        """See `Moment`."""
+        with cuda.relaxed():
+            return self._event.query()
+
+
 class TorchGpu:
     """A GPU as torch knows it."""
 
@@ -58,9 +71,11 @@ class TorchGpu:
         self._number = number
         self._ours = torch.cuda.Stream(number, priority=-1)  # type: ignore[no-untyped-call]
 
-    def ours(self) -> AbstractContextManager[Any]:
-        """See `Gpu`."""
-        return self._torch.cuda.stream(self._ours)
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """See `Gpu`. What is done meanwhile breaks no graph that another thread captures."""
+        with cuda.relaxed(), self._torch.cuda.stream(self._ours):
+            yield
 
     def now(self) -> tuple[int, Moment] | None:
         """See `Gpu`."""
@@ -80,9 +95,7 @@ class TorchGpu:
         return lambda: self._past(stream)
 
     def _past(self, stream: torch.cuda.Stream) -> Moment:
-        event = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
+        return TorchMoment(stream.record_event())
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 from device_stand_in import GPU, StandIn
 from weights_tools import Cluster, Policy, fill, same
 
+from raynixl import cuda
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.space import HOST
 
@@ -98,4 +99,16 @@ def test_a_gpu_without_room_leaves_versions_in_host_memory(link, device, fake_cu
     cluster = Cluster(link, source, [target])
     cluster.sync.push(1).raise_for_excluded()
     assert same(target, source)
-    assert [slot.arenas.space for slot in cluster.subscriptions[0]._follower._slots] == [HOST]
+    slots = list(cluster.subscriptions[0]._follower._slots)
+    assert [slot.arenas.space for slot in slots] == [HOST]
+    assert cuda.pinned_address(slots[0].arenas.regions[0].memory.address, 1) is not None
+
+
+def test_host_memory_that_cannot_be_pinned_carries_them_as_well(link, device, fake_cuda):
+    fake_cuda.fail("cuMemHostRegister_v2", 2, times=10)
+    source, target = device.move(Policy(value=2.0)), device.move(Policy())
+    trainer, rollout = link("trainer"), link("rollout")
+    publish(trainer, "policy", source, memory="dram")
+    subscribe(rollout, "policy", target, memory="dram")
+    WeightSync(trainer, "policy", ["trainer"], ["rollout"], timeout=20).push(1).raise_for_excluded()
+    assert same(target, source)
