@@ -58,7 +58,7 @@ class TorchMoment:
     def query(self) -> bool:
         """See `Moment`."""
         with cuda.relaxed():
-            return self._event.query()
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class TorchGpu:
