@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import threading
+import time
 from typing import Any
 
 import torch
@@ -140,13 +141,14 @@ def seen(world: World, name: str) -> list[list[float]]:
     return reader.stop()
 
 
-def capture(world: World, name: str) -> None:
-    """Capture a graph that doubles a tensor."""
+def capture(world: World, name: str, seconds: float) -> None:
+    """Capture a graph that doubles a tensor, in the mode in which any thread can break it, and take time over that."""
     tensors, subscription = world.kept[name]
     out = torch.zeros_like(tensors["plain"])
     graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    with subscription.pinned(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # type: ignore[no-untyped-call]
+    with subscription.pinned(), torch.cuda.graph(graph, capture_error_mode="global"):  # type: ignore[no-untyped-call]
         out.copy_(tensors["plain"] * 2)
+        time.sleep(seconds)
     world.kept[f"graph of {name}"] = (graph, out)
 
 

@@ -239,8 +239,11 @@ def test_captured_graphs_replay_with_the_new_version(pair: Pair) -> None:
     pair.follow("cuda")
     sync = pair.sync()
     sync.push(1).raise_for_excluded()
-    pair.fars[0].ask("gpu_weights:capture", name=pair.name)
-    for version in (2, 3):
+    refill(tensors, 2)
+    pair.fars[0].tell("gpu_weights:capture", name=pair.name, seconds=1.0)
+    sync.push(2).raise_for_excluded()  # pulled and checked meanwhile, which must not break the capture
+    pair.fars[0].hear()
+    for version in (3, 4):
         refill(tensors, version)
         sync.push(version).raise_for_excluded()
         assert pair.fars[0].ask("gpu_weights:replay", name=pair.name)
