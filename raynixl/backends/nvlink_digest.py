@@ -75,7 +75,10 @@ def _tile_nbytes(rows: U64, gpu: Mover) -> int:
 
 
 def _run(program: GpuProgram, event: cuda.Event, timeout: float) -> None:
-    code = program.run_after(timeout, event)
+    try:
+        code = program.run_after(timeout, event)
+    finally:
+        event.close()
     if not isinstance(code, int):
         job = code
         job.wait(timeout)
