@@ -87,6 +87,21 @@ def test_one_side_may_be_on_a_gpu(fleet, device, is_source, install):
     assert [slot.arenas.space for slot in slots(cluster)][:1] == [HOST if is_source else GPU]
 
 
+def test_a_model_may_have_some_of_its_tensors_on_the_host(fleet, device):
+    models = [device.move(Policy(value=value)) for value in (4.0, 0.0)]
+    for model in models:
+        model.norm.running_mean = model.norm.running_mean.clone()
+        assert not device.holds(model.norm.running_mean)
+    source, target = models
+    fill(source, 5.0)
+    before = addresses(target)
+    cluster = Cluster(fleet, source, [target])
+    cluster.sync.push(1).raise_for_excluded()
+    assert same(target, source)
+    assert addresses(target) == before
+    assert slots(cluster)[0].arenas.space == GPU
+
+
 def test_a_gpu_without_room_leaves_versions_in_host_memory(fleet, device, caplog):
     source, target = device.move(Policy(value=2.0)), device.move(Policy())
     device.room = 100
