@@ -50,7 +50,7 @@ def check_backends() -> Iterator[Finding]:
     except RaynixlError as exc:
         yield Finding("process_vm", "second process", Verdict.FAILS, exc.message, exc.hint)
     for name in table.names():
-        yield from _check_backend(name)
+        yield from try_backend(name)
 
 
 def _check_process_vm(process: TargetProcess) -> Iterator[Finding]:
@@ -69,7 +69,7 @@ def _check_process_vm(process: TargetProcess) -> Iterator[Finding]:
         yield Finding("process_vm", name, Verdict.FAILS if number else Verdict.WORKS, detail, hint if number else "")
 
 
-def _check_backend(name: str) -> Iterator[Finding]:
+def try_backend(name: str) -> Iterator[Finding]:
     """Write and read memory of every sort over one backend; the bytes are compared."""
     is_gpu = name == "nvlink"
     if is_gpu and not has_gpus():

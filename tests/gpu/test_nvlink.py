@@ -191,3 +191,13 @@ def test_plain_memory_of_another_process_is_refused_with_the_remedy(near: Agent,
     assert isinstance(error, BackendUnavailable)
     assert "agent.empty" in f"{error} {error.hint}"
     far.ask("drop", name=name)
+
+
+def test_doctor_finds_the_gpu_and_moves_bytes_over_nvlink() -> None:
+    from raynixl.cli.gpu_checks import check_gpus
+    from raynixl.cli.path_checks import try_backend
+
+    assert "GPU 0" in {one.name for one in check_gpus()}
+    (finding,) = try_backend("nvlink")
+    assert finding.verdict == "works", finding
+    assert "ipc" in finding.detail

@@ -1,0 +1,59 @@
+"""What doctor says of GPUs: none, some, and which do not reach each other; on a made-up driver."""
+
+from __future__ import annotations
+
+import pytest
+from vram_tools import made_up_gpus
+
+from raynixl import cuda
+from raynixl.cli import gpu_checks
+from raynixl.cli.doctor import Finding, Verdict
+from raynixl.cli.path_checks import try_backend
+
+
+def found() -> dict[str, Finding]:
+    """What doctor finds, by name."""
+    return {one.name: one for one in gpu_checks.check_gpus()}
+
+
+@pytest.fixture
+def no_driver() -> None:
+    """Skip where there is a true driver."""
+    if cuda.has_driver():
+        pytest.skip("there is a driver here")
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_without_a_driver_host_memory_is_all_there_is() -> None:
+    assert found()["driver"].verdict is Verdict.MISSING
+    assert [one.verdict for one in try_backend("nvlink")] == [Verdict.MISSING]
+    assert not gpu_checks.has_gpus()
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_devices_without_a_driver_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "GPU_CONTROL", "/dev/null")
+    finding = found()["driver"]
+    assert finding.verdict is Verdict.FAILS
+    assert "--gpus" in finding.hint
+
+
+def test_every_gpu_and_who_reaches_whom_is_listed() -> None:
+    with made_up_gpus(gpus=3):
+        seen = found()
+        assert gpu_checks.has_gpus()
+    assert {"GPU 0", "GPU 1", "GPU 2", "GPU 0 to GPU 1", "GPU 0 to GPU 2", "cupy"} <= set(seen)
+    assert seen["GPU 0 to GPU 1"].verdict is Verdict.WORKS
+
+
+def test_gpus_that_do_not_reach_each_other_are_slow() -> None:
+    with made_up_gpus(has_peer_access=False):
+        finding = found()["GPU 0 to GPU 1"]
+    assert finding.verdict is Verdict.SLOW
+    assert finding.hint
+
+
+def test_a_driver_without_gpus_is_none() -> None:
+    with made_up_gpus(gpus=0):
+        assert not gpu_checks.has_gpus()
+        assert found()["driver"].verdict is Verdict.MISSING
