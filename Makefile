@@ -1,4 +1,4 @@
-# make test | make test-verl | make test-vllm | make demo | make lint | make soak | make bench-hosts | make clean
+# make test | make test-verl | make test-vllm | make demo | make lint | make soak | make bench-hosts | make gpu-check | make clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 FAST := not gpu and not slow and not heavy
 
-.PHONY: test test-verl test-vllm demo lint soak bench-hosts clean install
+.PHONY: test test-verl test-vllm demo lint soak bench-hosts gpu-check clean install
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
@@ -58,6 +58,10 @@ $(VLLM)/.installed: $(VLLM)/.vllm $(INPUTS)
 # Needs root: it makes two network namespaces, and a cable of 10 Gbit/s between them.
 bench-hosts: $(STAMP)
 	$(BIN)/python tools/hosts_bench.py
+
+# Needs an NVIDIA GPU and cupy: tests, compute-sanitizer, and the tables of docs/performance.md.
+gpu-check: $(STAMP)
+	tools/gpu_check.sh
 
 lint: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt ruff mypy
