@@ -40,14 +40,14 @@ def digest_rows(device: int, rows: U64, out: U64, *, seed: int, stream: int = 0,
     deadline = time.monotonic() + timeout
     cut = cut_blocks(rows, _tile_nbytes(rows, gpu))
     sums = np.zeros(2 * len(out), np.uint64)
-    held = gpu.upload(np.concatenate([cut.reshape(-1), sums]))
+    held = gpu.transit.upload(np.concatenate([cut.reshape(-1), sums]))
     where = held.address + cut.nbytes
     grid = min(gpu.multiprocessors * _CTAS, -(-len(cut) // _WARPS))
     values = [held.address, len(cut), where, *lane_keys(seed).tolist()]
     start = Start(gpu.launcher("raynixl_digest", grid, _THREADS, values), held)
     program = GpuProgram(gpu, start, (), count=len(rows), nbytes=int(rows[:, 1].sum()))
     _run(program, cuda.record(stream, device), timeout)
-    gpu.download(where, sums, max(0.001, deadline - time.monotonic()))
+    gpu.transit.download(where, sums, max(0.001, deadline - time.monotonic()))
     out += sums.reshape(out.shape)
 
 

@@ -1,4 +1,4 @@
-"""The mover of a GPU: its kernels, its lanes, and the thread that sees to the end of what nobody waits for."""
+"""The mover of a GPU: makes programs of block lists, and puts them on its lanes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ctypes import c_uint64
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from raynixl import cuda
 from raynixl.backends.nvlink_kernel import load_kernels
@@ -19,7 +18,9 @@ from raynixl.backends.nvlink_lane import WORD_NBYTES, Lane
 from raynixl.backends.nvlink_program import GpuJob, GpuProgram, Start, ring
 from raynixl.backends.nvlink_slabs import Piece, Slabs
 from raynixl.backends.nvlink_tiles import Cut, Rows, Tuning, Way, plan
-from raynixl.errors import BackendUnavailable, RaynixlError, TransferTimeout
+from raynixl.backends.nvlink_transit import Transit, wait_for_event
+from raynixl.backends.nvlink_watch import Watch
+from raynixl.errors import BackendUnavailable, RaynixlError
 from raynixl.native import CLOSED, Gate, Launcher, Native, load
 from raynixl.native.twin_job import fork_generation
 
@@ -29,12 +30,9 @@ _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _WORDS = 1024  # lanes and captured programs at a time
 _COUNTER_NBYTES = 16
 _LANES, _WAITING_LANES = 4, 16
-_UPLOAD_NBYTES = 1 << 20
-_UPLOAD_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
-_LEAST_PAUSE, _MOST_PAUSE = 50e-6, 2e-3
-_QUIET = 50
-"""Looks without a job in flight, after which the thread sleeps until there is one: waking it disturbs who posts."""
+_CLOSE_PAUSE = 1e-3
+_WARM_SECONDS = 30.0
 _NO_ROWS = np.empty((0, 3), np.uint64)
 _CALLS = ("cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuLaunchKernel", "cuMemcpyAsync")
 
@@ -68,26 +66,18 @@ class Mover:
         self._lock = threading.Lock()  # protects _lanes, _waiting, _marks, and what is put on lanes
         self._lanes: list[Lane] = []
         self._waiting: list[Lane] = []
-        self._upload_lock = threading.Lock()  # protects _staging, _upload_stream, _uploaded
-        self._bell = threading.Event()
-        self._is_watched = False
-        self._hurry = False
         self._is_closed = False
         self._forks = fork_generation()
-        self._thread: threading.Thread | None = None
         self._words = self.pinned.take(_WORDS * WORD_NBYTES)
         self._counters = self.tables.take(_WORDS * _COUNTER_NBYTES)
         self._marks = list(range(_WORDS))
-        self._staging = self.pinned.take(_UPLOAD_NBYTES)
         np.frombuffer(cuda.host_bytes(self._words.address, self._words.nbytes), np.uint8)[:] = 0
+        self.transit = Transit(device, self.tables, self.pinned)
+        self.transit.zero(self._counters)
+        self._watch = Watch(self._look, f"raynixl-gpu-{device}")
         with cuda.on(device):
             self._flags = cuda.host_device_address(self._words.address)
-            self._upload_stream = cuda.stream_create(is_urgent=True)
-            self._uploaded = cuda.event_create()
-            cuda.memset_async(self._counters.address, 0, self._counters.nbytes, self._upload_stream)
             self._lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
-            cuda.event_record(self._uploaded, self._upload_stream)
-            self._wait_for(self._uploaded, _UPLOAD_SECONDS)
         self._warm_up()
 
     def program(self, table: Rows, gates: Sequence[Gate], *, touches_host: bool = False) -> GpuProgram:
@@ -147,16 +137,11 @@ class Mover:
         """See to a job's end, whoever else does."""
         with self._lock:
             job.lane.add(job)
-            is_watched, self._is_watched = self._is_watched, True
-        if not is_watched:
-            self._bell.set()
-            if self._thread is None:
-                self._start_thread()
+        self._watch.wake()
 
     def hurry(self) -> None:
         """Look more often for a while: somebody sleeps until a job has ended."""
-        self._hurry = True
-        self._bell.set()
+        self._watch.hurry()
 
     def collect(self, lane: Lane) -> None:
         """Finish the jobs of a lane that have ended."""
@@ -190,41 +175,6 @@ class Mover:
             with self._lock, cuda.on(self.device):
                 lane.order(stream)
 
-    def upload(self, rows: Rows) -> Piece:
-        """Return a copy of a table in the GPU's memory, which has arrived there.
-
-        Raises:
-            RangeError: the GPU has no memory for it.
-            TransferTimeout: the GPU does not take it.
-        """
-        flat = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
-        piece = self.tables.take(max(1, len(flat)))
-        with self._upload_lock, cuda.on(self.device):
-            staging = np.frombuffer(cuda.host_bytes(self._staging.address, _UPLOAD_NBYTES), np.uint8)
-            for at in range(0, len(flat), _UPLOAD_NBYTES):
-                part = flat[at : at + _UPLOAD_NBYTES]
-                staging[: len(part)] = part
-                cuda.memcpy_h2d_async(piece.address + at, self._staging.address, len(part), self._upload_stream)
-                cuda.event_record(self._uploaded, self._upload_stream)
-                self._wait_for(self._uploaded, _UPLOAD_SECONDS)
-        return piece
-
-    def download(self, address: int, into: npt.NDArray[np.uint64], timeout: float) -> None:
-        """Copy from the GPU's memory, where nobody writes any more.
-
-        Raises:
-            TransferTimeout: the GPU does not bring it.
-        """
-        flat = into.view(np.uint8).reshape(-1)
-        with self._upload_lock, cuda.on(self.device):
-            staging = np.frombuffer(cuda.host_bytes(self._staging.address, _UPLOAD_NBYTES), np.uint8)
-            for at in range(0, len(flat), _UPLOAD_NBYTES):
-                part = flat[at : at + _UPLOAD_NBYTES]
-                cuda.memcpy_d2h_async(self._staging.address, address + at, len(part), self._upload_stream)
-                cuda.event_record(self._uploaded, self._upload_stream)
-                self._wait_for(self._uploaded, timeout)
-                part[:] = staging[: len(part)]
-
     def launcher(
         self, name: str, grid: int, threads: int, values: Sequence[int], *, copies: Rows = _NO_ROWS
     ) -> Launcher:
@@ -234,15 +184,6 @@ class Mover:
             self._calls, self.context, self.kernels.functions[name], (grid, threads), packed, rows
         )
 
-    def wait_for(self, event: int, timeout: float) -> None:
-        """Wait for an event without holding the interpreter's lock for long.
-
-        Raises:
-            TransferTimeout: it does not come.
-        """
-        with cuda.on(self.device):
-            self._wait_for(event, timeout)
-
     def close(self) -> None:
         """Give everything back once nothing is in flight; idempotent. Programs must not be run afterwards."""
         if self._is_closed:
@@ -250,11 +191,9 @@ class Mover:
         deadline = time.monotonic() + _CLOSE_SECONDS
         lanes = [*self._lanes, *self._waiting]
         while not all(lane.is_idle for lane in lanes) and time.monotonic() < deadline:
-            time.sleep(_MOST_PAUSE)
+            time.sleep(_CLOSE_PAUSE)
         self._is_closed = True
-        self._bell.set()
-        if self._thread is not None:
-            self._thread.join(_CLOSE_SECONDS)
+        self._watch.close(_CLOSE_SECONDS)
         for lane in lanes:
             self.collect(lane)
         if not all(lane.is_idle for lane in lanes):
@@ -263,10 +202,9 @@ class Mover:
         with cuda.on(self.device):
             for lane in lanes:
                 lane.close()
-            cuda.event_destroy(self._uploaded)
-            cuda.stream_destroy(self._upload_stream)
-            for piece in (self._words, self._counters, self._staging):
-                piece.close()
+            self.transit.close()
+            self._words.close()
+            self._counters.close()
             self.tables.close()
             self.pinned.close()
             cuda.module_unload(self.kernels.module)
@@ -319,18 +257,9 @@ class Mover:
             if cut.way is Way.RANGE:
                 values.append(cut.tile_nbytes)
         else:
-            held = self.upload(cut.rows)
+            held = self.transit.upload(cut.rows)
             values = [held.address, len(cut.rows)]
         return Start(self.launcher(f"raynixl_copy_{cut.way.name.lower()}", cut.grid, cut.threads, values), held)
-
-    def _wait_for(self, event: int, timeout: float) -> None:
-        began = time.monotonic()
-        while not cuda.event_query(event):
-            waited = time.monotonic() - began
-            if waited > timeout:
-                raise TransferTimeout(f"GPU {self.device} was not through after {timeout:g} s", hint="see nvidia-smi")
-            if waited > 100e-6:
-                time.sleep(min(_MOST_PAUSE, waited / 16))
 
     def _warm_up(self) -> None:
         """Run every kernel once: CUDA loads code at first use, which a busy GPU or a capture would be in the way of."""
@@ -348,49 +277,21 @@ class Mover:
             for kind in ("float32", "bfloat16", "float16"):
                 function = self.kernels.functions[f"raynixl_quantise_{kind}"]
                 cuda.launch(function, (1, 1, 1), (256, 1, 1), values, lane.stream)
-        with cuda.on(self.device):
-            cuda.event_record(self._uploaded, lane.stream)
-            self._wait_for(self._uploaded, _UPLOAD_SECONDS)
+            event = cuda.event_create()
+            cuda.event_record(event, lane.stream)
+            wait_for_event(event, _WARM_SECONDS, self.device)
+            cuda.event_destroy(event)
         if not lane.is_idle:
             raise BackendUnavailable(f"kernels on GPU {self.device} do not reach the host's memory")
 
-    def _start_thread(self) -> None:
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="raynixl-gpu", daemon=True)
-                self._thread.start()
-
-    def _watch(self) -> None:
-        """See to the end of jobs. Who posts or waits is not disturbed: this looks seldom unless it is to hurry."""
-        pause, quiet = _MOST_PAUSE, 0
-        while not self._is_closed:
-            if quiet < _QUIET:
-                self._bell.wait(pause)
-            else:
-                self._bell.wait()
-                quiet = 0
-            self._bell.clear()
-            pause = _LEAST_PAUSE if self._hurry else min(_MOST_PAUSE, 1.25 * pause)
-            self._hurry = False
-            self._check_all()
-            quiet = 0 if self._look() else quiet + 1
-            if quiet == _QUIET:
-                with self._lock:
-                    self._is_watched = any(lane.pending for lane in self._all_lanes())
-                    quiet = 0 if self._is_watched else _QUIET
-
     def _all_lanes(self) -> list[Lane]:
         return [*self._lanes, *self._waiting]
-
-    def _check_all(self) -> None:
-        for lane in self._all_lanes():
-            if lane.pending:
-                self.check(lane)
 
     def _look(self) -> bool:
         """Look at all jobs; return whether some are left."""
         lanes = [lane for lane in self._all_lanes() if lane.pending]
         for lane in lanes:
+            self.check(lane)
             self.collect(lane)
             for job in list(lane.pending):
                 job.look()

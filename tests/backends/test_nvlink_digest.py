@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,6 +123,10 @@ def test_a_gpu_that_fails_or_is_late_is_an_error_and_nothing_is_added(fake: Fake
         digest_rows(0, rows, out, seed=0, stream=stream, timeout=0.05)
     is_over.append(True)
     assert not out.any()
+    limit = time.monotonic() + 10.0
+    while not all(lane.is_idle for lane in mover(0)._all_lanes()):  # the memory belongs to it until then
+        assert time.monotonic() < limit
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

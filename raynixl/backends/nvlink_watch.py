@@ -1,0 +1,66 @@
+"""The watch: a thread that looks at the jobs of a GPU, so that those whom nobody waits for end and are reported too."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+_LEAST_PAUSE, _MOST_PAUSE = 50e-6, 2e-3
+_GROWTH = 1.25
+_QUIET = 50
+"""Looks without a job in flight, after which the thread sleeps until there is one: waking it disturbs who posts."""
+
+
+class Watch:
+    """Calls `look`, which says whether jobs are left: seldom, unless somebody is in a hurry, and not without jobs."""
+
+    def __init__(self, look: Callable[[], bool], name: str) -> None:
+        self._look = look
+        self._name = name
+        self._bell = threading.Event()
+        self._lock = threading.Lock()  # protects _is_awake, _thread
+        self._is_awake = False
+        self._thread: threading.Thread | None = None
+        self._is_hurried = False
+        self._is_closed = False
+
+    def wake(self) -> None:
+        """Hear of a job, which `look` sees by now."""
+        with self._lock:
+            if self._is_awake:
+                return
+            self._is_awake = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+        self._bell.set()
+
+    def hurry(self) -> None:
+        """Look more often for a while: somebody sleeps until a job has ended."""
+        self._is_hurried = True
+        self._bell.set()
+
+    def close(self, timeout: float) -> None:
+        """End the thread."""
+        self._is_closed = True
+        self._bell.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        pause, quiet = _MOST_PAUSE, 0
+        while not self._is_closed:
+            self._bell.wait(pause)
+            self._bell.clear()
+            pause = _LEAST_PAUSE if self._is_hurried else min(_MOST_PAUSE, _GROWTH * pause)
+            self._is_hurried = False
+            quiet = 0 if self._look() else quiet + 1
+            if quiet >= _QUIET and self._may_sleep():
+                self._bell.wait()
+                quiet = 0
+
+    def _may_sleep(self) -> bool:
+        """Whether there is no job; who comes with one from now on wakes us."""
+        with self._lock:
+            self._is_awake = self._look()
+            return not self._is_awake and not self._is_closed
