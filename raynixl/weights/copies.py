@@ -131,7 +131,7 @@ class Copies:
         is_released = self._holds.release(push)
         if is_released and self._wants_base and self._may_grow:
             self._may_grow = False
-            threading.Thread(target=self._grow, name="raynixl-copy", daemon=True).start()
+            threading.Thread(target=self._grow, name="raynixl-spare", daemon=True).start()
         return is_released
 
     def wait_free(self, timeout: float) -> bool:

@@ -267,8 +267,9 @@ class Exchange:
             if swarm.is_held and self._is_hopeless(swarm, images, now):
                 swarm.open_origin()
                 for one in self._members.values():
-                    if one.swarm is swarm:
+                    if one.swarm is swarm and one.question is not None:
                         self._serve(one)
+                        answers += [self._deliver(one)] if one.mail else []
             for name, found in swarm.dispatch(now):
                 member = self._members.get((name, images.is_delta))
                 if member is not None:

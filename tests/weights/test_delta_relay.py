@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.assignment import Topology
 from raynixl.weights.protocol import Holder
-from raynixl.weights.pulling import Blobs
+from raynixl.weights.pulling import Blobs, Pulling
 
 COUNT = 1 << 20
 RECEIVERS = 4
@@ -41,7 +42,7 @@ def change(publication, tensor, version, *, every=100):
 
 def wait_for_base():
     """The memory of the base version is made after the first push that asks for a delta."""
-    for thread in [one for one in threading.enumerate() if one.name == "raynixl-copy"]:
+    for thread in [one for one in threading.enumerate() if one.name == "raynixl-spare"]:
         thread.join(10)
 
 
@@ -127,5 +128,59 @@ def test_blobs_that_a_peer_has_let_go_of_are_had_elsewhere_and_nobody_is_left_ou
     report = sync.push(3)
     report.raise_for_excluded()
     assert (report.deltas, report.liars) == (RECEIVERS, ())
+    for model in models:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+
+
+@pytest.mark.parametrize("topology", ["relay", "auto"])
+def test_who_has_another_base_gets_everything_from_those_who_applied_the_delta(synced, topology):
+    tensor, publication, models, sync, followers = synced
+    push_delta(synced, 3)
+    sync._topology = Topology(topology)
+    followers[3].close()
+    models[3]["w"].zero_()
+    followers[3] = subscribe(followers[3]._agent, "policy", models[3], keep=2)
+    sync._targets.forget(["rollout-3"])  # as if it had restarted
+    change(publication, tensor, 7)
+    report = sync.push(7)
+    report.raise_for_excluded()
+    assert report.deltas == RECEIVERS - 1
+    assert report.ranks["rollout-3"].nbytes == 2 * COUNT
+    assert report.ranks["rollout-3"].origin_nbytes == 0
+    for model in models:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_sources_are_released_before_a_slow_receiver_of_a_delta_ends(synced, monkeypatch):
+    tensor, publication, models, _, _ = synced
+    delta, freed = Pulling.delta, []
+
+    def slow(pulling, *arguments):
+        if pulling.agent.name == "rollout-2":
+            freed.append(publication._copies.wait_free(10.0))
+        return delta(pulling, *arguments)
+
+    monkeypatch.setattr(Pulling, "delta", slow)
+    report = push_delta(synced, 3)
+    assert freed[-1]
+    assert report.deltas == RECEIVERS
+    assert report.release_seconds < report.seconds
+    for model in models:
+        assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_a_base_that_an_engine_has_changed_is_mended_by_peers_once_the_sources_are_free(synced, monkeypatch):
+    tensor, publication, models, _, followers = synced
+    mend, freed = Pulling.mend, []
+
+    def slow(pulling, *arguments):
+        freed.append(publication._copies.wait_free(10.0))
+        return mend(pulling, *arguments)
+
+    monkeypatch.setattr(Pulling, "mend", slow)
+    followers[1]._follower._slots.find(2).arenas.arrays[0][:8192] ^= 255
+    report = push_delta(synced, 3)
+    assert (report.version, freed) == (3, [True])
+    assert report.ranks["rollout-1"].origin_nbytes < 2 * COUNT * 0.025
     for model in models:
         assert torch.equal(model["w"].view(torch.int16), tensor.view(torch.int16))

@@ -144,6 +144,51 @@ def test_sources_are_kept_for_those_who_pull_by_themselves(party):
     assert made.released == [True]
 
 
+def holding(made):
+    """Have receivers share an image whose sources are asked for nothing yet."""
+    swarm = Swarm(CHUNKS, origin_hosts=["far"], topology=Topology.RELAY, holds_origin=True)
+    made.exchange.close()
+    made.exchange = Exchange(made.coordinator, "w", PUSH, on_released=lambda: made.released.append(True))
+    made.exchange.add(swarm, {agent.name: f"host of {agent.name}" for agent in made.receivers}, [["nobody known"]])
+    return swarm
+
+
+def test_receivers_wait_for_who_is_to_have_everything_and_get_it_there(party):
+    made = party(2)
+    delta, other = made.receivers
+    swarm = holding(made)
+    made.exchange.hope(swarm, [delta.name], 60.0)
+    waiting = made.send(other, room=1)
+    made.ask(other, done_topic)
+    made.ask(delta, done_topic)
+    made.exchange.tick()
+    assert not waiting.done
+    whole = Holder(name=delta.name, incarnation=delta.incarnation, regions=())
+    made.exchange.over([delta.name], [], {delta.name: whole})
+    answer = Batch.from_bytes(waiting.wait())
+    assert [holder for _, holder in answer.chunks] == [delta.name]
+    assert answer.holders == (whole,)
+
+
+@pytest.mark.parametrize("how", ["it fails", "it lacks something itself", "it takes too long"])
+def test_receivers_get_from_the_sources_what_who_was_to_have_everything_does_not(party, how):
+    made = party(2)
+    delta, other = made.receivers
+    seconds = 0.0 if how == "it takes too long" else 60.0
+    swarm = holding(made)
+    made.exchange.hope(swarm, [delta.name], seconds)
+    waiting = made.send(other, room=CHUNKS)
+    made.ask(other, done_topic)
+    if how == "it fails":
+        made.exchange.over([delta.name], [delta.name])
+    elif how == "it lacks something itself":
+        whole = Holder(name=delta.name, incarnation=delta.incarnation, regions=())
+        made.send(delta, done=(0, 1), room=1, holder=whole)
+    given = dict(Batch.from_bytes(waiting.wait()).chunks)
+    assert given.pop(2) == ""
+    assert set(given.values()) <= {"", delta.name}
+
+
 def test_reads_of_a_chunk_do_not_outlast_a_pull_that_ends_while_they_are_begun(fleet, monkeypatch):
     halves, target = [{"w": torch.zeros(40_000)} for _ in range(2)], {"w": torch.zeros(80_000)}
     infos = [TensorInfo("w", "float32", (80_000,))]
