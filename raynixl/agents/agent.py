@@ -20,10 +20,11 @@ from raynixl.agents.explanation import Explanation, explain
 from raynixl.agents.heartbeat import Heartbeat
 from raynixl.agents.inbox import Inbox, Notification
 from raynixl.agents.peer import Peer, name_of
-from raynixl.agents.prepared import Prepared, Selections
+from raynixl.agents.prepared import Prepared
 from raynixl.agents.publisher import Publisher
 from raynixl.agents.regions import Regions
 from raynixl.agents.reply import Reply
+from raynixl.agents.selections import Selections
 from raynixl.agents.statistics import statistics_of
 from raynixl.agents.transfer import Transfer
 from raynixl.agents.watcher import Watcher
@@ -130,9 +131,7 @@ class Agent:
         return self.regions.add(resolve(memory), name)
 
     def empty(self, nbytes: int, *, kind: str = "dram", device: int = 0, name: str = "") -> Region:
-        """Return a region of fresh zeroed memory that peers on this host map: the fastest kind.
-
-        With kind="vram" it is memory of the GPU of that number, by cuMemAlloc.
+        """Return a region of fresh zeroed memory that peers on this host map, the fastest kind; "vram" is a GPU's.
 
         Raises:
             ConfigError, RangeError, BackendUnavailable: no such kind of memory, nor that much, nor a backend for it.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raynixl.agents.binder import kind_names, refusal
-from raynixl.agents.prepared import Prepared, Selections, as_list
+from raynixl.agents.prepared import Prepared
+from raynixl.agents.selections import Selections, as_list
 from raynixl.backends.base import Binding, Describes, NamesPaths, Op
 from raynixl.region import Region
 

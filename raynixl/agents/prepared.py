@@ -11,10 +11,12 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from raynixl import cuda
+from raynixl.agents.captured import Captured
 from raynixl.agents.ordering import follow
+from raynixl.agents.selections import Selections, as_blocks, as_list, distinct
 from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
 from raynixl.backends.base import Binding, Link, Op, Request, StreamProgram
-from raynixl.blocks import Blocks, Segments, Table, match
+from raynixl.blocks import Segments, match
 from raynixl.config import check_timeout
 from raynixl.errors import (
     AgentClosed,
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
 
 Kinds = frozenset[tuple[MemoryKind, MemoryKind]]
-Selection = Region | RemoteRegion | Blocks
-Selections = Selection | Sequence[Selection]
 _UNBOUND = RouteCounter("", "")
 
 
@@ -85,12 +85,12 @@ class Prepared:
         self.agent = agent
         self.op = op
         mine, theirs = (dst, src) if op is Op.READ else (src, dst)
-        ours = [_as_blocks(item, Region, op, "local") for item in as_list(mine)]
-        remotes = [_as_blocks(item, RemoteRegion, op, "peer's") for item in as_list(theirs)]
+        ours = [as_blocks(item, Region, op, "local") for item in as_list(mine)]
+        remotes = [as_blocks(item, RemoteRegion, op, "peer's") for item in as_list(theirs)]
         self.local: list[Region]
         self._remote: list[RemoteRegion]
-        self.local, ours_table = _distinct(ours)
-        self._remote, remote_table = _distinct(remotes)
+        self.local, ours_table = distinct(ours)
+        self._remote, remote_table = distinct(remotes)
         self._check_regions()
         source, target = (remote_table, ours_table) if op is Op.READ else (ours_table, remote_table)
         self.segments: Segments = match(source, target)
@@ -148,6 +148,17 @@ class Prepared:
         if stream is not None:
             transfer.after = cuda.record(stream, self.gpu)
         return self._post(transfer)
+
+    def capture(self, stream: Any) -> Captured:
+        """Put the operation into a CUDA graph that is being captured on a stream; it runs at every replay.
+
+        It must have been posted before. Its regions are in use until `Captured.close`, which `deregister` waits for.
+
+        Raises:
+            ConfigError: it was not posted before, no GPU carries it, or that is no stream.
+            RegionStale, PeerLost: the memory is gone.
+        """
+        return Captured(self, self._route, stream)
 
     def _ended_well(self) -> Transfer:
         """Make the handle of a post that ended at once. From the second on one serves all: it is a value."""
@@ -336,48 +347,6 @@ class Prepared:
         for region in self.local:
             if not region.is_registered:
                 raise RegionStale(f"{region.label} was deregistered", hint="register the memory again")
-
-
-def as_list(selections: Selections) -> list[Selection]:
-    """Return what a transfer reads or writes as a list."""
-    if isinstance(selections, Region | RemoteRegion | Blocks):
-        return [selections]
-    if not isinstance(selections, Sequence) or not selections:
-        raise ConfigError(
-            f"{type(selections).__name__} is not what a transfer moves",
-            hint="pass regions, spans, pages or a list of them",
-        )
-    return list(selections)
-
-
-def _as_blocks(item: Selection, kind: type[Region] | type[RemoteRegion], op: Op, whose: str) -> Blocks:
-    blocks = item.span() if isinstance(item, Region | RemoteRegion) else item
-    if not isinstance(blocks, Blocks) or not isinstance(blocks.region, kind):
-        raise ConfigError(
-            f"a {op.value} needs a {whose} region here, not {type(getattr(item, 'region', item)).__name__}",
-            hint="read(peer's, ours) and write(ours, peer's): source first, destination second",
-        )
-    return blocks
-
-
-def _distinct(items: list[Blocks]) -> tuple[list[Any], list[tuple[int, Table]]]:
-    """Return the regions, each once, and for each item which one it lies in, and its table.
-
-    Descriptors are compared only with those of the same number: there may be thousands, and each costs microseconds.
-    """
-    regions: list[Any] = []
-    known: dict[tuple[int, int], list[int]] = {}
-    tables = []
-    for item in items:
-        region = item.region
-        alike = known.setdefault((region.id, region.generation), [])
-        place = next((number for number in alike if regions[number] == region), None)
-        if place is None:
-            place = len(regions)
-            regions.append(region)
-            alike.append(place)
-        tables.append((place, item.table))
-    return regions, tables
 
 
 def _translate_errno(number: int, plan: Prepared) -> RaynixlError:

@@ -186,6 +186,29 @@ class StreamProgram(Protocol):
         """Run once an event has come, without this thread waiting for it. The deadline counts from now."""
 
 
+class CapturedProgram(Protocol):
+    """A program inside a CUDA graph; see `GraphProgram`."""
+
+    @property
+    def code(self) -> int:
+        """That of a gate that was closed, and then nothing was captured; else 0."""
+
+    @property
+    def runs(self) -> int:
+        """How many replays have come to the program's end."""
+
+    def close(self) -> None:
+        """Leave the gates: no replay is in flight, nor will be. Idempotent."""
+
+
+@runtime_checkable
+class GraphProgram(Protocol):
+    """A program that a GPU runs without the host."""
+
+    def capture(self, stream: int) -> CapturedProgram:
+        """Put it on a stream that is being captured. Its gates stay entered until it is closed."""
+
+
 @runtime_checkable
 class StreamJob(Protocol):
     """A job that a GPU runs: streams may wait for it."""

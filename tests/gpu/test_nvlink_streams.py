@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_far import PATIENCE, digest, registered, some_bytes
+from gpu_far import PATIENCE, digest, fill, registered, some_bytes
 from gpu_tools import Far, Fars, has_cuda_torch
 
 from raynixl import Agent, ConfigError, TransferTimeout
@@ -158,6 +158,31 @@ def test_a_deadline_that_passes_while_the_stream_is_busy_is_an_error_and_the_gpu
     with pytest.raises(TransferTimeout):
         transfer.wait(PATIENCE)
     near.deregister(mine)
+    far.ask("drop", name=name)
+
+
+@pytest.mark.parametrize("is_list", [False, True], ids=["one block", "a list"])
+def test_a_graph_moves_the_present_bytes_at_each_replay(near: Agent, far: Far, fars: Fars, is_list: bool) -> None:
+    name, stream, block = fars.name(), new_stream(), 4096
+    far.ask("make", name=name, kind="vram", nbytes=MIB)
+    mine, remote = registered(near, "vram", MIB, 1), near.peer(far.record)[name]
+    order = np.random.default_rng(5).permutation(MIB // block)
+    target = remote.pages(order, block) if is_list else remote
+    plan = near.prepare("write", mine, target)
+    plan.post().wait(PATIENCE)
+    stream.begin_capture()
+    captured = plan.capture(stream)
+    graph = stream.end_capture()
+    with captured:
+        for turn in (2, 3):
+            fill(mine, turn)
+            graph.launch(stream)
+            stream.synchronize()
+            assert captured.runs == turn - 1
+            wanted = some_bytes(MIB, turn).reshape(-1, block)
+            if is_list:
+                wanted[order] = wanted.copy()
+            assert far.ask("digest", name=name) == digest(wanted.reshape(-1))
     far.ask("drop", name=name)
 
 
