@@ -38,6 +38,8 @@ class WeightsSpec:
     """The source's own memory is read, instead of a copy of it that lets the trainer go on at once."""
     topology: str = "auto"
     is_verified: bool = True
+    memory: str = "dram"
+    """Where the parameters are, at both ends: 'dram', or 'vram' for GPU 0."""
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +55,12 @@ class WeightsSpec:
         for name in self.baselines:
             if name not in BASELINES:
                 raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
+        if self.memory not in ("dram", "vram"):
+            raise ConfigError(f"memory {self.memory!r:.40} is not known", hint="use 'dram' or 'vram'")
+        if self.memory == "vram":
+            if self.baselines:
+                raise ConfigError("the baselines carry host memory alone", hint="leave --baseline away with vram")
+            return
         copies = 2 - self.is_in_place + 2 * self.receivers + 2 * ("ray" in self.baselines)
         copies += (self.receivers + 1) * ("transfer" in self.baselines)
         if copies * self.nbytes > available_nbytes() * 0.9:
@@ -111,7 +119,7 @@ class WeightsBench:
         self._crew = _make_crew(stack, spec)
         self._rounds = 0
         self._seed = _SEEDS_APART
-        self._crew.some("model", range(self._crew.world), model=spec.model)
+        self._crew.some("model", range(self._crew.world), model=spec.model, memory=spec.memory)
         self._crew.some("fill", range(1), seed=_SEEDS_APART)
         made = [_make_way(name, stack, self._crew, spec, skipped) for name in ("raynixl", *spec.baselines)]
         self._ways = [way for way in made if way is not None]

@@ -5,20 +5,24 @@ from __future__ import annotations
 import base64
 import time
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from raynixl.agents import Agent
-from raynixl.bench.layout import Bytes, fill
+from raynixl.bench.layout import fill
 from raynixl.bench.shapes import infos_of, make_module
 from raynixl.bench.target import Fields, answer_requests
 from raynixl.region import Region
 from raynixl.weights import Publication, Subscription, WeightSync, publish, subscribe
 
+if TYPE_CHECKING:
+    import torch
+
 NAME, ARENA = "bench", "bench-arena"
 STEP_SECONDS = 120.0
+_ODD = 0x1E3779B97F4A7C15
 
 
 class Rank:
@@ -54,29 +58,31 @@ class Rank:
         """The model's parameters, wherever they lie now."""
         return [parameter.data for parameter in self._module.parameters()]
 
-    def bytes_of_tensors(self) -> list[Bytes]:
-        """Return the memory of every parameter."""
+    def flat_tensors(self) -> list[torch.Tensor]:
+        """Return the bytes of every parameter, where they lie."""
         import torch
 
-        return [tensor.view(-1).view(torch.uint8).numpy() for tensor in self.tensors]
+        return [tensor.view(-1).view(torch.uint8) for tensor in self.tensors]
 
-    def do_model(self, model: str) -> Fields:
+    def do_model(self, model: str, memory: str) -> Fields:
         """Make this rank's model."""
         self._module = make_module(infos_of(model))
+        if memory == "vram":
+            self._module.cuda()
         return {}
 
     def do_fill(self, seed: int) -> Fields:
         """Fill all parameters, each with other bytes; seed 0 clears them."""
         with nullcontext() if self._publication is None else self._publication.updating():
-            for number, view in enumerate(self.bytes_of_tensors()):
-                fill(view, seed and seed + number)
+            for number, flat in enumerate(self.flat_tensors()):
+                _fill_flat(flat, seed and seed + number)
         return {}
 
     def do_digest(self) -> Fields:
         """Answer with the digest of all parameters in their order."""
         state = xxhash.xxh3_128()
-        for view in self.bytes_of_tensors():
-            state.update(view.data)
+        for flat in self.flat_tensors():
+            state.update(flat.cpu().numpy().data)
         return {"digest": state.hexdigest()}
 
     # raynixl
@@ -165,6 +171,17 @@ class Rank:
         assert self._arena is not None
         self.agent.read(self.agent.peer(source)[ARENA], self._arena).wait(timeout=STEP_SECONDS)
         return {"at": time.monotonic(), "flip_ms": 0.0}
+
+
+def _fill_flat(flat: torch.Tensor, seed: int) -> None:
+    """Fill bytes with what no other seed gives, on the device that they are on; seed 0 clears them."""
+    if not flat.is_cuda:
+        fill(flat.numpy(), seed)
+        return
+    import torch
+
+    words = torch.arange(-(-flat.numel() // 8), device=flat.device).mul_(_ODD).add_(seed * _ODD % (1 << 62) + 1)
+    flat.copy_(words.view(torch.uint8)[: flat.numel()] if seed else torch.zeros_like(flat))
 
 
 if __name__ == "__main__":

@@ -138,6 +138,9 @@ def weights(  # noqa: PLR0913 - a command's options
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Read the trainer's own memory, which it may not change meanwhile.")
     ] = False,
+    memory: Annotated[
+        str, typer.Option(help="Where the parameters are, at both ends: dram, or vram (GPU 0).")
+    ] = "dram",
     topology: Annotated[str, typer.Option(help="auto, direct, or relay: receivers feed each other.")] = "auto",
     verify: Verify = True,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of GB/s over receivers.")] = None,
@@ -148,7 +151,7 @@ def weights(  # noqa: PLR0913 - a command's options
 
     names = tuple(dict.fromkeys(baseline or ()))
     counts = parse_counts(receivers)
-    specs = [WeightsSpec(model, count, rounds, names, install, in_place, topology, verify) for count in counts]
+    specs = [WeightsSpec(model, count, rounds, names, install, in_place, topology, verify, memory) for count in counts]
     with progress("weights", (rounds + 1) * len(specs)) as step:
         every = itertools.chain.from_iterable(run_weights(spec, step, skipped=say) for spec in specs)
         rows = report(every, f"weights of {model}", is_json=is_json, is_verified=verify)

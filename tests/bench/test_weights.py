@@ -47,6 +47,12 @@ def test_every_way_without_ray_brings_the_weights_to_every_receiver(install, is_
     assert (egress["gloo"], egress["transfer"]) == (2 * TINY, 2 * TINY)
 
 
+@pytest.mark.parametrize(("memory", "baselines"), [("disk", ()), ("vram", ("gloo",))])
+def test_memory_that_cannot_be_measured_is_refused(memory, baselines):
+    with pytest.raises(ConfigError, match=r"memory"):
+        WeightsSpec("tiny", 1, 1, baselines, memory=memory).check()
+
+
 @pytest.mark.ray
 def test_ray_s_own_ways_bring_the_same_weights_in_the_same_run():
     left_out = []
