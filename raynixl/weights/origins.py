@@ -15,6 +15,7 @@ from raynixl.weights.protocol import topic
 from raynixl.weights.ranks import Answers, Errors, fetch_tables, incarnation_of, parsed
 from raynixl.weights.shards import Shards
 from raynixl.weights.sourcing import Described, Freeze, Frozen, ImageRows, Outgoing, Release
+from raynixl.weights.stopped import ask_running
 from raynixl.weights.table import Table, pack
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Origins:
         for _ in range(2):  # a source that has forgotten the plan is told again
             failed |= self.tell(plan, chunk_nbytes, deadline)
             asked = [name for name in names if name not in frozen and name not in failed]
-            answers = ask_all(self._agent, self._topic("freeze"), dict.fromkeys(asked, request.to_bytes()), deadline)
+            answers = self._ask_freeze(dict.fromkeys(asked, request.to_bytes()), plan, deadline)
             found, refused = self._parsed(answers, Frozen.from_bytes)
             for name, one in found.items():
                 if self._fits(name, request, one):
@@ -144,6 +145,15 @@ class Origins:
         failed |= {name: self._gone(name) for name in names if name not in frozen and name not in failed}
         ordered = {name: frozen[name] for name in names if name in frozen}
         return assemble(plan, (request, chunk_nbytes), (names, ordered, failed))
+
+    def _ask_freeze(self, payloads: Mapping[str, bytes], plan: Plan, deadline: float) -> Answers:
+        """Ask sources to freeze; one that is stopped is waited for no longer than for others if it has a replica."""
+        numbers = {name: number for number, name in enumerate(self.planned)}
+
+        def has_other(name: str, well: set[str]) -> bool:
+            return any(plan.part_of[numbers[one]] == plan.part_of[numbers[name]] for one in well)
+
+        return ask_running(self._agent, self._topic("freeze"), payloads, deadline, has_other=has_other)
 
     def release(self, push: str, *, committed: bool) -> None:
         """Tell the sources that they need not keep a push; one that does not hear it frees itself in time."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from raynixl.errors import RaynixlError, TransferTimeout
+from raynixl.weights.conversation import Asking
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -37,3 +38,25 @@ def stopped(agent: Agent, names: Iterable[str], seconds: float) -> dict[str, Ray
                 hint="resume it with SIGCONT: it takes part in the next push", peer=name,
             )  # fmt: skip
     return found
+
+
+def ask_running(
+    agent: Agent, topic: str, payloads: Mapping[str, bytes], deadline: float, *,
+    has_other: Callable[[str, set[str]], bool],
+) -> dict[str, bytes | RaynixlError]:  # fmt: skip
+    """Ask every peer of `payloads` at once; return what each answered, or why it did not.
+
+    Those that are stopped are waited for only while others are. `has_other` tells of one whether some that have
+    answered stand in for it; if not, it is waited for until the deadline.
+    """
+    asking, began = Asking(agent, topic, deadline), time.monotonic()
+    asking.ask(payloads)
+    answers: dict[str, bytes | RaynixlError] = {}
+    while asking.open:
+        answers |= asking.collect()
+        late = stopped(agent, asking.open, time.monotonic() - began)
+        well = {name for name, answer in answers.items() if isinstance(answer, bytes)}
+        if late.keys() == set(asking.open) and all(has_other(name, well) for name in late):
+            asking.give_up(late)
+            answers |= late
+    return answers

@@ -35,7 +35,7 @@ class Child:
         self.send = send
         self.weights = {}
         self.module = None
-        self.publication = None
+        self.publication = self.subscription = None
         self.saying = threading.Lock()
         self.told, self.stop = threading.Event(), threading.Event()
         self.reads, self.torn, self.seen = 0, [], []
@@ -77,9 +77,11 @@ class Child:
         self.publication = publish(self.agent, "w", self.weights, **options)
         return True
 
-    def unpublish(self):
-        if self.publication is not None:
-            self.publication.close()
+    def withdraw(self):
+        """Publish and follow no more."""
+        for one in (self.publication, self.subscription):
+            if one is not None:
+                one.close()
         return True
 
     def publish_share(self, rank, ranks, **options):

@@ -9,6 +9,7 @@ import torch
 from weights_sources import Puller
 
 from raynixl.errors import IntegrityError, PeerLost, PeerUnknown, RegionUnknown, TransferTimeout
+from raynixl.weights import origins as origins_module
 from raynixl.weights import publish
 from raynixl.weights.declare import declare
 from raynixl.weights.digest import digest_chunks
@@ -83,7 +84,8 @@ def test_sources_are_described_once_and_their_answers_add_up(trainers, origins, 
     assert origins.describe(soon()) == {}
     assert list(origins.planned) == NAMES
     asked = []
-    monkeypatch.setattr("raynixl.weights.origins.ask_all", counting(asked))
+    for name in ("ask_all", "ask_running"):
+        monkeypatch.setattr(f"raynixl.weights.origins.{name}", counting(asked, getattr(origins_module, name)))
     for version in (1, 2):
         assert origins.describe(soon()) == {}
         made, frozen = freeze(origins, version)
@@ -101,12 +103,10 @@ def test_sources_are_described_once_and_their_answers_add_up(trainers, origins, 
     assert {publication.version for publication in trainers.publications.values()} == {2}
 
 
-def counting(asked):
-    from raynixl.weights import conversation
-
+def counting(asked, real):
     def ask(agent, topic, payloads, deadline, **options):
         asked.append((topic, dict(payloads)))
-        return conversation.ask_all(agent, topic, payloads, deadline, **options)
+        return real(agent, topic, payloads, deadline, **options)
 
     return ask
 
