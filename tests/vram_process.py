@@ -75,6 +75,14 @@ class ServedVram(Served):
         self.start(op, mine, record, theirs)
         self.transfers.pop().wait(LEAVE_SECONDS)
 
+    def try_copy(self, op: str, mine: str, record: str, theirs: str) -> str:
+        """The same; say how it failed, or ''."""
+        try:
+            self.copy(op, mine, record, theirs)
+        except RaynixlError as exc:
+            return f"{type(exc).__name__}: {exc}"
+        return ""
+
     def start(self, op: str, mine: str, record: str, theirs: str, count: int = 1) -> None:
         """Start that, so many times, and wait for none of it."""
         ours, remote = self.regions[mine], self.agent.peer(record.encode())[theirs]

@@ -1,0 +1,122 @@
+"""Which GPUs reach which memory, on a made-up driver: hidden, without peer access, without a handle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from agent_process import FarAgent
+from agent_tools import KIB, PATIENCE, error_of, introduce, random_bytes
+from vram_process import far_vram
+from vram_tools import content, gpu_agent, made_up_gpus, make_region
+
+from raynixl import Agent, BackendUnavailable, MemorySpan, RegionStale
+from raynixl.cuda import Origin
+
+N = 64 * KIB
+
+
+class Foreign:
+    """Memory that the user's program allocated on a GPU in its own way."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3, "typestr": "|u1", "shape": (nbytes,), "data": (address, False), "stream": None,
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def far() -> Iterator[FarAgent]:
+    """The agent of another process, which sees two GPUs."""
+    with far_vram("far") as started:
+        yield started
+
+
+def read_from(near: Agent, far: FarAgent, device: int) -> np.ndarray:
+    """Read a region that the far agent makes on a GPU of its own into one on our first."""
+    near.peer(far.record)
+    far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3, device=device)
+    try:
+        mine = make_region(near, "vram", N)
+        near.read(near.peer("far")["theirs"], mine).wait(PATIENCE)
+        return content(mine)
+    finally:
+        far.ask("drop")
+
+
+def test_memory_of_a_gpu_that_is_hidden_here_is_reached_all_the_same(far: FarAgent) -> None:
+    with made_up_gpus(visible=(0,)), gpu_agent("near") as near:
+        assert np.array_equal(read_from(near, far, device=1), random_bytes(N, 3))
+
+
+def test_gpus_are_told_by_their_identity_and_not_by_number(far: FarAgent) -> None:
+    with made_up_gpus(visible=(1, 0)), gpu_agent("near") as near:
+        assert np.array_equal(read_from(near, far, device=1), random_bytes(N, 3))
+        assert np.array_equal(read_from(near, far, device=0), random_bytes(N, 3))
+
+
+def test_without_peer_access_it_is_refused_with_the_reason(far: FarAgent) -> None:
+    with made_up_gpus(has_peer_access=False), gpu_agent("near") as near:
+        try:
+            read_from(near, far, device=1)
+        except BackendUnavailable as exc:
+            said = str(exc)
+        assert "nvlink: GPU 0 does not reach the memory of GPU 1" in said
+        assert np.array_equal(read_from(near, far, device=0), random_bytes(N, 3))
+
+
+@pytest.mark.parametrize("origin", [Origin.VIRTUAL, Origin.POOL], ids=lambda origin: origin.name.lower())
+def test_memory_that_has_no_handle_serves_here_and_is_refused_elsewhere_with_the_setting(
+    far: FarAgent, origin: Origin
+) -> None:
+    with made_up_gpus() as fake:
+        address = fake.make(N, origin=origin)
+        with gpu_agent("alice") as alice, gpu_agent("bob") as bob:
+            introduce(alice, bob)
+            bob.register(Foreign(address, N), name="theirs")
+            alice.write(make_region(alice, "vram", N, seed=5), alice.peer("bob")["theirs"]).wait(PATIENCE)
+            assert np.array_equal(fake.view(address, N), random_bytes(N, 5))
+            far.ask("region", name="into", nbytes=N, memory="vram")
+            refusal = far.ask("try_copy", op="read", mine="into", record=bob.record().decode(), theirs="theirs")
+            assert "BackendUnavailable" in refusal
+            assert "PYTORCH_CUDA_ALLOC_CONF" in refusal
+            far.ask("drop")
+        fake.drop(address)
+
+
+def test_host_memory_that_its_owner_pinned_is_not_staged(far: FarAgent) -> None:
+    from raynixl import cuda
+
+    with made_up_gpus(), gpu_agent("near") as near:
+        near.peer(far.record)
+        far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3)
+        with cuda.on(0):
+            address = cuda.host_alloc(N)
+            seen = np.frombuffer(cuda.host_bytes(address, N), np.uint8)
+        mine = near.register(MemorySpan(address, N))
+        remote = near.peer("far")["theirs"]
+        near.read(remote, mine).wait(PATIENCE)
+        assert np.array_equal(seen, random_bytes(N, 3))
+        assert "staged" not in str(near.explain(remote, mine))
+        near.deregister(mine)
+        del seen
+        with cuda.on(0):
+            cuda.host_free(address)
+        far.ask("drop")
+
+
+def test_memory_that_is_withdrawn_and_made_anew_is_not_mistaken(far: FarAgent) -> None:
+    with made_up_gpus(), gpu_agent("near") as near:
+        near.peer(far.record)
+        far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3)
+        plan = near.prepare("read", near.peer("far")["theirs"], make_region(near, "vram", N))
+        plan.post().wait(PATIENCE)
+        far.ask("deregister", name="theirs")
+        far.ask("region", name="theirs", nbytes=N, memory="vram", seed=4)
+        assert isinstance(error_of(plan.post()), RegionStale)
+        mine = make_region(near, "vram", N)
+        near.read(near.peer("far")["theirs"], mine).wait(PATIENCE)
+        assert np.array_equal(content(mine), random_bytes(N, 4))
+        far.ask("drop")
+        del plan, mine
