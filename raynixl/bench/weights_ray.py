@@ -26,7 +26,7 @@ class ActorRank(Rank):
 
     def give(self) -> list[Any]:
         """Return the parameters as arrays, which Ray copies into its store once."""
-        return list([flat.numpy() for flat in self.flat_tensors()])
+        return [flat.numpy() for flat in self.flat_tensors()]
 
     def take(self, arrays: list[Any]) -> Fields:
         """Copy the store's arrays into the parameters."""
