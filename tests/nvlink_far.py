@@ -11,6 +11,13 @@ def digest_at_notification(world: World, name: str) -> list[str]:
     return [note.payload.decode(), digest(world.regions[name])]
 
 
-def make_bare(world: World, name: str, nbytes: int) -> None:
-    """Make an arena on the GPU, of zeros."""
-    world.regions[name] = world.agent.empty(nbytes, kind="vram", name=name)
+def make_bare(world: World, names: list[str], nbytes: int) -> None:
+    """Make arenas on the GPU, of zeros."""
+    for name in names:
+        world.regions[name] = world.agent.empty(nbytes, kind="vram", name=name)
+
+
+def drop_all(world: World, names: list[str]) -> None:
+    """Deregister them and let go of their memory."""
+    for name in names:
+        world.agent.deregister(world.regions.pop(name))

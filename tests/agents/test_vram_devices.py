@@ -11,7 +11,7 @@ from agent_tools import KIB, PATIENCE, error_of, introduce, random_bytes
 from vram_process import far_vram
 from vram_tools import content, gpu_agent, made_up_gpus, make_region
 
-from raynixl import Agent, BackendUnavailable, MemorySpan, RegionStale
+from raynixl import Agent, BackendUnavailable, ConfigError, MemorySpan, RegionStale, cuda
 from raynixl.cuda import Origin
 
 N = 64 * KIB
@@ -50,6 +50,22 @@ def test_memory_of_a_gpu_that_is_hidden_here_is_reached_all_the_same(far: FarAge
         assert np.array_equal(read_from(near, far, device=1), random_bytes(N, 3))
 
 
+def test_without_a_driver_an_agent_that_names_nvlink_does_all_the_rest() -> None:
+    if cuda.has_driver():
+        pytest.skip("there is a driver here")
+    with gpu_agent("alice") as alice, gpu_agent("bob") as bob:
+        introduce(alice, bob)
+        theirs = make_region(bob, "arena", N, name="theirs", seed=6)
+        mine = make_region(alice, "arena", N)
+        alice.read(alice.peer("bob")["theirs"], mine).wait(PATIENCE)
+        assert np.array_equal(content(mine), content(theirs))
+        assert "nvlink" not in theirs.keys
+        with pytest.raises(ConfigError, match="driver"):
+            alice.empty(N, kind="vram")
+        with pytest.raises(ConfigError, match="driver"):
+            alice.read(alice.peer("bob")["theirs"], mine, stream=0)
+
+
 def test_gpus_are_told_by_their_identity_and_not_by_number(far: FarAgent) -> None:
     with made_up_gpus(visible=(1, 0)), gpu_agent("near") as near:
         assert np.array_equal(read_from(near, far, device=1), random_bytes(N, 3))
@@ -86,8 +102,6 @@ def test_memory_that_has_no_handle_serves_here_and_is_refused_elsewhere_with_the
 
 
 def test_host_memory_that_its_owner_pinned_is_not_staged(far: FarAgent) -> None:
-    from raynixl import cuda
-
     with made_up_gpus(), gpu_agent("near") as near:
         near.peer(far.record)
         far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3)
