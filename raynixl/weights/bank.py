@@ -69,9 +69,12 @@ class Bank(Protocol):
 
 def holds_any(bank: Bank, tensors: Iterable[torch.Tensor]) -> bool:
     """Whether one of these tensors lies in a bank."""
-    spans = list(zip(bank.addresses.tolist(), (bank.addresses + bank.sizes.astype(np.uint64)).tolist(), strict=True))
-    mine = (one.data_ptr() for one in tensors if one.numel() and space_of(one) == bank.space)
-    return any(first <= address < last for address in mine for first, last in spans)
+    tensors = list(tensors)
+    addresses = np.array([one.data_ptr() for one in tensors], np.uint64)
+    inside = np.zeros(len(tensors), bool)
+    for first, last in zip(bank.addresses, bank.addresses + bank.sizes.astype(np.uint64), strict=True):
+        inside |= (addresses >= first) & (addresses < last)
+    return any(tensors[place].numel() and space_of(tensors[place]) == bank.space for place in np.flatnonzero(inside))
 
 
 class HostBank:

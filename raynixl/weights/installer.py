@@ -20,8 +20,9 @@ from raynixl.weights.recorder import FULL, Loader, Recording, record
 from raynixl.weights.selection import Select
 from raynixl.weights.selection import choose as choose_names
 from raynixl.weights.space import Space, space_of, spaces_for
-from raynixl.weights.tensor_digest import can_digest, digest_tensors
-from raynixl.weights.tensors import copy_tensors, describe, is_writable_in_place, named_tensors, note_change
+from raynixl.weights.tensor_digest import Placed, can_digest, digest_tensors
+from raynixl.weights.tensors import CopyJob, describe, is_writable_in_place, memory_of, named_tensors, note_change
+from raynixl.weights.walk import Walk
 
 if TYPE_CHECKING:
     import torch
@@ -76,12 +77,28 @@ def choose(install: str, model: Model, tensors: Tensors, *, space: Space) -> Ins
     return Install(install)
 
 
+class Copying:
+    """Tensors to copy into, each with its new value; sorted out anew only if they lie elsewhere than the last time."""
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.pairs = pairs
+        self._memory: list[tuple[object, ...]] = []
+        self._job: CopyJob | None = None
+
+    def run(self, agent: Agent) -> None:
+        """Copy."""
+        memory = [memory_of(target) for target, _ in self.pairs]
+        if self._job is None or memory != self._memory:
+            self._job, self._memory = CopyJob(self.pairs), memory
+        self._job.run(agent)
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """What a flip to one slot does: tensors to repoint and tensors to copy into, each with its new value."""
 
     repoint: list[tuple[torch.Tensor, torch.Tensor]]
-    copy: list[tuple[torch.Tensor, torch.Tensor]]
+    copy: Copying
     load: Callable[[], object] | None = None
     """What the engine's own loader does with tensors that it gets whole."""
 
@@ -90,13 +107,13 @@ class Steps:
 
         Returns the old values, to be dropped once readers may go on: giving 1 GB back to the system takes 60 ms.
         """
-        copy_tensors(agent, self.copy)
+        self.copy.run(agent)
         old = [tensor.data for tensor, _ in self.repoint]
         for tensor, value in self.repoint:
             tensor.data = value
         if self.load is not None:
             self.load()
-        note_change([tensor for tensor, _ in (*self.repoint, *self.copy)])
+        note_change([tensor for tensor, _ in (*self.repoint, *self.copy.pairs)])
         return old
 
 
@@ -110,14 +127,17 @@ class Installer:
         self._owner = owner
         self._model = model
         self._what = what
+        self._walk = Walk(model)
+        self._collected: tuple[Tensors, Tensors] | None = None  # what the last walk found, and its local tensors
         tensors = self._collect()
         self.spaces = spaces_for(tensors.values(), what.memory)
         self.way = choose(install, model, tensors, space=self.spaces[0])
         self._recording: Recording | None = None
         self._tensors: Tensors = {}
-        self._forms: dict[str, Form] = {}
+        self._forms: list[Form] = []
         self._layout = Layout((), ())
         self._plans: WeakKeyDictionary[Arenas, Steps] = WeakKeyDictionary()
+        self._placed: WeakKeyDictionary[Arenas, Placed] = WeakKeyDictionary()
         self._look()
 
     def tensors(self) -> Iterable[torch.Tensor]:
@@ -137,9 +157,10 @@ class Installer:
     def has_changed(self) -> bool:
         """Whether tensors of the model were replaced, cast or cut anew since it was last looked at."""
         tensors, known = self._collect(), self._tensors
-        if tensors.keys() != known.keys() or any(tensor is not known[name] for name, tensor in tensors.items()):
-            return True
-        return {name: _form(tensor) for name, tensor in tensors.items()} != self._forms
+        is_same = tensors is known or (
+            tensors.keys() == known.keys() and all(tensor is known[name] for name, tensor in tensors.items())
+        )
+        return not is_same or [_form(tensor) for tensor in known.values()] != self._forms
 
     def lies_in(self, slot: Arenas) -> bool:
         """Whether a tensor of the model lies in a slot, which then must not be written."""
@@ -225,7 +246,7 @@ class Installer:
                 repoint.append((tensor, value))
             else:
                 copy.append((tensor, value))
-        return Steps(repoint, copy, self._load(slot))
+        return Steps(repoint, Copying(copy), self._load(slot))
 
     def _load(self, slot: Arenas) -> Callable[[], object] | None:
         """Return what runs the loader over the tensors that it must get whole, if there are any."""
@@ -237,12 +258,13 @@ class Installer:
 
     def is_installed(self, slot: Arenas, version: int, digest: str, agent: Agent) -> bool:
         """Whether what a version was copied into holds its very bytes, as far as tensors can be seen here."""
-        heads = list(self._heads(slot))
-        mine = digest_tensors(heads, seed=version, native=agent.native)
+        if slot not in self._placed:
+            self._placed[slot] = Placed(list(self._heads(slot)))
+        mine = self._placed[slot].digest(seed=version, native=agent.native)
         if version_digest(mine) == digest:
             return True
         # some cannot be seen, or share memory with others
-        seen = [(slot.tensor(entry), entry) for tensor, entry in heads if can_digest(tensor)]
+        seen = [(slot.tensor(entry), entry) for tensor, entry in self._heads(slot) if can_digest(tensor)]
         theirs = digest_tensors(seen, seed=version, native=agent.native)
         return bool(np.array_equal(mine, theirs))
 
@@ -262,14 +284,23 @@ class Installer:
         return tensor.is_contiguous() or not is_writable_in_place(tensor)
 
     def _collect(self) -> Tensors:
-        return local_tensors(choose_names(named_tensors(self._model), self._what.select))
+        """Return the local tensors, the same value as before if none was replaced."""
+        found = self._walk.tensors()
+        if self._collected is None or self._collected[0] is not found:
+            chosen = choose_names(found, self._what.select)
+            tensors = local_tensors(chosen)
+            if any(tensor is not chosen[name] for name, tensor in tensors.items()):
+                return tensors  # of DTensors, whose local ones may be others each time
+            self._collected = found, tensors
+        return self._collected[1]
 
     def _look(self) -> None:
         """Look at the model again."""
         tensors = self._collect()
         self._tensors, self._layout = tensors, build_layout(describe(tensors))
-        self._forms = {name: _form(tensor) for name, tensor in tensors.items()}
+        self._forms = [_form(tensor) for tensor in tensors.values()]
         self._plans.clear()
+        self._placed.clear()
         for name, tensor in tensors.items():
             if not is_writable_in_place(tensor) and (self.way is Install.COPY or self._layout.by_name[name].sharing):
                 raise ConfigError(
@@ -282,4 +313,4 @@ def _own(model: Model) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _form(tensor: torch.Tensor) -> Form:
-    return tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+    return tensor.dtype, tensor.shape, tensor.stride()

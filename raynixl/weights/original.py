@@ -17,7 +17,8 @@ from raynixl.weights.selection import Select, choose
 from raynixl.weights.shards import Shards
 from raynixl.weights.space import gpus_of, space_of, spaces_for
 from raynixl.weights.streams import on_ours
-from raynixl.weights.tensors import CopyJob, copy_tensors, dtype_name, is_tied, memory_of, named_tensors
+from raynixl.weights.tensors import CopyJob, copy_tensors, dtype_name, is_tied, memory_of
+from raynixl.weights.walk import Walk
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,10 @@ class Publish:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """The tensors that were found at one look, and where each of them lay."""
+    """The tensors that were found at one look, what of the model they are of, and where each of them lay."""
 
     tensors: Tensors
+    chosen: Tensors
     memory: list[tuple[object, ...]]
 
 
@@ -68,11 +70,12 @@ class Original:
     """
 
     def __init__(self, model: Model, what: Publish, *, name: str) -> None:
-        self._model = model
         self._name = name
         self._select = what.select
         self._in_place = what.in_place
-        chosen = choose(named_tensors(model), what.select)
+        self._walk = Walk(model)
+        self._chosen: tuple[Tensors, Tensors] | None = None  # what the last walk found, and what of it is selected
+        chosen = self._choose()
         tensors = local_tensors(chosen)
         own = shards_of(chosen) if what.shards is None else what.shards
         self._forms: dict[str, Form] = {entry.name: (entry.dtype, entry.shape) for entry in own.layout.entries}
@@ -96,12 +99,19 @@ class Original:
         Raises:
             ConfigError: they are of other kinds than when they were published.
         """
-        chosen = choose(named_tensors(self._model), self._select)
+        chosen = self._choose()
         memory = [memory_of(tensor) for tensor in chosen.values()] if self._is_plain else []
         last = self._last
-        if last is None or not memory or chosen.keys() != last.tensors.keys() or memory != last.memory:
-            last = self._last = Look(self._checked(chosen), memory)
+        if last is None or not memory or chosen is not last.chosen or memory != last.memory:
+            last = self._last = Look(self._checked(chosen), chosen, memory)
         return last
+
+    def _choose(self) -> Tensors:
+        """Return what is selected of the model, the same value as before if no tensor was replaced."""
+        found = self._walk.tensors()
+        if self._chosen is None or self._chosen[0] is not found:
+            self._chosen = found, choose(found, self._select)
+        return self._chosen[1]
 
     def _checked(self, chosen: Tensors) -> Tensors:
         tensors = local_tensors(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -60,17 +61,27 @@ HOST = Space()
 
 def device_of(tensor: torch.Tensor) -> str:
     """Return the device that a tensor is on. Tests without a GPU put something else here."""
-    return str(tensor.device)
+    return _name(tensor.device)
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return str(device)
 
 
 def space_of(tensor: torch.Tensor) -> Space:
     """Return the memory that a tensor lies in."""
-    return Space(device_of(tensor))
+    return _space(device_of(tensor))
+
+
+@functools.cache
+def _space(name: str) -> Space:
+    return Space(name)
 
 
 def gpus_of(tensors: Iterable[torch.Tensor]) -> set[Space]:
     """Return the GPUs that tensors lie on."""
-    return {space for space in map(space_of, tensors) if space.is_gpu}
+    return {space for space in set(map(space_of, tensors)) if space.is_gpu}
 
 
 def spaces_for(tensors: Iterable[torch.Tensor], memory: str) -> tuple[Space, ...]:

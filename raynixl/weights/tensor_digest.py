@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from raynixl.weights.layout import Entry
 
 U64 = NDArray[np.uint64]
-Placed = "tuple[torch.Tensor, Entry]"
 _BATCH_NBYTES = 256 << 20
 """Of tensors that do not lie in one piece so many bytes are copied aside at a time."""
 
@@ -33,21 +32,40 @@ def can_digest(tensor: torch.Tensor) -> bool:
 
 def digest_tensors(placed: Iterable[tuple[torch.Tensor, Entry]], *, seed: int, native: Native) -> U64:
     """Return the sum (1, 2) of the digests of tensors, each at the place of its entry; others are left out."""
-    out = np.zeros((1, 2), np.uint64)
-    by_space: dict[Space, list[tuple[torch.Tensor, Entry]]] = {}
-    for tensor, entry in placed:
-        if can_digest(tensor):
-            by_space.setdefault(space_of(tensor), []).append((tensor, entry))
-    for space, mine in by_space.items():
-        for batch in _batches(mine):
-            with on_ours((space,)):
-                flats = [_flat(tensor) for tensor, _ in batch]
-                rows = _rows(flats, [entry for _, entry in batch])
-                if space.is_host:
-                    digest_rows(rows, out, seed=seed, native=native)
-                else:
-                    digest_device(flats, rows, out, seed=seed)
-    return out
+    return Placed(list(placed)).digest(seed=seed, native=native)
+
+
+class Placed:
+    """Tensors, each at the place of an entry, to be digested again and again; those that cannot be are left out.
+
+    They may lie elsewhere each time, but have the same dtypes, shapes and strides.
+    """
+
+    def __init__(self, placed: Sequence[tuple[torch.Tensor, Entry]]) -> None:
+        plain = [(tensor, entry) for tensor, entry in placed if space_of(tensor).is_host and _is_plain(tensor)]
+        known = {id(tensor) for tensor, _ in plain}
+        self._plain = [tensor for tensor, _ in plain]
+        self._rows = _rows(plain)
+        self._others: dict[Space, list[tuple[torch.Tensor, Entry]]] = {}
+        for tensor, entry in placed:
+            if id(tensor) not in known and can_digest(tensor):
+                self._others.setdefault(space_of(tensor), []).append((tensor, entry))
+
+    def digest(self, *, seed: int, native: Native) -> U64:
+        """Return the sum (1, 2) of the digests of all."""
+        out = np.zeros((1, 2), np.uint64)
+        self._rows[:, 0] = np.fromiter((tensor.data_ptr() for tensor in self._plain), np.uint64, len(self._plain))
+        digest_rows(self._rows, out, seed=seed, native=native)
+        for space, mine in self._others.items():
+            for batch in _batches(mine):
+                with on_ours((space,)):
+                    flats = [(_flat(tensor), entry) for tensor, entry in batch]
+                    rows = _rows(flats)
+                    if space.is_host:
+                        digest_rows(rows, out, seed=seed, native=native)
+                    else:
+                        digest_device([flat for flat, _ in flats], rows, out, seed=seed)
+        return out
 
 
 def _batches(placed: Sequence[tuple[torch.Tensor, Entry]]) -> Iterable[list[tuple[torch.Tensor, Entry]]]:
@@ -76,9 +94,9 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return plain.view(-1).view(torch.uint8)
 
 
-def _rows(flats: Sequence[torch.Tensor], entries: Sequence[Entry]) -> U64:
+def _rows(placed: Sequence[tuple[torch.Tensor, Entry]]) -> U64:
     rows = [
-        (flat.data_ptr(), flat.numel(), entry.arena << ARENA_BIT | entry.offset, 0)
-        for flat, entry in zip(flats, entries, strict=True)
+        (tensor.data_ptr(), tensor.numel() * tensor.element_size(), entry.arena << ARENA_BIT | entry.offset, 0)
+        for tensor, entry in placed
     ]
     return np.array(rows, np.uint64).reshape(-1, 4)

@@ -185,8 +185,7 @@ def note_change(tensors: Sequence[torch.Tensor]) -> None:
 
 def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return what tells where and how a plain tensor lies in memory; equal for two that are the same memory."""
-    flags = (tensor.is_conj(), tensor.is_neg())
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), flags
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
 
 
 def is_tied(one: torch.Tensor, other: torch.Tensor) -> bool:
