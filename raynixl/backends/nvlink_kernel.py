@@ -109,7 +109,7 @@ def _version() -> str:
 
         return ".".join(map(str, nvrtc.getVersion()))
     except (ImportError, RuntimeError) as exc:
-        raise BackendUnavailable(f"kernels for GPUs cannot be compiled: {exc}", hint=_HINT) from exc
+        raise BackendUnavailable(f"no compiler for kernels of GPUs: {exc}", hint=_HINT) from exc
 
 
 def _compile(source: str, architecture: str, options: Sequence[str]) -> bytes:
