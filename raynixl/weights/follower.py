@@ -217,9 +217,10 @@ class Follower:
             self._puller = (peer, incarnation_of(self._agent, peer))
             self._flipper.let_readers_go_on()
             with self._telling:
-                cargo = self._cargos.get(request.plan)
-            if cargo is None:
-                raise PeerRestarted(f"{self._agent.name!r} was not told of this plan", hint="push again")
+                cargo = self._cargos.pop(request.plan, None)
+                if cargo is None:
+                    return Answer(version=self.version, has_forgotten=True)
+                self._cargos[request.plan] = cargo  # as the one that was used last
             if self._installer.has_changed():
                 self._installer.check(cargo.layout)
             self._flipper.ready = None

@@ -95,7 +95,7 @@ class Holder(Wire):
 class Answer(Wire):
     """From a target: how a phase went. `note` is what on_flip raised, `around` how sources failed it that had others.
 
-    `holder` says where all of the image lies after a pull.
+    `holder` says where all of the image lies after a pull. `has_forgotten`: it was not told of the plan, or long ago.
     """
 
     fault: Fault | None = None
@@ -109,3 +109,4 @@ class Answer(Wire):
     note: Annotated[str, Field(max_length=2_000)] = ""
     around: Annotated[tuple[Fault, ...], Field(strict=False, max_length=65_536)] = ()
     holder: Holder | None = None
+    has_forgotten: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,13 +18,13 @@ from raynixl.weights.exchange import Exchange
 from raynixl.weights.protocol import Holder, topic
 from raynixl.weights.stopped import stopped
 from raynixl.weights.swarm import Swarm
-from raynixl.weights.targeting import Pull
+from raynixl.weights.targeting import Describe, Pull
+from raynixl.weights.targets import NotTold, Targets
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.weights.origins import Origins
     from raynixl.weights.rounds import Round
-    from raynixl.weights.targets import Targets
 
 _TICK_SECONDS = 0.5
 _HOPE_SECONDS = 5.0  # for which receivers wait for the first of them that has everything, and what its bytes take
@@ -50,6 +52,10 @@ class Pulls:
         self._exchange = exchange
         self._swarms: dict[int, Swarm] = {}  # of images
         self._whole: dict[str, Holder] = {}
+        self._with_delta: set[str] = set()
+        self._telling: set[str] = set()  # targets that forgot the plan, and are told again
+        self._asked_twice: set[str] = set()
+        self._told_again: deque[tuple[str, Targets | None]] = deque()
         self._began = time.monotonic()
 
     def run(self, arrivals: Arrivals, deadline: float) -> Answers:
@@ -67,10 +73,11 @@ class Pulls:
             if found:
                 answers |= {name: self._targets.explained(name, answer) for name, answer in found.items()}
                 self._note(found)
-            late = self._taken(arrivals, asking)
-            if late:
-                asking.ask(late)
-            elif not asking.open:
+            more = self._taken(arrivals, asking) | self._retold(asking)
+            if more:
+                asking.ask(more)
+            elif not asking.open and not self._telling:
+                self._now.deltas = len(self._with_delta)
                 return answers
             if time.monotonic() - ticked > _TICK_SECONDS:
                 ticked = time.monotonic()
@@ -91,9 +98,13 @@ class Pulls:
     def _note(self, found: Mapping[str, bytes | RaynixlError]) -> None:
         """Let others know who is over, and who has everything now."""
         well, failed = self._targets.answers(found)
+        for name, error in failed.items():
+            if isinstance(error, NotTold) and name not in self._asked_twice:
+                self._tell_again(name)
+        over = {name: answer for name, answer in found.items() if name not in self._telling}
         whole = {name: answer.holder for name, answer in well.items() if answer.holder is not None}
         self._whole |= whole
-        self._exchange.over(found, failed, whole)
+        self._exchange.over(over, failed.keys() & over.keys(), whole)
 
     def _told(self, image: int, deadline: float) -> dict[str, bytes]:
         """Return what the targets of one image are told to pull; those that relay take part in the exchange."""
@@ -102,7 +113,7 @@ class Pulls:
         blobs, blob_digests = told_delta(froze.deltas.get(image, ()))
         with_delta = [name for name in names if blobs and self._targets[name].version == froze.base]
         others = [name for name in names if name not in with_delta]
-        now.deltas += len(with_delta)
+        self._with_delta.update(with_delta)
         relays_delta = self._relays(with_delta, len(blob_digests))
         if with_delta and self._topology is not Topology.DIRECT:
             is_relay = bool(others) or relays_delta
@@ -170,12 +181,13 @@ class Pulls:
     def _taken(self, arrivals: Arrivals, asking: Asking) -> dict[str, bytes]:
         """Take in who has come; return what they are told to pull."""
         told: dict[str, bytes] = {}
-        for arrival in arrivals.take(is_last=not asking.open):
+        for arrival in arrivals.take(is_last=not asking.open and not self._telling):
             if set(arrival.image_of) & set(self._targets.names):
                 continue  # it has come twice
             arrival.is_taken = True
             self._targets.adopt(arrival.targets)
             for name, image in arrival.image_of.items():
+                self._now.late.add(name)
                 told[name] = self._admitted(name, image, asking)
         return told
 
@@ -189,5 +201,56 @@ class Pulls:
             self._exchange.over((), (), {one: self._whole[one] for one in same if one in self._whole})
         self._exchange.admit(swarm, name, self._targets[name].host)
         self._now.image_of[name] = image
-        self._now.late.add(name)
         return self._pull(image, asking.deadline, is_relay=True).to_bytes()
+
+    # Those that have forgotten what they were told
+
+    def _tell_again(self, name: str) -> None:
+        """Tell a target of the plan again, in a thread of its own: the others go on meanwhile."""
+        self._asked_twice.add(name)
+        self._telling.add(name)
+        self._with_delta.discard(name)  # what it served is forgotten, too
+        threading.Thread(target=self._tell, args=(name,), name="raynixl-tell", daemon=True).start()
+
+    def _tell(self, name: str) -> None:
+        known: Targets | None = None
+        try:
+            targets = Targets(self._agent, self._name, [(name,)])
+            deadline = time.monotonic() + self._now.left()
+            failed = targets.describe([name], question(self._origins, self._now.left()), deadline)
+            if not failed and targets[name].shards.digest == self._targets[name].shards.digest:
+                image_of = {name: self._now.image_of[name]}
+                failed = targets.tell(self._now.planned, image_of, self._origins.chunk_nbytes, deadline)
+                known = None if failed else targets
+        finally:
+            self._told_again.append((name, known))
+
+    def _retold(self, asking: Asking) -> dict[str, bytes]:
+        """Return what those that know the plan again are told to pull."""
+        told: dict[str, bytes] = {}
+        while self._told_again:
+            name, targets = self._told_again.popleft()
+            self._telling.discard(name)
+            if targets is None:
+                self._exchange.over([name], [name])
+                continue
+            targets.replicas = []  # it follows already
+            self._targets.adopt(targets)
+            told[name] = self._told_otherwise(name, self._now.image_of[name], asking)
+        return told
+
+    def _told_otherwise(self, name: str, image: int, asking: Asking) -> bytes:
+        """Return what one pulls that was to get a delta, maybe, and has no base: as others of its kind do."""
+        is_relay = image in self._swarms
+        peers = [one for one in self._with_delta if self._now.image_of[one] == image]
+        if not is_relay and peers and self._topology is not Topology.DIRECT:
+            told = self._admitted(name, image, asking)
+            self._exchange.over([name], [])  # it needs no source any more
+            return told
+        return self._pull(image, asking.deadline, is_relay=is_relay).to_bytes()
+
+
+def question(origins: Origins, seconds: float) -> Describe:
+    """Return what to ask targets that have not said what they need."""
+    source, shards = next(iter(origins.planned.items()))
+    return Describe(source=source, table=shards.table.digest, seconds=seconds)

@@ -16,7 +16,7 @@ from raynixl.weights.exchange import Exchange
 from raynixl.weights.flips import Flips
 from raynixl.weights.origins import ShardsChanged
 from raynixl.weights.planning import images_of, planned
-from raynixl.weights.pulls import Pulls
+from raynixl.weights.pulls import Pulls, question
 from raynixl.weights.sourcing import Freeze
 from raynixl.weights.targeting import Describe
 from raynixl.weights.targets import Targets
@@ -87,9 +87,7 @@ class Push:
         if not self.arrivals.is_open(deadline):
             return []
         sources = tuple(self._origins.planned.values())
-        first = next(iter(self._origins.planned))
-        left = max(0.001, deadline - time.monotonic())
-        request = Describe(source=first, table=sources[0].table.digest, seconds=left)
+        request = question(self._origins, max(0.001, deadline - time.monotonic()))
         targets = Targets(self._agent, self._name, replicas)
         failed = targets.describe(targets.names, request, deadline, until=time.monotonic() + _GRACE_SECONDS)
         image_of = {name: self._image(sources, targets[name].shards) for name in targets.names if name not in failed}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from raynixl.errors import IntegrityError, RaynixlError, RegionUnknown
+from raynixl.errors import IntegrityError, PeerRestarted, RaynixlError, RegionUnknown
 from raynixl.weights.conversation import ask_all
 from raynixl.weights.plan import Plan
 from raynixl.weights.protocol import Answer, topic
@@ -31,6 +31,10 @@ class Target:
     version: int
     held: tuple[Held, ...]
     told: set[tuple[str, int]] = field(default_factory=set)
+
+
+class NotTold(PeerRestarted):
+    """A target does not know the plan: it subscribed anew since it was told, or has forgotten it."""
 
 
 class Targets:
@@ -139,6 +143,8 @@ class Targets:
         for name, answer in found.items():
             if answer.fault is not None:
                 failed[name] = answer.fault.error()
+            elif answer.has_forgotten:
+                failed[name] = NotTold(f"{name!r} was not told of this plan", hint="push again", peer=name)
         return {name: answer for name, answer in found.items() if name not in failed}, failed
 
     def _incarnation(self, name: str) -> str:

@@ -140,7 +140,6 @@ def test_who_has_another_base_gets_everything_from_those_who_applied_the_delta(s
     followers[3].close()
     models[3]["w"].zero_()
     followers[3] = subscribe(followers[3]._agent, "policy", models[3], keep=2)
-    sync._targets.forget(["rollout-3"])  # as if it had restarted
     change(publication, tensor, 7)
     report = sync.push(7)
     report.raise_for_excluded()

@@ -174,3 +174,33 @@ def test_a_model_of_empty_tensors_is_pushed(fleet):
     cluster = Cluster(fleet, source, [target])
     assert not cluster.sync.push(1).excluded
     assert cluster.subscriptions[0].version == 1
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_target_that_has_subscribed_anew_takes_part_in_the_next_push(fleet, count):
+    source, targets = Policy(), [Policy() for _ in range(count)]
+    cluster = Cluster(fleet, source, targets)
+    assert not cluster.sync.push(1).excluded
+    cluster.subscriptions[0].close()
+    targets[0] = Policy()
+    again = subscribe(cluster.subscriptions[0]._agent, cluster.sync.name, targets[0])
+    with torch.no_grad():
+        for tensor in source.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape))
+    report = cluster.sync.push(2)
+    assert not report.excluded
+    assert again.version == 2
+    assert all(same(source, target) for target in targets)
+    assert not cluster.sync.push(3).excluded
+
+
+def test_a_target_that_has_subscribed_anew_with_another_model_is_left_out_of_one_push(fleet):
+    source, targets = Policy(), [Policy() for _ in range(2)]
+    cluster = Cluster(fleet, source, targets)
+    assert not cluster.sync.push(1).excluded
+    cluster.subscriptions[0].close()
+    part = {name: torch.zeros_like(tensor) for name, tensor in list(source.state_dict().items())[:1]}
+    again = subscribe(cluster.subscriptions[0]._agent, cluster.sync.name, part)
+    assert list(cluster.sync.push(2).excluded) == [again._agent.name]
+    assert not cluster.sync.push(3).excluded
+    assert again.version == 3
