@@ -54,12 +54,12 @@ class Settling:
         return last if last is not None and last.terms.push == push else None
 
     def finish(self) -> None:
-        """Have the last flip settled now if it is not over: something else is to begin."""
+        """Have the last flip settled now if this rank still holds for it: something else is to begin."""
         last = self.last
-        if last is not None and not last.is_over:
-            if last.claim() is Stage.HELD:
-                last.wait_over(2 * _SETTLE_SECONDS)
-            last.end()
+        if last is not None and last.stage is Stage.HELD:
+            last.claim()
+            last.wait_over(2 * _SETTLE_SECONDS)
+        self.end()
 
     def end(self) -> None:
         """Note that nothing is to be settled any more."""
