@@ -191,6 +191,33 @@ def broadcast() -> Iterator[str]:
     yield from table(("receivers", "raynixl GB/s, all together", "object store, numpy and copy", "ratio"), cells)
 
 
+def weights() -> Iterator[str]:
+    """Pushes of a model against other ways to bring it to as many receivers."""
+    names = ("ray", "gloo", "rdt")
+    command = "weights --model qwen2.5-0.5b " + " ".join(f"--baseline {name}" for name in names)
+    for extra in ("", " --in-place"):
+        cells = []
+        for receivers in (1, 2, 4):
+            rows = {row["impl"]: row for row in bench(f"{command} --receivers {receivers} --rounds 7{extra}")}
+            assert all(row["verified"] for row in rows.values())
+            found = [rows[name]["gbps"] for name in names if name in rows]
+            ours = rows["raynixl"]["gbps"]
+            shown = [f"{rows[name]['gbps']:.1f}" if name in rows else "-" for name in names]
+            cells.append((str(receivers), f"{ours:.1f}", *shown, f"{ours / max(found):.2f}"))
+        yield f"`raynixl bench {command} --receivers 1,2,4 --rounds 7{extra}`\n"
+        yield from table(("receivers", "raynixl GB/s, all together", *names, "ratio to the best of them"), cells)
+    cells = []
+    for extra in ("", " --in-place"):
+        for receivers in (1, 2):
+            line = f"weights --model qwen2.5-0.5b --baseline transfer --receivers {receivers} --rounds 7{extra}"
+            ours, bare = bench(line)
+            way = "published in place" if extra else "copied out"
+            ratio = f"{ours['gbps'] / bare['gbps']:.2f}"
+            cells.append((f"{receivers}, {way}", f"{ours['gbps']:.1f}", f"{bare['gbps']:.1f}", ratio))
+    yield "`raynixl bench weights --model qwen2.5-0.5b --baseline transfer --receivers 1,2 --rounds 7`, then `--in-place`\n"
+    yield from table(("receivers", "raynixl GB/s, all together", "bare transfer", "ratio"), cells)
+
+
 def footprint() -> Iterator[str]:
     """What an agent costs."""
     (row,) = bench("agent")
@@ -227,6 +254,7 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "64 peers": peers,
     "Notifications": notify,
     "Broadcast": broadcast,
+    "Weights": weights,
     "An agent": footprint,
 }
 
