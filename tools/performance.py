@@ -214,7 +214,8 @@ def weights() -> Iterator[str]:
             way = "published in place" if extra else "copied out"
             ratio = f"{ours['gbps'] / bare['gbps']:.2f}"
             cells.append((f"{receivers}, {way}", f"{ours['gbps']:.1f}", f"{bare['gbps']:.1f}", ratio))
-    yield "`raynixl bench weights --model qwen2.5-0.5b --baseline transfer --receivers 1,2 --rounds 7`, then `--in-place`\n"
+    command = "weights --model qwen2.5-0.5b --baseline transfer --receivers 1,2 --rounds 7"
+    yield f"`raynixl bench {command}`, then `--in-place`\n"
     yield from table(("receivers", "raynixl GB/s, all together", "bare transfer", "ratio"), cells)
 
 
