@@ -25,11 +25,12 @@ _SECONDS = 120.0
 
 @dataclass
 class Measured:
-    """What the sections share: options of all commands, every row, and the goals that were not met."""
+    """What the sections share: options of all commands, where rows go, and the goals that were not met."""
 
     rounds: int
     backend: str
-    rows: list[Row] = field(default_factory=list)
+    kept: Path | None = None
+    """Where every row goes as it comes, one JSON object a line."""
     missed: list[str] = field(default_factory=list)
 
     def transfer(self, options: str) -> tuple[str, list[Row]]:
@@ -44,7 +45,9 @@ class Measured:
         began = time.monotonic()
         ended = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, check=False)
         rows: list[Row] = [json.loads(line) for line in ended.stdout.splitlines()]
-        self.rows += rows
+        if self.kept is not None:
+            with self.kept.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"  {len(rows)} rows in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if ended.returncode or not rows:
             raise RuntimeError(f"`raynixl bench {words}` failed with exit code {ended.returncode}")
@@ -197,18 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="only sections with one of these words in their titles")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="nvlink")
-    parser.add_argument("--rows", type=Path, help="write all rows there, one JSON object a line")
+    parser.add_argument("--rows", type=Path, help="append all rows there, one JSON object a line")
     parser.add_argument("--strict", action="store_true", help="exit with 1 also if a goal is not met")
     given = parser.parse_args(arguments)
-    run, words = Measured(given.rounds, given.backend), [word.lower() for word in given.words]
+    run, words = Measured(given.rounds, given.backend, given.rows), [word.lower() for word in given.words]
     chosen = {
         title: one for title, one in SECTIONS.items() if not words or any(word in title.lower() for word in words)
     }
     if not chosen:
         parser.error(f"no section's title has one of these words; there are: {', '.join(SECTIONS)}")
     measured = [show(run, title, section) for title, section in chosen.items()]
-    if given.rows:
-        given.rows.write_text("".join(json.dumps(row) + "\n" for row in run.rows), encoding="utf-8")
     for text in run.missed:
         print(f"goal missed: {text}", file=sys.stderr)
     return int(not all(measured) or (given.strict and bool(run.missed)))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from agent_tools import error_of
+from agent_tools import error_of, eventually
 from gpu_far import PATIENCE, content, digest, filled
 from gpu_tools import Far, Fars, has_cuda_torch, skip_without_gpu
 
-from raynixl import Agent, BackendUnavailable, PeerLost
+from raynixl import Agent, BackendUnavailable, PeerLost, Transfer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
 KIB, MIB = 1 << 10, 1 << 20
 PATHS = [("host", "gpu"), ("gpu", "host"), ("gpu", "gpu")]
 LANES = {"any": {}, "staged": {"TLS": "tcp,cuda_copy"}}
+
+
+def is_done(transfer: Transfer) -> bool:
+    """Wait for a transfer to a peer that may be dead; False if it is. Any other error is none that may come."""
+    try:
+        transfer.wait(PATIENCE)
+    except PeerLost:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,7 +51,7 @@ def far(options: dict[str, str], fars: Fars) -> Far:
     return fars(backends=["ucx"], ucx=options)
 
 
-@pytest.mark.parametrize("nbytes", [1, 4 * KIB - 1, 64 * KIB, MIB + 3, 64 * MIB])
+@pytest.mark.parametrize("nbytes", [1, 4 * KIB - 1, MIB + 3, 64 * MIB])
 @pytest.mark.parametrize(("source", "target"), PATHS)
 def test_every_byte_arrives(near: Agent, far: Far, fars: Fars, source: str, target: str, nbytes: int) -> None:
     peer, into, out_of = near.peer(far.record), fars.name(), fars.name()
@@ -72,27 +80,26 @@ def test_scattered_blocks_land_where_they_belong(near: Agent, far: Far, fars: Fa
     far.ask("drop", name=into)
 
 
-@pytest.mark.parametrize("op", ["read", "write"])
-def test_a_peer_that_is_killed_is_an_error_and_its_successor_is_reached(
-    near: Agent, make_far: Callable[..., Far], options: dict[str, str], op: str
+def test_a_peer_that_is_killed_is_an_error_and_others_are_reached_as_before(
+    near: Agent, far: Far, fars: Fars, make_far: Callable[..., Far], options: dict[str, str]
 ) -> None:
-    far, nbytes = make_far(backends=["ucx"], ucx=options), 64 * MIB
+    victim, nbytes, name = make_far(backends=["ucx"], ucx=options), 64 * MIB, fars.name()
     ours = near.register(filled("gpu", nbytes, 1))
-    far.ask("make", name="memory", kind="gpu", nbytes=nbytes, seed=2)
-    theirs = near.peer(far.record)["memory"]
-    pair = (ours, theirs) if op == "write" else (theirs, ours)
-    near.prepare(op, *pair).post().wait(PATIENCE)
-    transfers = [near.prepare(op, *pair).post(timeout=20.0) for _ in range(50)]
-    far.kill()
-    assert isinstance(error_of(transfers[-1]), PeerLost)
-    deadline = time.monotonic() + PATIENCE
-    while not all(transfer.done for transfer in transfers):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    heir, again = make_far(backends=["ucx"], ucx=options), filled("gpu", MIB, 3)
-    heir.ask("make", name="into", kind="gpu", nbytes=MIB)
-    near.write(near.register(again), near.peer(heir.record)["into"]).wait(PATIENCE)
-    assert heir.ask("digest", name="into") == digest(again)
+    victim.ask("make", name="memory", kind="gpu", nbytes=nbytes, seed=2)
+    theirs = near.peer(victim.record)["memory"]
+    plans = [near.prepare("write", ours, theirs), near.prepare("read", theirs, ours)]
+    for plan in plans:
+        plan.post().wait(PATIENCE)
+    transfers = [plan.post(timeout=20.0) for plan in plans * 25]
+    victim.kill()
+    for plan in plans:
+        eventually(lambda plan=plan: not is_done(plan.post(timeout=20.0)), "the peer's death is noticed")
+    for transfer in transfers:  # over CUDA IPC most of them are through before it dies
+        is_done(transfer)
+    again = filled("gpu", MIB, 3)
+    far.ask("make", name=name, kind="gpu", nbytes=MIB)
+    near.write(near.register(again), near.peer(far.record)[name]).wait(PATIENCE)
+    assert far.ask("digest", name=name) == digest(again)
 
 
 @pytest.mark.parametrize("options", [{}], ids=["any"])
