@@ -41,6 +41,9 @@ class Bank(Protocol):
     def sizes(self) -> I64:
         """The bytes of each."""
 
+    def threads(self, most: int) -> int:
+        """Return how many threads fill it best: on a GPU they would only be in each other's way."""
+
     def flat(self, arena: int) -> torch.Tensor:
         """Return one arena as bytes."""
 
@@ -95,6 +98,10 @@ class HostBank:
     def sizes(self) -> I64:
         """See `Bank`."""
         return np.array([array.nbytes for array in self.arrays], np.int64)
+
+    def threads(self, most: int) -> int:
+        """See `Bank`."""
+        return most
 
     def flat(self, arena: int) -> torch.Tensor:
         """See `Bank`."""

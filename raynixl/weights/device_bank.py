@@ -14,7 +14,7 @@ from raynixl.errors import RangeError
 from raynixl.weights.bank import I64, U64, Bank, Encoder, HostBank
 from raynixl.weights.device_delta import DeviceChanges, apply_blobs
 from raynixl.weights.device_digest import digest_device
-from raynixl.weights.streams import on_ours
+from raynixl.weights.streams import on_ours, ours
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,10 @@ class DeviceBank:
         """See `Bank`."""
         return np.array([flat.numel() for flat in self._flats], np.int64)
 
+    def threads(self, most: int) -> int:
+        """See `Bank`."""
+        return 1
+
     def flat(self, arena: int) -> torch.Tensor:
         """See `Bank`."""
         flat: torch.Tensor = self._flats[arena]
@@ -64,7 +68,7 @@ class DeviceBank:
 
     def digest(self, rows: U64, out: U64, *, seed: int, threads: int = 1) -> None:
         """See `Bank`."""
-        with _at_work(self.space):
+        with _translated(self.space), ours(self.space):  # waited for by who digests
             digest_device(self._flats, rows, out, seed=seed)
 
     def read(self, rows: I64) -> bytes:
@@ -109,13 +113,18 @@ def _at_work(*spaces: Space) -> Iterator[None]:
         RangeError: a GPU has too little memory left for what that needs.
         TransferTimeout: a GPU hangs.
     """
+    with _translated(spaces[0]), on_ours(set(spaces)):
+        yield
+
+
+@contextmanager
+def _translated(space: Space) -> Iterator[None]:
     import torch
 
     try:
-        with on_ours(set(spaces)):
-            yield
+        yield
     except torch.OutOfMemoryError as exc:
-        raise RangeError(f"{spaces[0].name} has too little memory left: {exc}", hint="leave some for pushes") from exc
+        raise RangeError(f"{space.name} has too little memory left: {exc}", hint="leave some for pushes") from exc
 
 
 def bank_of(space: Space, regions: Sequence[Region], native: Native) -> Bank:

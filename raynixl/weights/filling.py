@@ -33,6 +33,7 @@ class Filler:
         self._installer = installer
         self._slots = slots
         self._throttle = throttle
+        self._threads = agent.config.copy_threads
 
     def bring(self, work: Pulling, cargo: ImageCargo) -> tuple[Slot, PullTimes]:
         """Bring a version into a slot, by what changed since its base where that lies here, else whole.
@@ -53,10 +54,10 @@ class Filler:
         if work.request.base:  # what it would change is not here any more, or the delta did not come: everything does
             work = replace(work, request=replace(work.request, base=0))
         slot = self._slot(cargo)
-        return slot, work.image(cargo, slot, self._throttle, self._agent.config.copy_threads)
+        return slot, work.image(cargo, slot, self._throttle, slot.arenas.bank.threads(self._threads))
 
     def _bring_delta(self, work: Pulling, cargo: ImageCargo, base: Slot) -> tuple[Slot, PullTimes]:
-        threads, throttle = self._agent.config.copy_threads, self._throttle
+        threads, throttle = self._threads, self._throttle
         times = work.delta(DeltaCargo(work.request.blobs, cargo.chunk_nbytes), throttle, threads, self.blobs)
         slot = self._slot(cargo)  # the base's own, where there may be no other
         if slot is not base:
@@ -66,7 +67,7 @@ class Filler:
 
     def _mended(self, work: Pulling, cargo: ImageCargo, slot: Slot, times: PullTimes) -> PullTimes:
         """Bring in what a delta has not made right: its base may lie in tensors that the engine has changed."""
-        threads, whole = self._agent.config.copy_threads, work.receiver(cargo, slot.arenas, self._throttle)
+        threads, whole = slot.arenas.bank.threads(self._threads), work.receiver(cargo, slot.arenas, self._throttle)
         wrong: list[int] = []
 
         def check(chunk: int) -> None:

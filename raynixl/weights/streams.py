@@ -108,6 +108,11 @@ def gpu(space: Space) -> Gpu:
     return _torch_gpu(space.number)
 
 
+def ours(space: Space) -> AbstractContextManager[Any]:
+    """Put work on our own stream of a GPU; it is waited for by who puts it there."""
+    return gpu(space).ours()
+
+
 @contextmanager
 def on_ours(spaces: Iterable[Space]) -> Iterator[None]:
     """Put work on our own streams of these GPUs, and wait at the end until it is through, also after an error.
