@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cuda_fake import FakeCuda
 
 OUT_OF_MEMORY, INVALID_HANDLE = 2, 400
+_DEVICE_POINTER = 3
 TOTAL_NBYTES = 8 << 30
 _GRAIN = 2 << 20
 _BASE = 0x2000_0000_0000
@@ -267,7 +268,7 @@ class Memory:
 
     def _cuPointerGetAttribute(self, out: int, attribute: int, address: int) -> None:  # noqa: N802
         values = self._fake.host.attributes(address) or self._attributes(address)
-        if attribute not in values:
+        if attribute not in values or (attribute == _DEVICE_POINTER and not self._fake.devices.stack):
             raise Refused(INVALID_VALUE)
         kinds = {1: c_void_p, 2: c_uint, 8: c_uint, 9: c_int, 10: c_int, 12: c_size_t, 17: c_void_p, 18: c_size_t}
         put(out, kinds.get(attribute, c_uint64), values[attribute])

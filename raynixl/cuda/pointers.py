@@ -1,6 +1,6 @@
 """Memory of GPUs, asked about: whose it is, how it was made, who can map it, and in which context.
 
-CUDA is not initialised by asking: whoever has memory on a GPU has done that. What is asked needs no current context.
+CUDA is not initialised by asking: whoever has memory on a GPU has done that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
-from raynixl.cuda.contexts import primary
+from raynixl.cuda.contexts import a_context, current, primary
 from raynixl.cuda.library import call, has_driver
 from raynixl.errors import ConfigError, RangeError
 
@@ -151,7 +151,8 @@ def pinned_address(address: int, nbytes: int) -> int | None:
         return None
     if _ask(_Attribute.IS_MANAGED, address, c_uint()):
         return None  # its pages move
-    first, last = (_ask(_Attribute.DEVICE_POINTER, one, c_uint64()) for one in ends)
+    with current(a_context()):  # where a GPU reaches memory is told for the current context, and not without one
+        first, last = (_ask(_Attribute.DEVICE_POINTER, one, c_uint64()) for one in ends)
     buffers = {_ask(_Attribute.BUFFER_ID, one, c_uint64()) for one in ends}
     if not first or not last or last - first != nbytes - 1 or len(buffers) != 1:
         return None  # pinned in several pieces: there may be gaps between them

@@ -111,6 +111,19 @@ def test_host_memory_that_its_owner_has_pinned_is_known_and_where_gpus_reach_it(
         assert cuda.pinned_address(fake_cuda.make(MIB), 1) is None, "memory of a GPU"
 
 
+def test_where_gpus_reach_pinned_memory_is_asked_in_a_context_since_no_answer_comes_without(fake_cuda: FakeCuda):
+    with mmap.mmap(-1, mmap.PAGESIZE) as mapping:
+        pinned = fake_cuda.host.pin(address_of(mapping), mmap.PAGESIZE)
+        pinned.is_users = True
+        fake_cuda.watch(
+            "cuPointerGetAttribute", lambda _out, attribute, _at: seen.append((attribute, fake_cuda.devices.stack[:]))
+        )
+        seen: list[tuple[int, list[int]]] = []
+        assert cuda.pinned_address(address_of(mapping), mmap.PAGESIZE) == pinned.device_address
+        assert (3, [PRIMARY]) in seen
+        assert (3, []) not in seen
+
+
 def _array(address: int, **more: Any) -> Any:
     face = {"shape": (1024,), "typestr": "<f4", "data": (address, False), "version": 3}
     return SimpleNamespace(__cuda_array_interface__=face, **more)

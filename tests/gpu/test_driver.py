@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cuda_scenes
+import numpy as np
 import pytest
 from gpu_tools import Fars, has_cuda_torch
 
@@ -40,8 +41,8 @@ def test_an_arena_is_viewed_by_cupy_and_torch() -> None:
     arena = cuda.arena(1 << 20, 0)
     view = cupy.asarray(arena)
     assert view.data.ptr == arena.address
-    assert int(view.sum()) == 0
-    view[:] = 3
+    assert not view.get().any()
+    view.set(np.full(1 << 20, 3, np.uint8))  # no kernel of cupy's to compile
     cupy.cuda.Stream.null.synchronize()
     assert cuda_scenes.read(arena.address, 4) == b"\3\3\3\3"
     if has_cuda_torch():
@@ -49,7 +50,7 @@ def test_an_arena_is_viewed_by_cupy_and_torch() -> None:
 
         tensor = torch.as_tensor(arena, device="cuda:0")
         assert tensor.data_ptr() == arena.address
-        assert int(tensor[-1]) == 3
+        assert int(tensor.cpu()[-1]) == 3
 
 
 def test_gpus_are_who_cupy_says_they_are() -> None:
