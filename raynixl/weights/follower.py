@@ -221,12 +221,12 @@ class Follower:
                 if cargo is None:
                     return Answer(version=self.version, has_forgotten=True)
                 self._cargos[request.plan] = cargo  # as the one that was used last
-            if self._installer.has_changed():
-                self._installer.check(cargo.layout)
             self._flipper.ready = None
             self._let_blobs_go()
             work = Pulling(self._agent, self._name, peer, request, arrived + request.seconds, stop)
             slot, times = self._filler.bring(work, cargo)
+            if self._installer.has_changed():  # looked at when the bytes are here: it takes a moment for each tensor
+                self._installer.check(cargo.layout)
             self._installer.plan(slot.arenas)  # made here, and so not while readers wait
             self._flipper.ready = Ready(
                 request.push, request.version, slot, arrived + request.flip_seconds, request.digests, cargo.chunk_nbytes
