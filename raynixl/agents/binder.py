@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from raynixl.agents.connection import Connection
-from raynixl.backends.base import Backend, Binding, Link
+from raynixl.backends.base import Backend, Binding, Link, is_ready
 from raynixl.errors import BackendUnavailable, PeerLost, RaynixlError
 from raynixl.region import RemoteRegion, check_descriptor
 
@@ -55,7 +55,7 @@ class Binder:
             wanted = zip(remotes, found, strict=True)
             bindings = [one for remote, one in wanted if one is not None and one.is_usable and one.remote == remote]
             if len(bindings) == len(remotes):
-                return bindings
+                return bindings if is_ready(backend, prepared.local) else None
             if not is_refused:
                 return None
         return None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from raynixl.backends.base import StreamJob
+from raynixl.backends.base import can_be_followed
 from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _SHORTEST, _LONGEST = 20e-6, 1e-3  # pauses between two looks at an event
 
 def order(jobs: Sequence[Job], stream: int) -> bool:
     """Have a stream wait for jobs that a GPU runs; False if others are among them, which the host must wait for."""
-    on_gpu = [job for job in jobs if isinstance(job, StreamJob)]
+    on_gpu = [job for job in jobs if can_be_followed(job)]
     for job in on_gpu:
         job.order(stream)
     return len(on_gpu) == len(jobs)

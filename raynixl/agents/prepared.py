@@ -15,7 +15,7 @@ from raynixl.agents.captured import Captured
 from raynixl.agents.ordering import follow
 from raynixl.agents.selections import Selections, as_blocks, as_list, distinct
 from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
-from raynixl.backends.base import Binding, Link, Op, Request, StreamProgram
+from raynixl.backends.base import Binding, Link, Op, Request, takes_events
 from raynixl.blocks import Segments, match
 from raynixl.config import check_timeout
 from raynixl.errors import (
@@ -184,7 +184,7 @@ class Prepared:
 
     def _run(self, program: Program, transfer: Transfer) -> int | Job:
         seconds = max(0.001, transfer.deadline - time.monotonic())
-        if transfer.after is not None and isinstance(program, StreamProgram):
+        if transfer.after is not None and takes_events(program):
             transfer.wish = None
             return program.run_after(seconds, transfer.after)
         if transfer.wish is None:
@@ -254,7 +254,7 @@ class Prepared:
         backend = self.agent.backend(link.backend)
         programs = backend.prepare(Request(self.op, self.segments, self.local, bindings))
         messenger = link if backend.capabilities.messages else self.agent.connector.messenger(link)
-        route = Route(programs, messenger, all(isinstance(program, StreamProgram) for program in programs))
+        route = Route(programs, messenger, all(takes_events(program) for program in programs))
         self.backend = link.backend
         self._counter = self.agent.counter(link.backend, self.peer)
         self._route = route

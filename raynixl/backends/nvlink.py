@@ -72,6 +72,7 @@ class NvlinkBackend:
         self._memories: dict[int, Memory] = {}
         self._links: weakref.WeakSet[SilentLink] = weakref.WeakSet()
         self._places: set[_Place] = set()
+        self._warm: set[int] = set()  # GPUs that have carried out something
         self._pins = Pins()
         self._staging = Staging(local)
         self._lock = threading.Lock()  # protects _links, _is_closed
@@ -153,6 +154,7 @@ class NvlinkBackend:
         if request.remote[0].remote.incarnation in _HERE:
             refuse_overlap(table)
         device = self._device(request)
+        self._warm.add(device)
         programs: list[Program] = []
         if direct.any():
             touches_host = any(one.kind is _DRAM for one in request.local) or -1 in self._devices(request)
@@ -160,6 +162,12 @@ class NvlinkBackend:
         if not direct.all():
             programs.append(self._staging.program(device, request, table[~direct]))
         return programs
+
+    def is_ready(self, local: Sequence[Region]) -> bool:
+        """Whether kernels are compiled, which takes a second, and arenas pinned, 0.2 s for a GiB."""
+        return all(
+            self._pins.is_settled(region) if region.kind is _DRAM else region.device in self._warm for region in local
+        )
 
     def describe(self, local: Region, binding: Binding) -> str:
         """Say which GPU works, and what is staged."""

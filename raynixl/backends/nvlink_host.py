@@ -38,6 +38,10 @@ class Pins:
             pin = self._pins[region.id]
         return None if pin is None else pin.device_address
 
+    def is_settled(self, region: Region) -> bool:
+        """Whether `address_of` answers at once."""
+        return region.memory.fd < 0 or region.id in self._pins
+
     def release(self, region_id: int) -> None:
         """Unpin a region; no GPU uses it any more."""
         with self._lock:

@@ -237,3 +237,14 @@ def test_the_default_stream_is_followed_by_its_number(gpus: Any, near: Agent, fa
         gpus.work.put(0, overwrite)
     near.write(mine, near.peer("far")["theirs"], stream=0).wait(PATIENCE)
     assert np.array_equal(seen(far), random_bytes(N, 6))
+
+
+def test_an_arena_is_pinned_and_a_gpu_made_ready_by_no_thread_that_posts(gpus: Any, near: Agent, far: FarAgent) -> None:
+    remote, threads = near.peer("far")["theirs"], []
+    for name in ("cuMemHostRegister_v2", "cuModuleLoadData"):
+        gpus.watch(name, lambda *_arguments: threads.append(threading.current_thread().name))
+    near.write(make_region(near, "vram", N), remote).wait(PATIENCE)
+    near.write(make_region(near, "arena", N), remote).wait(PATIENCE)
+    near.read(remote, make_region(near, "vram", N, device=1)).wait(PATIENCE)
+    assert len(threads) >= 3
+    assert set(threads) == {"raynixl-connect"}
