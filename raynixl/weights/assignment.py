@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 ORIGIN: Final = ""  # the holder that is the sources together; no agent has an empty name
 
@@ -26,8 +26,7 @@ class Why(enum.StrEnum):
     STALE = "stale"  # the holder has that version no more
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """A chunk, and who gives it."""
 
     chunk: int

@@ -158,19 +158,19 @@ class Choice:
         return not any(other.host.sole < sole for other in self.waiting)
 
     def _assign(self, member: Member, chunk: int, holder: Member | None, *, now: float) -> Assignment:
-        bit = 1 << chunk
-        is_local = holder is not None and holder.host is member.host
+        bit, host = 1 << chunk, member.host
+        is_local = holder is not None and holder.host is host
         member.pending[chunk] = Pulling(chunk, holder, now, is_local)
         member.wants ^= bit
         self.active += 1
         if not is_local:
             member.remote += 1
-            member.host.arriving |= bit
+            host.arriving |= bit
         if holder is None:
             self._origin.load += 1
             self._origin.given += 1
             self._origin.sending |= bit
-            member.host.sole += 1
+            host.sole += 1
             return Assignment(chunk, ORIGIN)
         self._holders.take(holder, is_local=is_local)
         return Assignment(chunk, holder.name)

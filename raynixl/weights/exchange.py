@@ -208,8 +208,7 @@ class Exchange:
         """Give a receiver what there is room for. _lock is held."""
         room = member.room - len(member.mail) if member.question is not None else 0
         if room > 0:
-            got = member.swarm.next(member.name, room, time.monotonic())
-            member.mail.extend((one.chunk, one.holder) for one in got)
+            member.mail += member.swarm.next(member.name, room, time.monotonic())
 
     def _heard(self, peer: str, said: Next) -> _Member | None:
         """Note what a receiver says; None if it takes no part. _lock is held."""
@@ -273,7 +272,7 @@ class Exchange:
             for name, found in swarm.dispatch(now):
                 member = self._members.get((name, images.is_delta))
                 if member is not None:
-                    member.mail.extend((one.chunk, one.holder) for one in found)
+                    member.mail += found
                     answers += [] if member.question is None else [self._deliver(member)]
             if swarm.lost:
                 lost = PeerLost("nobody holds all of the version any more", hint="push again", peer=self._lost_source)

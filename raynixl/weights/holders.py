@@ -87,7 +87,8 @@ class Holders:
         if member.has & bit:
             return
         member.has |= bit
-        member.wants &= ~bit
+        if member.wants & bit:
+            member.wants ^= bit
         if member.is_serving:
             self._offer(member.host, chunk, bit)
 
@@ -102,21 +103,19 @@ class Holders:
             self._recount(chunk, bit, self._where[chunk] | 1 << host.index)
 
     def _recount(self, chunk: int, bit: int, where: int) -> None:
-        self._count_sole(self._where[chunk], self._hosts_with[chunk], -1)
-        self._where[chunk] = where
         before, after = self._hosts_with[chunk], where.bit_count()
+        if before == 1:
+            self._by_index[self._where[chunk].bit_length() - 1].sole -= 1
+        if after == 1:
+            self._by_index[where.bit_length() - 1].sole += 1
+        self._where[chunk] = where
         self._hosts_with[chunk] = after
-        self._count_sole(where, after, 1)
         old, new = before.bit_length(), after.bit_length()
         if old != new:
             if new == len(self.rarity):
                 self.rarity.append(0)
             self.rarity[old] ^= bit
             self.rarity[new] |= bit
-
-    def _count_sole(self, where: int, hosts: int, change: int) -> None:
-        if hosts == 1:
-            self._by_index[where.bit_length() - 1].sole += change
 
     def resume(self, member: Member) -> None:
         """Let a receiver serve (again) what it has."""
@@ -163,13 +162,16 @@ class Holders:
             self._reload(holder.host, -1)
 
     def _reload(self, host: Host, change: int) -> None:
-        bit = 1 << host.index
         host.load += change
-        if self.is_free(host):
-            self._free[host.level] ^= bit
-        host.level = host.load // max(1, len(host.members))
-        if self.is_free(host):
-            self._free[host.level] |= bit
+        count, before = len(host.members), host.level
+        level = host.load // count if count > 1 else host.load
+        if level != before:
+            bit = 1 << host.index
+            if before < self.uploads:
+                self._free[before] ^= bit
+            if level < self.uploads:
+                self._free[level] |= bit
+            host.level = level
 
     def is_free(self, host: Host) -> bool:
         """Whether a host can give a chunk to another one."""
@@ -195,10 +197,10 @@ class Holders:
 
     def free_hosts(self, tries: int) -> Iterator[Host]:
         """Yield some hosts that can give something, the least busy ones first."""
-        for hosts in self._free:
-            left = hosts
+        random = self._random
+        for left in self._free:
             while left and tries > 0:
-                index = pick(left, self._random)
+                index = pick(left, random)
                 left ^= 1 << index
                 tries -= 1
                 yield self._by_index[index]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from raynixl.errors import IntegrityError
@@ -21,7 +20,6 @@ _NEXT = struct.Struct("<4s?xHIIII")  # magic, is_delta, failures, room, done, by
 _BATCH = struct.Struct("<4sIII")  # magic, chunks, bytes of their holders, of the rest
 _NEXT_MAGIC, _BATCH_MAGIC = b"RXN1", b"RXB1"
 _WHYS = tuple(Why)
-_NUMBER = np.dtype("<u4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Next:
         head = _NEXT.pack(
             _NEXT_MAGIC, self.is_delta, len(self.failed), self.room, len(self.done), len(names), len(own)
         )  # fmt: skip
-        return b"".join((head, np.array(numbers, _NUMBER).tobytes(), names, own))
+        return b"".join((head, struct.pack(f"<{len(numbers)}I", *numbers), names, own))
 
     @staticmethod
     def from_bytes(data: bytes) -> Next:
@@ -97,7 +95,7 @@ class Batch:
         if self.holders or self.fault is not None:
             rest = _Rest(holders=tuple(self.holders), fault=self.fault).to_bytes()
         names = _packed([holder for _, holder in self.chunks])
-        numbers = np.array([chunk for chunk, _ in self.chunks], _NUMBER).tobytes()
+        numbers = struct.pack(f"<{len(self.chunks)}I", *[chunk for chunk, _ in self.chunks])
         return b"".join((_BATCH.pack(_BATCH_MAGIC, len(self.chunks), len(names), len(rest)), numbers, names, rest))
 
     @staticmethod
@@ -133,11 +131,10 @@ def _check(data: bytes, head: struct.Struct, magic: bytes) -> None:
 
 def _numbers(data: bytes, at: int, count: int) -> tuple[list[int], int]:
     """Return so many numbers, and where they end."""
-    end = at + count * _NUMBER.itemsize
+    end = at + 4 * count
     if end > len(data):
         raise _malformed("it is truncated")
-    found: list[int] = np.frombuffer(data, _NUMBER, count, at).tolist()
-    return found, end
+    return list(struct.unpack_from(f"<{count}I", data, at)), end
 
 
 def _packed(names: Sequence[str]) -> bytes:

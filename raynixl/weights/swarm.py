@@ -54,6 +54,7 @@ class Swarm:
         self._members: dict[str, Member] = {}
         self._accusations = Accusations()
         self._is_few: bool | None = None
+        self._late = 0  # members that came midway
         self._slowest = 0.0  # seconds, of the pulls that are done
 
     # membership
@@ -74,6 +75,7 @@ class Swarm:
         )  # fmt: skip
         self._members[receiver] = member
         member.host.members.append(member)
+        self._late += is_late
         member.is_serving = False
         if receiver not in self._accusations.liars:
             self._resume(member)
@@ -84,6 +86,7 @@ class Swarm:
         member = self._members.pop(receiver, None)
         if member is None:
             return
+        self._late -= member.is_late
         self._parking.forget(member)
         for pulling in member.pending.values():
             self._choice.write_off(member, pulling)
@@ -112,7 +115,8 @@ class Swarm:
         member = self._members.get(receiver)
         if member is None:
             raise ConfigError(f"{receiver!r} takes no part in this push", hint="let it join first")
-        self._catch_up(member, now)
+        if member.avoid or member.resumes is not None:
+            self._catch_up(member, now)
         self._parking.forget(member)
         found = (
             self._choice.direct(member, self._turn(member), now)
@@ -160,15 +164,18 @@ class Swarm:
         member = self._members.get(receiver)
         if member is None:
             return  # it left, and this was on its way
-        self._catch_up(member, now)
+        if member.avoid or member.resumes is not None:
+            self._catch_up(member, now)
         member.progressed = now
         for chunk in chunks:
-            pulling = self._drop(member, chunk)
+            pulling = member.pending.pop(chunk, None)
             if pulling is not None:
-                self._slowest = max(self._slowest, now - pulling.since)
+                self._choice.write_off(member, pulling)
+                if now - pulling.since > self._slowest:
+                    self._slowest = now - pulling.since
                 if pulling.holder is not None:
                     pulling.holder.complaints.clear()
-                member.is_rebuffed = False
+                    member.is_rebuffed = False
             if 0 <= chunk < self.chunks:
                 self._holders.gain(member, chunk)
         self._choice.freed[member.host] = None
@@ -296,17 +303,18 @@ class Swarm:
     @property
     def is_released(self) -> bool:
         """Whether the origin is needed no more, should a receiver die, too (where there are two)."""
-        count = sum(not member.is_late for member in self._members.values()) or len(self._members)
-        needed = min(self.policy.copies, count, 2)
+        needed = min(self.policy.copies, len(self._members) - self._late or len(self._members), 2)
         return needed > 0 and not any(self._holders.scarce[:needed])
 
     @property
     def lost(self) -> tuple[int, ...]:
         """The chunks that nobody can give any more: unless somebody joins who has them, not all can complete."""
         gone = self._holders.scarce[0]
-        if not self._origin.is_gone:
+        if gone and not self._origin.is_gone:
             gone &= self._origin.hopeless
-        for member in self._members.values() if gone else ():
+        if not gone:
+            return ()
+        for member in self._members.values():
             gone &= ~of(member.pending)
             gone &= ~member.has if member.resumes is not None else -1
         return tuple(indices(gone).tolist())
