@@ -151,7 +151,7 @@ class NvlinkBackend:
             one.memory.address if address is None else address for address, one in zip(at, request.local, strict=True)
         ]
         table = addresses(request, where)
-        if request.remote[0].remote.incarnation in _HERE:
+        if any(binding.path == "memory" for binding in request.remote):
             refuse_overlap(table)
         device = self._device(request)
         self._warm.add(device)
@@ -204,14 +204,14 @@ class NvlinkBackend:
 
     def _reach(self, link: SilentLink, remote: RemoteRegion, key: dict[str, str | int]) -> tuple[int, int, str, Any]:
         """Return address, GPU, path and what holds them, of a peer's memory on a GPU."""
-        other = _HERE.get(remote.incarnation)
-        if other is not None:
+        if link.process == os.getpid():  # by its record, not by _HERE, of which forked children have copies
+            other = _HERE.get(remote.incarnation)
+            if other is None:
+                raise PeerLost(f"peer {link.peer!r} is no longer in this process", peer=link.peer)
             memory = other._memories.get(remote.id)
             if memory is None:
                 raise BackendUnavailable(f"{remote.label} is not in this process", peer=link.peer)
             return memory.address, memory.device, "memory", None
-        if link.process == os.getpid():
-            raise PeerLost(f"peer {link.peer!r} is no longer in this process", peer=link.peer)
         opened = IMPORTS.open(link.incarnation, key, remote.nbytes, self._home())
         return opened.address, opened.device, "ipc", opened
 

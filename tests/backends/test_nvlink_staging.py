@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynixl.backends.nvlink_staging import cut
@@ -19,6 +19,7 @@ def rows(*lengths: int) -> np.ndarray:
     return table
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 3000))
 def test_every_byte_is_in_one_piece_and_finds_its_place(lengths: list[int], size: int) -> None:
     table, seen = rows(*lengths), {}
