@@ -46,7 +46,7 @@ from raynixl.cuda.driver import (
     memory_info,
     memset_async,
 )
-from raynixl.cuda.kernels import Launch, launch, module_function, module_load, module_unload
+from raynixl.cuda.kernels import launch, module_function, module_load, module_unload
 from raynixl.cuda.library import failure, give_back, has_driver, kept, replace_driver
 from raynixl.cuda.pointers import (
     FABRIC,
@@ -82,13 +82,13 @@ from raynixl.cuda.streams import (
 )
 
 __all__ = [
-    "FABRIC", "HANDLE_NBYTES", "POSIX_FD", "Allocation", "Arena", "Chunk", "Device", "Event", "Launch",
-    "MappedChunks", "Origin", "Pin", "alloc", "arena", "bus_id", "close_kept", "context_for", "current",
-    "current_functions", "device_attribute", "device_of", "device_of_context", "devices", "enable_peer",
-    "event_create", "event_destroy", "event_elapsed_ms", "event_query", "event_record", "event_synchronize",
-    "examine", "export_chunks", "failure", "free", "function_address", "give_back", "has_driver", "host_alloc",
-    "host_bytes", "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close",
-    "ipc_export", "ipc_export_event", "ipc_open", "ipc_open_event", "is_beyond", "kept", "launch", "memcpy_async",
+    "FABRIC", "HANDLE_NBYTES", "POSIX_FD", "Allocation", "Arena", "Chunk", "Device", "Event", "MappedChunks",
+    "Origin", "Pin", "alloc", "arena", "bus_id", "close_kept", "context_for", "current", "current_functions",
+    "device_attribute", "device_of", "device_of_context", "devices", "enable_peer", "event_create",
+    "event_destroy", "event_elapsed_ms", "event_query", "event_record", "event_synchronize", "examine",
+    "export_chunks", "failure", "free", "function_address", "give_back", "has_driver", "host_alloc", "host_bytes",
+    "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close", "ipc_export",
+    "ipc_export_event", "ipc_open", "ipc_open_event", "is_beyond", "kept", "launch", "memcpy_async",
     "memcpy_d2d_async", "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info",
     "memset_async", "module_function", "module_load", "module_unload", "on", "piece_at", "pin", "pinned_address",
     "primary", "record", "relaxed", "replace_driver", "stream_create", "stream_destroy", "stream_handle",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -72,6 +73,18 @@ class Driver:
     kept: dict[Any, Any] = field(default_factory=dict)
     making: threading.RLock = field(default_factory=threading.RLock)
     """Protects `kept` while something is made for it: compiling kernels takes seconds."""
+    parents: tuple[Any, ...] = ()
+
+    def forget(self) -> None:
+        """Know nothing, in a child: CUDA does not live through a fork, and locks may be held by threads left behind.
+
+        What the parent has is not let go of here, but kept: its ends would wait for such locks.
+        """
+        self.parents = (self.parents, self.kept, self.pins, self.events)
+        self.lock, self.making = threading.RLock(), threading.RLock()
+        self.devices = None
+        self.primaries, self.ordinals, self.peers = {}, {}, set()
+        self.kept, self.pins, self.events = {}, {}, {}
 
 
 @functools.cache
@@ -89,6 +102,14 @@ def _load() -> Driver:
 
 
 _replaced: list[Driver] = []  # by tests; the last one counts
+
+
+def _forget_all() -> None:
+    for driver in (*_replaced, *([_load()] if _load.cache_info().currsize else [])):
+        driver.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def current_driver() -> Driver:

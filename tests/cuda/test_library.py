@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
+import threading
 
 import cuda_fake
 import pytest
 from cuda_fake import FakeCuda
 
 from raynixl import cuda
+from raynixl.cuda.library import current_driver
 from raynixl.errors import BackendUnavailable, ConfigError, RangeError, RaynixlError
 
 GIB = 1 << 30
@@ -72,6 +76,30 @@ def test_cuda_does_not_live_through_a_fork(fake_cuda: FakeCuda):
         assert "spawn" in said.read()
     os.waitpid(pid, 0)
     arena.close()
+
+
+def test_a_child_does_not_wait_for_what_another_thread_of_its_parent_was_doing(fake_cuda: FakeCuda):
+    cuda.primary(0)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with current_driver().lock, current_driver().making:
+            taken.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(10)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        with contextlib.suppress(BackendUnavailable):
+            cuda.kept("mover", lambda: cuda.primary(0))
+            os._exit(1)
+        os._exit(0)
+    done.set()
+    thread.join(10)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_what_a_process_keeps_is_made_once_and_not_met_by_another_driver(fake_cuda: FakeCuda):
