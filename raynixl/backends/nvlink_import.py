@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Import:
         self.address, self.device = address, device
         self._lock = threading.Lock()  # protects _close
         self._close: Callable[[], None] | None = close
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         state = "closed" if self._close is None else f"at {self.address:#x}"
@@ -73,6 +75,8 @@ class Import:
 
     def close(self) -> None:
         """Let go of it; no transfer uses it any more."""
+        if os.getpid() != self._pid:
+            return  # CUDA stayed with the parent
         with self._lock:
             close, self._close = self._close, None
         if close is not None:

@@ -68,7 +68,7 @@ def _zero(address: int, nbytes: int) -> None:
 
 def _free(owner: Driver, pid: int, context: int, address: int) -> None:
     if os.getpid() != pid or owner is not current_driver():
-        return  # a fork has no part in it
+        return  # CUDA stayed with the parent
     with current(context):
         give_back("cuMemFree_v2", address)
 
@@ -79,10 +79,12 @@ class Pin:
     def __init__(self, address: int, nbytes: int, device_address: int, *, is_ours: bool) -> None:
         self.address, self.nbytes, self.device_address = address, nbytes, device_address
         self.users = 1
-        self._is_ours = is_ours
+        self._is_ours, self._pid = is_ours, os.getpid()
 
     def close(self) -> None:
         """Let go of it; no GPU uses it for this holder any more. To be called as often as it was given."""
+        if os.getpid() != self._pid:
+            return  # CUDA stayed with the parent
         owner = current_driver()
         with owner.lock:
             assert self.users > 0, "closed more often than given"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +17,7 @@ from raynixl import cuda
 from raynixl.backends.nvlink_import import ImportCache, read_key
 from raynixl.cuda import FABRIC
 from raynixl.errors import BackendUnavailable, ConfigError, IntegrityError, RegionStale
+from raynixl.memory import address_of
 
 MIB = 1 << 20
 CYCLES = 10_000
@@ -75,6 +78,22 @@ def test_threads_that_open_and_close_at_once_do_not_open_twice(fake_cuda: FakeCu
         one.join(30)
     assert not any(one.is_alive() for one in threads)
     assert (wrong, len(cache), fake_cuda.leaks()) == ([], 0, [])
+
+
+def test_a_forked_child_closes_nothing_of_its_parents(fake_cuda: FakeCuda, far: FarCuda):
+    one = ImportCache().open("inc", far.ask("key", name="a"), MIB, 0)
+    with mmap.mmap(-1, mmap.PAGESIZE) as mapping:
+        pin = cuda.pin(address_of(mapping), mmap.PAGESIZE)
+        pid = os.fork()
+        if pid == 0:
+            one.close()
+            pin.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert cuda.pinned_address(address_of(mapping), mmap.PAGESIZE) == pin.device_address
+        pin.close()
+    assert not fake_cuda.view(one.address, MIB).any()
+    one.close()
 
 
 def test_memory_that_a_peer_freed_and_made_anew_is_not_taken_for_what_it_was():
