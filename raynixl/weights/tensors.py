@@ -180,7 +180,8 @@ def _copy_by_torch(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             # few launches for many tensors of a GPU if all are alike: 70,000 copies one by one take half a second.
             # Nobody waits here for what goes to a GPU or comes from one: who calls this does, for all of it.
             targets, sources = ([pair[side] for pair in group] for side in (0, 1))
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+            is_waited_for = {targets[0].device.type, sources[0].device.type} <= {"cpu", "cuda"}
+            torch._foreach_copy_(targets, sources, non_blocking=is_waited_for)
 
 
 def note_change(tensors: Sequence[torch.Tensor]) -> None:
