@@ -23,7 +23,7 @@ def register(fake: FakeCuda) -> None:
     fake.kernel("raynixl_copy_tiles", c_uint64, c_uint64, *_END)(_tiles)
     fake.kernel("raynixl_copy_narrow", c_uint64, c_uint64, *_END)(_tiles)
     fake.kernel("raynixl_signal", *_END)(_signal)
-    fake.kernel("raynixl_digest", c_uint64, c_uint64, c_uint64, c_uint64, c_uint64, *_END)(_digest)
+    fake.kernel("raynixl_digest", *[c_uint64] * 9, *_END)(_digest)
     for kind in ("float32", "bfloat16", "float16"):
         fake.kernel(f"raynixl_quantise_{kind}", *[c_uint64] * 5)(_quantiser(kind))
 
@@ -83,19 +83,27 @@ def _signal(gpu: Any, grid: Any, *end: int) -> None:
     _finish(gpu, *end)
 
 
-def _digest(gpu: Any, grid: Any, rows: int, count: int, sums: int, first: int, second: int, *end: int) -> None:
-    keys = np.array([first, second], np.uint64)
-    for address, nbytes, position, index in _words(gpu, rows, 4 * count).reshape(-1, 4).tolist() if count else ():
+def _digest(gpu: Any, grid: Any, rows: int, *values: int) -> None:
+    count, tiles, tile, sums, out, sums_count, first, second, *end = values
+    assert tile % BLOCK_NBYTES == 0, "tiles are whole blocks"
+    assert tile <= 32 * BLOCK_NBYTES, "a warp makes the factors of 32 blocks"
+    table = _words(gpu, rows, 5 * count).reshape(-1, 5).tolist() if count else []
+    keys, found = np.array([first, second], np.uint64), np.zeros((sums_count, 2), np.uint64)
+    for number, (address, nbytes, position, index, first_tile) in enumerate(table):
+        last_tile = first_tile + (position + nbytes - 1) // tile - position // tile
+        assert last_tile + 1 == (table[number + 1][4] if number + 1 < count else tiles), "tiles are counted wrongly"
         skew = position % BLOCK_NBYTES
         blocks = -(-(skew + nbytes) // BLOCK_NBYTES)
-        assert blocks <= 32, "a warp makes the factors of 32 blocks"
         padded = np.zeros(blocks * BLOCK_NBYTES, np.uint8)
         padded[skew : skew + nbytes] = gpu.view(address, nbytes)
         words = padded.view(np.uint32).reshape(blocks, -1).astype(np.uint64)
         numbers = np.arange(blocks, dtype=np.uint64) + np.uint64(position // BLOCK_NBYTES + 1)
         factors = _mix((numbers * np.uint64(0x9E3779B97F4A7C15))[:, None] + keys) | np.uint64(1)
         parts = np.stack([(words * constants).sum(axis=1) for constants in CONSTANTS], axis=1)
-        _words(gpu, sums + 16 * index, 2)[:] += (parts * factors).sum(axis=0)
+        found[index] += (parts * factors).sum(axis=0)
+    if sums_count:
+        assert not _words(gpu, sums, 2 * sums_count).any(), "sums are not zeros before"
+        _words(gpu, out, 2 * sums_count)[:] = found.reshape(-1)
     _finish(gpu, *end)
 
 

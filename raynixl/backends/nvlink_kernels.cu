@@ -128,12 +128,13 @@ __device__ __forceinline__ void copy_span(u64 from, u64 to, u64 nbytes, u32 lane
 }
 
 // `width` threads of a warp take one row after the other; rows of (source, target, nbytes).
+template <int kUnroll>
 __device__ __forceinline__ void copy_rows(const u64* rows, u64 count, u32 width) {
   u64 thread = u64(blockIdx.x) * blockDim.x + threadIdx.x;
   u64 step = u64(gridDim.x) * blockDim.x / width;
   u32 lane = threadIdx.x % width;
   for (u64 row = thread / width; row < count; row += step)
-    copy_span<UNROLL>(rows[3 * row], rows[3 * row + 1], rows[3 * row + 2], lane, width);
+    copy_span<kUnroll>(rows[3 * row], rows[3 * row + 1], rows[3 * row + 2], lane, width);
 }
 
 }  // namespace
@@ -161,13 +162,13 @@ __global__ void __launch_bounds__(256, CTAS) raynixl_copy_range(u64 from, u64 to
 
 // Rows of (source, target, nbytes), a warp for each.
 __global__ void __launch_bounds__(256, CTAS) raynixl_copy_tiles(const u64* rows, u64 count, u64* flag, u64 sequence, u32* counter) {
-  copy_rows(rows, count, kWarp);
+  copy_rows<UNROLL>(rows, count, kWarp);
   finish({flag, sequence, counter});
 }
 
 // Likewise for rows of a few hundred bytes: 8 threads for each.
 __global__ void __launch_bounds__(256, CTAS) raynixl_copy_narrow(const u64* rows, u64 count, u64* flag, u64 sequence, u32* counter) {
-  copy_rows(rows, count, 8);
+  copy_rows<UNROLL / 2>(rows, count, 8);
   finish({flag, sequence, counter});
 }
 
@@ -219,13 +220,20 @@ __device__ __forceinline__ Lanes digest_block(const u32 (&constants)[2][kPlaces]
                                               u32 lane) {
   Lanes sum = {0, 0};
   if ((base & 15) == 0 && start <= base && base + kBlock <= end) {
+    constexpr u32 kAtOnce = 4;
 #pragma unroll
-    for (u32 k = 0; k < kPlaces / 4; k += kWarp) {
-      uint4 word = load(reinterpret_cast<const uint4*>(base) + k + lane);
-      uint4 one = reinterpret_cast<const uint4*>(constants[0])[k + lane];
-      uint4 two = reinterpret_cast<const uint4*>(constants[1])[k + lane];
-      sum.first += u64(word.x) * one.x + u64(word.y) * one.y + u64(word.z) * one.z + u64(word.w) * one.w;
-      sum.second += u64(word.x) * two.x + u64(word.y) * two.y + u64(word.z) * two.z + u64(word.w) * two.w;
+    for (u32 k = 0; k < kPlaces / 4; k += kAtOnce * kWarp) {
+      uint4 words[kAtOnce];
+#pragma unroll
+      for (u32 j = 0; j < kAtOnce; ++j) words[j] = load(reinterpret_cast<const uint4*>(base) + k + j * kWarp + lane);
+#pragma unroll
+      for (u32 j = 0; j < kAtOnce; ++j) {
+        uint4 word = words[j];
+        uint4 one = reinterpret_cast<const uint4*>(constants[0])[k + j * kWarp + lane];
+        uint4 two = reinterpret_cast<const uint4*>(constants[1])[k + j * kWarp + lane];
+        sum.first += u64(word.x) * one.x + u64(word.y) * one.y + u64(word.z) * one.z + u64(word.w) * one.w;
+        sum.second += u64(word.x) * two.x + u64(word.y) * two.y + u64(word.z) * two.z + u64(word.w) * two.w;
+      }
     }
     return sum;
   }
@@ -243,21 +251,40 @@ __device__ __forceinline__ Lanes digest_block(const u32 (&constants)[2][kPlaces]
 
 extern "C" {
 
-// Rows of (address, nbytes, position, index), each within 32 blocks: native/digest.h. A warp takes one row after the
-// other, and adds its two lanes to sums[2 * index].
-__global__ void __launch_bounds__(256) raynixl_digest(const u64* rows, u64 count, u64* sums, u64 first_key,
-                                                      u64 second_key, u64* flag, u64 sequence, u32* counter) {
+// Rows of (address, nbytes, position, index, number of the first tile), none of them empty: native/digest.h. A tile is
+// what of a row lies between two multiples of `tile` bytes in position, at most 32 blocks; a warp takes one after the
+// other. `sums` are zeros before and afterwards; what they come to goes to `out`, in pinned memory of the host.
+__global__ void __launch_bounds__(256, 3) raynixl_digest(const u64* rows, u64 count, u64 tiles, u64 tile, u64* sums,
+                                                      u64* out, u64 sums_count, u64 first_key, u64 second_key,
+                                                      u64* flag, u64 sequence, u32* counter) {
+  constexpr u32 kNear = 64;
   __shared__ alignas(16) u32 constants[2][kPlaces];
+  __shared__ u64 near[5 * kNear];  // rows may lie in the host
+  __shared__ bool is_last;
   for (u32 place = threadIdx.x; place < kPlaces; place += blockDim.x) {
     u64 scattered = mix((place + 1) * kGolden);
     constants[0][place] = u32(scattered), constants[1][place] = u32(scattered >> 32);
   }
+  const u64* table = rows;
+  if (count <= kNear) {
+    for (u32 i = threadIdx.x; i < 5 * count; i += blockDim.x) near[i] = rows[i];
+    table = near;
+  }
   __syncthreads();
   u32 lane = threadIdx.x % kWarp;
   u64 step = u64(gridDim.x) * blockDim.x / kWarp;
-  for (u64 row = (u64(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; row < count; row += step) {
-    u64 start = rows[4 * row], nbytes = rows[4 * row + 1], position = rows[4 * row + 2], index = rows[4 * row + 3];
-    u64 number = position / kBlock, base = start - position % kBlock, until = start + nbytes;
+  for (u64 t = (u64(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; t < tiles; t += step) {
+    u64 low = 0, high = count;
+    while (high - low > 1) {
+      u64 middle = (low + high) / 2;
+      if (table[5 * middle + 4] <= t) low = middle; else high = middle;
+    }
+    const u64* row = table + 5 * low;
+    u64 bound = (row[2] / tile + (t - row[4])) * tile;
+    u64 skip = bound > row[2] ? bound - row[2] : 0;
+    u64 position = row[2] + skip, left = row[1] - skip, room = tile - (position - bound);
+    u64 start = row[0] + skip, until = start + (left < room ? left : room), index = row[3];
+    u64 number = position / kBlock, base = start - position % kBlock;
     u64 mine = (number + lane + 1) * kGolden;  // each lane makes the factors of one block for all
     u64 first_factor = mix(first_key + mine) | 1, second_factor = mix(second_key + mine) | 1;
     Lanes sum = {0, 0};
@@ -270,7 +297,19 @@ __global__ void __launch_bounds__(256) raynixl_digest(const u64* rows, u64 count
     sum.first = sum_of_warp(sum.first), sum.second = sum_of_warp(sum.second);
     if (lane == 0) atomicAdd(sums + 2 * index, sum.first), atomicAdd(sums + 2 * index + 1, sum.second);
   }
-  finish({flag, sequence, counter});
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  for (u64 i = threadIdx.x; i < 2 * sums_count; i += blockDim.x) out[i] = atomicExch(sums + i, 0ull);
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  counter[0] = 0;
+  __threadfence_system();
+  *reinterpret_cast<volatile u64*>(flag) = sequence;
 }
 
 }  // extern "C"

@@ -15,7 +15,7 @@ import numpy as np
 from raynixl import cuda
 from raynixl.backends.nvlink_kernel import load_kernels
 from raynixl.backends.nvlink_lane import WORD_NBYTES, Lane
-from raynixl.backends.nvlink_program import GpuJob, GpuProgram, Start, ring
+from raynixl.backends.nvlink_program import INLINE_HOST_NBYTES, INLINE_NBYTES, GpuJob, GpuProgram, Start, ring
 from raynixl.backends.nvlink_slabs import Piece, Slabs
 from raynixl.backends.nvlink_tiles import Cut, Rows, Tuning, Way, plan
 from raynixl.backends.nvlink_transit import Transit, wait_for_event
@@ -90,7 +90,8 @@ class Mover:
         """
         cut = plan(table, self.multiprocessors, touches_host=touches_host, tuning=self.tuning)
         nbytes = int(table[:, 2].sum())
-        return GpuProgram(self, self._start(cut), gates, count=len(table), nbytes=nbytes)
+        inline = INLINE_HOST_NBYTES if touches_host else INLINE_NBYTES
+        return GpuProgram(self, self._start(cut), gates, count=len(table), nbytes=nbytes, inline_nbytes=inline)
 
     def put(self, program: GpuProgram, event: cuda.Event | None) -> tuple[Lane | None, int]:
         """Put a program, whose gates have been entered, on a lane; return that and its end's number.
@@ -267,7 +268,7 @@ class Mover:
         where, lane = dummy.address, self._lanes[0]
         copies = {"small": [0, 0, 0], "range": [0, 0, 0, 4096], "tiles": [where, 0], "narrow": [where, 0]}
         launchers = [self.launcher(f"raynixl_copy_{name}", 1, 256, values) for name, values in copies.items()]
-        launchers.append(self.launcher("raynixl_digest", 1, 256, [where, 0, where, 0, 0]))
+        launchers.append(self.launcher("raynixl_digest", 1, 256, [where, 0, 0, 4096, where, where, 0, 0, 0]))
         launchers.append(self.launcher("raynixl_signal", 1, 32, []))
         for launcher in launchers:
             Start(launcher).put(lane, lane.sequence + 1)

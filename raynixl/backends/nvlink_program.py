@@ -17,11 +17,10 @@ from raynixl.native.twin_job import fork_generation
 if TYPE_CHECKING:
     from raynixl.backends.nvlink_lane import Lane
     from raynixl.backends.nvlink_mover import Mover
-    from raynixl.backends.nvlink_slabs import Piece
 
-INLINE_NBYTES = 16 << 20
-"""What a GPU moves in the time that a job costs: who posts it looks for its end at once."""
-_LOOK_SECONDS = 40e-6
+INLINE_NBYTES, INLINE_HOST_NBYTES = 64 << 20, 1 << 20
+"""What a GPU moves in some 50 us, and where host memory takes part: who posts it looks for its end at once."""
+_LOOK_SECONDS = 60e-6
 _WAIT_LOOK_SECONDS = 1e-3
 """A sleep is 60 us too long: who waits looks for longer than that would matter."""
 _LEAST_PAUSE, _MOST_PAUSE = 20e-6, 1e-3
@@ -33,10 +32,10 @@ _FULL = 256
 
 @dataclass(eq=False, slots=True)
 class Start:
-    """What a program puts on a lane. `held` is memory that its kernel reads."""
+    """What a program puts on a lane. `held` is what its kernel needs until it is through."""
 
     launcher: Launcher
-    held: Piece | None = None
+    held: object = None
 
     def put(self, lane: Lane, sequence: int) -> None:
         """Put it there; its end is this number, 0 for one that the GPU counts itself.
@@ -53,10 +52,20 @@ class Start:
 class GpuProgram:
     """A list of blocks that a GPU copies; run any number of times, also while an earlier run is in flight."""
 
-    __slots__ = ("_gates", "_mover", "count", "nbytes", "start")
+    __slots__ = ("_gates", "_is_short", "_mover", "count", "nbytes", "start")
 
-    def __init__(self, mover: Mover, start: Start, gates: Sequence[Gate], *, count: int, nbytes: int) -> None:
+    def __init__(
+        self,
+        mover: Mover,
+        start: Start,
+        gates: Sequence[Gate],
+        *,
+        count: int,
+        nbytes: int,
+        inline_nbytes: int = INLINE_NBYTES,
+    ) -> None:
         self._mover = mover
+        self._is_short = nbytes <= inline_nbytes
         self.start = start
         self._gates = tuple(gates)
         self.count = count
@@ -69,7 +78,7 @@ class GpuProgram:
         lane, sequence = self._mover.put(self, None)
         if lane is None:
             return sequence
-        if self.nbytes <= INLINE_NBYTES and not out_of_line:
+        if self._is_short and not out_of_line:
             try:
                 if self._mover.core.look_for(lane.address, sequence, _LOOK_SECONDS):
                     self.leave()
@@ -91,6 +100,25 @@ class GpuProgram:
         job = GpuJob(self, lane, sequence, timeout)
         self._mover.watch(job)
         return job
+
+    def run_to_end(self, timeout: float, event: cuda.Event) -> int:
+        """Run it once an event has come, and wait for its end; return its code, PENDING if it has none in time."""
+        if code := self._enter():
+            return code
+        lane, sequence = self._mover.put(self, event)
+        if lane is None:
+            return sequence
+        try:
+            if self._mover.core.look_for(lane.address, sequence, min(timeout, _WAIT_LOOK_SECONDS)):
+                self.leave()
+                return DONE
+        except BaseException:  # Ctrl-C: as in `run`
+            self._mover.watch(GpuJob(self, lane, sequence, timeout))
+            raise
+        job = GpuJob(self, lane, sequence, timeout)
+        self._mover.watch(job)
+        job.wait(timeout)
+        return job.code
 
     def capture(self, stream: int) -> Captured:
         """Put it on a stream that is being captured into a CUDA graph, or that is none of ours.

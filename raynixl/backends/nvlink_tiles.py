@@ -31,15 +31,15 @@ class Tuning:
 
     small_nbytes: int = 64 << 10
     """A single block of at most this is one CTA's."""
-    engine_nbytes: int = 128 << 20
+    engine_nbytes: int = 32 << 20
     """Blocks of this length on average go by copy engine, one call for each."""
     engine_host_nbytes: int = 64 << 10
     """Likewise where one side is host memory."""
     engine_rows: int = 64
-    narrow_nbytes: int = 512
+    narrow_nbytes: int = 1536
     """Blocks shorter than this on average leave most lanes of a warp idle."""
     least_tile_nbytes: int = 4 << 10
-    most_tile_nbytes: int = 64 << 10
+    most_tile_nbytes: int = 16 << 10
     tiles_per_warp: int = 4
     """At least this many where there are enough bytes: then all warps end at about the same time."""
     ctas: int = 3

@@ -213,7 +213,7 @@ def test_a_deadline_is_told_to_an_armed_descriptor(gpu: Mover, fake: FakeCuda, p
     bell = os.eventfd(0, os.EFD_NONBLOCK)
     program = gpu.program(pair.table([(0, 0, 64)]), [])
     with fake.held():
-        job = as_job(program.run(0.05))
+        job = as_job(program.run(0.5))
         assert job.arm(bell)
         assert is_readable(bell)
         assert job.code == TIMEOUT

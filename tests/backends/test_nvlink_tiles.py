@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raynixl.backends.nvlink_digest import cut_blocks
+from raynixl.backends.nvlink_digest import number_tiles
+from raynixl.backends.nvlink_digest import tile_nbytes as digest_tile_nbytes
 from raynixl.backends.nvlink_tiles import Cut, Tuning, Way, cut_rows, merge, plan, small_threads, tile_nbytes
 
 pytestmark = pytest.mark.pure
@@ -64,24 +65,31 @@ def test_tiles_move_the_same_bytes_and_meet_at_lines_of_the_cache(rows: Any, til
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 1 << 40), st.integers(0, 300_000), st.integers(0, 1 << 62)), max_size=8),
+    st.lists(
+        st.tuples(st.integers(0, 1 << 40), st.integers(1, 300_000), st.integers(0, 1 << 62)), min_size=1, max_size=8
+    ),
     st.sampled_from([4 * KIB, 16 * KIB, 128 * KIB]),
 )
-def test_rows_to_digest_are_cut_at_their_positions(rows: Any, tile: int) -> None:
-    table = np.array([(*row, number) for number, row in enumerate(rows)], np.uint64).reshape(-1, 4)
-    cut = cut_blocks(table, tile)
-    assert (cut[:, 1] > 0).all()
-    assert ((cut[:, 2] // tile) == ((cut[:, 2] + cut[:, 1] - np.uint64(1)) // tile)).all()
-    for number, (address, nbytes, position) in enumerate(rows):
-        mine = cut[cut[:, 3] == number]
-        assert int(mine[:, 1].sum()) == nbytes
-        assert (mine[:, 2] - np.uint64(position) == mine[:, 0] - np.uint64(address)).all()
-        assert (np.sort(mine[:, 0])[1:] == np.sort(mine[:, 0] + mine[:, 1])[:-1]).all()
+def test_tiles_of_rows_to_digest_are_numbered(rows: Any, tile: int) -> None:
+    table = np.array([(*row, number) for number, row in enumerate(rows)], np.uint64)
+    numbered, tiles, length = number_tiles(table, tile)
+    assert length == tile
+    assert (numbered[:, :4] == table).all()
+    counts = [(position + nbytes - 1) // tile - position // tile + 1 for _, nbytes, position in rows]
+    assert tiles == sum(counts)
+    assert numbered[:, 4].tolist() == [sum(counts[:number]) for number in range(len(rows))]
 
 
-def test_cutting_goes_up_to_the_end_of_all_positions() -> None:
-    row = np.array([[4096, 100, (1 << 64) - 101, 0]], np.uint64)
-    assert cut_blocks(row, 4096).tolist() == row.tolist()
+def test_tiles_are_numbered_up_to_the_end_of_all_positions() -> None:
+    row = np.array([[4096, 100, (1 << 64) - 100, 0]], np.uint64)
+    assert number_tiles(row, 4096)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "blocks"), [(1, 4), (MIB, 4), (1 << 30, 8), (2 << 30, 16), (4 << 30, 32), (1 << 40, 32)]
+)
+def test_a_warp_digests_enough_at_a_time_and_32_blocks_at_most(nbytes: int, blocks: int) -> None:
+    assert digest_tile_nbytes(nbytes, 4224) == blocks * 4096
 
 
 @pytest.mark.parametrize(
