@@ -1,6 +1,6 @@
 """Times the kernels of the nvlink backend in variants on the GPU that is here: what Tuning and the compiler are given.
 
-    python tools/gpu_tune.py --out tune.json [--quick]
+    python tools/gpu_tune.py --out tune.json [--quick] [--only single,arithmetic]
 
 Figures are GB/s of bytes moved (each is read and written once), medians; `memcpy` is cuMemcpyDtoDAsync of as much.
 """
@@ -197,11 +197,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path)
     options.add_argument("--quick", action="store_true")
+    options.add_argument("--only", default="single,lists,narrow,arithmetic")
     given = options.parse_args()
     bench = Bench(3 if given.quick else 5)
     mover(0)
-    found = {"single": tune_single(bench), "lists": tune_lists(bench, given.quick), "narrow": tune_narrow(bench)}
-    found["arithmetic"] = time_arithmetic(bench)
+    parts = {
+        "single": partial(tune_single, bench),
+        "lists": partial(tune_lists, bench, given.quick),
+        "narrow": partial(tune_narrow, bench),
+        "arithmetic": partial(time_arithmetic, bench),
+    }
+    found = {name: part() for name, part in parts.items() if name in given.only.split(",")}
     if given.out is not None:
         given.out.write_text(json.dumps(found))
     for title, lines in found.items():
