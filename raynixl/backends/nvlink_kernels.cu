@@ -348,19 +348,23 @@ __device__ __forceinline__ u8 narrow(float value) {
 // The larger of two magnitudes as bits: NaN is the largest.
 __device__ __forceinline__ u32 magnitude(float value) { return __float_as_uint(value) & 0x7FFFFFFFu; }
 
-template <class Value>
-__device__ __forceinline__ void quantise(const Value* source, u8* stored, float* scales, u64 rows, u64 columns) {
-  __shared__ u32 largest[kWarp];
+// A block of 128 x 128, or what an edge leaves of it.
+struct Block {
+  u64 first;  // value of its upper left corner
+  u32 height, width;
+};
+
+__device__ __forceinline__ Block block_of_cta(u64 rows, u64 columns) {
   u64 down = (rows + kSide - 1) / kSide, across = (columns + kSide - 1) / kSide;
   u64 matrix = blockIdx.x / (down * across), inside = blockIdx.x % (down * across);
   u64 top = inside / across * kSide, left = inside % across * kSide;
-  u64 first = matrix * rows * columns + top * columns + left;
-  u32 height = u32(rows - top < kSide ? rows - top : kSide), width = u32(columns - left < kSide ? columns - left : kSide);
-  u32 column = threadIdx.x % kSide, step = blockDim.x / kSide;
-  u32 most = 0;
-  if (column < width)
-    for (u32 row = threadIdx.x / kSide; row < height; row += step)
-      most = max(most, magnitude(widen(source[first + row * columns + column])));
+  return {matrix * rows * columns + top * columns + left, u32(rows - top < kSide ? rows - top : kSide),
+          u32(columns - left < kSide ? columns - left : kSide)};
+}
+
+// The scale of a block from the largest magnitudes, as bits, that its threads have seen.
+__device__ __forceinline__ float scale_of_cta(u32 most, float* scales) {
+  __shared__ u32 largest[kWarp];
   most = __reduce_max_sync(0xFFFFFFFFu, most);
   if (threadIdx.x % kWarp == 0) largest[threadIdx.x / kWarp] = most;
   __syncthreads();
@@ -368,9 +372,77 @@ __device__ __forceinline__ void quantise(const Value* source, u8* stored, float*
   float scale = __fdiv_rn(__uint_as_float(most), 448.0f);
   if (scale == 0.0f) scale = 1.0f;
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
-  if (column >= width) return;
-  for (u32 row = threadIdx.x / kSide; row < height; row += step) {
-    u64 at = first + row * columns + column;
+  return scale;
+}
+
+// Value k of 16 bytes.
+template <class Value>
+__device__ __forceinline__ float value_at(const uint4& words, u32 k);
+template <>
+__device__ __forceinline__ float value_at<float>(const uint4& words, u32 k) {
+  return __uint_as_float(k == 0 ? words.x : k == 1 ? words.y : k == 2 ? words.z : words.w);
+}
+__device__ __forceinline__ u16 half_at(const uint4& words, u32 k) {
+  u32 word = k / 2 == 0 ? words.x : k / 2 == 1 ? words.y : k / 2 == 2 ? words.z : words.w;
+  return u16(word >> 16 * (k % 2));
+}
+template <>
+__device__ __forceinline__ float value_at<Bfloat>(const uint4& words, u32 k) {
+  return widen(Bfloat{half_at(words, k)});
+}
+template <>
+__device__ __forceinline__ float value_at<Half>(const uint4& words, u32 k) {
+  return widen(Half{half_at(words, k)});
+}
+
+// 16 bytes at a time, read once and kept: rows must begin at multiples of that.
+template <class Value>
+__device__ __forceinline__ void quantise_words(const Value* source, u8* stored, float* scales, u64 rows, u64 columns) {
+  constexpr u32 kWide = 16 / sizeof(Value), kChunks = kSide / kWide, kStep = 256 / kChunks, kPasses = kSide / kStep;
+  Block block = block_of_cta(rows, columns);
+  u32 column = threadIdx.x % kChunks * kWide, row = threadIdx.x / kChunks;
+  bool is_inside = column < block.width;
+  uint4 words[kPasses];
+  u32 most = 0;
+#pragma unroll
+  for (u32 pass = 0; pass < kPasses; ++pass) {
+    if (!is_inside || row + pass * kStep >= block.height) continue;
+    words[pass] = load(reinterpret_cast<const uint4*>(source + block.first + (row + pass * kStep) * columns + column));
+#pragma unroll
+    for (u32 k = 0; k < kWide; ++k) most = max(most, magnitude(value_at<Value>(words[pass], k)));
+  }
+  float scale = scale_of_cta(most, scales);
+#pragma unroll
+  for (u32 pass = 0; pass < kPasses; ++pass) {
+    if (!is_inside || row + pass * kStep >= block.height) continue;
+    u32 packed[2] = {0, 0};
+#pragma unroll
+    for (u32 k = 0; k < kWide; ++k)
+      packed[k / 4] |= u32(narrow(__fdiv_rn(value_at<Value>(words[pass], k), scale))) << 8 * (k % 4);
+    u8* to = stored + block.first + (row + pass * kStep) * columns + column;
+    if (kWide == 8) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(packed[0], packed[1]);
+    } else {
+      *reinterpret_cast<u32*>(to) = packed[0];
+    }
+  }
+}
+
+template <class Value>
+__device__ __forceinline__ void quantise(const Value* source, u8* stored, float* scales, u64 rows, u64 columns) {
+  constexpr u32 kWide = 16 / sizeof(Value);
+  if (columns % kWide == 0 && u64(source) % 16 == 0 && u64(stored) % kWide == 0)
+    return quantise_words(source, stored, scales, rows, columns);
+  Block block = block_of_cta(rows, columns);
+  u32 column = threadIdx.x % kSide, step = blockDim.x / kSide;
+  u32 most = 0;
+  if (column < block.width)
+    for (u32 row = threadIdx.x / kSide; row < block.height; row += step)
+      most = max(most, magnitude(widen(source[block.first + row * columns + column])));
+  float scale = scale_of_cta(most, scales);
+  if (column >= block.width) return;
+  for (u32 row = threadIdx.x / kSide; row < block.height; row += step) {
+    u64 at = block.first + row * columns + column;
     stored[at] = narrow(__fdiv_rn(widen(source[at]), scale));
   }
 }

@@ -80,7 +80,9 @@ def kinds_of_values(torch: Any, shape: tuple[int, int, int], seed: int) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(1, 128, 128), (1, 1, 1), (3, 200, 300), (2, 129, 7), (1, 1024, 1536)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 128), (1, 1, 1), (3, 200, 300), (2, 129, 7), (2, 136, 264), (1, 1024, 1536)]
+)
 def test_fp8_and_scales_are_those_of_torch_on_a_cpu(dtype: str, shape: tuple[int, int, int]) -> None:
     check_quantising(lambda torch: kinds_of_values(torch, shape, 3).to(getattr(torch, dtype)), dtype)
 
