@@ -16,7 +16,7 @@ from raynixl.weights.copies import Copies, Copy
 from raynixl.weights.copyout import Digests
 from raynixl.weights.hold import WhileBusy
 from raynixl.weights.layout import CHUNK_NBYTES, DEVICE_CHUNK_NBYTES, Layout
-from raynixl.weights.original import Look, Original, Publish
+from raynixl.weights.original import Original, Publish
 from raynixl.weights.protocol import Holder, check_weights_name, topic
 from raynixl.weights.selection import Select
 from raynixl.weights.served import Served
@@ -169,9 +169,8 @@ class Publication:
             with self._versions:
                 self._check_version(request.version)
                 self._note(request)
-            look = self._original.look()
             began = time.monotonic()
-            bank = self._copy_out(look, copy, deadline, digests)
+            bank = self._copy_out(copy, deadline, digests)
             seconds = time.monotonic() - began
             answer = self._frozen(request, copy, bank, seconds, digests)
         except BaseException:
@@ -216,11 +215,13 @@ class Publication:
         regions = tuple(region.record() for region in copy.arenas.regions)
         return Holder(name=self._agent.name, incarnation=self._agent.incarnation, regions=regions)
 
-    def _copy_out(self, look: Look, copy: Copy, deadline: float, digests: Digests) -> Bank:
+    def _copy_out(self, copy: Copy, deadline: float, digests: Digests) -> Bank:
         """Bring the weights into a copy; return its memory, which the caller so keeps if the publication is closed."""
         with self._alone(deadline, deadline - time.monotonic()):
             self._check_open()
+            self._original.look()  # which GPUs have the tensors now
             with self._streams.alone(deadline - time.monotonic()):
+                look = self._original.look()  # only now: an update may have moved tensors
                 self._original.copy_out(self._agent, look, copy, digests)
             return copy.arenas.bank
 
