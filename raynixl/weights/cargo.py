@@ -89,7 +89,7 @@ class ImageCargo:
         ranges = Ranges.from_bytes(incoming.ranges)
         self.nbytes = ranges.nbytes
         self.parts = ranges.parts
-        self.key = (self.plan, self.number)
+        self.key = (self.plan, self.number, self.chunk_nbytes)  # a plan does not tell how images are cut
         self._cuts = ranges.cut(self.layout.arenas, incoming.chunk_nbytes)
         if len(self._cuts) != len(self.chunks):
             raise IntegrityError("the ranges do not fit the image", hint="run one version of raynixl everywhere")
