@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(256, 3) raynixl_digest(const u64* rows, u64 co
                                                       u64* out, u64 sums_count, u64 first_key, u64 second_key,
                                                       u64* flag, u64 sequence, u32* counter) {
   constexpr u32 kNear = 64;
-  __shared__ alignas(16) u32 constants[2][kPlaces];
+  alignas(16) __shared__ u32 constants[2][kPlaces];
   __shared__ u64 near[5 * kNear];  // rows may lie in the host
   __shared__ bool is_last;
   for (u32 place = threadIdx.x; place < kPlaces; place += blockDim.x) {
