@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,17 +47,36 @@ class View(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Memory:
-    """One storage. What no content covers holds what it held before."""
+    """One storage. What no content covers holds what it held before.
+
+    Contents of a single row of the first dimension, such as an expert's, are found by it: there may be thousands.
+    """
 
     grid: Grid
     dtype: str
     is_model: bool = False
-    contents: list[Content] = field(default_factory=list)
+    _wide: list[Content] = field(default_factory=list)
+    _rows: dict[int, list[Content]] = field(default_factory=dict)
+
+    @property
+    def contents(self) -> Iterable[Content]:
+        """What is known of it."""
+        return itertools.chain(self._wide, *self._rows.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known of it."""
+        return not self._wide and not self._rows
+
+    def _add(self, boxes: Iterable[Box], origin: Origin) -> None:
+        for box in boxes:
+            (self._rows.setdefault(box.start[0], []) if box.size[0] == 1 else self._wide).append(Content(box, origin))
 
     def cover(self, origin: Origin) -> None:
         """Let it hold one thing everywhere: a full tensor as it is, zeros or a blot."""
         steps = self.grid.strides if isinstance(origin, int) else (0,) * len(self.grid.sizes)
-        self.contents = [Content(Box((0,) * len(steps), self.grid.sizes, 0, steps), origin)]
+        self._rows.clear()
+        self._wide = [Content(Box((0,) * len(steps), self.grid.sizes, 0, steps), origin)]
 
     def put(self, view: View, origin: Blot | Zeros) -> None:
         """Let a view of it hold zeros or a blot."""
@@ -65,7 +85,7 @@ class Memory:
             return
         own = [box._replace(far=0, steps=(0,) * len(box.steps)) for box in self._boxes(view)]
         self._erase(own)
-        self.contents += [Content(box, origin) for box in own]
+        self._add(own, origin)
 
     def copy(self, view: View, source: Memory, source_view: View) -> None:
         """Let a view of it hold what an equally large view of a memory holds.
@@ -77,7 +97,7 @@ class Memory:
         self._erase(self._boxes(view))
         for nest, origin in found:
             for fitted in fit(nest.flipped(), self.grid):
-                self.contents += [Content(box, origin) for box in boxes(fitted, self.grid)]
+                self._add(boxes(fitted, self.grid), origin)
 
     def under(self, view: View, other: View) -> Iterator[tuple[Nest, Origin]]:
         """Yield what lies under a view: nests from what it is of to the places of another view of its shape."""
@@ -91,9 +111,14 @@ class Memory:
 
     def origins(self, view: View | None = None) -> frozenset[int]:
         """Return the full tensors that a view depends on, or the whole memory."""
-        if view is None or view.dtype != self.dtype:
+        if view is None or view.dtype != self.dtype or self._is_uniform:
             return numbers(content.origin for content in self.contents)
         return numbers(origin for _, origin in self.under(view, view))
+
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether it is of one thing everywhere."""
+        return not self._rows and len(self._wide) == 1 and self._wide[0].box.size == self.grid.sizes
 
     def is_covered(self, view: View) -> bool:
         """Whether contents cover all of a view."""
@@ -109,13 +134,24 @@ class Memory:
 
     def _erase(self, gone: Sequence[Box]) -> None:
         for box in gone:
+            self._wide = self._kept(self._wide, box)
             first, end = box.start[0], box.start[0] + box.size[0]
-            near = [own for own in self.contents if own[0][0][0] < end and first < own[0][0][0] + own[0][1][0]]
-            changed = {id(own): rest for own in near if (rest := without(own.box, box))[:1] != [own.box]}
-            if changed:
-                kept = [own for own in self.contents if id(own) not in changed]
-                kept += [Content(part, own.origin) for own in near for part in changed.get(id(own), ())]
-                self.contents = kept
+            rows = range(first, end) if end - first < len(self._rows) else list(self._rows)
+            for row in rows:
+                if first <= row < end and row in self._rows:
+                    self._rows[row] = self._kept(self._rows[row], box)
+                    if not self._rows[row]:
+                        del self._rows[row]
+
+    def _kept(self, contents: list[Content], gone: Box) -> list[Content]:
+        """Return what is left of contents outside a box."""
+        first, end = gone.start[0], gone.start[0] + gone.size[0]
+        near = [own for own in contents if own[0][0][0] < end and first < own[0][0][0] + own[0][1][0]]
+        changed = {id(own): rest for own in near if (rest := without(own.box, gone))[:1] != [own.box]}
+        if not changed:
+            return contents
+        kept = [own for own in contents if id(own) not in changed]
+        return kept + [Content(part, own.origin) for own in near for part in changed.get(id(own), ())]
 
 
 def numbers(origins: Iterable[Origin]) -> frozenset[int]:

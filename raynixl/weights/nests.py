@@ -74,10 +74,15 @@ class Grid:
 
     def dim(self, stride: int) -> int:
         """Return the dimension along which a stride steps, or -1."""
-        for at, (size, own) in enumerate(zip(self.sizes, self.strides, strict=True)):
-            if own <= stride:
-                return at if stride % own == 0 and (at == 0 or stride // own < size) else -1
-        return -1
+        return _dim(self.sizes, self.strides, stride)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _dim(sizes: tuple[int, ...], strides: tuple[int, ...], stride: int) -> int:
+    for at, (size, own) in enumerate(zip(sizes, strides, strict=True)):
+        if own <= stride:
+            return at if stride % own == 0 and (at == 0 or stride // own < size) else -1
+    return -1
 
 
 def nest_of(shape: Sequence[int], near: tuple[int, Sequence[int]], far: tuple[int, Sequence[int]]) -> Nest:

@@ -80,13 +80,13 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_hot(self, tensor: torch.Tensor) -> bool:
         memory = self.memory(tensor)
-        return memory is not None and len(memory.contents) > 0
+        return memory is not None and not memory.is_empty
 
     def transfer(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enter a copy, one of the operations that are understood."""
         near, far = self._memory_or_scratch(target), self.memory(source)
         to, of = _view(target), _view(source.expand(target.shape))
-        if far is None or not far.contents:
+        if far is None or far.is_empty:
             return near.put(to, Blot("takes values that come from no weight", line=line()))
         origins = far.origins(of)
         self.read |= origins
