@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]"
+Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...], tuple[int, ...], Space]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class Installer:
         return self._what.record is not None
 
     def has_changed(self) -> bool:
-        """Whether tensors of the model were replaced, cast or cut anew since it was last looked at."""
+        """Whether tensors of the model were replaced, moved, cast or cut anew since it was last looked at."""
         tensors, known = self._collect(), self._tensors
         is_same = tensors is known or (
             tensors.keys() == known.keys() and all(tensor is known[name] for name, tensor in tensors.items())
@@ -313,4 +313,4 @@ def _own(model: Model) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _form(tensor: torch.Tensor) -> Form:
-    return tensor.dtype, tensor.shape, tensor.stride()
+    return tensor.dtype, tensor.shape, tensor.stride(), space_of(tensor)

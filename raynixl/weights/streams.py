@@ -7,6 +7,7 @@ weights were published or subscribed to counts, and the default stream.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raynixl import cuda
 from raynixl.errors import TransferTimeout
-from raynixl.weights.space import Space, gpus_of
+from raynixl.weights.space import Space, gpus_of, space_of
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +147,8 @@ class Streams:
 
     def note(self) -> None:
         """Note what this thread has put on its current streams: who has the tensors alone next waits for it."""
+        for first in itertools.islice(self._tensors(), 1):  # a model that was moved here is moved as a whole
+            self._meet({space_of(first)})
         for space in list(self._homes):
             now = gpu(space).now()
             if now is not None:
@@ -161,8 +164,7 @@ class Streams:
             TransferTimeout: what others did takes longer than `seconds`; nothing was begun. Or a GPU hangs.
         """
         spaces = self._spaces()
-        for space in spaces - self._homes.keys():  # the model has come to a GPU meanwhile
-            self._homes[space] = gpu(space).home()
+        self._meet(spaces)
         past = [gpu(space).default() for space in list(self._homes)]
         past += [home() for home in list(self._homes.values())]
         noted = dict(self._noted)
@@ -174,6 +176,12 @@ class Streams:
             yield
         finally:
             _finish(spaces)
+
+    def _meet(self, spaces: Iterable[Space]) -> None:
+        """Know GPUs that the model has come to since."""
+        for space in spaces:
+            if space.is_gpu and space not in self._homes:
+                self._homes[space] = gpu(space).home()
 
     def _spaces(self) -> set[Space]:
         return gpus_of(self._tensors())

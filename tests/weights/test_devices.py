@@ -102,6 +102,26 @@ def test_a_model_may_have_some_of_its_tensors_on_the_host(fleet, device):
     assert slots(cluster)[0].arenas.space == GPU
 
 
+@pytest.mark.parametrize("begins", ["host", "gpu"])
+@pytest.mark.parametrize("install", ["auto", "copy"])
+def test_a_model_that_is_moved_between_devices_stays_where_it_is_then(fleet, device, begins, install):
+    source, target = Policy(value=1.0), Policy()
+    if begins == "gpu":
+        device.move(target)
+    cluster = Cluster(fleet, source, [target], install=install)
+    for version in range(1, 7):
+        if version % 2 == 0:
+            is_here = device.holds(target.embedding.weight)
+            for tensor in {id(one): one for one in target.state_dict(keep_vars=True).values()}.values():
+                tensor.data = tensor.data.clone() if is_here else device.to(tensor.data)
+        is_here = device.holds(*target.state_dict().values())
+        fill(source, float(version))
+        cluster.sync.push(version).raise_for_excluded()
+        assert same(target, source)
+        assert device.holds(*target.state_dict().values()) == is_here
+        assert device.holds(target.embedding.weight) == is_here
+
+
 def test_a_gpu_without_room_leaves_versions_in_host_memory(fleet, device, caplog):
     source, target = device.move(Policy(value=2.0)), device.move(Policy())
     device.room = 100

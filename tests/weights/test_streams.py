@@ -154,3 +154,24 @@ def device_space(tensor):
     from raynixl.weights.space import space_of
 
     return space_of(tensor)
+
+
+def test_readers_of_a_model_that_has_come_to_the_gpu_since_are_waited_for(fleet, device):
+    source, target = {"w": torch.ones(1000)}, {"w": torch.zeros(1000)}
+    cluster = Cluster(fleet, source, [target])
+    target["w"].data = device.to(target["w"].data)
+
+    def read():
+        with cluster.subscriptions[0].pinned():
+            return device.gpu.put(lambda: None)
+
+    reader, kernels = in_background(read)
+    reader.join(20)
+    thread, reports = in_background(lambda: cluster.sync.push(1))
+    thread.join(0.5)
+    assert thread.is_alive()
+    assert target["w"].unique().tolist() == [0.0]
+    kernels[0].happen()
+    thread.join(20)
+    reports[0].raise_for_excluded()
+    assert target["w"].unique().tolist() == [1.0]
