@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from raynixl.errors import IntegrityError, PeerLost, RaynixlError, TransferTimeout
+from raynixl.errors import BackendUnavailable, IntegrityError, PeerLost, RaynixlError, TransferTimeout
 from raynixl.weights.cargo import Giver
 from raynixl.weights.protocol import Holder, topic
 from raynixl.weights.receiver import Receiver, is_origin, reason
 from raynixl.weights.relaying import Batch, Failed, Next
+from raynixl.weights.workers import start_threads
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -66,9 +67,12 @@ class Relay:
         Raises:
             RaynixlError: nobody can give some chunk any more, whoever coordinates is gone, or it did not come in time.
         """
-        helpers = [threading.Thread(target=self._work, name="raynixl-relay", daemon=True) for _ in range(threads)]
-        for helper in helpers:
-            helper.start()
+        helpers = start_threads(self._work, threads, name="raynixl-relay")
+        if not helpers:
+            raise BackendUnavailable(
+                f"{self.agent.name!r} can start no thread to bring weights in",
+                hint="raise the limit of threads (ulimit -u, pids.max)", peer=self.agent.name,
+            )  # fmt: skip
         try:
             self._talk()
         finally:

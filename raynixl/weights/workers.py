@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 
+logger = logging.getLogger(__name__)
+
 Worker = Callable[[int], None]
+
+
+def start_threads(work: Callable[[], None], count: int, *, name: str) -> list[threading.Thread]:
+    """Start so many threads, or as many of them as the process may have; the caller joins those returned."""
+    started: list[threading.Thread] = []
+    for _ in range(count):
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as exc:
+            logger.warning("%d of %d threads could be started: %s", len(started), count, exc)
+            break
+        started.append(thread)
+    return started
 
 
 def run_workers(worker: Worker, count: int, *, threads: int) -> None:
@@ -27,11 +44,7 @@ def run_workers(worker: Worker, count: int, *, threads: int) -> None:
         except BaseException as exc:  # noqa: BLE001 - thread edge: the caller raises it
             failures.append(exc)
 
-    helpers = [
-        threading.Thread(target=work, name="raynixl-weights", daemon=True) for _ in range(min(threads, count) - 1)
-    ]
-    for helper in helpers:
-        helper.start()
+    helpers = start_threads(work, min(threads, count) - 1, name="raynixl-weights")
     work()
     for helper in helpers:
         helper.join()

@@ -108,3 +108,20 @@ def test_workers_stop_at_the_first_failure_and_leave_no_thread():
         run_workers(work, 10_000, threads=4)
     assert threading.active_count() == before
     assert len(done) < 10_000
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_workers_do_all_with_the_threads_that_can_be_started(monkeypatch, room):
+    start, started, done = threading.Thread.start, [], []
+
+    def start_some(thread):
+        if len(started) == room:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    run_workers(done.append, 1000, threads=5)
+    assert sorted(done) == list(range(1000))
+    assert len(started) == room
+    assert not any(thread.is_alive() for thread in started)
