@@ -198,7 +198,8 @@ class CatchUp:
             )
         manifest = self._manifest(held, work.version, layout.digest)
         image_of = dict.fromkeys(group.names, group.image)
-        told = self._targets.tell(group.plan, image_of, held[0][2].chunk_nbytes, self._deadline)
+        chunk_nbytes = held[0][2].chunk_nbytes
+        told = self._targets.tell(group.plan, image_of, chunk_nbytes, self._deadline)
         work.errors.update(told)
         names = [name for name in group.names if name not in told]
         swarm = Swarm(len(manifest.digests), origin_hosts=(), topology=Topology.RELAY)
@@ -207,7 +208,7 @@ class CatchUp:
             work.exchange.offer(swarm, host, whole.holder)
         left = max(0.001, self._deadline - time.monotonic())
         pull = Pull(
-            push=work.push, version=work.version, plan=group.plan.digest, seconds=left, flip_seconds=left,
+            push=work.push, version=work.version, plan=group.plan.key(chunk_nbytes), seconds=left, flip_seconds=left,
             is_relay=True, origins={}, digests=manifest.digests,
         ).to_bytes()  # fmt: skip
         return dict.fromkeys(names, pull)

@@ -33,7 +33,7 @@ class _Origin:
     described: Described
     shards: Shards
     arenas: list[int]
-    told: set[tuple[str, int]] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
 
 
 class ShardsChanged(PeerRestarted):
@@ -66,7 +66,8 @@ class Origins:
     @property
     def chunk_nbytes(self) -> int:
         """The chunk size that the first source wants."""
-        return next(iter(self._known.values())).described.chunk_nbytes
+        first = next(name for name in self.sources if name in self._known)
+        return self._known[first].described.chunk_nbytes
 
     @property
     def version(self) -> int:
@@ -100,14 +101,14 @@ class Origins:
 
     def tell(self, plan: Plan, chunk_nbytes: int, deadline: float) -> dict[str, RaynixlError]:
         """Tell sources what they serve under a plan of `planned`, where they were not told yet; return who failed."""
-        key = (plan.digest, chunk_nbytes)
+        key = plan.key(chunk_nbytes)
         fresh = {n: name for n, name in enumerate(self.planned) if key not in self._known[name].told}
         fresh = {n: name for n, name in fresh.items() if self._is_known(name)}
         if not fresh:
             return {}
         messages: dict[int, bytes] = {}
         for part in {plan.part_of[number] for number in fresh}:
-            messages[part] = Outgoing(plan.digest, chunk_nbytes, self._served(plan, part)).to_bytes()
+            messages[part] = Outgoing(key, chunk_nbytes, self._served(plan, part)).to_bytes()
         payloads = {name: messages[plan.part_of[number]] for number, name in fresh.items()}
         told, failed = self._parsed(ask_all(self._agent, self._topic("outgoing"), payloads, deadline), bytes)
         for name in told:

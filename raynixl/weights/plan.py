@@ -126,6 +126,12 @@ class Plan:
         names = [shards.digest for shards in (*self.sources, *self.targets)]
         return xxhash.xxh3_128_hexdigest(f"{len(self.sources)}\n{chr(10).join(names)}".encode())
 
+    def key(self, chunk_nbytes: int) -> str:
+        """Return what names it in messages, together with the size of the chunks that images are cut in."""
+        import xxhash
+
+        return xxhash.xxh3_128_hexdigest(f"{self.digest} in chunks of {chunk_nbytes}".encode())
+
     def incoming(self, image: int) -> Ranges:
         """Return all ranges that fill an image."""
         return join(self._rows(image, range(len(self.parts))))

@@ -138,7 +138,7 @@ class Pulls:
     def _pull(self, image: int, deadline: float, *, is_relay: bool) -> Pull:
         now, froze = self._now, self._now.froze
         return Pull(
-            push=now.push, version=now.version, plan=now.planned.digest,
+            push=now.push, version=now.version, plan=now.plan_key,
             seconds=max(0.001, deadline - time.monotonic()), flip_seconds=now.left(), is_relay=is_relay,
             origins={part: froze.holders[part] for part in now.planned.incoming(image).parts},
             digests=froze.digests[image],
@@ -220,7 +220,7 @@ class Pulls:
             failed = targets.describe([name], question(self._origins, self._now.left()), deadline)
             if not failed and targets[name].shards.digest == self._targets[name].shards.digest:
                 image_of = {name: self._now.image_of[name]}
-                failed = targets.tell(self._now.planned, image_of, self._origins.chunk_nbytes, deadline)
+                failed = targets.tell(self._now.planned, image_of, self._now.chunk_nbytes, deadline)
                 known = None if failed else targets
         finally:
             self._told_again.append((name, known))

@@ -92,7 +92,7 @@ class Push:
         failed = targets.describe(targets.names, request, deadline, until=time.monotonic() + _GRACE_SECONDS)
         image_of = {name: self._image(sources, targets[name].shards) for name in targets.names if name not in failed}
         fitting = {name: image for name, image in image_of.items() if image is not None}
-        failed = targets.tell(self._now.planned, fitting, self._origins.chunk_nbytes, deadline)
+        failed = targets.tell(self._now.planned, fitting, self._now.chunk_nbytes, deadline)
         well = [replica for replica in replicas if set(replica) <= set(fitting) - set(failed)]
         targets.replicas = well
         arrival = Arrival(targets, {name: fitting[name] for name in targets.names})
@@ -170,7 +170,8 @@ class Push:
         except ConfigError as exc:
             raise self._misfit(tuple(sources), names, exc) from exc
         now.image_of = dict(zip(names, now.plan.image_of, strict=True))
-        told = self._targets.tell(now.plan, now.image_of, self._origins.chunk_nbytes, now.deadline(_MATCH_SHARE))
+        now.chunk_nbytes = self._origins.chunk_nbytes
+        told = self._targets.tell(now.plan, now.image_of, now.chunk_nbytes, now.deadline(_MATCH_SHARE))
         for name, error in told.items():
             self._exclude(name, error)
 
@@ -188,17 +189,17 @@ class Push:
         now = self._now
         alone = len(self._origins.sources) == 1
         request = Freeze(
-            push=now.push, version=now.version, seconds=now.left(), plan=now.planned.digest, base=self._usable_base()
+            push=now.push, version=now.version, seconds=now.left(), plan=now.plan_key, base=self._usable_base()
         )
         deadline = now.deadline(1.0 if alone else _FREEZE_SHARE)
         try:
-            now.assembled = self._origins.freeze(request, now.planned, self._origins.chunk_nbytes, deadline)
+            now.assembled = self._origins.freeze(request, now.planned, now.chunk_nbytes, deadline)
         except ShardsChanged:
             self._origins.release(now.push, committed=False)
             self._plan()
             now.replans += 1
-            request = request.model_copy(update={"plan": now.planned.digest})
-            now.assembled = self._origins.freeze(request, now.planned, self._origins.chunk_nbytes, deadline)
+            request = request.model_copy(update={"plan": now.plan_key})
+            now.assembled = self._origins.freeze(request, now.planned, now.chunk_nbytes, deadline)
         now.excluded.update(now.assembled.failed)
 
     def _usable_base(self) -> int:

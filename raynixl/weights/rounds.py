@@ -23,6 +23,8 @@ class Round:
     push: str = field(default_factory=lambda: secrets.token_hex(16))
     plan: Plan | None = None
     image_of: dict[str, int] = field(default_factory=dict)
+    chunk_nbytes: int = 0
+    """The size of chunks, which all are told with the plan."""
     assembled: Assembled | None = None
     pulled: dict[str, Answer] = field(default_factory=dict)
     flipped: dict[str, Answer] = field(default_factory=dict)
@@ -47,6 +49,11 @@ class Round:
         """What the sources froze."""
         assert self.assembled is not None
         return self.assembled
+
+    @property
+    def plan_key(self) -> str:
+        """What the plan is called in messages."""
+        return self.planned.key(self.chunk_nbytes)
 
     @property
     def planned(self) -> Plan:

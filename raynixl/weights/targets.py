@@ -30,7 +30,7 @@ class Target:
     host: str
     version: int
     held: tuple[Held, ...]
-    told: set[tuple[str, int]] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
 
 
 class NotTold(PeerRestarted):
@@ -104,12 +104,12 @@ class Targets:
 
     def tell(self, plan: Plan, image_of: Mapping[str, int], chunk_nbytes: int, deadline: float) -> Errors:
         """Send targets what they pull from whom under a plan, where they were not told yet; return who failed."""
-        key = (plan.digest, chunk_nbytes)
+        key = plan.key(chunk_nbytes)
         fresh = [name for name in image_of if key not in self._known[name].told]
         messages: dict[int, bytes] = {}
         for image in {image_of[name] for name in fresh}:
             layout, ranges = plan.images[image].to_bytes(), plan.incoming(image).to_bytes()
-            messages[image] = Incoming(plan.digest, image, chunk_nbytes, layout, ranges).to_bytes()
+            messages[image] = Incoming(key, image, chunk_nbytes, layout, ranges).to_bytes()
         payloads = {name: messages[image_of[name]] for name in fresh}
         told, failed = parsed(self.ask("incoming", payloads, deadline), bytes)
         for name in told:

@@ -64,7 +64,7 @@ def soon(seconds=10.0):
 def freeze(origins, version, *, base=0, push=None):
     made = plan(list(origins.planned.values()), [TARGET])
     push = f"{version:032x}" if push is None else push
-    request = Freeze(push=push, version=version, seconds=10.0, plan=made.digest, base=base)
+    request = Freeze(push=push, version=version, seconds=10.0, plan=made.key(origins.chunk_nbytes), base=base)
     return made, origins.freeze(request, made, origins.chunk_nbytes, soon())
 
 
@@ -206,7 +206,7 @@ def test_a_busy_source_times_out_by_name(trainers, origins):
     origins.describe(soon())
     with trainers.publications["trainer-0"].updating(), trainers.publications["trainer-2"].updating():
         made = plan(list(origins.planned.values()), [TARGET])
-        request = Freeze(push="0" * 32, version=1, seconds=0.3, plan=made.digest)
+        request = Freeze(push="0" * 32, version=1, seconds=0.3, plan=made.key(CHUNK))
         with pytest.raises(TransferTimeout):
             origins.freeze(request, made, CHUNK, soon(0.5))
 
