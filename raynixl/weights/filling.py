@@ -80,8 +80,8 @@ class Filler:
         return times.plus(whole)
 
     def _slot(self, cargo: ImageCargo) -> Slot:
-        """Return a slot to fill. One that the model's own tensors lie in stays as it is."""
-        in_use = next((slot for slot in self._slots if self._installer.lies_in(slot.arenas)), None)
-        if in_use is not None and self._installer.way is Install.COPY:
+        """Return a slot to fill. Those that the model's own tensors lie in stay as they are."""
+        in_use = [slot for slot in self._slots if self._installer.lies_in(slot.arenas)]
+        if self._installer.way is Install.COPY:
             self._slots.drop_spare(in_use)
         return self._slots.take(cargo.layout, in_use)

@@ -108,18 +108,21 @@ class Slots:
         self._slots.append(slot)
         return slot
 
-    def take(self, layout: Layout, in_use: Slot | None) -> Slot:
+    def take(self, layout: Layout, in_use: Sequence[Slot]) -> Slot:
         """Return a slot to fill: an empty one, else a new one while there may be more, else the oldest version's.
 
-        `in_use` is one that the model's tensors lie in, besides the active one.
+        `in_use` are those that the model's tensors lie in. If nothing else is left, one of them that is not active is
+        let go of, whose memory stays with those tensors, and a new one made.
         """
         for slot in [one for one in self._slots if one.arenas.layout != layout and one is not self.active]:
             self._drop(slot)
-        free = [slot for slot in self._slots if slot is not self.active and slot is not in_use]
+        free = [slot for slot in self._slots if slot is not self.active and slot not in in_use]
         free.sort(key=lambda slot: slot.version)
         if free and (free[0].version == 0 or len(self._slots) >= self._limit):
             free[0].version = 0
             return free[0]
+        if len(self._slots) >= self._limit:
+            self.drop_spare(in_use)
         return self.make(layout)
 
     def has_free(self) -> bool:
@@ -128,10 +131,11 @@ class Slots:
             slot.version == 0 and slot is not self.active for slot in self._slots
         )
 
-    def drop_spare(self, in_use: Slot | None) -> None:
-        """Let go of a slot that the model's tensors lie in but that is not the active one: it cannot be filled."""
-        if in_use is not None and in_use is not self.active and in_use in self._slots:
-            self._drop(in_use)
+    def drop_spare(self, in_use: Sequence[Slot]) -> None:
+        """Let go of slots that the model's tensors lie in but that are not the active one: they cannot be filled."""
+        for slot in in_use:
+            if slot is not self.active and slot in self._slots:
+                self._drop(slot)
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(list(self._slots))

@@ -95,6 +95,30 @@ def test_a_served_view_of_an_arena_is_never_pulled_over(fleet, monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_a_version_that_an_engine_has_put_back_in_part_is_never_pulled_over(fleet, monkeypatch, kept):
+    source, target = square(1), square(0)
+    cluster = Cluster(fleet, source, [target], install="swap")
+    olds = {}
+    for version in range(1, 9):
+        with torch.no_grad():
+            source.weight.fill_(version)
+            source.bias.fill_(version)
+        seen = []
+        before_the_flip(monkeypatch, lambda seen=seen: seen.append(target.weight.unique().tolist()))
+        wanted = target.weight.unique().tolist()
+        cluster.sync.push(version).raise_for_excluded()
+        assert seen == [wanted]
+        assert values(target) == {float(version)}
+        monkeypatch.undo()
+        olds[version] = target.weight.data
+        if version == 3:
+            target.weight.data = olds[kept]
+            # what an engine has kept of a version may be a later one's by now, but changes no more
+    slots = list(cluster.subscriptions[0]._follower._slots)
+    assert len(slots) <= 3
+
+
 def test_a_conjugate_is_no_tie(fleet):
     number = torch.randn(5, dtype=torch.complex64)
     source = {"a": number, "b": number.conj(), "c": number}
