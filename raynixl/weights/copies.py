@@ -134,6 +134,10 @@ class Copies:
             threading.Thread(target=self._grow, name="raynixl-spare", daemon=True).start()
         return is_released
 
+    def has(self, push: str) -> bool:
+        """Whether a push still has a copy: its time may be over, and another push have taken it."""
+        return self._holds.has(push)
+
     def wait_free(self, timeout: float) -> bool:
         """Wait until no push has a copy; return whether that came in time."""
         return self._holds.wait_free(timeout)

@@ -87,6 +87,11 @@ class Holds:
                 self._changed.notify_all()
             return bool(mine)
 
+    def has(self, push: str) -> bool:
+        """Whether a place is still kept for a push."""
+        with self._changed:
+            return any(place.push == push and place.is_taken for place in self._places)
+
     def wait_free(self, timeout: float) -> bool:
         """Wait until no push has a place; return whether that came in time."""
         deadline = time.monotonic() + timeout

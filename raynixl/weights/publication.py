@@ -179,6 +179,11 @@ class Publication:
         if self._is_closed:
             copy.release()  # what it took after everything else was let go of
         self._check_open()
+        if not self._copies.has(request.push):  # what lies there may be another push's by now
+            raise TransferTimeout(
+                f"the weights {self.name!r} were not copied out in time for version {request.version}",
+                hint="push again with a longer timeout",
+            )
         self._copies.settle(copy, request.version)
         return answer
 

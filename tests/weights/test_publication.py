@@ -220,6 +220,23 @@ def test_busy_weights_refuse_a_push_at_once_if_they_are_told_to(fleet):
     puller.push(2)
 
 
+def test_a_copy_out_that_outlasts_its_push_makes_no_version(fleet, monkeypatch):
+    source = Policy(value=1.0)
+    publication, puller = puller_of(fleet, source)
+    copy_out = publication._original.copy_out
+
+    def slow(*arguments):
+        copy_out(*arguments)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(publication._original, "copy_out", slow)
+    with pytest.raises(TransferTimeout, match="not copied out in time"):
+        puller.freeze(1, seconds=0.3)
+    assert publication._copies.base(1) is None
+    monkeypatch.undo()
+    assert same(puller.push(2)[0], source)
+
+
 def test_busy_weights_are_copied_aside_and_the_old_version_can_still_be_pulled(fleet):
     source, old = Policy(value=1.0), Policy(value=1.0)
     publication, puller = puller_of(fleet, source, while_busy="copy")
