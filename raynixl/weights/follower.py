@@ -73,6 +73,7 @@ class Follower:
         self._cargos: dict[str, ImageCargo] = {}
         self._puller = ("", "")  # who has the last pull done, and in which life
         self._shards: Shards | None = None
+        self._recorded = ""  # the table of the source over whose tensors the loader was run
         self._filler = Filler(agent, installer, self._slots, options.throttle)
         self._flipper = Flipper(
             agent, name, (installer, self._slots, callback), flip_timeout=options.flip_timeout, working=self._working,
@@ -166,13 +167,20 @@ class Follower:
         self._end_orphan()
         try:
             with self._working(deadline):
-                self._shards = self._installer.needs(self._infos(request, deadline))
+                shards = self._shards
+                if shards is None or not self._has_recorded(request.table):
+                    shards = self._shards = self._installer.needs(self._infos(request, deadline))
+                    self._recorded = request.table
                 return Subscribed(
-                    table=self._shards.table.digest, rank=self._shards.rank, host=host, version=self.version,
+                    table=shards.table.digest, rank=shards.rank, host=host, version=self.version,
                     held=self._slots.held(),
                 ).to_bytes()  # fmt: skip
         except RaynixlError as exc:
             return Subscribed(table="0" * 32, rank=0, host=host, version=self.version, fault=Fault.of(exc)).to_bytes()
+
+    def _has_recorded(self, table: str) -> bool:
+        """Whether the loader has been run over the tensors of such a source: for a large model that takes seconds."""
+        return self._installer.is_recorded and self._recorded == table and not self._installer.has_changed()
 
     def _infos(self, request: Describe, deadline: float) -> Sequence:  # type: ignore[type-arg]
         """Return the tensors of the source, asked for only where a loader is recorded."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,45 +12,69 @@ if TYPE_CHECKING:
 
 _MOST_BLOCKS = 1 << 20  # some 100 bytes each
 _MOST_READS = 1 << 14
+_KEPT_PULLS = 4  # sources have two copies, which they may use in turn
+
+
+@dataclass(slots=True)
+class _Kept:
+    read: Prepared
+    pull: int
 
 
 class Reads:
-    """Prepared reads by what they read, the last ones used. Safe in threads.
+    """Prepared reads by what they read. Safe in threads.
+
+    There is room for so many. Those that some pulls have not used make way for others; where all are used, what comes
+    beyond is not kept: pulls go through all of them in turn, so that no read would be found again if the oldest went.
 
     They hold on to the memory that they read into: `clear` lets go of it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # protects all below
-        self._reads: OrderedDict[Hashable, Prepared] = OrderedDict()
+        self._kept: dict[Hashable, _Kept] = {}
         self._blocks = 0
+        self._pull = 0
+        self._has_swept = False
 
     def __len__(self) -> int:
-        return len(self._reads)
+        return len(self._kept)
+
+    def begin(self) -> None:
+        """Hear that a pull begins."""
+        with self._lock:
+            self._pull += 1
+            self._has_swept = False
 
     def get(self, key: Hashable, make: Callable[[], Prepared]) -> Prepared:
         """Return the read of a key, made now if it is not there."""
         with self._lock:
-            found = self._reads.get(key)
+            found = self._kept.get(key)
             if found is not None:
-                self._reads.move_to_end(key)
-                return found
+                found.pull = self._pull
+                return found.read
         made = make()
         with self._lock:
-            self._drop(key)
-            self._reads[key] = made
-            self._blocks += made.count
-            while len(self._reads) > 1 and (self._blocks > _MOST_BLOCKS or len(self._reads) > _MOST_READS):
-                self._drop(next(iter(self._reads)))
+            if key not in self._kept and self._has_room(made.count):
+                self._kept[key] = _Kept(made, self._pull)
+                self._blocks += made.count
         return made
 
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
-            self._reads.clear()
+            self._kept.clear()
             self._blocks = 0
 
-    def _drop(self, key: Hashable) -> None:
-        dropped = self._reads.pop(key, None)
-        if dropped is not None:
-            self._blocks -= dropped.count
+    def _has_room(self, blocks: int) -> bool:
+        """Whether one more can be kept; those long unused are dropped for it, which is looked for once a pull."""
+        if not self._is_full(blocks):
+            return True
+        if not self._has_swept:
+            self._has_swept = True
+            self._kept = {key: one for key, one in self._kept.items() if one.pull > self._pull - _KEPT_PULLS}
+            self._blocks = sum(one.read.count for one in self._kept.values())
+        return not self._is_full(blocks)
+
+    def _is_full(self, blocks: int) -> bool:
+        return len(self._kept) >= _MOST_READS or self._blocks + blocks > _MOST_BLOCKS

@@ -114,6 +114,7 @@ class Receiver:
     def __post_init__(self) -> None:
         if len(self.digests) != len(self.cargo.chunks):
             raise IntegrityError("the manifest does not fit the image", hint="run one version of raynixl everywhere")
+        self.slot.reads.begin()
         self.sources = Givers(self.givers, sum(self.agent.name.encode()))
 
     def times(self, began: float, threads: int) -> PullTimes:

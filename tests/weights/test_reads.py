@@ -29,25 +29,40 @@ def test_a_read_is_made_once_and_found_again():
     assert reads.get("one", make) is made[2]
 
 
-def test_those_used_last_stay_within_the_bounds(monkeypatch):
+def test_what_comes_beyond_the_bounds_is_not_kept_so_that_the_next_pull_finds_the_rest(monkeypatch):
     monkeypatch.setattr(module, "_MOST_BLOCKS", 10)
     reads = Reads()
-    for name in "abc":
-        reads.get(name, lambda: Read(3))
-    again = reads.get("a", lambda: pytest.fail("it was there"))
-    reads.get("d", lambda: Read(4))
-    assert reads.get("a", lambda: pytest.fail("it was used last")) is again
-    assert len(reads) == 3
-    made = Read(3)
-    assert reads.get("b", lambda: made) is made
-    huge = Read(1000)
-    assert reads.get("huge", lambda: huge) is huge
-    assert len(reads) == 1
+    for _ in range(3):
+        reads.begin()
+        made = []
+        for name in "abcde":
+            reads.get(name, lambda made=made: made.append(1) or Read(3))
+        assert len(reads) == 3
+    assert len(made) == 2
 
 
-def test_the_number_of_reads_is_bounded_too(monkeypatch):
-    monkeypatch.setattr(module, "_MOST_READS", 4)
+def test_those_that_some_pulls_have_not_used_make_way(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_READS", 3)
     reads = Reads()
-    for number in range(10):
-        reads.get(number, lambda: Read(1))
-    assert len(reads) == 4
+    reads.begin()
+    for name in "abc":
+        reads.get(name, lambda: Read(1))
+    for _ in range(module._KEPT_PULLS - 1):
+        reads.begin()
+        reads.get("a", lambda: pytest.fail("it was there"))
+        reads.get("d", lambda: Read(1))
+        assert len(reads) == 3
+    reads.begin()
+    reads.get("a", lambda: pytest.fail("it was there"))
+    kept = Read(1)
+    assert reads.get("d", lambda: kept) is kept
+    assert reads.get("d", lambda: pytest.fail("there is room now")) is kept
+    assert len(reads) == 2
+
+
+def test_a_read_larger_than_the_bound_is_made_each_time(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_BLOCKS", 10)
+    reads = Reads()
+    reads.begin()
+    assert reads.get("huge", lambda: Read(1000)).count == 1000
+    assert len(reads) == 0

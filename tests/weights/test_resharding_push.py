@@ -246,6 +246,29 @@ def test_a_recorded_loader_runs_at_install_over_what_it_must_get_whole(fleet, in
         assert torch.equal(engine.square, source["square"] @ source["square"])
 
 
+def test_a_loader_is_recorded_once_for_a_source_and_anew_for_a_changed_engine(fleet):
+    source = {"q": torch.randn(8, 8), "k": torch.randn(4, 8)}
+    engine, runs = Engine(), []
+
+    def load(weights):
+        runs.append(True)
+        engine.load_weights(weights)
+
+    publish(fleet("trainer"), "policy", source)
+    subscribe(fleet("rollout"), "policy", engine, record=load)
+    for version in (1, 2, 3):  # whoever pushes anew asks anew what targets need
+        sync = WeightSync(fleet.agents[0], "policy", ["trainer"], ["rollout"], timeout=SECONDS)
+        source["q"].add_(1)
+        assert not sync.push(version).excluded
+        assert torch.equal(engine.qk, torch.cat((source["q"], source["k"])))
+    assert len(runs) == 1
+    engine.qk = torch.nn.Parameter(torch.zeros(12, 8), requires_grad=False)
+    sync = WeightSync(fleet.agents[0], "policy", ["trainer"], ["rollout"], timeout=SECONDS)
+    assert not sync.push(4).excluded
+    assert torch.equal(engine.qk, torch.cat((source["q"], source["k"])))
+    assert len(runs) == 2
+
+
 def test_a_replicated_source_feeds_ranks_of_any_mesh(fleet):
     values = full()
     publish(fleet("trainer"), "policy", values, shards=declare(INFOS, Mesh((("dp", 1),)), (Replicate(),), (0,)))
