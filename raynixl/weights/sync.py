@@ -145,7 +145,11 @@ class WeightSync:
             left = max(0.001, deadline - time.monotonic())
             ranks = (self._origins, self._targets)
             failed = CatchUp(self._agent, self.name, ranks, left).run(behind, self._current) if behind else {}
-            misfits = {name for name, error in failed.items() if isinstance(error, ConfigError)}
+            misfits = {
+                name
+                for name, error in failed.items()  # what serves a version above ours fits: the next one may be above it
+                if isinstance(error, ConfigError) and self._targets.last_version(name) <= self._current
+            }
             self._targets.replicas = [
                 replica for replica in self._targets.replicas if replica not in new or not misfits & set(replica)
             ]

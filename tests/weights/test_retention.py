@@ -234,3 +234,17 @@ def fill_blocked(group, version):
     finally:
         leave.set()
         thread.join(SECONDS)
+
+
+def test_who_joins_with_a_version_above_a_roll_back_follows_and_takes_the_next_above_its_own(fleet):
+    group = Group(fleet, keep=2)
+    for version in (1, 2):
+        assert not group.push(version).excluded
+    (name, ahead) = (group.sync.targets[0], group.sync.targets[1])
+    group.sync.leave([ahead])
+    assert group.sync.roll_back(1) == {}
+    assert list(group.sync.join([ahead])) == [ahead]
+    assert set(group.sync.targets) == {name, ahead}
+    report = group.push(3)
+    assert not report.excluded
+    assert group.serves(3)
