@@ -245,7 +245,7 @@ def the_users_default_stream_is_followed() -> None:
 def memory_of_another_process_is_opened_once_and_shared(ask: Ask) -> None:
     cache, offset = ImportCache(), 3 * MIB + 7
     key = ask("far_make", nbytes=8 * MIB, offset=offset, text=TEXT.decode())
-    one, two = cache.open("inc", key, 5 * MIB - 7, 0), cache.open("inc", {**key, "offset": 0}, 8 * MIB, 0)
+    one, two = cache.open(key, 5 * MIB - 7, 0), cache.open({**key, "offset": 0}, 8 * MIB, 0)
     assert one.address - two.address == offset
     assert len(cache) == 1
     assert read(one.address, len(TEXT)) == TEXT
@@ -263,23 +263,23 @@ def memory_of_another_process_is_opened_once_and_shared(ask: Ask) -> None:
 def memory_that_is_no_longer_there_is_not_opened_and_its_successor_is_another(ask: Ask) -> None:
     cache = ImportCache()
     before = ask("far_make", nbytes=4 * MIB, offset=0, text="old")
-    cache.open("inc", before, 4 * MIB, 0).close()
+    cache.open(before, 4 * MIB, 0).close()
     after = ask("far_remake")
     assert after["buffer"] != before["buffer"]
-    again = cache.open("inc", after, 4 * MIB, 0)
+    again = cache.open(after, 4 * MIB, 0)
     assert read(again.address, 3) == bytes(3)
     again.close()
     ask("far_drop")
     with pytest.raises(BackendUnavailable, match="its owner has ended or freed it"):
-        cache.open("inc", after, 4 * MIB, 0)
+        cache.open(after, 4 * MIB, 0)
 
 
 def a_key_that_claims_more_than_there_is_is_refused(ask: Ask) -> None:
     key = ask("far_make", nbytes=2 * MIB, offset=0, text="x")
     cache = ImportCache()
     with pytest.raises(Exception, match="smaller than its key says"):
-        cache.open("inc", {**key, "size": 64 * MIB}, 64 * MIB, 0)
-    cache.open("inc", key, 2 * MIB, 0).close()
+        cache.open({**key, "size": 64 * MIB}, 64 * MIB, 0)
+    cache.open(key, 2 * MIB, 0).close()
     ask("far_drop")
 
 
@@ -309,7 +309,7 @@ def chunks_on_a_fabric_are_mapped(ask: Ask) -> None:
         pytest.skip(str(key["skip"]))
     if "refusal" in key:
         pytest.skip(str(key["refusal"]))
-    one = ImportCache().open("inc", key, 4 * MIB, 0)
+    one = ImportCache().open(key, 4 * MIB, 0)
     assert read(one.address, len(TEXT)) == TEXT
     one.close()
     ask("far_drop")

@@ -212,7 +212,7 @@ class NvlinkBackend:
             if memory is None:
                 raise BackendUnavailable(f"{remote.label} is not in this process", peer=link.peer)
             return memory.address, memory.device, "memory", None
-        opened = IMPORTS.open(link.incarnation, key, remote.nbytes, self._home())
+        opened = IMPORTS.open(key, remote.nbytes, self._home())
         return opened.address, opened.device, "ipc", opened
 
     def _reach_host(self, link: SilentLink, remote: RemoteRegion, fds: Sequence[int]) -> tuple[int, bool, str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import secrets
+
 from raynixl import cuda
 from raynixl.cuda import FABRIC, Allocation, Origin
 from raynixl.errors import BackendUnavailable, ConfigError
@@ -16,17 +20,20 @@ MOST_CHUNKS = 16
 def export(memory: Memory) -> Key:
     """Return the key of memory on a GPU; it holds for as long as the memory is not freed.
 
-    `uuid` is the GPU, `handle` the whole allocation, which begins `offset` before the memory and is of `size`, and
-    `buffer` its number, never given twice by a process: memory that was freed and made anew may have the handle that
-    it had before. With `fabric` there are several handles, and `chunks` are their sizes.
-    Memory that no other process can map is exported with a `refusal`: this process reaches it all the same.
+    `uuid` is the GPU; `process` this process among all that were and will be, and `buffer` the number of the
+    allocation, which a process never gives twice: memory that was freed and made anew may have the handle that it had
+    before. `handle` opens the whole allocation, which begins `offset` before the memory and is of `size`. With `fabric`
+    there are several handles, and `chunks` are their sizes. Memory that no other process can map is exported with a
+    `refusal`: this process reaches it all the same.
 
     Raises:
         ConfigError, RangeError: it is no memory of a GPU any more.
     """
     allocation = cuda.examine(memory.address, memory.nbytes)
     seen = cuda.devices()
-    key: Key = {"uuid": seen[allocation.device].uuid, "buffer": allocation.buffer_id}
+    key: Key = {
+        "uuid": seen[allocation.device].uuid, "process": _name_of(os.getpid()), "buffer": allocation.buffer_id,
+    }  # fmt: skip
     refusal = why_not_exported(allocation)
     if refusal:
         return {**key, "refusal": refusal}
@@ -46,6 +53,11 @@ def why_not_exported(allocation: Allocation) -> str:
     return (
         f"GPU memory made by {allocation.origin.value} cannot be mapped by other processes: {allocation.origin.remedy}"
     )
+
+
+@functools.cache
+def _name_of(pid: int) -> str:
+    return secrets.token_hex(8)  # a forked child has another one
 
 
 def _handles(memory: Memory, allocation: Allocation) -> Key:

@@ -25,7 +25,8 @@ class Source:
     sizes: tuple[int, ...]
     """How much each handle opens."""
     is_fabric: bool
-    buffer: int
+    owner: tuple[str, int]
+    """The process whose it is, and the allocation's number there: together never given twice, as handles may be."""
     offset: int
 
 
@@ -50,14 +51,14 @@ class _Handed:
 class _Allocation:
     """A peer's allocation as it is mapped here, and how many regions in it are in use."""
 
-    buffer: int
+    owner: tuple[str, int]
     device: int
     context: int
     opened: _Opened
     users: int = 0
 
 
-_Place = tuple[str, int, tuple[bytes, ...]]  # incarnation of the owner, GPU here, handles
+_Place = tuple[int, tuple[bytes, ...]]  # GPU here, handles: two agents of one process export the same ones
 
 
 class Import:
@@ -93,7 +94,7 @@ class ImportCache:
     def __len__(self) -> int:
         return len(self._found)
 
-    def open(self, incarnation: str, key: Mapping[str, object], nbytes: int, home_device: int) -> Import:
+    def open(self, key: Mapping[str, object], nbytes: int, home_device: int) -> Import:
         """Reach a peer's region of `nbytes`, in the context of its GPU, or of `home_device` if we do not see that.
 
         Raises:
@@ -103,12 +104,12 @@ class ImportCache:
         """
         source = read_key(key, nbytes)
         device = next((one.index for one in cuda.devices() if one.uuid == source.uuid), home_device)
-        place = (incarnation, device, source.handles)
+        place = (device, source.handles)
         with self._lock:
             found = self._found.get(place)
             if found is None:
                 found = self._found[place] = _open(source, device, nbytes)
-            elif found.buffer != source.buffer:
+            elif found.owner != source.owner:
                 raise RegionStale(
                     "a peer has freed memory and made it anew, while what it was before is still in use here",
                     hint="its owner must deregister memory before freeing it",
@@ -142,15 +143,20 @@ def read_key(key: Mapping[str, object], nbytes: int) -> Source:
     if isinstance(refusal, str):
         raise BackendUnavailable(refusal.partition(";")[0][:500], hint=refusal.partition(";")[2].strip()[:500])
     is_fabric = "fabric" in key
-    text, uuid = key.get("fabric" if is_fabric else "handle"), key.get("uuid")
+    text, uuid, process = key.get("fabric" if is_fabric else "handle"), key.get("uuid"), key.get("process")
     offset, size, buffer = (_whole(key.get(name)) for name in ("offset", "size", "buffer"))
     handles = _handles(text)
     sizes = _sizes(key.get("chunks")) if is_fabric else (size,)
-    if not isinstance(uuid, str) or len(handles) != len(sizes) or (len(handles) != 1 and not is_fabric):
+    if (
+        not isinstance(uuid, str)
+        or not isinstance(process, str)
+        or len(handles) != len(sizes)
+        or (len(handles) != 1 and not is_fabric)
+    ):
         raise _no_key()
     if sum(sizes) != size or not 0 < size < _MOST_NBYTES or offset + nbytes > size:
         raise _no_key()
-    return Source(uuid, handles, sizes, is_fabric, buffer, offset)
+    return Source(uuid, handles, sizes, is_fabric, (process, buffer), offset)
 
 
 def _handles(text: object) -> tuple[bytes, ...]:
@@ -193,4 +199,4 @@ def _open(source: Source, device: int, nbytes: int) -> _Allocation:
         if cuda.is_beyond(opened.address + source.offset, nbytes):
             opened.close()
             raise IntegrityError("a peer's memory is smaller than its key says")
-    return _Allocation(source.buffer, device, context, opened)
+    return _Allocation(source.owner, device, context, opened)

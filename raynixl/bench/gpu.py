@@ -144,9 +144,7 @@ class CudaMemcpy:
             from raynixl.backends.nvlink_import import IMPORTS
 
             key = scene.target.ask("export", name=REGION)["key"]
-            opened = scene.kept.enter_context(
-                closing(IMPORTS.open(scene.remote.incarnation, key, scene.layout.nbytes, self._device))
-            )
+            opened = scene.kept.enter_context(closing(IMPORTS.open(key, scene.layout.nbytes, self._device)))
             return int(opened.address)
         from raynixl.bench.baselines import reach
 

@@ -52,7 +52,7 @@ def test_memory_that_cannot_be_exported_says_so_and_what_to_set(
 ):
     address = fake_cuda.make(MIB, origin=origin, handle_types=handle_types)
     key = export(vram(address))
-    assert set(key) == {"uuid", "buffer", "refusal"}
+    assert set(key) == {"uuid", "process", "buffer", "refusal"}
     assert origin.value in str(key["refusal"])
     assert setting in str(key["refusal"])
     slow = why_slow(Allocation(0, 0, address, MIB, origin), (1, 21))

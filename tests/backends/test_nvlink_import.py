@@ -34,7 +34,7 @@ def far() -> Iterator[FarCuda]:
 def test_regions_of_one_allocation_share_what_is_opened_once(fake_cuda: FakeCuda, far: FarCuda):
     cache = ImportCache()
     keys = [far.ask("key", name="a", offset=offset) for offset in (0, 4096, 4096)]
-    opened = [cache.open("inc", key, 100, 0) for key in keys]
+    opened = [cache.open(key, 100, 0) for key in keys]
     assert fake_cuda.calls["cuIpcOpenMemHandle_v2"] == 1
     assert [one.address - opened[0].address for one in opened] == [0, 4096, 4096]
     far.ask("fill", name="a", offset=4096, text="part")
@@ -52,9 +52,9 @@ def test_ten_thousand_openings_leave_nothing_on_either_side(fake_cuda: FakeCuda,
     with cuda.on(0):
         before = cuda.memory_info()
         for number in range(CYCLES):
-            one = cache.open("inc", key, MIB, 0)
+            one = cache.open(key, MIB, 0)
             if number % 3 == 0:
-                cache.open("inc", key, MIB, 0).close()
+                cache.open(key, MIB, 0).close()
             one.close()
         assert cuda.memory_info() == before
     assert fake_cuda.calls["cuIpcOpenMemHandle_v2"] == fake_cuda.calls["cuIpcCloseMemHandle"] == CYCLES
@@ -67,7 +67,7 @@ def test_threads_that_open_and_close_at_once_do_not_open_twice(fake_cuda: FakeCu
     def work() -> None:
         start.wait(10)
         for _ in range(200):
-            one = cache.open("inc", key, MIB, 0)
+            one = cache.open(key, MIB, 0)
             wrong.extend([one] if fake_cuda.memory.find(one.address) is None else [])
             one.close()
 
@@ -81,7 +81,7 @@ def test_threads_that_open_and_close_at_once_do_not_open_twice(fake_cuda: FakeCu
 
 
 def test_a_forked_child_closes_nothing_of_its_parents(fake_cuda: FakeCuda, far: FarCuda):
-    one = ImportCache().open("inc", far.ask("key", name="a"), MIB, 0)
+    one = ImportCache().open(far.ask("key", name="a"), MIB, 0)
     with mmap.mmap(-1, mmap.PAGESIZE) as mapping:
         pin = cuda.pin(address_of(mapping), mmap.PAGESIZE)
         pid = os.fork()
@@ -101,28 +101,37 @@ def test_memory_that_a_peer_freed_and_made_anew_is_not_taken_for_what_it_was():
         cache = ImportCache()
         far.ask("arena", name="a", nbytes=MIB)
         before = far.ask("key", name="a")
-        held = cache.open("inc", before, MIB, 0)
+        held = cache.open(before, MIB, 0)
         far.ask("free", name="a")
         far.ask("arena", name="b", nbytes=MIB)
         far.ask("fill", name="b", offset=0, text="new")
         after = far.ask("key", name="b")
         assert after["handle"] == before["handle"], "what the driver cannot tell apart"
         with pytest.raises(RegionStale, match="must deregister memory before freeing it"):
-            cache.open("inc", after, MIB, 0)
+            cache.open(after, MIB, 0)
         held.close()
-        again = cache.open("inc", after, MIB, 0)
+        again = cache.open(after, MIB, 0)
         assert bytes(fake.view(again.address, 3)) == b"new"
         again.close()
 
 
+def test_a_handle_that_another_process_has_had_is_refused_while_that_is_open(fake_cuda: FakeCuda, far: FarCuda):
+    cache, key = ImportCache(), far.ask("key", name="a")
+    held = cache.open(key, MIB, 0)
+    with pytest.raises(RegionStale):
+        cache.open({**key, "process": "that lives now"}, MIB, 0)
+    held.close()
+    cache.open(key, MIB, 0).close()
+
+
 def test_a_restarted_peer_is_another_owner(fake_cuda: FakeCuda, far: FarCuda):
     cache = ImportCache()
-    first = cache.open("inc-1", far.ask("key", name="a"), MIB, 0)
+    first = cache.open(far.ask("key", name="a"), MIB, 0)
     far.kill()
     with FarCuda() as restarted:
         restarted.ask("arena", name="a", nbytes=MIB)
         restarted.ask("fill", name="a", offset=0, text="new")
-        second = cache.open("inc-2", restarted.ask("key", name="a"), MIB, 0)
+        second = cache.open(restarted.ask("key", name="a"), MIB, 0)
         assert bytes(fake_cuda.view(second.address, 3)) == b"new"
         assert not fake_cuda.view(first.address, MIB).any(), "the dead one's memory is still there"
         first.close()
@@ -131,18 +140,18 @@ def test_a_restarted_peer_is_another_owner(fake_cuda: FakeCuda, far: FarCuda):
 
 def test_memory_of_a_dead_peer_is_closed_without_harm_and_not_opened(fake_cuda: FakeCuda, far: FarCuda):
     cache, key = ImportCache(), far.ask("key", name="a")
-    held = cache.open("inc", key, MIB, 0)
+    held = cache.open(key, MIB, 0)
     far.kill()
     held.close()
     with pytest.raises(BackendUnavailable, match="its owner has ended"):
-        cache.open("inc", key, MIB, 0)
+        cache.open(key, MIB, 0)
     assert (len(cache), fake_cuda.leaks()) == (0, [])
 
 
 def test_memory_is_opened_in_the_context_of_its_own_gpu_whatever_its_number_here():
     with FarCuda() as far, fake_driver(visible=(1, 0)) as fake:
         far.ask("arena", name="a", nbytes=MIB, device=1)
-        one = ImportCache().open("inc", far.ask("key", name="a"), MIB, 1)
+        one = ImportCache().open(far.ask("key", name="a"), MIB, 1)
         assert one.device == 0, "the far side's second GPU is the first here"
         assert fake.devices.retained == [0]
         one.close()
@@ -152,7 +161,7 @@ def test_memory_of_a_gpu_that_is_hidden_here_is_opened_in_the_home_context():
     with FarCuda(visible=(1,)) as far, fake_driver(visible=(0,)) as fake:
         far.ask("arena", name="a", nbytes=MIB)
         far.ask("fill", name="a", offset=0, text="far")
-        one = ImportCache().open("inc", far.ask("key", name="a"), MIB, 0)
+        one = ImportCache().open(far.ask("key", name="a"), MIB, 0)
         assert one.device == 0
         assert bytes(fake.memory.view(one.address, 3, PRIMARY)) == b"far"
         one.close()
@@ -165,7 +174,7 @@ def test_chunks_on_a_fabric_are_mapped_side_by_side(fake_cuda: FakeCuda, nothing
         far.ask("fill_at", address=address + 6 * MIB, text="over there")
         cache = ImportCache()
         key = far.ask("key_at", address=address + 6 * MIB - 5, nbytes=MIB)
-        one, two = cache.open("inc", key, MIB, 0), cache.open("inc", key, MIB, 0)
+        one, two = cache.open(key, MIB, 0), cache.open(key, MIB, 0)
         assert fake_cuda.calls["cuMemAddressReserve"] == 1
         assert bytes(fake_cuda.memory.view(one.address, 15, PRIMARY))[5:] == b"over there"
         one.close()
@@ -181,38 +190,46 @@ def test_chunks_that_cannot_be_mapped_leave_nothing(fake_cuda: FakeCuda, step: s
         key, cache = far.ask("key_at", address=address, nbytes=4 * MIB), ImportCache()
         fake_cuda.fail(step, 801)
         with pytest.raises(BackendUnavailable, match=step):
-            cache.open("inc", key, MIB, 0)
+            cache.open(key, MIB, 0)
         assert (len(cache), fake_cuda.leaks()) == (0, [])
-        cache.open("inc", key, MIB, 0).close()
+        cache.open(key, MIB, 0).close()
 
 
 def test_memory_that_its_owner_cannot_export_is_refused_with_the_setting(fake_cuda: FakeCuda):
     with FarCuda() as far:
         address = far.ask("make", nbytes=2 * MIB, origin="VIRTUAL")
         with pytest.raises(BackendUnavailable, match="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"):
-            ImportCache().open("inc", far.ask("key_at", address=address, nbytes=MIB), MIB, 0)
+            ImportCache().open(far.ask("key_at", address=address, nbytes=MIB), MIB, 0)
 
 
 def test_an_opening_that_fails_is_tried_anew(fake_cuda: FakeCuda, far: FarCuda):
     cache, key = ImportCache(), far.ask("key", name="a")
     fake_cuda.fail("cuIpcOpenMemHandle_v2", 2)
     with pytest.raises(BackendUnavailable, match="cuIpcOpenMemHandle"):
-        cache.open("inc", key, MIB, 0)
-    cache.open("inc", key, MIB, 0).close()
+        cache.open(key, MIB, 0)
+    cache.open(key, MIB, 0).close()
     with pytest.raises(ConfigError, match="GPU 9"):
-        cache.open("inc", {**key, "uuid": "0" * 32}, MIB, 9)
+        cache.open({**key, "uuid": "0" * 32}, MIB, 9)
     assert len(cache) == 0
 
 
 def test_memory_that_is_smaller_than_its_key_says_is_refused_and_closed(fake_cuda: FakeCuda, far: FarCuda):
     cache, key = ImportCache(), far.ask("key", name="a")
     with pytest.raises(IntegrityError, match="smaller than its key says"):
-        cache.open("inc", {**key, "size": 64 * MIB}, 32 * MIB, 0)
+        cache.open({**key, "size": 64 * MIB}, 32 * MIB, 0)
     assert (len(cache), fake_cuda.leaks()) == (0, [])
 
 
-GOOD: dict[str, Any] = {"uuid": "f0", "handle": "00" * 64, "offset": 0, "size": MIB, "buffer": 1}
-CHUNKED: dict[str, Any] = {"uuid": "f0", "fabric": "00" * 128, "chunks": "2,3", "offset": 0, "size": 5, "buffer": 1}
+GOOD: dict[str, Any] = {"uuid": "f0", "process": "p", "handle": "00" * 64, "offset": 0, "size": MIB, "buffer": 1}
+CHUNKED: dict[str, Any] = {
+    "uuid": "f0",
+    "process": "p",
+    "fabric": "00" * 128,
+    "chunks": "2,3",
+    "offset": 0,
+    "size": 5,
+    "buffer": 1,
+}
 
 
 def test_keys_are_read():
@@ -223,7 +240,7 @@ def test_keys_are_read():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {}, {**GOOD, "uuid": 5}, {**GOOD, "handle": "00" * 63}, {**GOOD, "handle": "zz" * 64},
+        {}, {**GOOD, "uuid": 5}, {**GOOD, "process": 5}, {**GOOD, "handle": "00" * 63}, {**GOOD, "handle": "zz" * 64},
         {**GOOD, "handle": "00" * 128}, {**GOOD, "handle": 7}, {**GOOD, "offset": -1}, {**GOOD, "offset": 1},
         {**GOOD, "offset": 1 << 70}, {**GOOD, "offset": True}, {**GOOD, "size": "1"}, {**GOOD, "size": 1 << 60},
         {**GOOD, "size": MIB - 1}, {**GOOD, "buffer": None}, {**CHUNKED, "chunks": "2"}, {**CHUNKED, "chunks": "2,3,4"},
