@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from raynixl.weights.rounds import Round
 
 _TICK_SECONDS = 0.5
+_TELL_LOOK_SECONDS = 0.05
 _HOPE_SECONDS = 5.0  # for which receivers wait for the first of them that has everything, and what its bytes take
 _SLOWEST = 1e9  # bytes a second at which a delta is applied, at least
 
@@ -56,6 +57,7 @@ class Pulls:
         self._telling: set[str] = set()  # targets that forgot the plan, and are told again
         self._asked_twice: set[str] = set()
         self._told_again: deque[tuple[str, Targets | None]] = deque()
+        self._has_told = threading.Event()  # set when one was added to _told_again
         self._began = time.monotonic()
 
     def run(self, arrivals: Arrivals, deadline: float) -> Answers:
@@ -79,6 +81,8 @@ class Pulls:
             elif not asking.open and not self._telling:
                 self._now.deltas = len(self._with_delta)
                 return answers
+            elif not asking.open:
+                self._has_told.wait(_TELL_LOOK_SECONDS)
             if time.monotonic() - ticked > _TICK_SECONDS:
                 ticked = time.monotonic()
                 self._exchange.tick()
@@ -224,10 +228,12 @@ class Pulls:
                 known = None if failed else targets
         finally:
             self._told_again.append((name, known))
+            self._has_told.set()
 
     def _retold(self, asking: Asking) -> dict[str, bytes]:
         """Return what those that know the plan again are told to pull."""
         told: dict[str, bytes] = {}
+        self._has_told.clear()
         while self._told_again:
             name, targets = self._told_again.popleft()
             self._telling.discard(name)
