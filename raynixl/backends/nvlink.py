@@ -205,12 +205,7 @@ class NvlinkBackend:
     def _reach(self, link: SilentLink, remote: RemoteRegion, key: dict[str, str | int]) -> tuple[int, int, str, Any]:
         """Return address, GPU, path and what holds them, of a peer's memory on a GPU."""
         if link.process == os.getpid():  # by its record, not by _HERE, of which forked children have copies
-            other = _HERE.get(remote.incarnation)
-            if other is None:
-                raise PeerLost(f"peer {link.peer!r} is no longer in this process", peer=link.peer)
-            memory = other._memories.get(remote.id)
-            if memory is None:
-                raise BackendUnavailable(f"{remote.label} is not in this process", peer=link.peer)
+            memory = self._memory_here(link, remote)
             return memory.address, memory.device, "memory", None
         opened = IMPORTS.open(key, remote.nbytes, self._home())
         return opened.address, opened.device, "ipc", opened
@@ -226,15 +221,27 @@ class NvlinkBackend:
                 )  # fmt: skip
             arena = PeerArena(fds[0], remote)
             return arena.address, True, "pinned", arena
-        address = key.get("address")
-        if not isinstance(address, int) or address + remote.nbytes > 1 << 64:
-            raise BackendUnavailable(f"{remote.label} has no usable nvlink key", peer=link.peer)
         if link.process != os.getpid():
             raise BackendUnavailable(
                 f"{remote.label} is plain memory of another process, which no GPU here reaches",
                 hint="its owner should use agent.empty()", peer=link.peer,
             )  # fmt: skip
-        return address, False, "memory", None
+        return self._memory_here(link, remote).address, False, "memory", None
+
+    def _memory_here(self, link: SilentLink, remote: RemoteRegion) -> Memory:
+        """Return a region's memory in this process, as its agent here knows it: what a peer says is no address of ours.
+
+        Raises:
+            PeerLost: no such agent is in this process.
+            BackendUnavailable: it has no such region.
+        """
+        other = _HERE.get(remote.incarnation)
+        if other is None:
+            raise PeerLost(f"peer {link.peer!r} is no longer in this process", peer=link.peer)
+        memory = other._memories.get(remote.id)
+        if memory is None or memory.kind is not remote.kind or memory.nbytes < remote.nbytes:
+            raise BackendUnavailable(f"{remote.label} is not in this process", peer=link.peer)
+        return memory
 
     def _home(self) -> int:
         """Return the GPU that this agent works with: that of its first region there, else the first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,8 +12,9 @@ from agent_tools import KIB, PATIENCE, error_of, introduce, random_bytes
 from vram_process import far_vram
 from vram_tools import content, gpu_agent, made_up_gpus, make_region
 
-from raynixl import Agent, BackendUnavailable, ConfigError, MemorySpan, RegionStale, cuda
+from raynixl import Agent, BackendUnavailable, ConfigError, MemorySpan, PeerLost, RegionStale, cuda
 from raynixl.cuda import Origin
+from raynixl.record import AgentRecord
 
 N = 64 * KIB
 
@@ -134,3 +136,13 @@ def test_memory_that_is_withdrawn_and_made_anew_is_not_mistaken(far: FarAgent) -
         assert np.array_equal(content(mine), random_bytes(N, 4))
         far.ask("drop")
         del plan, mine
+
+
+def test_a_peer_that_claims_to_be_in_this_process_gets_none_of_its_memory(far: FarAgent) -> None:
+    with made_up_gpus(), gpu_agent("near") as near:
+        record = AgentRecord.from_bytes(far.record)
+        near.peer(record.model_copy(update={"pid": os.getpid()}).to_bytes())
+        far.ask("region", name="theirs", nbytes=N, memory="user")
+        kind = type(error_of(near.write(make_region(near, "vram", N, seed=1), near.peer("far")["theirs"])))
+        assert kind is PeerLost
+        far.ask("drop")
