@@ -7,7 +7,6 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from raynixl import cuda
-from raynixl.errors import RaynixlError
 
 if TYPE_CHECKING:
     from raynixl.backends.nvlink_program import GpuJob
@@ -70,14 +69,6 @@ class Lane:
             armed += self.pending[0].finish(0)
             self.pending.popleft()  # not before: who sees none may ask a job's code
         return armed
-
-    def failure(self) -> RaynixlError | None:
-        """What CUDA says of work that failed: nothing of it runs any more."""
-        try:
-            cuda.stream_query(self.stream)
-        except RaynixlError as exc:
-            return exc
-        return None
 
     def order(self, stream: int) -> None:
         """Have another stream wait for what is on the lane now."""

@@ -154,8 +154,7 @@ class Mover:
 
     def check(self, lane: Lane) -> None:
         """Finish the jobs of a lane whose GPU has failed: it touches nothing any more."""
-        with cuda.on(self.device):
-            failure = lane.failure()
+        failure = self._failure(lane)
         if failure is None:
             return
         self.collect(lane)
@@ -163,8 +162,18 @@ class Mover:
             armed = [fd for job in lane.pending for fd in job.finish(-errno.EIO)]
             failed = len(lane.pending)
             lane.pending.clear()
-        logger.error("%d transfers on GPU %d failed: %s", failed, self.device, failure)
+        if failed:
+            logger.error("%d transfers on GPU %d failed: %s", failed, self.device, failure)
         ring(armed)
+
+    def _failure(self, lane: Lane) -> RaynixlError | None:
+        """What CUDA says of work that failed, whatever it is asked: its context is lost, and nothing runs there."""
+        try:
+            with cuda.on(self.device):
+                cuda.stream_query(lane.stream)
+        except RaynixlError as exc:
+            return exc
+        return None
 
     def order(self, lane: Lane, sequence: int, stream: int) -> None:
         """Have a stream wait for what has this number on a lane.
@@ -242,7 +251,7 @@ class Mover:
         for lane in lanes:
             if lane.is_idle:
                 return lane
-        if len(lanes) < most:
+        if len(lanes) < most and (self._marks or not lanes):
             with cuda.on(self.device):
                 lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
             return lanes[-1]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 _LEAST_PAUSE, _MOST_PAUSE = 50e-6, 2e-3
 _GROWTH = 1.25
@@ -23,6 +26,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._is_hurried = False
         self._is_closed = False
+        self._has_failed = False
 
     def wake(self) -> None:
         """Hear of a job, which `look` sees by now."""
@@ -54,13 +58,22 @@ class Watch:
             self._bell.clear()
             pause = _LEAST_PAUSE if self._is_hurried else min(_MOST_PAUSE, _GROWTH * pause)
             self._is_hurried = False
-            quiet = 0 if self._look() else quiet + 1
+            quiet = 0 if self._look_safely() else quiet + 1
             if quiet >= _QUIET and self._may_sleep():
                 self._bell.wait()
                 quiet = 0
 
+    def _look_safely(self) -> bool:
+        try:
+            return self._look()
+        except Exception:  # thread edge: the next look may do better, and other jobs depend on it
+            if not self._has_failed:
+                self._has_failed = True
+                logger.exception("looking at the jobs of a GPU failed; said once")
+            return True
+
     def _may_sleep(self) -> bool:
         """Whether there is no job; who comes with one from now on wakes us."""
         with self._lock:
-            self._is_awake = self._look()
+            self._is_awake = self._look_safely()
             return not self._is_awake and not self._is_closed

@@ -19,6 +19,7 @@ from cuda_fixtures import fake_driver
 from raynixl import BackendUnavailable, ConfigError, cuda
 from raynixl.backends.nvlink_mover import Mover, mover
 from raynixl.backends.nvlink_tiles import Tuning
+from raynixl.backends.nvlink_watch import Watch
 from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, Job, load
 
 MIB = 1 << 20
@@ -337,6 +338,52 @@ def test_a_gpu_that_fails_ends_its_jobs(
         assert [job.code for job in jobs] == [-errno.EIO] * 3
         assert gate.inflight == 0
     assert "failed" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuStreamQuery"])
+def test_a_gpu_that_fails_whatever_is_asked_ends_jobs_that_nobody_waits_for(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, call: str
+) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    with fake.held():
+        for _ in range(2):  # the watch goes on after the first
+            bell = os.eventfd(0, os.EFD_NONBLOCK)
+            job = as_job(program.run(PATIENCE))
+            assert job.arm(bell)
+            fake.fail(call, 700, times=1)
+            assert is_readable(bell)
+            assert job.code == -errno.EIO
+            wait_until(lambda: gate.inflight == 0)
+            os.close(bell)
+
+
+def test_a_watch_goes_on_when_a_look_fails(caplog: pytest.LogCaptureFixture) -> None:
+    looks: list[int] = []
+
+    def look() -> bool:
+        looks.append(1)
+        if len(looks) < 3:
+            raise RuntimeError("as it should")
+        return len(looks) < 6
+
+    watch = Watch(look, "watched")
+    watch.wake()
+    wait_until(lambda: len(looks) > 6)
+    watch.close(PATIENCE)
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_lanes_are_shared_when_captured_programs_have_all_words(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    kept = [program.capture(stream) for _ in range(1023)]
+    with fake.held():
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(9)]
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in jobs)
+    for captured in kept:
+        captured.close()
 
 
 @pytest.mark.parametrize("way", ["range", "tiles", "engine"])
