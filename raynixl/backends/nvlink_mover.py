@@ -78,6 +78,7 @@ class Mover:
         with cuda.on(device):
             self._flags = cuda.host_device_address(self._words.address)
             self._lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
+        self._signal = Start(self.launcher("raynixl_signal", 1, 32, []))
         self._warm_up()
 
     def program(self, table: Rows, gates: Sequence[Gate], *, touches_host: bool = False) -> GpuProgram:
@@ -96,11 +97,13 @@ class Mover:
     def put(self, program: GpuProgram, event: cuda.Event | None) -> tuple[Lane | None, int]:
         """Put a program, whose gates have been entered, on a lane; return that and its end's number.
 
-        What CUDA does not take is logged; the gates are left, and (None, -EIO) is returned.
+        What CUDA does not take is logged, and (None, -EIO) is returned; the gates are left, at once or as soon as what
+        it has taken of it is through.
         """
         if self._forks != fork_generation():
             program.leave()
             return None, CLOSED  # CUDA stayed with the parent
+        lane: Lane | None = None
         try:
             with self._lock:
                 lane = self._free_lane() if event is None or event.query() else self._lane_to_wait(event)
@@ -110,8 +113,24 @@ class Mover:
                 return lane, sequence
         except RaynixlError as exc:
             logger.error("GPU %d does not take a transfer: %s", self.device, exc)
-            program.leave()
+            self._abandon(program, lane)
             return None, -errno.EIO
+
+    def _abandon(self, program: GpuProgram, lane: Lane | None) -> None:
+        """Leave the gates of a program when nothing of it is on the lane any more."""
+        try:
+            if lane is None:
+                program.leave()
+                return
+            with self._lock:
+                sequence = lane.sequence + 1
+                self._signal.put(lane, sequence)
+                lane.sequence = sequence
+        except RaynixlError:  # it takes nothing at all: nothing runs there
+            program.leave()
+            return
+        self.watch(GpuJob(program, lane, sequence, 0.0))
+        self.collect(lane)
 
     def capture(self, program: GpuProgram, stream: int) -> tuple[Lane, int]:
         """Put a program on a stream of somebody else; its end counts up the word of the lane, from the number returned.

@@ -340,6 +340,21 @@ def test_a_gpu_that_fails_ends_its_jobs(
     assert "failed" in caplog.text
 
 
+def test_gates_stay_entered_while_a_part_of_what_failed_is_on_the_lane(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    program = gpu.program(pair.table(WAYS["engine"]), [gate])
+    with fake.held():
+        fake.fail("cuLaunchKernel", 1)
+        assert program.run(PATIENCE) == -errno.EIO  # its copy is on the lane
+        assert gate.inflight == 1
+        assert not gate.drain(0.01)
+    assert gate.drain(PATIENCE)
+    fake.fail("cuLaunchKernel", 719, times=2)
+    assert program.run(PATIENCE) == -errno.EIO
+    assert gate.inflight == 0
+
+
 @pytest.mark.parametrize("call", ["cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuStreamQuery"])
 def test_a_gpu_that_fails_whatever_is_asked_ends_jobs_that_nobody_waits_for(
     gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, call: str
