@@ -17,6 +17,7 @@ from raynixl import Agent, RaynixlError
 from raynixl.testing.contents import get, put
 
 BACKENDS = ("shm", "nvlink")
+FAKES: list[cuda_fake.FakeCuda] = []
 
 
 @contextmanager
@@ -89,6 +90,14 @@ class ServedVram(Served):
         plan = self.agent.prepare(op, *((remote, ours) if op == "read" else (ours, remote)))
         self.transfers += [plan.post() for _ in range(count)]
 
+    def hold(self) -> None:
+        """Have the GPUs do nothing from now on."""
+        FAKES[0].work.mode = cuda_fake.Mode.HELD
+
+    def leave(self) -> None:
+        """Close the agent; the process goes on."""
+        self.agent.close()
+
     def ends(self) -> list[str]:
         """How the transfers that were started have ended: the class of each one's error, or ''."""
         ends = []
@@ -109,5 +118,6 @@ class ServedVram(Served):
 
 
 if __name__ == "__main__":
-    cuda_kernels.register(cuda_fake.install())
+    FAKES.append(cuda_fake.install())
+    cuda_kernels.register(FAKES[0])
     main(ServedVram, BACKENDS)

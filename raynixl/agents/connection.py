@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from raynixl.backends.base import Binding, Link
 from raynixl.errors import PeerLost, RaynixlError
-from raynixl.native import LOST, STALE
+from raynixl.native import CLOSED, LOST, STALE
 from raynixl.record import AgentRecord
 from raynixl.region import RemoteRegion
 
@@ -57,6 +57,22 @@ class Connection:
         with self.lock:
             links = list(self.links)
         return self.lost is None and not any(link.is_frozen() for link in links)
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether the peer has said that it ends, and hence has let go of our memory."""
+        return any(getattr(link, "has_let_go", False) for link in self.messengers)
+
+    def let_go(self, deadline: float) -> bool:
+        """End what GPUs of ours do in the peer's memory; whether that is over by the monotonic deadline.
+
+        Only then may the peer be told that this agent ends: it would free that memory. Other backends stop at once.
+        """
+        with self.lock:
+            bindings = [binding for binding in self.bindings.values() if binding.link in self._silent]
+        for binding in bindings:
+            binding.gate.close(CLOSED)
+        return all(binding.gate.drain(max(0.0, deadline - time.monotonic())) for binding in bindings)
 
     def add_link(self, link: Link, *, is_silent: bool = False) -> bool:
         """Take one more link, unless the connection is lost; a silent one carries no messages."""

@@ -173,9 +173,10 @@ class Control:
                 self._end(number, reply.overdue())
 
     def say_bye(self) -> None:
-        """Tell every peer that this agent ends of its own will."""
+        """Tell every peer that this agent ends of its own will, but those in whose memory a GPU of ours still works."""
+        deadline = time.monotonic() + self._agent.config.deregister_timeout
         for connection in self._agent.connector.all():
-            if connection.lost is None:
+            if connection.lost is None and connection.let_go(deadline):
                 for link in connection.messengers:
                     self.try_send(link, Message(MessageKind.BYE))
 

@@ -150,11 +150,14 @@ class Regions:
             self._importers.setdefault(number, set()).add(link)
 
     def forget_importer(self, link: Link) -> None:
-        """Forget a peer that is gone, but not that a frozen one may be amid a copy."""
-        pid = getattr(link, "pid", 0) if link.is_frozen() else 0
+        """Forget a peer that is gone, but not that a frozen one may be amid a copy, or the GPU of one that lives."""
+        pid, is_frozen = getattr(link, "pid", 0), link.is_frozen()
+        has_let_go = pid == os.getpid() or getattr(link, "has_let_go", False)
         with self._lock:
             for number, links in self._importers.items():
-                if link in links and pid:
+                region = self._by_id.get(number)
+                is_open = not has_let_go and region is not None and region.kind is MemoryKind.VRAM
+                if link in links and pid and (is_frozen or is_open):
                     self._sleepers.setdefault(number, set()).add(pid)
                 links.discard(link)
 
@@ -166,7 +169,10 @@ class Regions:
             regions = list(self._by_id.values())
             sleepers = set().union(*self._sleepers.values())
             self._importers.clear()
-        stuck = self._agent.consent.announce_end(self._connections(links), self._agent.config.deregister_timeout)
+        connections = self._connections(links)
+        stuck = self._agent.consent.announce_end(connections, self._agent.config.deregister_timeout)
+        if any(region.kind is MemoryKind.VRAM for region in regions):
+            stuck = [*stuck, *_gone_without_a_word(connections)]
         self._keep(_pids(stuck) | sleepers, regions)
 
     def close_in_child(self) -> None:
@@ -222,7 +228,10 @@ class Regions:
     def _let_go(self, region: Region, importers: set[Link], sleepers: set[int]) -> None:
         agent = self._agent
         deadline = time.monotonic() + agent.config.deregister_timeout
-        stuck = agent.consent.announce_gone(region.id, self._connections(importers), agent.config.deregister_timeout)
+        connections = self._connections(importers)
+        stuck = agent.consent.announce_gone(region.id, connections, agent.config.deregister_timeout)
+        if region.kind is MemoryKind.VRAM:
+            stuck = [*stuck, *_gone_without_a_word(connections)]
         self._keep(_pids(stuck) | sleepers, [region])
         if not region.gate.drain(max(0.001, deadline - time.monotonic())):
             region.gate.close(STALE)  # our own transfers end now, by force
@@ -263,6 +272,11 @@ class Regions:
         if memory.writable and not is_writable(memory.address, memory.nbytes):
             return replace(memory, writable=False)
         return memory
+
+
+def _gone_without_a_word(connections: Sequence[Connection]) -> list[Connection]:
+    """Return the peers that are lost and have not said that they let go: their GPUs may go on in our memory."""
+    return [connection for connection in connections if connection.lost is not None and not connection.has_let_go]
 
 
 def _pids(connections: Sequence[Connection]) -> set[int]:

@@ -77,6 +77,11 @@ class BaseLink(ABC):
                 self._on_death(0)
         return self.lost is not None
 
+    @property
+    def has_let_go(self) -> bool:
+        """Whether the peer has announced its end: it does so when nothing of it is under way in our memory any more."""
+        return self._said_bye
+
     def say_bye(self) -> None:
         """Note that the peer announced its end."""
         self._said_bye = True

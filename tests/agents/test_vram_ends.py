@@ -227,3 +227,31 @@ def ended(transfer: Transfer) -> str:
     """How a transfer ended: the class of its error, or ''."""
     eventually(lambda: transfer.done, "it ends")
     return "" if transfer.error is None else type(transfer.error).__name__
+
+
+def test_memory_is_kept_while_the_gpu_of_an_importer_that_has_closed_goes_on(gpus: Any, far: FarAgent) -> None:
+    with gpu_agent("owner", deregister_timeout=1.0) as owner:
+        mine = make_region(owner, "vram", N, seed=7, name="mine")
+        address = mine.memory.address
+        far.ask("region", name="into", nbytes=N, memory="vram")
+        far.ask("copy", op="read", mine="into", record=owner.record().decode(), theirs="mine")
+        far.ask("hold")
+        far.ask("start", op="read", mine="into", record=owner.record().decode(), theirs="mine")
+        far.ask("leave")
+        eventually(lambda: owner.lost("far") is not None, "it has hung up")
+        owner.deregister(mine)
+        del mine
+        assert np.array_equal(gpus.view(address, N), random_bytes(N, 7)), "it was freed under a GPU"
+    far.kill()
+
+
+def test_memory_is_freed_at_once_when_an_importer_has_closed_with_nothing_under_way(gpus: Any, far: FarAgent) -> None:
+    with gpu_agent("owner", deregister_timeout=1.0) as owner:
+        mine = make_region(owner, "vram", N, seed=7, name="mine")
+        far.ask("copy", op="read", mine="theirs", record=owner.record().decode(), theirs="mine")
+        far.ask("leave")
+        eventually(lambda: owner.lost("far") is not None, "it has hung up")
+        frees = gpus.calls["cuMemFree_v2"]
+        owner.deregister(mine)
+        del mine
+        assert gpus.calls["cuMemFree_v2"] == frees + 1
