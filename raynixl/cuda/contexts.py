@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from raynixl.cuda.library import PEER_ALREADY_ENABLED, call, check, current_driver, failure, has_driver
-from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
+from raynixl.errors import BackendUnavailable, ConfigError
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -33,13 +33,14 @@ class relaxed:  # noqa: N801  (reads as a sentence: `with relaxed():`)
 
     def __enter__(self) -> Self:
         self._mode = c_int(_RELAXED)
-        check("cuThreadExchangeStreamCaptureMode", byref(self._mode))
+        call("cuThreadExchangeStreamCaptureMode", byref(self._mode))  # tells of kernels that failed: others will, too
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        call("cuThreadExchangeStreamCaptureMode", byref(self._mode))
+        if self._mode.value != _RELAXED:
+            call("cuThreadExchangeStreamCaptureMode", byref(self._mode))
 
 
 class current(relaxed):  # noqa: N801  (likewise: `with current(context):`)
@@ -62,19 +63,12 @@ class current(relaxed):  # noqa: N801  (likewise: `with current(context):`)
                 hint = "it was destroyed or reset"
                 raise ConfigError(failure(code, "cuCtxPushCurrent", what="a GPU's context").message, hint=hint)
             self._is_pushed = True
-        try:
-            return super().__enter__()
-        except RaynixlError:
-            self._pop()
-            raise
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        self._pop()
-
-    def _pop(self) -> None:
         if self._is_pushed:
             self._is_pushed = False
             call("cuCtxPopCurrent_v2", byref(c_void_p()))

@@ -105,3 +105,12 @@ def test_attributes_of_a_gpu_are_read(fake_cuda: FakeCuda):
     assert cuda.device_attribute(1, 16) == 132
     assert cuda.device_of_context(cuda.primary(1)) == 1
     assert cuda.device_of_context(fake_cuda.devices.make_context(1)) == 1
+
+
+def test_a_kernel_that_has_failed_is_told_by_what_is_asked_and_not_by_the_asking(fake_cuda: FakeCuda):
+    fake_cuda.fail("cuThreadExchangeStreamCaptureMode", 700)
+    fake_cuda.fail("cuMemGetInfo_v2", 700)
+    with cuda.on(0), pytest.raises(BackendUnavailable, match=r"cuMemGetInfo.*ILLEGAL_ADDRESS"):
+        cuda.memory_info()
+    assert fake_cuda.devices.stack == []
+    assert set(fake_cuda.work._modes.values()) <= {0}
