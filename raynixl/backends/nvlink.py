@@ -46,6 +46,8 @@ class _Place:
     """The GPU whose context reaches it; -1 for host memory, which all of them do."""
     is_pinned: bool
     """Whether a GPU reaches it itself."""
+    is_hidden: bool
+    """Whether it is on a GPU that this process does not see."""
     held: Any = field(repr=False)
     places: set[_Place] = field(repr=False)
 
@@ -134,7 +136,8 @@ class NvlinkBackend:
             address, is_pinned, path, held = self._reach_host(link, remote, fds)
         else:
             raise BackendUnavailable(f"nvlink does not reach {remote.kind.value}", peer=link.peer)
-        place = _Place(gate, device, is_pinned, held, self._places)
+        is_hidden = path == "ipc" and key.get("uuid") not in {one.uuid for one in cuda.devices()}
+        place = _Place(gate, device, is_pinned, is_hidden, held, self._places)
         self._places.add(place)
         return Binding(remote, link, gate, path, address, place)
 
@@ -250,16 +253,38 @@ class NvlinkBackend:
     def _device(self, request: Request) -> int:
         """Return the GPU that carries a request out: ours, with access to the memory of the peer's."""
         near = {region.device for region in request.local if region.kind is _VRAM}
-        far = self._devices(request) - {-1}
-        device = min(near or far)
-        for other in sorted((near | far) - {device}):
-            cuda.enable_peer(device, other)
+        far = [_place(binding) for binding in request.remote if _place(binding).device >= 0]
+        hidden = {
+            place.device for place in far if place.is_hidden
+        }  # opened for one GPU of ours, which alone reaches it
+        device = min(hidden or near or {place.device for place in far})
+        if len(hidden) > 1:
+            raise BackendUnavailable("memory of hidden GPUs was opened for several of ours", hint="transfer it apart")
+        spans = [(one.device, one.memory.address, one.nbytes) for one in request.local if one.kind is _VRAM]
+        spans += [(_place(one).device, one.address, one.remote.nbytes) for one in request.remote]
+        for other, address, nbytes in spans:
+            if other not in (-1, device):
+                _check_origin(device, address, nbytes)
+                cuda.enable_peer(device, other)
         return device
 
     @staticmethod
     def _devices(request: Request) -> set[int]:
         """Return the GPUs of the peer's regions; -1 stands for host memory."""
         return {_place(binding).device for binding in request.remote}
+
+
+def _check_origin(device: int, address: int, nbytes: int) -> None:
+    """Refuse memory of another GPU that peer access does not extend to: a kernel's touch would end the context.
+
+    Raises:
+        BackendUnavailable: it was not made by cudaMalloc.
+    """
+    origin = cuda.examine(address, nbytes).origin
+    if origin is not cuda.Origin.MALLOC:
+        raise BackendUnavailable(
+            f"GPU {device} has no access to another GPU's memory by {origin.value}", hint=origin.remedy
+        )
 
 
 def _place(binding: Binding) -> _Place:

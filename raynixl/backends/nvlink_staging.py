@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PIECE_NBYTES = 8 << 20
 """What is staged at once: two such buffers make a GPU's link busy, and a piece is copied in about a millisecond."""
 _WORKERS = 2
+_HOST = 2  # the host's place among what is under way
 SETTLE_SECONDS = 30.0
 
 Rows = npt.NDArray[np.uint64]
@@ -203,7 +204,7 @@ class StagedProgram:
 
     def _move(self, job: StagedJob, bounce: Bounce) -> int:
         """Move all pieces through the buffers; return the code of the first that failed."""
-        moved: list[Job | int] = [DONE, DONE]  # what a GPU does with each buffer
+        moved: list[Job | int] = [DONE, DONE, DONE]  # what a GPU does with each buffer, and the host with one of them
         code = DONE
         step = self._upload if self.is_upload else self._download
         try:
@@ -222,7 +223,8 @@ class StagedProgram:
             host, gpu = self._compiled(number, bounce)
             if code := _end_of(moved[number % 2], job) or self.aborted():
                 return code
-            if code := _end_of(host.run(job.left), job):
+            moved[_HOST] = host.run(job.left)
+            if code := _end_of(moved[_HOST], job):
                 return code
             moved[number % 2] = gpu.run(job.left)
             job.count(piece.total)
@@ -235,7 +237,8 @@ class StagedProgram:
             if number:
                 if code := _end_of(moved[(number - 1) % 2], job) or self.aborted():
                     return code
-                if code := _end_of(self._compiled(number - 1, bounce)[0].run(job.left), job):
+                moved[_HOST] = self._compiled(number - 1, bounce)[0].run(job.left)
+                if code := _end_of(moved[_HOST], job):
                     return code
                 job.count(self._cuts[number - 1].total)
         return DONE

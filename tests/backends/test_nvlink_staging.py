@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
+from agent_tools import PATIENCE, eventually, introduce
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vram_tools import gpu_agent, made_up_gpus, make_region
 
 from raynixl.backends.nvlink_staging import cut
+from raynixl.native import DONE, PENDING
 
 
 def rows(*lengths: int) -> np.ndarray:
@@ -39,3 +44,44 @@ def test_every_byte_is_in_one_piece_and_finds_its_place(lengths: list[int], size
 @pytest.mark.parametrize("lengths", [(8,), (7, 1), (1, 1, 1, 1, 1, 1, 1, 1), (24,), (3, 21)])
 def test_pieces_end_where_the_size_says_wherever_rows_end(lengths: tuple[int, ...]) -> None:
     assert [piece.total for piece in cut(rows(*lengths), 8)] == [8] * (sum(lengths) // 8)
+
+
+def test_a_transfer_that_ends_early_leaves_its_gates_when_its_copy_in_the_host_is_over() -> None:
+    with made_up_gpus(), gpu_agent("near") as near, gpu_agent("far") as far:
+        introduce(near, far)
+        make_region(far, "vram", 4096, name="theirs")
+        mine = make_region(near, "user", 4096, seed=1)
+        plan = near.prepare("write", mine, near.peer("far")["theirs"])
+        plan.post().wait(PATIENCE)
+        (program,) = plan._route.programs
+        slow = _Slow()
+        for key, (_, on_gpu) in list(program._programs.items()):
+            program._programs[key] = (slow, on_gpu)
+        transfer = plan.post(timeout=0.05)
+        eventually(lambda: transfer.done, "its deadline ends it")
+        assert mine.gate.inflight == 1
+        slow.over.set()
+        eventually(lambda: mine.gate.inflight == 0, "the copy is over")
+
+
+class _Slow:
+    """A copy in the host that lasts until it is told to end: a program and its job at once."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    @property
+    def code(self) -> int:
+        return DONE if self.over.is_set() else PENDING
+
+    def run(self, timeout: float) -> _Slow:
+        return self
+
+    def wait(self, timeout: float) -> bool:
+        return self.over.wait(timeout)
+
+    def wait_settled(self, timeout: float) -> bool:
+        return self.over.wait(timeout)
+
+    def cancel(self, code: int) -> bool:
+        return False
