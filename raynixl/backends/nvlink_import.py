@@ -124,8 +124,7 @@ class ImportCache:
             if found.users:
                 return
             del self._found[place]
-            with cuda.current(found.context):
-                found.opened.close()
+            cuda.let_go(found.context, found.opened.close)
 
 
 IMPORTS = ImportCache()

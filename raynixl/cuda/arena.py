@@ -9,7 +9,7 @@ from operator import index
 from typing import Any
 
 from raynixl.cuda import driver, streams
-from raynixl.cuda.contexts import a_context, current, device_of_context, on, primary, relaxed
+from raynixl.cuda.contexts import a_context, current, device_of_context, let_go, on, primary, relaxed
 from raynixl.cuda.library import Driver, current_driver, give_back
 from raynixl.cuda.pointers import pinned_address
 from raynixl.errors import ConfigError, RaynixlError
@@ -69,8 +69,7 @@ def _zero(address: int, nbytes: int) -> None:
 def _free(owner: Driver, pid: int, context: int, address: int) -> None:
     if os.getpid() != pid or owner is not current_driver():
         return  # CUDA stayed with the parent
-    with current(context):
-        give_back("cuMemFree_v2", address)
+    let_go(context, lambda: give_back("cuMemFree_v2", address))
 
 
 class Pin:
@@ -79,7 +78,7 @@ class Pin:
     def __init__(self, address: int, nbytes: int, device_address: int, *, is_ours: bool) -> None:
         self.address, self.nbytes, self.device_address = address, nbytes, device_address
         self.users = 1
-        self._is_ours, self._pid = is_ours, os.getpid()
+        self._is_ours, self._pid, self._context = is_ours, os.getpid(), a_context()
 
     def close(self) -> None:
         """Let go of it; no GPU uses it for this holder any more. To be called as often as it was given."""
@@ -93,8 +92,7 @@ class Pin:
                 return
             owner.pins.pop((self.address, self.nbytes), None)
             if self._is_ours:
-                with current(a_context()):
-                    give_back("cuMemHostUnregister", self.address)
+                let_go(self._context, lambda: give_back("cuMemHostUnregister", self.address))
 
 
 def pin(address: int, nbytes: int) -> Pin:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+from collections.abc import Callable
 from ctypes import byref, c_int, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from raynixl.cuda.library import PEER_ALREADY_ENABLED, call, check, current_driver, failure, has_driver
-from raynixl.errors import BackendUnavailable, ConfigError
+from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
+
+logger = logging.getLogger(__name__)
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -72,6 +76,18 @@ class current(relaxed):  # noqa: N801  (likewise: `with current(context):`)
         if self._is_pushed:
             self._is_pushed = False
             call("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+
+def let_go(context: int, give: Callable[[], object]) -> None:
+    """Call what lets go of something in a context. What fails is said in the log: the context is lost then.
+
+    Whoever lets go of several things goes on with the next one.
+    """
+    try:
+        with current(context):
+            give()
+    except RaynixlError as exc:
+        logger.warning("memory of a GPU is not given back: %s", exc)
 
 
 def on(device: int) -> current:

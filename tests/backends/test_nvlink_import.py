@@ -80,6 +80,17 @@ def test_threads_that_open_and_close_at_once_do_not_open_twice(fake_cuda: FakeCu
     assert (wrong, len(cache), fake_cuda.leaks()) == ([], 0, [])
 
 
+def test_a_context_that_cannot_be_entered_any_more_ends_no_letting_go(fake_cuda: FakeCuda, far: FarCuda, caplog):
+    cache = ImportCache()
+    one = cache.open(far.ask("key", name="a"), MIB, 0)
+    fake_cuda.fail("cuCtxPushCurrent_v2", 700)
+    one.close()
+    assert len(cache) == 0
+    assert "memory of a GPU is not given back" in caplog.text
+    with cuda.on(0):
+        cuda.ipc_close(one.address)
+
+
 def test_a_forked_child_closes_nothing_of_its_parents(fake_cuda: FakeCuda, far: FarCuda):
     one = ImportCache().open(far.ask("key", name="a"), MIB, 0)
     with mmap.mmap(-1, mmap.PAGESIZE) as mapping:

@@ -210,6 +210,20 @@ def test_what_a_lost_context_does_not_take_back_is_said_and_no_error(fake_cuda: 
         fake_cuda.host.ranges.clear()
 
 
+@pytest.mark.parametrize("step", ["cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode"])
+def test_a_context_that_cannot_be_entered_any_more_ends_no_letting_go(fake_cuda: FakeCuda, caplog, step: str):
+    with mmap.mmap(-1, PAGE) as mapping:
+        arena, pin = cuda.arena(1000, 0), cuda.pin(address_of(mapping), PAGE)
+        fake_cuda.fail(step, 700, times=2)
+        arena.close()
+        pin.close()
+        assert fake_cuda.devices.stack == []
+        if step == "cuCtxPushCurrent_v2":
+            assert caplog.text.count("memory of a GPU is not given back") == 2
+            fake_cuda.drop(arena.address)
+            fake_cuda.host.ranges.clear()
+
+
 def test_the_end_of_the_process_is_no_failure_to_give_something_back(fake_cuda: FakeCuda, caplog):
     arena = cuda.arena(1000, 0)
     fake_cuda.fail("cuMemFree_v2", 4)
