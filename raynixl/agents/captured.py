@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from raynixl.agents.prepared import Prepared, Route
 
 
+_OPEN: set[Captured] = set()
+"""Those that are not closed: what a graph reads must stay, also where nobody holds on to what `capture` returned."""
+
+
 class Captured:
     """A prepared operation in a graph. Its memory is in use until `close`: then no replay may be in flight or come.
 
@@ -42,6 +46,7 @@ class Captured:
         except BaseException:
             self.close()
             raise
+        _OPEN.add(self)
 
     def __repr__(self) -> str:
         return f"Captured({self._prepared.summary}, {f'{self.runs} runs' if self._parts else 'closed'})"
@@ -61,6 +66,7 @@ class Captured:
 
     def close(self) -> None:
         """Let go of the memory; idempotent."""
+        _OPEN.discard(self)
         parts, self._parts = self._parts, []
         for part in parts:
             part.close()

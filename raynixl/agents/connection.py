@@ -175,7 +175,7 @@ def _release(bindings: list[Binding]) -> None:
     busy = []
     for binding in bindings:
         if binding.gate.drain(0.0):
-            binding.release()
+            _unmap(binding)
         else:
             busy.append(binding)
     if busy:
@@ -187,4 +187,12 @@ def drain_and_release(bindings: Sequence[Binding]) -> None:
     for binding in bindings:
         while not binding.gate.drain(60.0):
             logger.warning("a transfer with %s does not end", binding.remote.label)
+        _unmap(binding)
+
+
+def _unmap(binding: Binding) -> None:
+    """Let go of one mapping; what goes wrong with it concerns no other, nor the peer who waits to hear of the end."""
+    try:
         binding.release()
+    except RaynixlError:
+        logger.exception("%s was not let go of", binding.remote.label)

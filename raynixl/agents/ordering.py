@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from raynixl import cuda
 from raynixl.backends.base import can_be_followed
 from raynixl.errors import BackendUnavailable, ConfigError, RaynixlError
 
@@ -14,7 +15,25 @@ if TYPE_CHECKING:
     from raynixl.agents.transfer import Transfer
     from raynixl.native import Job
 
+_SPECIAL = (0, 1, 2)  # the default streams, which are never captured
 _SHORTEST, _LONGEST = 20e-6, 1e-3  # pauses between two looks at an event
+
+
+def handle_of(stream: Any, device: int) -> int:
+    """Return the handle of a stream that transfers can be ordered with; `device` is meant by the default streams.
+
+    Raises:
+        ConfigError: that is no stream, or one that is being captured into a graph.
+    """
+    handle = cuda.stream_handle(stream)
+    if not cuda.has_driver():
+        raise ConfigError("streams need the NVIDIA driver, which is not here", hint="leave stream= away")
+    with cuda.on(device):
+        if handle not in _SPECIAL and cuda.stream_is_capturing(handle):
+            raise ConfigError(
+                "the stream is being captured into a CUDA graph", hint="use prepared.capture(stream), or order it later"
+            )
+    return handle
 
 
 def order(jobs: Sequence[Job], stream: int) -> bool:

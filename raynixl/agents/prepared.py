@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raynixl import cuda
 from raynixl.agents.captured import Captured
-from raynixl.agents.ordering import follow
+from raynixl.agents.ordering import follow, handle_of
 from raynixl.agents.selections import Selections, as_blocks, as_list, distinct
 from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
 from raynixl.backends.base import Binding, Link, Op, Request, takes_events
@@ -146,7 +146,7 @@ class Prepared:
             return self._take(code, self._route, self._new_transfer(None, None, None))
         transfer = self._new_transfer(notify, timeout, digest)
         if stream is not None:
-            transfer.after = cuda.record(stream, self.gpu)
+            transfer.after = cuda.record(handle_of(stream, self.gpu), self.gpu)
         return self._post(transfer)
 
     def capture(self, stream: Any) -> Captured:

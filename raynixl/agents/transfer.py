@@ -8,8 +8,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raynixl import cuda
-from raynixl.agents.ordering import order
+from raynixl.agents.ordering import handle_of, order
 from raynixl.agents.waiters import Waiters
 from raynixl.config import check_wait
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
@@ -152,7 +151,7 @@ class Transfer:
             RaynixlError: whatever else ended the transfer.
             ConfigError: no stream, or none of a GPU of this process.
         """
-        handle = None if stream is None else cuda.stream_handle(stream)
+        handle = None if stream is None else handle_of(stream, self._prepared.gpu)
         if self._stage is _DONE:
             return
         limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + check_wait(timeout))

@@ -157,11 +157,12 @@ class NvlinkBackend:
         if any(binding.path == "memory" for binding in request.remote):
             refuse_overlap(table)
         device = self._device(request)
+        gpu = mover(device)
         self._warm.add(device)
         programs: list[Program] = []
         if direct.any():
             touches_host = any(one.kind is _DRAM for one in request.local) or -1 in self._devices(request)
-            programs.append(mover(device).program(table[direct], request.gates, touches_host=touches_host))
+            programs.append(gpu.program(table[direct], request.gates, touches_host=touches_host))
         if not direct.all():
             programs.append(self._staging.program(device, request, table[~direct]))
         return programs

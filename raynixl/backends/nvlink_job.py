@@ -20,6 +20,8 @@ class StagedJob:
         self._nbytes_done = 0
         self._settled = False
         self._armed: list[int] = []
+        self.is_refused = False
+        """Whether no thread took it, and none must any more: whoever posted it was told."""
 
     @property
     def code(self) -> int:

@@ -113,6 +113,7 @@ class Staging:
 
         Raises:
             AgentClosed: the backend is closed.
+            RuntimeError: the process has no more threads.
         """
         with self._lock:
             if self._is_closed:
@@ -120,7 +121,12 @@ class Staging:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="raynixl-stage")
             self._jobs.add(job)
-            self._pool.submit(self._work, job, work, leave)
+            try:
+                self._pool.submit(self._work, job, work, leave)
+            except RuntimeError:  # the process may have no more threads; it stays in the pool's queue all the same
+                self._jobs.discard(job)
+                job.is_refused = True
+                raise
 
     def close(self, timeout: float) -> None:
         """End what is staged and let go of the buffers; nothing is staged afterwards."""
@@ -140,6 +146,8 @@ class Staging:
             bounce.close()
 
     def _work(self, job: StagedJob, work: Callable[[StagedJob, Bounce], int], leave: Callable[[], None]) -> None:
+        if job.is_refused:
+            return
         code, bounce = job.code, None
         try:
             if code == PENDING:
@@ -193,6 +201,9 @@ class StagedProgram:
         job = StagedJob(timeout)
         try:
             self.staging.start(job, self._move, lambda: _leave(inside))
+        except RuntimeError:
+            _leave(inside)
+            return -errno.EAGAIN
         except BaseException:
             _leave(inside)
             raise

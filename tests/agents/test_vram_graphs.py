@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from vram_process import far_vram
 from vram_tools import content, gpu_agent, made_up_gpus, make_region
 
 from raynixl import Agent, ConfigError, RegionStale, cuda
+from raynixl.agents.captured import _OPEN
 from raynixl.testing.contents import put
 
 N = 64 * KIB
@@ -133,3 +135,28 @@ def test_host_memory_alone_is_not_captured(gpus: Any) -> None:
         plan.post().wait(PATIENCE)
         with pytest.raises(ConfigError, match="host takes part"):
             plan.capture(0)
+
+
+def test_a_stream_that_is_being_captured_orders_no_transfer(near: Agent, far: FarAgent, capture: Any) -> None:
+    plan = near.prepare("read", near.peer("far")["theirs"], make_region(near, "vram", N))
+    for use in (lambda s: plan.post(stream=s), lambda s: plan.post().wait(stream=s)):
+        with pytest.raises(ConfigError, match="being captured"):
+            capture(use)
+    plan.post().wait(PATIENCE)
+
+
+def test_a_graph_whose_handle_is_dropped_still_moves_its_own_blocks(near: Agent, far: FarAgent, capture: Any) -> None:
+    remote, mine, other = near.peer("far")["theirs"], make_region(near, "vram", N), make_region(near, "vram", N)
+    order = np.random.default_rng(3).permutation(N // 512)
+    plan = near.prepare("read", remote.pages(order, 512), mine)
+    plan.post().wait(PATIENCE)
+    put(mine.memory, np.zeros(N, np.uint8))
+    graph = capture(plan.capture)[0]
+    del plan
+    gc.collect()
+    near.prepare("read", remote.pages(np.roll(order, 1), 512), other).post().wait(PATIENCE)
+    graph.launch()
+    eventually(lambda: content(mine).any(), "the replay moves bytes")
+    assert np.array_equal(content(mine), random_bytes(N, 2).reshape(-1, 512)[order].ravel())
+    (captured,) = _OPEN
+    captured.close()
