@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cuda_fake import FakeCuda
     from cuda_fake_work import Work
 
-NOT_READY = 600
+NOT_READY, CAPTURED_EVENT = 600, 907
 _DISABLE_TIMING, _INTERPROCESS = 2, 4
 _handles = itertools.count(0x6000_0001, 0x10)
 
@@ -42,6 +42,7 @@ class Event:
     fd: int = -1
     serial: int = 0
     ended_at: float = 0.0
+    is_captured: bool = False
 
     @property
     def begun(self) -> int:
@@ -119,6 +120,8 @@ class Events:
         del self.events[number or 0]
 
     def _cuEventQuery(self, number: int | None) -> int:  # noqa: N802
+        if self.at(number).is_captured:
+            raise Refused(CAPTURED_EVENT)
         return 0 if self.recorded(number).moment()() else NOT_READY
 
     def _cuIpcGetEventHandle(self, out: int, number: int | None) -> None:  # noqa: N802

@@ -49,6 +49,8 @@ class Block:
     fd: int = -1
     opened: bytes = b""
     """The handle it was opened by, if it is another process's."""
+    is_hidden: bool = False
+    """Whether its GPU is none of this process: it is reached from the context that has opened it."""
     is_users: bool = False
     serial: int = field(default_factory=lambda: next(_serials))
     mapping: mmap.mmap | None = None
@@ -201,11 +203,18 @@ class Memory:
             return pinned
         found = self.spanned(address, nbytes)
         for block in found:
-            if context is not None and not block.opened and not self._fake.devices.reaches(context, block.context):
+            if context is not None and not self._is_reached(context, block):
                 raise Misuse(f"{block.name} is on GPU {block.device}, which that context does not reach")
         assert found[0].mapping is not None
         start = address - found[0].base
         return np.frombuffer(found[0].mapping, np.uint8)[start : start + nbytes]
+
+    def _is_reached(self, context: int, block: Block) -> bool:
+        """Peer access extends to what cudaMalloc made on GPUs that are seen, and to nothing else."""
+        devices = self._fake.devices
+        has_peers = block.origin is Origin.MALLOC and not block.is_hidden
+        same = devices.contexts.get(context) == devices.contexts.get(block.context)
+        return devices.reaches(context, block.context) if has_peers else same
 
     def leaks(self) -> list[str]:
         """What was neither freed nor closed."""
@@ -256,7 +265,8 @@ class Memory:
         device = self._fake.devices.find(uuid)
         theirs = open_bytes(pid, fd, serial)
         where = device if device >= 0 else self._fake.devices.contexts[context]
-        put(out, c_uint64, self.add(Block(where, context, nbytes, opened=raw), theirs).address)
+        block = Block(where, context, nbytes, opened=raw, is_hidden=device < 0)
+        put(out, c_uint64, self.add(block, theirs).address)
 
     def _cuIpcCloseMemHandle(self, address: int) -> None:  # noqa: N802
         block = self.at(address)

@@ -308,6 +308,7 @@ class Work:
         if event.context != stream.context:
             raise Misuse("an event is recorded on a stream of another context")
         event.begin()
+        event.is_captured = stream.captured is not None
         count = event.begun
         self.queue(stream, Piece("an event", lambda: event.end(count)))
 

@@ -195,7 +195,10 @@ def _open(source: Source, device: int, nbytes: int) -> _Allocation:
             opened = cuda.MappedChunks(tuple(zip(source.handles, source.sizes, strict=True)), device)
         else:
             opened = _Handed(source.handles[0])
-        if cuda.is_beyond(opened.address + source.offset, nbytes):
+        try:
+            if cuda.is_beyond(opened.address + source.offset, nbytes):
+                raise IntegrityError("a peer's memory is smaller than its key says")
+        except BaseException:
             opened.close()
-            raise IntegrityError("a peer's memory is smaller than its key says")
+            raise
     return _Allocation(source.owner, device, context, opened)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections import deque
 from operator import index
@@ -12,10 +13,11 @@ from raynixl.cuda import driver, streams
 from raynixl.cuda.contexts import a_context, current, device_of_context, let_go, on, primary, relaxed
 from raynixl.cuda.library import Driver, current_driver, give_back
 from raynixl.cuda.pointers import pinned_address
-from raynixl.errors import ConfigError, RaynixlError
+from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
 
 _GRAIN = 2 << 20
 """Smaller allocations share a block of this size with others of the process, and an IPC handle lends the block."""
+_ZERO_SECONDS, _ZERO_PAUSE = 30.0, 50e-6
 _SPECIAL_STREAMS = (0, 1, 2)  # the default stream, the legacy one, that of each thread: of whichever context is current
 
 
@@ -31,7 +33,12 @@ class Arena:
             self.address = driver.alloc(-(-nbytes // _GRAIN) * _GRAIN)
             self._free = weakref.finalize(self, _free, current_driver(), os.getpid(), primary(device), self.address)
             self._free.atexit = False  # what is left then goes with the process
-            _zero(self.address, nbytes)
+            if not _zero(self.address, nbytes):
+                self._free.detach()  # freeing would wait for that GPU
+                raise TransferTimeout(
+                    f"GPU {device} has not zeroed {nbytes} bytes in {_ZERO_SECONDS:g} s",
+                    hint="it hangs, or a kernel has it for itself: see nvidia-smi, and end that",
+                )
 
     def __repr__(self) -> str:
         state = "" if self._free.alive else ", closed"
@@ -53,15 +60,21 @@ def arena(nbytes: int, device: int) -> Arena:
     Raises:
         RangeError: the GPU has not that much left.
         ConfigError: there is no such GPU.
+        TransferTimeout: the GPU works on something else without end.
     """
     return Arena(nbytes, device)
 
 
-def _zero(address: int, nbytes: int) -> None:
-    stream = streams.stream_create()
+def _zero(address: int, nbytes: int) -> bool:
+    """Zero fresh memory; False if the GPU does not get to it in time."""
+    stream, deadline = streams.stream_create(), time.monotonic() + _ZERO_SECONDS
     try:
         driver.memset_async(address, 0, nbytes, stream)
-        streams.stream_synchronize(stream)
+        while not streams.stream_query(stream):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_ZERO_PAUSE)
+        return True
     finally:
         streams.stream_destroy(stream)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from cuda_fake import PRIMARY, FakeCuda
 
 from raynixl import cuda
-from raynixl.errors import ConfigError, RangeError
+from raynixl.errors import ConfigError, RangeError, TransferTimeout
 from raynixl.memory import MemoryKind, address_of, allocate_on, resolve
 
 MIB, PAGE = 1 << 20, mmap.PAGESIZE
@@ -75,6 +76,15 @@ def test_an_arena_that_cannot_be_zeroed_is_freed(fake_cuda: FakeCuda):
         cuda.arena(1000, 0)
     gc.collect()
     assert fake_cuda.leaks() == []
+
+
+def test_an_arena_on_a_gpu_that_does_nothing_is_a_timeout_and_not_waited_for(fake_cuda: FakeCuda, monkeypatch):
+    monkeypatch.setattr(sys.modules["raynixl.cuda.arena"], "_ZERO_SECONDS", 0.05)
+    with fake_cuda.held(), pytest.raises(TransferTimeout, match="GPU 0 has not zeroed 1000 bytes"):
+        cuda.arena(1000, 0)
+    assert fake_cuda.calls["cuMemFree_v2"] == 0, "that would wait for the GPU"
+    for block in list(fake_cuda.memory.blocks.values()):
+        fake_cuda.drop(block.address)
 
 
 def test_an_arena_that_a_gpu_has_no_room_for_is_refused(fake_cuda: FakeCuda):

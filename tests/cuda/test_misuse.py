@@ -12,8 +12,10 @@ from ctypes import c_uint64
 import cuda_fake
 import pytest
 from cuda_fake import FakeCuda, Mode
+from cuda_far import FarCuda
 
 from raynixl import cuda
+from raynixl.cuda import Origin
 from raynixl.errors import RaynixlError
 from raynixl.memory import address_of
 
@@ -191,6 +193,31 @@ def test_memory_of_a_gpu_that_the_context_does_not_reach():
         with cuda.on(1):
             theirs = cuda.alloc(100)
         cuda.memset_async(theirs, 0, 100, cuda.stream_create())
+
+
+@pytest.mark.parametrize("origin", [Origin.VIRTUAL, Origin.POOL])
+def test_memory_that_peer_access_does_not_extend_to(origin: Origin):
+    with caught("does not reach") as fake:
+        theirs, plain, stream = (
+            fake.make(4096, device=1, origin=origin),
+            fake.make(4096, device=1),
+            cuda.stream_create(),
+        )
+        cuda.enable_peer(0, 1)
+        cuda.memset_async(plain, 0, 100, stream)
+        assert not fake.misuses
+        cuda.memset_async(theirs, 0, 100, stream)
+
+
+def test_memory_of_a_hidden_gpu_in_another_context_than_it_was_opened_in():
+    with FarCuda(visible=(5,)) as far:
+        far.ask("arena", name="a", nbytes=4096)
+        key = far.ask("key", name="a")
+        with caught("does not reach"):
+            address = cuda.ipc_open(bytes.fromhex(key["handle"]))
+            cuda.enable_peer(1, 0)
+            with cuda.on(1):
+                cuda.memset_async(address, 0, 100, cuda.stream_create())
 
 
 def test_work_on_the_default_stream():
