@@ -14,7 +14,7 @@ from raynixl import cuda
 from raynixl.agents.captured import Captured
 from raynixl.agents.ordering import follow, handle_of
 from raynixl.agents.selections import Selections, as_blocks, as_list, distinct
-from raynixl.agents.transfer import SETTLE_SECONDS, Stage, Transfer
+from raynixl.agents.transfer import Stage, Transfer, settle_seconds
 from raynixl.backends.base import Binding, Link, Op, Request, takes_events
 from raynixl.blocks import Segments, match
 from raynixl.config import check_timeout
@@ -241,7 +241,7 @@ class Prepared:
             if isinstance(code, int) and code != DONE:
                 for job in jobs:
                     job.cancel(CANCELLED)
-                    job.wait_settled(SETTLE_SECONDS)
+                    job.wait_settled(settle_seconds(job))
                 if code == LOST:
                     self._unbind(route)
                 transfer.failed(self.translate(code, route.link))

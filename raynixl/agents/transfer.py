@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raynixl.agents.ordering import handle_of, order
 from raynixl.agents.waiters import Waiters
+from raynixl.backends.base import can_be_followed
 from raynixl.config import check_wait
 from raynixl.errors import RaynixlError, TransferCancelled, TransferTimeout
 from raynixl.messages import notification_bytes
@@ -32,6 +33,7 @@ class Stage(enum.Enum):
 
 
 SETTLE_SECONDS = 5.0
+_GPU_SETTLE_SECONDS = 0.02
 _WORDS = 1 << 64
 _DONE = Stage.DONE  # looked up a million times a second
 
@@ -50,6 +52,15 @@ class TransferStatistics:
     blocks: int
     seconds: float | None
     stage: Stage
+
+
+def settle_seconds(job: Job) -> float:
+    """Return how long to wait, at most, until a job that was ended touches its memory no more.
+
+    Threads of ours stop at their next piece, in less than a millisecond. A GPU cannot be stopped, and may be behind
+    somebody's stream for long: the gates of the memory are held until it is through, whoever waits for that or not.
+    """
+    return _GPU_SETTLE_SECONDS if can_be_followed(job) else SETTLE_SECONDS
 
 
 class Transfer:
@@ -170,7 +181,7 @@ class Transfer:
     def cancel(self) -> bool:
         """End it with `TransferCancelled` unless it has ended; return whether this call did.
 
-        When this returns no thread of ours touches the memory any more.
+        When this returns no thread of ours touches the memory any more; a GPU may, which cannot be stopped.
         """
         agent = self._prepared.agent
         with agent.settled:
@@ -199,7 +210,7 @@ class Transfer:
             with self._prepared.agent.settled:
                 self._prepared.agent.settled.wait_for(lambda: not self._is_starting, SETTLE_SECONDS)
         for job in self._jobs:
-            job.wait_settled(SETTLE_SECONDS)
+            job.wait_settled(settle_seconds(job))
 
     async def _ended_future(self) -> None:
         with self._prepared.agent.settled:

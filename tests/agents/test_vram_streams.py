@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from agent_process import FarAgent
-from agent_tools import KIB, PATIENCE, eventually, introduce, random_bytes
+from agent_tools import KIB, PATIENCE, error_of, eventually, introduce, random_bytes
 from cuda_fake import Mode
 from vram_process import far_vram
 from vram_tools import content, gpu_agent, made_up_gpus, make_region
 
 from raynixl import Agent, ConfigError, Region, TransferTimeout, cuda
+from raynixl.agents.transfer import settle_seconds
 
 N = 64 * KIB
 
@@ -211,6 +212,8 @@ def test_a_stream_that_stays_busy_ends_the_transfer_at_its_deadline_and_the_memo
         eventually(lambda: transfer.done, "the deadline ends it")
         assert isinstance(transfer.error, TransferTimeout)
         assert mine.gate.inflight == 1
+        assert all(settle_seconds(job) < 0.1 for job in transfer.jobs)  # and who waits hears of it without the GPU
+        assert isinstance(error_of(transfer), TransferTimeout)
     eventually(lambda: mine.gate.inflight == 0, "the gate is left when the GPU is through")
 
 
