@@ -12,6 +12,7 @@ from raynixl import cuda
 from raynixl.backends.nvlink_mover import Mover, mover
 from raynixl.backends.nvlink_program import GpuProgram, Start
 from raynixl.backends.nvlink_slabs import Piece
+from raynixl.backends.nvlink_transit import Arrival
 from raynixl.errors import BackendUnavailable, TransferTimeout
 from raynixl.native import DONE
 from raynixl.native.twin_digest import BLOCK_NBYTES, check_rows, lane_keys
@@ -49,7 +50,8 @@ def digest_rows(device: int, rows: U64, out: U64, *, seed: int, stream: int = 0,
     where, held = scratch.put(gpu, table)
     grid = min(gpu.multiprocessors * _CTAS, -(-tiles // _WARPS))
     values = [where, len(table), tiles, tile, scratch.sums.address, scratch.out_address, len(out), *_keys(seed)]
-    start = Start(gpu.launcher("raynixl_digest", grid, _THREADS, values), (scratch, held))
+    arrivals = (scratch.zeroed,) if held is None else (scratch.zeroed, held)
+    start = Start(gpu.launcher("raynixl_digest", grid, _THREADS, values), (scratch, held), arrivals)
     event = cuda.record(stream, device)
     try:
         code = GpuProgram(gpu, start, (), count=len(rows), nbytes=nbytes).run_to_end(timeout, event)
@@ -94,7 +96,7 @@ class _Scratch:
         near, out = 8 * _COLUMNS * _NEAR_ROWS, 16 * sums
         self.count = sums
         self.sums: Piece = gpu.tables.take(out)
-        gpu.transit.zero(self.sums)
+        self.zeroed = gpu.transit.zero(self.sums)
         self._pinned = gpu.pinned.take(near + out)
         with cuda.on(gpu.device):
             self._near_address = cuda.host_device_address(self._pinned.address)
@@ -102,11 +104,11 @@ class _Scratch:
         view = np.frombuffer(cuda.host_bytes(self._pinned.address, near + out), np.uint64)
         self._near, self.out = view[: near // 8], view[near // 8 :]
 
-    def put(self, gpu: Mover, table: U64) -> tuple[int, Piece | None]:
+    def put(self, gpu: Mover, table: U64) -> tuple[int, Arrival | None]:
         """Put rows where the GPU reads them; return the address, and what is to be held besides."""
         if len(table) > _NEAR_ROWS:
             held = gpu.transit.upload(table)
-            return held.address, held
+            return held.piece.address, held
         self._near[: table.size] = table.reshape(-1)
         return self._near_address, None
 

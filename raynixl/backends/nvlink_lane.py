@@ -17,10 +17,10 @@ WORD_NBYTES = 64  # a word has a line of the cache for itself
 class Lane:
     """What is put on it ends in order: each end has a number, which a kernel writes to the lane's word.
 
-    `sequence`, `stream` and `pending` are protected by the mover's lock.
+    `sequence`, `load`, `stream` and `pending` are protected by the mover's lock.
     """
 
-    __slots__ = ("_event", "_word", "address", "counter", "flag", "pending", "sequence", "stream")
+    __slots__ = ("_event", "_word", "address", "counter", "flag", "load", "pending", "sequence", "stream")
 
     def __init__(self, stream: int, word: int, flag: int, counter: int) -> None:
         """Use a stream, a word of pinned memory as the host and as the GPU address it, and two numbers of the GPU's.
@@ -35,6 +35,8 @@ class Lane:
         self._word = ctypes.c_uint64.from_address(word)
         self._event = 0
         self.sequence = self.reached
+        self.load = 0
+        """What was put on the stream since the lane was idle: CUDA takes about 1000 things, then it waits."""
 
     @property
     def reached(self) -> int:

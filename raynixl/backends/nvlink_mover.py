@@ -15,10 +15,10 @@ import numpy as np
 from raynixl import cuda
 from raynixl.backends.nvlink_kernel import load_kernels
 from raynixl.backends.nvlink_lane import WORD_NBYTES, Lane
-from raynixl.backends.nvlink_program import INLINE_HOST_NBYTES, INLINE_NBYTES, GpuJob, GpuProgram, Start, ring
-from raynixl.backends.nvlink_slabs import Piece, Slabs
+from raynixl.backends.nvlink_program import FULL, INLINE_HOST_NBYTES, INLINE_NBYTES, GpuJob, GpuProgram, Start, ring
+from raynixl.backends.nvlink_slabs import Slabs
 from raynixl.backends.nvlink_tiles import Cut, Rows, Tuning, Way, plan
-from raynixl.backends.nvlink_transit import Transit, wait_for_event
+from raynixl.backends.nvlink_transit import Arrival, Transit, wait_until
 from raynixl.backends.nvlink_watch import Watch
 from raynixl.errors import BackendUnavailable, RaynixlError
 from raynixl.native import CLOSED, Gate, Launcher, Native, load
@@ -27,9 +27,9 @@ from raynixl.native.twin_job import fork_generation
 logger = logging.getLogger(__name__)
 
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-_WORDS = 1024  # lanes and captured programs at a time
+_WORDS = 2048  # lanes and captured programs at a time
 _COUNTER_NBYTES = 16
-_LANES, _WAITING_LANES = 4, 16
+_LANES, _FULL_LANES, _WAITING_LANES = 4, 16, 512
 _CLOSE_SECONDS = 5.0
 _CLOSE_PAUSE = 1e-3
 _WARM_SECONDS = 30.0
@@ -73,18 +73,23 @@ class Mover:
         self._marks = list(range(_WORDS))
         np.frombuffer(cuda.host_bytes(self._words.address, self._words.nbytes), np.uint8)[:] = 0
         self.transit = Transit(device, self.tables, self.pinned)
-        self.transit.zero(self._counters)
+        zeroed = self.transit.zero(self._counters)
+        wait_until(zeroed.is_there, _WARM_SECONDS, device)
         self._watch = Watch(self._look, f"raynixl-gpu-{device}")
         with cuda.on(device):
             self._flags = cuda.host_device_address(self._words.address)
             self._lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
         self._signal = Start(self.launcher("raynixl_signal", 1, 32, []))
-        self._warm_up()
+        try:
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
 
     def program(self, table: Rows, gates: Sequence[Gate], *, touches_host: bool = False) -> GpuProgram:
         """Compile rows of (source, destination, nbytes); addresses are such as this GPU reaches.
 
-        Waits for a table to be on the GPU, some 20 us.
+        A table of blocks is on its way to the GPU then; nobody waits for it here.
 
         Raises:
             RangeError: the GPU has no memory for it.
@@ -137,7 +142,9 @@ class Mover:
 
         Raises:
             BackendUnavailable, ConfigError: there are too many, or CUDA does not take it.
+            TransferTimeout: its table does not come to the GPU.
         """
+        wait_until(lambda: self._has_arrived(program), _WARM_SECONDS, self.device)  # what is captured waits for nothing
         with self._lock:
             lane = self._make_lane(stream)
             before = lane.reached
@@ -147,6 +154,10 @@ class Mover:
                 self._give_back(lane)
                 raise
         return lane, before
+
+    def _has_arrived(self, program: GpuProgram) -> bool:
+        with self._lock:
+            return all(one.is_there() for one in program.start.arrivals)
 
     def release(self, lane: Lane) -> None:
         """Take back the word of a captured program."""
@@ -257,7 +268,8 @@ class Mover:
 
     def _free_lane(self) -> Lane:
         """Return a lane with nothing on it, or that which has the least; the lock is held."""
-        return self._choose(self._lanes, _LANES)
+        lane = self._choose(self._lanes, _LANES)
+        return lane if lane.load < FULL or lane.is_idle else self._choose(self._lanes, _FULL_LANES)
 
     def _lane_to_wait(self, event: cuda.Event) -> Lane:
         """Return a lane that waits for an event. Others are not held up: an event may be long in coming."""
@@ -274,21 +286,22 @@ class Mover:
             with cuda.on(self.device):
                 lanes.append(self._make_lane(cuda.stream_create(is_urgent=True)))
             return lanes[-1]
-        return min(lanes, key=lambda lane: lane.sequence - lane.reached)
+        return min(lanes, key=lambda lane: lane.load)
 
     def _start(self, cut: Cut) -> Start:
         """Return what puts such a list on a lane."""
         if cut.way is Way.ENGINE:
-            return Start(self.launcher("raynixl_signal", 1, 32, [], copies=cut.rows))
-        held: Piece | None = None
+            return Start(self.launcher("raynixl_signal", 1, 32, [], copies=cut.rows), entries=1 + len(cut.rows))
+        held: Arrival | None = None
         if cut.way in (Way.SMALL, Way.RANGE):
             values = cut.rows[0].tolist() if len(cut.rows) else [0, 0, 0]
             if cut.way is Way.RANGE:
                 values.append(cut.tile_nbytes)
         else:
             held = self.transit.upload(cut.rows)
-            values = [held.address, len(cut.rows)]
-        return Start(self.launcher(f"raynixl_copy_{cut.way.name.lower()}", cut.grid, cut.threads, values), held)
+            values = [held.piece.address, len(cut.rows)]
+        launcher = self.launcher(f"raynixl_copy_{cut.way.name.lower()}", cut.grid, cut.threads, values)
+        return Start(launcher, held, (held,) if held else ())
 
     def _warm_up(self) -> None:
         """Run every kernel once: CUDA loads code at first use, which a busy GPU or a capture would be in the way of."""
@@ -308,7 +321,7 @@ class Mover:
                 cuda.launch(function, (1, 1, 1), (256, 1, 1), values, lane.stream)
             event = cuda.event_create()
             cuda.event_record(event, lane.stream)
-            wait_for_event(event, _WARM_SECONDS, self.device)
+            wait_until(lambda: cuda.event_query(event), _WARM_SECONDS, self.device)
             cuda.event_destroy(event)
         if not lane.is_idle:
             raise BackendUnavailable(f"kernels on GPU {self.device} do not reach the host's memory")

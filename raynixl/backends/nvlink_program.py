@@ -17,6 +17,7 @@ from raynixl.native.twin_job import fork_generation
 if TYPE_CHECKING:
     from raynixl.backends.nvlink_lane import Lane
     from raynixl.backends.nvlink_mover import Mover
+    from raynixl.backends.nvlink_transit import Arrival
 
 INLINE_NBYTES, INLINE_HOST_NBYTES = 64 << 20, 1 << 20
 """What a GPU moves in some 50 us, and where host memory takes part: who posts it looks for its end at once."""
@@ -26,8 +27,8 @@ _WAIT_LOOK_SECONDS = 1e-3
 _LEAST_PAUSE, _MOST_PAUSE = 20e-6, 1e-3
 _PAUSE_SHARE = 1 / 32  # of the time waited so far
 _CHECK_SECONDS = 0.01
-_FULL = 256
-"""CUDA takes about 1000 launches on a stream; then it waits, and the interpreter must not."""
+FULL = 256
+"""From here on a stream may be full: the driver then waits, and the interpreter must not."""
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +37,10 @@ class Start:
 
     launcher: Launcher
     held: object = None
+    arrivals: tuple[Arrival, ...] = ()
+    """What must be on the GPU before; those that are known to be there are forgotten."""
+    entries: int = 1
+    """What it puts on the stream: its kernel, and each copy before that."""
 
     def put(self, lane: Lane, sequence: int) -> None:
         """Put it there; its end is this number, 0 for one that the GPU counts itself.
@@ -43,8 +48,10 @@ class Start:
         Raises:
             RaynixlError: CUDA does not take it; a part of it may be on the lane.
         """
-        is_full = sequence > lane.reached + _FULL
-        code = self.launcher.run(lane.stream, lane.flag, sequence, lane.counter, is_full)
+        if self.arrivals:
+            self.arrivals = tuple(one for one in self.arrivals if not one.precede(lane.stream))
+        lane.load = self.entries if lane.is_idle else lane.load + self.entries
+        code = self.launcher.run(lane.stream, lane.flag, sequence, lane.counter, lane.load > FULL)
         if code:
             raise cuda.failure(code, "cuLaunchKernel")
 
@@ -304,6 +311,7 @@ class Captured:
         self._mover = mover
         self._lane: Lane | None = None
         self._before = 0
+        self._forks = fork_generation()
         if self.code:
             return
         try:
@@ -314,8 +322,10 @@ class Captured:
 
     @property
     def runs(self) -> int:
-        """How many replays have come to this program's end."""
-        return 0 if self._lane is None else self._lane.reached - self._before
+        """How many replays have come to this program's end; 0 in a child that was forked, which sees none of it."""
+        if self._lane is None or self._forks != fork_generation():
+            return 0
+        return self._lane.reached - self._before
 
     def close(self) -> None:
         """Leave the gates: the graph is gone, or will not be replayed any more, and no replay is in flight."""

@@ -6,6 +6,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from raynixl.native.twin_job import fork_generation
+
 SLAB_NBYTES = 8 << 20
 _LEAST_NBYTES = 4 << 10
 
@@ -32,6 +34,7 @@ class Slabs:
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
         self._allocate = allocate
         self._free = free
+        self._forks = fork_generation()
         self._lock = threading.RLock()  # protects all below; a piece may be forgotten, and come back, while it is held
         self._idle: dict[int, list[int]] = {}
         self._slabs: list[int] = []
@@ -49,7 +52,9 @@ class Slabs:
             return Piece(self, idle.pop() if idle else self._carve(size), size)
 
     def give(self, address: int, nbytes: int) -> None:
-        """Take a piece back."""
+        """Take a piece back; a child that was forked has none, and the lock may have been held at the fork."""
+        if self._forks != fork_generation():
+            return
         with self._lock:
             self._idle.setdefault(nbytes, []).append(address)
 

@@ -1,9 +1,11 @@
-"""Transit: small tables on their way to a GPU's memory and back, through a pinned buffer, on a stream of their own."""
+"""Transit: small tables on their way to a GPU's memory, through pinned memory, on a stream of their own."""
 
 from __future__ import annotations
 
-import threading
 import time
+import weakref
+from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,97 +14,105 @@ from raynixl import cuda
 from raynixl.backends.nvlink_slabs import Piece, Slabs
 from raynixl.errors import TransferTimeout
 
-_STAGING_NBYTES = 1 << 20
-_UPLOAD_SECONDS = 30.0
 _LOOK_SECONDS, _PAUSE_SHARE, _MOST_PAUSE = 100e-6, 1 / 16, 2e-3
+_CLOSE_SECONDS = 5.0
 
-Bytes = npt.NDArray[np.uint8]
+
+class Arrival:
+    """Memory of the GPU that is being filled. Streams follow it until it is known to be there."""
+
+    __slots__ = ("__weakref__", "_back", "_device", "_event", "_pinned", "piece")
+
+    def __init__(self, transit: Transit, piece: Piece, pinned: Piece | None, event: int) -> None:
+        self.piece = piece
+        self._device = transit.device
+        self._pinned = pinned
+        self._event = event
+        self._back = weakref.finalize(self, transit.events.append, event)  # also of one that is dropped on its way
+        self._back.atexit = False
+
+    def precede(self, stream: int) -> bool:
+        """Return whether it is there; if not, what is put on the stream from now on waits. One thread at a time."""
+        if self.is_there():
+            return True
+        with cuda.on(self._device):
+            cuda.stream_wait_event(stream, self._event)
+        return False
+
+    def is_there(self) -> bool:
+        """Whether it is there."""
+        if self._event:
+            with cuda.on(self._device):
+                if not cuda.event_query(self._event):
+                    return False
+            self._event, self._pinned = 0, None
+            self._back()
+        return True
 
 
 class Transit:
-    """One at a time; whoever brings something waits until it is there, some 20 us. Never behind a program."""
+    """One stream, in order: memory that is filled anew is filled after what was on its way there before."""
 
     def __init__(self, device: int, tables: Slabs, pinned: Slabs) -> None:
-        self._device = device
+        self.device = device
         self._tables = tables
-        self._lock = threading.Lock()  # protects all below; held while the GPU copies
-        self._staging = pinned.take(_STAGING_NBYTES)
-        self._view: Bytes = np.frombuffer(cuda.host_bytes(self._staging.address, _STAGING_NBYTES), np.uint8)
-        self._late: Piece | None = None  # what the GPU may still write to
+        self._pinned = pinned
+        self.events: deque[int] = deque()
+        """Those that nobody uses; appending and popping need no lock."""
+        self._made: list[int] = []
         with cuda.on(device):
             self._stream = cuda.stream_create(is_urgent=True)
-            self._event = cuda.event_create()
-            cuda.event_record(self._event, self._stream)
 
-    def upload(self, table: npt.NDArray[np.uint64]) -> Piece:
-        """Return a copy of a table in the GPU's memory, which has arrived there.
+    def upload(self, table: npt.NDArray[np.uint64]) -> Arrival:
+        """Copy a table to the GPU's memory; nobody waits for that here.
 
         Raises:
             RangeError: the GPU has no memory for it.
-            TransferTimeout: the GPU does not take it.
         """
         flat = np.ascontiguousarray(table).view(np.uint8).reshape(-1)
-        piece = self._tables.take(max(1, len(flat)))
-        with self._lock, cuda.on(self._device):
-            self._settle(_UPLOAD_SECONDS)
-            self._late = piece
-            for at in range(0, len(flat), _STAGING_NBYTES):
-                part = flat[at : at + _STAGING_NBYTES]
-                self._view[: len(part)] = part
-                cuda.memcpy_h2d_async(piece.address + at, self._staging.address, len(part), self._stream)
-                self._settle_now(_UPLOAD_SECONDS)
-            self._late = None
-        return piece
+        nbytes = max(1, len(flat))
+        piece, pinned = self._tables.take(nbytes), self._pinned.take(nbytes)
+        np.frombuffer(cuda.host_bytes(pinned.address, len(flat)), np.uint8)[:] = flat
+        with cuda.on(self.device):
+            cuda.memcpy_h2d_async(piece.address, pinned.address, len(flat), self._stream)
+            return Arrival(self, piece, pinned, self._mark())
 
-    def download(self, address: int, into: npt.NDArray[np.uint64], timeout: float) -> None:
-        """Copy from the GPU's memory, where nobody writes any more.
-
-        Raises:
-            TransferTimeout: the GPU does not bring it.
-        """
-        flat = into.view(np.uint8).reshape(-1)
-        with self._lock, cuda.on(self._device):
-            self._settle(timeout)
-            for at in range(0, len(flat), _STAGING_NBYTES):
-                part = flat[at : at + _STAGING_NBYTES]
-                cuda.memcpy_d2h_async(self._staging.address, address + at, len(part), self._stream)
-                self._settle_now(timeout)
-                part[:] = self._view[: len(part)]
-
-    def zero(self, piece: Piece) -> None:
-        """Fill memory of the GPU with zeros.
-
-        Raises:
-            TransferTimeout: the GPU does not do it.
-        """
-        with self._lock, cuda.on(self._device):
+    def zero(self, piece: Piece) -> Arrival:
+        """Fill memory of the GPU with zeros; nobody waits for that here."""
+        with cuda.on(self.device):
             cuda.memset_async(piece.address, 0, piece.nbytes, self._stream)
-            self._settle_now(_UPLOAD_SECONDS)
+            return Arrival(self, piece, None, self._mark())
 
     def close(self) -> None:
-        """Give everything back; nothing is on its way."""
-        cuda.event_destroy(self._event)
-        cuda.stream_destroy(self._stream)
-        self._staging.close()
+        """Give everything back.
 
-    def _settle_now(self, timeout: float) -> None:
-        cuda.event_record(self._event, self._stream)
-        self._settle(timeout)
+        Raises:
+            TransferTimeout: something is still on its way.
+        """
+        with cuda.on(self.device):
+            wait_until(lambda: cuda.stream_query(self._stream), _CLOSE_SECONDS, self.device)
+            for event in self._made:
+                cuda.event_destroy(event)
+            cuda.stream_destroy(self._stream)
 
-    def _settle(self, timeout: float) -> None:
-        """Wait until the GPU is through; after one that was late, until then nothing else is put into the buffer."""
-        wait_for_event(self._event, timeout, self._device)
-        self._late = None
+    def _mark(self) -> int:
+        try:
+            event = self.events.pop()
+        except IndexError:
+            event = cuda.event_create()
+            self._made.append(event)
+        cuda.event_record(event, self._stream)
+        return event
 
 
-def wait_for_event(event: int, timeout: float, device: int) -> None:
-    """Wait for an event, in the GPU's context, by looking at it ever more seldom.
+def wait_until(is_so: Callable[[], bool], timeout: float, device: int) -> None:
+    """Wait for a GPU by looking ever more seldom.
 
     Raises:
-        TransferTimeout: it does not come.
+        TransferTimeout: it is not through in time.
     """
     began = time.monotonic()
-    while not cuda.event_query(event):
+    while not is_so():
         waited = time.monotonic() - began
         if waited > timeout:
             raise TransferTimeout(f"GPU {device} was not through after {timeout:g} s", hint="see nvidia-smi")

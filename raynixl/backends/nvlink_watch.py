@@ -31,13 +31,22 @@ class Watch:
     def wake(self) -> None:
         """Hear of a job, which `look` sees by now."""
         with self._lock:
-            if self._is_awake:
+            if self._is_awake or not self._has_thread():
                 return
             self._is_awake = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
         self._bell.set()
+
+    def _has_thread(self) -> bool:
+        """Start the thread if there is none. Where there can be none, those who wait look by themselves."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:  # the next job tries again
+                logger.warning("jobs of a GPU are not watched: %s", exc)
+                return False
+            self._thread = thread
+        return True
 
     def hurry(self) -> None:
         """Look more often for a while: somebody sleeps until a job has ended."""

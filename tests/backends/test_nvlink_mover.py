@@ -1,106 +1,28 @@
-"""Programs of a GPU and their jobs: order, ends, gates, deadlines, on a driver that is made up."""
+"""Programs of a GPU and their jobs: ends, gates, deadlines, failures, on a driver that is made up."""
 
 from __future__ import annotations
 
 import errno
 import gc
 import os
-import select
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from cuda_fake import FakeCuda
-from cuda_fixtures import fake_driver
+from mover_tools import (
+    PATIENCE,
+    WAYS,
+    Pair,
+    as_job,
+    is_readable,
+    wait_until,
+)
 
-from raynixl import BackendUnavailable, ConfigError, cuda
+from raynixl import ConfigError
 from raynixl.backends.nvlink_mover import Mover, mover
-from raynixl.backends.nvlink_tiles import Tuning
 from raynixl.backends.nvlink_watch import Watch
-from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, Job, load
-
-MIB = 1 << 20
-PATIENCE = 10.0
-WAYS = {
-    "small": [(3, 5, 1000)],
-    "range": [(0, 64, 700_001)],
-    "tiles": [(k * 9000, k * 9000 + 1, 8000) for k in range(60)],
-    "narrow": [(k * 900, k * 900 + 8, 80) for k in range(60)],
-    "engine": [(0, 0, MIB)],
-}
-TUNING = Tuning(engine_nbytes=MIB)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeCuda]:
-    with fake_driver() as made:
-        yield made
-
-
-@pytest.fixture(params=["native", "ctypes"])
-def gpu(fake: FakeCuda, request: pytest.FixtureRequest) -> Iterator[Mover]:
-    """A mover of its own, in either core."""
-    made = Mover(0, TUNING, core=load(request.param == "native"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def gate() -> Gate:
-    return load(native=True).Gate()
-
-
-class Pair:
-    """Two pieces of a GPU's memory that the user has."""
-
-    def __init__(self, fake: FakeCuda) -> None:
-        self._fake = fake
-        self.source, self.target = fake.make(MIB), fake.make(MIB)
-        self.data = np.random.default_rng(0).integers(0, 256, MIB, np.uint8)
-        fake.view(self.source, MIB)[:] = self.data
-        fake.view(self.target, MIB)[:] = 0
-
-    def table(self, rows: list[tuple[int, int, int]]) -> Any:
-        """Rows of offsets as addresses."""
-        return np.array(rows, np.uint64).reshape(-1, 3) + np.array([self.source, self.target, 0], np.uint64)
-
-    def has(self, rows: list[tuple[int, int, int]]) -> bool:
-        """Whether the rows have been copied, and nothing else."""
-        wanted = np.zeros(MIB, np.uint8)
-        for source, target, nbytes in rows:
-            wanted[target : target + nbytes] = self.data[source : source + nbytes]
-        return bool((self._fake.view(self.target, MIB) == wanted).all())
-
-    @property
-    def is_untouched(self) -> bool:
-        return not self._fake.view(self.target, MIB).any()
-
-
-@pytest.fixture
-def pair(fake: FakeCuda) -> Iterator[Pair]:
-    made = Pair(fake)
-    yield made
-    fake.drop(made.source)
-    fake.drop(made.target)
-
-
-def as_job(result: int | Job) -> Job:
-    assert not isinstance(result, int), result
-    return result
-
-
-def is_readable(fd: int, patience: float = PATIENCE) -> bool:
-    return bool(select.select([fd], [], [], patience)[0])
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    limit = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
+from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, load
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -253,67 +175,27 @@ def test_a_program_that_is_dropped_keeps_its_table_until_the_gpu_is_through(
     assert pair.has(rows)
 
 
-def test_a_program_follows_an_event_and_a_stream_follows_the_job(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
-    stream = fake.work.stream(cuda.primary(0))
-    seen: list[bool] = []
-    rows = [(0, 0, MIB)]
-    program = gpu.program(pair.table(rows), [])
+def test_without_a_thread_those_who_wait_look_and_the_next_job_tries_again(
+    gpu: Mover,
+    fake: FakeCuda,
+    pair: Pair,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    with monkeypatch.context() as patch, fake.held():
+        patch.setattr(threading.Thread, "start", no_more_threads)
+        job = as_job(program.run(PATIENCE))
+    assert "not watched" in caplog.text
+    assert job.wait(PATIENCE)
     with fake.held():
-        fake.work.put(stream, lambda: pair.data.__setitem__(slice(0, 100), 7))
-        fake.work.put(stream, lambda: fake.view(pair.source, 100).__setitem__(slice(None), 7))
-        job = as_job(program.run_after(PATIENCE, cuda.record(stream, 0)))
-        job.order(stream)  # type: ignore[attr-defined]
-        fake.work.put(stream, lambda: seen.append(pair.has(rows)))
-        while fake.step():
-            pass
-    assert job.wait(PATIENCE)
-    assert seen == [True]
+        program.run(PATIENCE)
+    assert gate.drain(PATIENCE)
 
 
-def test_what_waits_for_an_event_holds_up_nothing_else(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
-    stream = fake.work.stream(cuda.primary(0))
-    program = gpu.program(pair.table([(0, 0, 64)]), [])
-    is_open = threading.Event()
-
-    def spin() -> Iterator[None]:
-        while not is_open.is_set():
-            yield
-
-    fake.work.put(stream, spin)
-    event = cuda.record(stream, 0)
-    waiting = [as_job(program.run_after(PATIENCE, event)) for _ in range(20)]
-    others = [as_job(program.run(PATIENCE, out_of_line=True)) for _ in range(5)]
-    assert all(job.wait(PATIENCE) and job.code == DONE for job in others)
-    assert all(job.code == PENDING for job in waiting)
-    is_open.set()
-    assert all(job.wait(PATIENCE) and job.code == DONE for job in waiting)
-
-
-def test_ordering_after_a_job_that_has_ended_asks_nothing_of_the_driver(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
-    job = as_job(gpu.program(pair.table([(0, 0, 64)]), []).run(PATIENCE, out_of_line=True))
-    assert job.wait(PATIENCE)
-    before = fake.calls["cuStreamWaitEvent"]
-    job.order(fake.work.stream(cuda.primary(0)))  # type: ignore[attr-defined]
-    assert fake.calls["cuStreamWaitEvent"] == before
-
-
-def test_many_threads_share_the_lanes(gpu: Mover, pair: Pair, gate: Gate) -> None:
-    program = gpu.program(pair.table([(0, 0, 4096)]), [gate])
-    codes: list[int] = []
-
-    def work() -> None:
-        for number in range(40):
-            result = program.run(PATIENCE, out_of_line=number % 2 == 0)
-            assert isinstance(result, int) or result.wait(PATIENCE)
-            codes.append(result if isinstance(result, int) else result.code)
-
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert codes == [DONE] * 240
-    assert gate.inflight == 0
+def no_more_threads(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_launch_that_fails_is_an_error_code_and_leaves_the_gate(
@@ -388,65 +270,6 @@ def test_a_watch_goes_on_when_a_look_fails(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text.count("Traceback") == 1
 
 
-def test_lanes_are_shared_when_captured_programs_have_all_words(
-    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
-) -> None:
-    stream = fake.work.stream(cuda.primary(0))
-    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
-    kept = [program.capture(stream) for _ in range(1023)]
-    with fake.held():
-        jobs = [as_job(program.run(PATIENCE)) for _ in range(9)]
-    assert all(job.wait(PATIENCE) and job.code == DONE for job in jobs)
-    for captured in kept:
-        captured.close()
-
-
-@pytest.mark.parametrize("way", ["range", "tiles", "engine"])
-def test_a_captured_program_runs_with_every_replay(
-    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, way: str
-) -> None:
-    stream = fake.work.stream(cuda.primary(0))
-    program = gpu.program(pair.table(WAYS[way]), [gate])
-    fake.work.begin_capture(stream)
-    captured = program.capture(stream)
-    graph = fake.work.end_capture(stream)
-    assert (captured.code, captured.runs, gate.inflight) == (0, 0, 1)
-    assert pair.is_untouched
-    for replay in (1, 2, 3):
-        graph.launch()
-        wait_until(lambda replay=replay: captured.runs == replay)
-    assert pair.has(WAYS[way])
-    captured.close()
-    captured.close()
-    assert gate.inflight == 0
-
-
-def test_words_of_captured_programs_are_used_again(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
-    stream = fake.work.stream(cuda.primary(0))
-    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
-    for _ in range(1500):
-        captured = program.capture(stream)
-        wait_until(lambda captured=captured: captured.runs == 1)
-        captured.close()
-    gate.close(STALE)
-    assert program.capture(stream).code == STALE
-    assert gate.drain(PATIENCE)
-
-
-def test_too_many_captured_programs_are_refused_and_the_gate_is_left(
-    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
-) -> None:
-    stream = fake.work.stream(cuda.primary(0))
-    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
-    kept = [program.capture(stream) for _ in range(1023)]
-    with pytest.raises(BackendUnavailable, match="close"):
-        program.capture(stream)
-    assert gate.inflight == len(kept)
-    for captured in kept:
-        captured.close()
-    assert gate.inflight == 0
-
-
 def test_a_child_that_was_forked_cannot_use_the_gpu(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
     program = gpu.program(pair.table([(0, 0, 64)]), [])
     with fake.held():
@@ -468,15 +291,3 @@ def test_there_is_one_mover_for_each_gpu(fake: FakeCuda) -> None:
 def test_a_gpu_that_is_not_there_is_refused(fake: FakeCuda) -> None:
     with pytest.raises(ConfigError, match="GPU 7"):
         mover(7)
-
-
-def test_preparing_again_and_again_takes_no_more_memory(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
-    def prepare() -> None:
-        assert gpu.program(pair.table(WAYS["tiles"]), []).run(PATIENCE, out_of_line=True)
-
-    for _ in range(20):
-        prepare()
-    before = fake.calls["cuMemAlloc_v2"] + fake.calls["cuMemHostAlloc"]
-    for _ in range(200):
-        prepare()
-    assert fake.calls["cuMemAlloc_v2"] + fake.calls["cuMemHostAlloc"] == before

@@ -1,0 +1,238 @@
+"""Lanes of a GPU: order with streams, captured programs, tables on their way, on a driver that is made up."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+from cuda_fake import FakeCuda
+from mover_tools import (
+    MIB,
+    PATIENCE,
+    WAYS,
+    Pair,
+    as_job,
+    wait_until,
+)
+
+from raynixl import BackendUnavailable, TransferTimeout, cuda
+from raynixl.backends import nvlink_mover
+from raynixl.backends.nvlink_mover import Mover
+from raynixl.backends.nvlink_tiles import Tuning
+from raynixl.native import DONE, PENDING, STALE, Gate
+
+
+def test_a_program_follows_an_event_and_a_stream_follows_the_job(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    seen: list[bool] = []
+    rows = [(0, 0, MIB)]
+    program = gpu.program(pair.table(rows), [])
+    with fake.held():
+        fake.work.put(stream, lambda: pair.data.__setitem__(slice(0, 100), 7))
+        fake.work.put(stream, lambda: fake.view(pair.source, 100).__setitem__(slice(None), 7))
+        job = as_job(program.run_after(PATIENCE, cuda.record(stream, 0)))
+        job.order(stream)  # type: ignore[attr-defined]
+        fake.work.put(stream, lambda: seen.append(pair.has(rows)))
+        while fake.step():
+            pass
+    assert job.wait(PATIENCE)
+    assert seen == [True]
+
+
+def test_what_waits_for_an_event_holds_up_nothing_else(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    is_open = threading.Event()
+
+    def spin() -> Iterator[None]:
+        while not is_open.is_set():
+            yield
+
+    fake.work.put(stream, spin)
+    event = cuda.record(stream, 0)
+    waiting = [as_job(program.run_after(PATIENCE, event)) for _ in range(20)]
+    others = [as_job(program.run(PATIENCE, out_of_line=True)) for _ in range(5)]
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in others)
+    assert all(job.code == PENDING for job in waiting)
+    is_open.set()
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in waiting)
+
+
+def test_forty_transfers_that_wait_for_streams_wait_each_for_its_own(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    streams = [fake.work.stream(cuda.primary(0)) for _ in range(40)]
+    with fake.held():
+        jobs = []
+        for stream in streams:
+            fake.work.put(stream, lambda: None)
+            jobs.append(as_job(program.run_after(PATIENCE, cuda.record(stream, 0))))
+        assert len({id(job.lane) for job in jobs}) == 40  # type: ignore[attr-defined]
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in jobs)
+
+
+@pytest.mark.parametrize("way", ["tiles", "narrow"])
+def test_preparing_and_posting_a_list_wait_for_no_gpu(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, way: str
+) -> None:
+    with fake.held():
+        program = gpu.program(pair.table(WAYS[way]), [gate])
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(3)]
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in jobs)
+    assert pair.has(WAYS[way])
+    program.run(PATIENCE)
+    assert not program.start.arrivals
+
+
+def test_a_list_that_is_dropped_on_its_way_spoils_none_that_comes_after(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    with fake.held():
+        for _ in range(5):
+            gpu.program(pair.table(WAYS["narrow"]), [])
+            gc.collect()
+        job = as_job(gpu.program(pair.table(WAYS["tiles"]), []).run(PATIENCE))
+    assert job.wait(PATIENCE)
+    assert pair.has(WAYS["tiles"])
+
+
+def test_a_list_whose_table_does_not_come_is_not_captured(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvlink_mover, "_WARM_SECONDS", 0.02)
+    with fake.held():
+        program = gpu.program(pair.table(WAYS["tiles"]), [gate])
+        with pytest.raises(TransferTimeout):
+            program.capture(fake.work.stream(cuda.primary(0)))
+        assert gate.inflight == 0
+
+
+def test_the_interpreter_is_let_go_where_a_stream_may_be_full(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    rows = [(k * 16384, k * 16384, 8192) for k in range(60)]
+    program = gpu.program(pair.table(rows), [], touches_host=True)
+    many = Mover(0, Tuning(engine_nbytes=0), core=gpu.core).program(pair.table(rows), [])
+    assert (program.start.entries, many.start.entries) == (1, 61)
+    loads = []
+    with fake.held():
+        for _ in range(30):
+            job = as_job(many.run(PATIENCE, out_of_line=True))
+            loads.append(job.lane.load)  # type: ignore[attr-defined]
+    many._mover.close()
+    assert loads[:4] == [61] * 4  # a lane each
+    assert max(loads) < 256 + 61
+
+
+def test_ordering_after_a_job_that_has_ended_asks_nothing_of_the_driver(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    job = as_job(gpu.program(pair.table([(0, 0, 64)]), []).run(PATIENCE, out_of_line=True))
+    assert job.wait(PATIENCE)
+    before = fake.calls["cuStreamWaitEvent"]
+    job.order(fake.work.stream(cuda.primary(0)))  # type: ignore[attr-defined]
+    assert fake.calls["cuStreamWaitEvent"] == before
+
+
+def test_many_threads_share_the_lanes(gpu: Mover, pair: Pair, gate: Gate) -> None:
+    program = gpu.program(pair.table([(0, 0, 4096)]), [gate])
+    codes: list[int] = []
+
+    def work() -> None:
+        for number in range(40):
+            result = program.run(PATIENCE, out_of_line=number % 2 == 0)
+            assert isinstance(result, int) or result.wait(PATIENCE)
+            codes.append(result if isinstance(result, int) else result.code)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert codes == [DONE] * 240
+    assert gate.inflight == 0
+
+
+def test_lanes_are_shared_when_captured_programs_have_all_words(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    kept = [program.capture(stream) for _ in range(2047)]
+    with fake.held():
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(9)]
+    assert all(job.wait(PATIENCE) and job.code == DONE for job in jobs)
+    for captured in kept:
+        captured.close()
+
+
+@pytest.mark.parametrize("way", ["range", "tiles", "engine"])
+def test_a_captured_program_runs_with_every_replay(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, way: str
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table(WAYS[way]), [gate])
+    fake.work.begin_capture(stream)
+    captured = program.capture(stream)
+    graph = fake.work.end_capture(stream)
+    assert (captured.code, captured.runs, gate.inflight) == (0, 0, 1)
+    assert pair.is_untouched
+    for replay in (1, 2, 3):
+        graph.launch()
+        wait_until(lambda replay=replay: captured.runs == replay)
+    assert pair.has(WAYS[way])
+    captured.close()
+    captured.close()
+    assert gate.inflight == 0
+
+
+def test_a_child_that_was_forked_sees_no_replays_and_gives_nothing_back(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    captured = gpu.program(pair.table(WAYS["tiles"]), [gate]).capture(stream)
+    wait_until(lambda: captured.runs == 1)
+    piece = gpu.tables.take(1)
+    with gpu.tables._lock:  # as another thread may hold it
+        child = os.fork()
+        if child == 0:
+            is_held = threading.Thread(target=piece.close)
+            is_held.start()
+            is_held.join(PATIENCE)
+            os._exit(0 if captured.runs == 0 and not is_held.is_alive() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    captured.close()
+
+
+def test_words_of_captured_programs_are_used_again(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    for _ in range(3000):
+        captured = program.capture(stream)
+        wait_until(lambda captured=captured: captured.runs == 1)
+        captured.close()
+    gate.close(STALE)
+    assert program.capture(stream).code == STALE
+    assert gate.drain(PATIENCE)
+
+
+def test_too_many_captured_programs_are_refused_and_the_gate_is_left(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    stream = fake.work.stream(cuda.primary(0))
+    program = gpu.program(pair.table([(0, 0, 64)]), [gate])
+    kept = [program.capture(stream) for _ in range(2047)]
+    with pytest.raises(BackendUnavailable, match="close"):
+        program.capture(stream)
+    assert gate.inflight == len(kept)
+    for captured in kept:
+        captured.close()
+    assert gate.inflight == 0
+
+
+def test_preparing_again_and_again_takes_no_more_memory(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    def prepare() -> None:
+        assert gpu.program(pair.table(WAYS["tiles"]), []).run(PATIENCE, out_of_line=True)
+
+    for _ in range(20):
+        prepare()
+    before = fake.calls["cuMemAlloc_v2"] + fake.calls["cuMemHostAlloc"]
+    for _ in range(200):
+        prepare()
+    assert fake.calls["cuMemAlloc_v2"] + fake.calls["cuMemHostAlloc"] == before
