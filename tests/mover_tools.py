@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -65,3 +68,31 @@ def wait_until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < limit
         time.sleep(0.001)
+
+
+def holds_in_child(is_so: Callable[[], bool]) -> bool:
+    """Fork, and return whether something is so in the child."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks among threads: we mean it
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if is_so() else 2
+        finally:
+            os._exit(code)
+    ended: list[int] = []
+
+    def is_over() -> bool:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            ended.append(os.waitstatus_to_exitcode(status))
+        return bool(ended)
+
+    try:
+        wait_until(is_over)
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return ended == [0]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from cuda_fake import FakeCuda
@@ -15,6 +14,7 @@ from mover_tools import (
     WAYS,
     Pair,
     as_job,
+    holds_in_child,
     wait_until,
 )
 
@@ -190,14 +190,16 @@ def test_a_child_that_was_forked_sees_no_replays_and_gives_nothing_back(
     wait_until(lambda: captured.runs == 1)
     piece = gpu.tables.take(1)
     with gpu.tables._lock:  # as another thread may hold it
-        child = os.fork()
-        if child == 0:
-            is_held = threading.Thread(target=piece.close)
-            is_held.start()
-            is_held.join(PATIENCE)
-            os._exit(0 if captured.runs == 0 and not is_held.is_alive() else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert holds_in_child(lambda: captured.runs == 0 and returns(piece.close))
     captured.close()
+
+
+def returns(run: Callable[[], object]) -> bool:
+    """Whether another thread comes back from it soon."""
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(5.0)
+    return not thread.is_alive()
 
 
 def test_words_of_captured_programs_are_used_again(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:

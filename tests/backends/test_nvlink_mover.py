@@ -15,6 +15,7 @@ from mover_tools import (
     WAYS,
     Pair,
     as_job,
+    holds_in_child,
     is_readable,
     wait_until,
 )
@@ -274,11 +275,9 @@ def test_a_child_that_was_forked_cannot_use_the_gpu(gpu: Mover, fake: FakeCuda, 
     program = gpu.program(pair.table([(0, 0, 64)]), [])
     with fake.held():
         job = as_job(program.run(PATIENCE))
-        child = os.fork()
-        if child == 0:
-            codes = (job.code, job.settled, job.cancel(CANCELLED), program.run(1.0))
-            os._exit(0 if codes == (CLOSED, True, False, CLOSED) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert holds_in_child(
+            lambda: (job.code, job.settled, job.cancel(CANCELLED), program.run(1.0)) == (CLOSED, True, False, CLOSED)
+        )
     assert job.wait(PATIENCE)
 
 
