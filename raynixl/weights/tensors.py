@@ -172,7 +172,7 @@ def _copy_by_torch(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
     inference = any(target.is_inference() for target, _ in pairs)
     alike: dict[object, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for target, source in pairs:
+    for target, source in map(_as_bits, pairs):
         kinds = target.device, source.device, target.dtype, source.dtype, target.stride() == source.stride()
         alike.setdefault(kinds, []).append((target, source))
     with torch.inference_mode() if inference else torch.no_grad():
@@ -182,6 +182,20 @@ def _copy_by_torch(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             targets, sources = ([pair[side] for pair in group] for side in (0, 1))
             is_waited_for = {targets[0].device.type, sources[0].device.type} <= {"cpu", "cuda"}
             torch._foreach_copy_(targets, sources, non_blocking=is_waited_for)
+
+
+def _as_bits(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a pair of one dtype as integers: kernels that copy many tensors turn a NaN of 16 bits into another one."""
+    import torch
+
+    target, source = pair
+    is_lazy = any(one.is_conj() or one.is_neg() for one in pair)
+    if target.dtype != source.dtype or is_lazy or not (target.is_floating_point() or target.is_complex()):
+        return pair
+    if target.is_complex():
+        return _as_bits((torch.view_as_real(target), torch.view_as_real(source)))
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[target.element_size()]
+    return target.detach().view(integer), source.detach().view(integer)
 
 
 def note_change(tensors: Sequence[torch.Tensor]) -> None:
