@@ -198,7 +198,8 @@ class Holders:
     def free_hosts(self, tries: int) -> Iterator[Host]:
         """Yield some hosts that can give something, the least busy ones first."""
         random = self._random
-        for left in self._free:
+        for level in self._free:
+            left = level
             while left and tries > 0:
                 index = pick(left, random)
                 left ^= 1 << index

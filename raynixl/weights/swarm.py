@@ -171,8 +171,7 @@ class Swarm:
             pulling = member.pending.pop(chunk, None)
             if pulling is not None:
                 self._choice.write_off(member, pulling)
-                if now - pulling.since > self._slowest:
-                    self._slowest = now - pulling.since
+                self._slowest = max(self._slowest, now - pulling.since)
                 if pulling.holder is not None:
                     pulling.holder.complaints.clear()
                     member.is_rebuffed = False

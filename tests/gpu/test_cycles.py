@@ -25,7 +25,7 @@ def test_ten_thousand_regions_that_are_made_opened_read_and_withdrawn_leave_no_m
     peer = near.peer(far.record)
 
     def cycle(number: int) -> None:
-        far.ask("nvlink_far:make_bare", name="memory", nbytes=NBYTES)
+        far.ask("nvlink_far:make_bare", names=["memory"], nbytes=NBYTES)
         mine = near.empty(NBYTES, kind="vram")
         near.read(peer["memory"], mine).wait(PATIENCE)
         near.deregister(mine)

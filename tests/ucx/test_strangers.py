@@ -89,8 +89,8 @@ def test_a_stranger_hears_neither_key_nor_address_of_ucx(pair: tuple[Agent, Agen
     assert b"wrong secret" in said
     assert not any(one[:16] in said for one in known)
     assert SECRET not in said
-    dropped = guarded.statistics().dropped
-    assert dropped == {"greeting: malformed": 2, "greeting: wrong secret": 1}
+    counted = {"greeting: malformed": 2, "greeting: wrong secret": 1}  # the agent hangs up before it counts
+    eventually(lambda: guarded.statistics().dropped == counted, "all three are counted")
     check_serves(guarded, friend)
 
 
