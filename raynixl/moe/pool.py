@@ -1,0 +1,328 @@
+"""The pool: the registered memory of one rank into which others write rows, given out again once nobody uses it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raynixl.errors import AgentClosed, RangeError, RegionStale
+from raynixl.memory import PAGE_NBYTES
+from raynixl.moe.lines import ranks_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from raynixl.agents import Agent
+    from raynixl.region import Region
+
+logger = logging.getLogger(__name__)
+KEEP_SECONDS = 60.0
+KEEP_TAKES = 1024
+"""What is free is kept for this long and for so many takes: fresh memory is several times as slow as used memory."""
+
+_FIRST_WARNING = 16
+_HINT = "drop results of earlier dispatches, and what was computed as views of them, once they are used"
+
+
+class Slot:
+    """One arena of a pool.
+
+    It is in use for as long as its taker keeps it, a rank may still write into it, or a tensor of its lease lives.
+    """
+
+    __slots__ = ("address", "bytes", "is_kept", "lease", "nbytes", "number", "region", "take", "taken_at", "writers")
+
+    def __init__(self, number: int, region: Region) -> None:
+        self.number = number
+        self.region = region
+        self.nbytes = region.nbytes
+        self.address = region.memory.address
+        self.bytes: NDArray[np.uint8] = region.array()
+        self.writers = 0
+        """The ranks that may still write into it, 1 bit a rank."""
+        self.is_kept = False
+        self.lease: _Ended | None = None
+        self.take = 0
+        self.taken_at = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Slot({self.number}, {self.nbytes} bytes, kept={self.is_kept}, leased={self.is_leased}, "
+            f"writers={ranks_of(self.writers)})"
+        )
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether tensors of it live, as far as the pool has heard."""
+        return self.lease is not None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it may be given out."""
+        return not (self.is_kept or self.writers or self.lease)
+
+
+class _Ended(weakref.ref["NDArray[np.uint8]"]):
+    """Watches the array that owns what a lease's tensors view; the number of its slot is for who hears of its end."""
+
+    __slots__ = ("number",)  # not the slot, which would hold on to itself
+    number: int
+
+
+class Lease:
+    """The use of a slot by tensors: over when this object and all that it made, and all views of that, are gone."""
+
+    __slots__ = ("_owner", "slot")
+
+    def __init__(self, slot: Slot, owner: NDArray[np.uint8]) -> None:
+        self.slot = slot
+        self._owner = owner
+
+    def __repr__(self) -> str:
+        return f"Lease({self.slot!r})"
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
+        """Return a torch view of the slot's bytes from `offset`, which keeps the lease and the memory.
+
+        Raises:
+            RangeError: it would not lie within the slot, or its items would lie askew.
+        """
+        import torch
+
+        count = 1
+        for size in shape:
+            count *= size
+        itemsize = dtype.itemsize
+        if count < 0 or offset < 0 or offset + count * itemsize > self.slot.nbytes or offset % itemsize:
+            raise RangeError(f"{list(shape)} of {dtype} at {offset} do not lie in a slot of {self.slot.nbytes} bytes")
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        # the tensor, and what shares its memory, holds on to the array that it is given
+        return torch.frombuffer(self._owner, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+
+class Pool:
+    """The slots of one rank. Safe in threads; tensors of leases may end in any thread, and anywhere in it."""
+
+    def __init__(
+        self, agent: Agent, nbytes: int, name: str = "moe", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.nbytes = nbytes
+        """A slot has this size at least."""
+        self.name = name
+        self._agent = agent
+        self._clock = clock
+        self._lock = (
+            threading.Lock()
+        )  # protects the slots and what is noted in them; nothing is made or withdrawn in it
+        self._slots: dict[int, Slot] = {}
+        # Tensors may end amid anything, with the lock held by this very thread: then a slot is only put down here.
+        self._ended: deque[_Ended] = deque()
+        self._numbers = itertools.count(1)
+        self._takes = 0
+        self._warned = _FIRST_WARNING // 2
+        self._droppers: list[threading.Thread] = []
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        slots = list(self._slots.values())
+        return f"Pool({self.name!r}, {_summary(slots)})"
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    # What others may write
+
+    def take(self, nbytes: int = 0) -> Slot:
+        """Return a slot of that size at least, which the taker keeps until he leases it or puts it back.
+
+        The one that was used last of the smallest that do; one is made where none is free, and what was free for long
+        is let go of.
+
+        Raises:
+            RangeError: there is no memory for one more.
+            AgentClosed: the pool or its agent is closed.
+        """
+        wanted = max(nbytes, self.nbytes)
+        now = self._clock()
+        with self._lock:
+            self._check_open()
+            self._drain()
+            self._takes += 1
+            free = [slot for slot in self._slots.values() if slot.is_free]
+            fitting = [slot for slot in free if slot.nbytes >= wanted]
+            slot = min(fitting, key=lambda one: (one.nbytes, -one.take), default=None)
+            stale = [one for one in free if one is not slot and self._is_stale(one, now)]
+            for one in stale:
+                del self._slots[one.number]
+            if slot is not None:
+                self._keep(slot, now)
+        if stale:
+            self._drop_aside(stale)
+        return self._make(wanted) if slot is None else slot
+
+    def announce(self, slot: Slot, writers: int) -> None:
+        """Note, before they are told of it, that these ranks (1 bit each) may write into a slot that was taken."""
+        with self._lock:
+            assert slot.is_kept, f"{slot} is announced by who has not taken it"
+            slot.writers |= writers
+
+    def answered(self, slot: Slot, rank: int) -> None:
+        """Note that a rank has done what it was told of a slot, and writes into it no more."""
+        with self._lock:
+            slot.writers &= ~(1 << rank)
+
+    def gone(self, rank: int) -> None:
+        """Note that a rank writes into no slot any more: it ended, or said so."""
+        with self._lock:
+            for slot in self._slots.values():
+                slot.writers &= ~(1 << rank)
+
+    # What the taker does with it
+
+    def lease(self, slot: Slot) -> Lease:
+        """Turn the taker's hold on a slot into one by tensors."""
+        owner = slot.bytes[:]
+        ended = _Ended(owner, self._ended.append)
+        ended.number = slot.number
+        with self._lock:
+            assert slot.is_kept, f"{slot} is leased by who has not taken it"
+            slot.is_kept = False
+            slot.lease = ended
+        return Lease(slot, owner)
+
+    def put_back(self, slot: Slot) -> None:
+        """End the taker's hold on a slot that he has no more use of; it is free once nobody may write into it."""
+        with self._lock:
+            slot.is_kept = False
+
+    # What there is
+
+    def find(self, number: int) -> Slot | None:
+        """Return a slot by number; None if there is none, or no more."""
+        with self._lock:
+            return self._slots.get(number)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All of them."""
+        with self._lock:
+            self._drain()
+            return tuple(self._slots.values())
+
+    @property
+    def quarantined(self) -> tuple[Slot, ...]:
+        """Those that are in use only because a rank may still write into them."""
+        return tuple(slot for slot in self.slots if slot.writers and not slot.is_kept and not slot.lease)
+
+    def close(self) -> None:
+        """Withdraw all slots from peers; idempotent. Tensors keep their memory, which nobody else is given."""
+        with self._lock:
+            self._is_closed = True
+            slots, droppers = list(self._slots.values()), self._droppers
+            self._slots, self._droppers = {}, []
+        self._drop(slots)
+        for thread in droppers:
+            thread.join()  # as long as withdrawing takes, which has a deadline
+
+    # Within
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise AgentClosed(f"the pool {self.name!r} is closed", hint="make a new ExpertParallel")
+
+    def _drain(self) -> None:
+        """Note which leases are over; _lock is held."""
+        while self._ended:
+            ended = self._ended.popleft()
+            slot = self._slots.get(ended.number)
+            if slot is not None and slot.lease is ended:
+                slot.lease = None
+
+    def _keep(self, slot: Slot, now: float) -> None:
+        slot.is_kept, slot.take, slot.taken_at = True, self._takes, now
+
+    def _is_stale(self, slot: Slot, now: float) -> bool:
+        return now - slot.taken_at > KEEP_SECONDS and self._takes - slot.take > KEEP_TAKES
+
+    def _make(self, nbytes: int) -> Slot:
+        region = self._allocate(_rounded(nbytes) if nbytes > self.nbytes else nbytes)
+        slot = Slot(next(self._numbers), region)
+        with self._lock:
+            is_closed = self._is_closed
+            if not is_closed:
+                self._slots[slot.number] = slot
+                self._keep(slot, self._clock())
+            text = self._warning()
+        if is_closed:
+            self._drop([slot])
+            self._check_open()
+        if text:
+            logger.warning("%s; %s", text, _HINT)
+        return slot
+
+    def _allocate(self, nbytes: int) -> Region:
+        try:
+            return self._agent.empty(nbytes)
+        except RangeError:
+            with self._lock:
+                self._drain()
+                free = [slot for slot in self._slots.values() if slot.is_free]
+                for slot in free:
+                    del self._slots[slot.number]
+        self._drop(free)
+        try:
+            return self._agent.empty(nbytes)
+        except RangeError as exc:
+            raise RangeError(f"{exc.message}: the pool {self!r}", hint=_HINT) from exc
+
+    def _warning(self) -> str:
+        """Say once at 16, 32, 64, ... slots what has use of them; _lock is held."""
+        if len(self._slots) < 2 * self._warned:
+            return ""
+        self._warned *= 2
+        return f"the pool {self.name!r} has grown to {_summary(list(self._slots.values()))}"
+
+    def _drop_aside(self, slots: Sequence[Slot]) -> None:
+        """Withdraw slots in a thread: a peer that is frozen would hold up the step for as long as one waits for it."""
+        thread = threading.Thread(target=self._drop, args=(slots,), name="raynixl-moe-drop", daemon=True)
+        with self._lock:
+            self._droppers = [one for one in self._droppers if one.is_alive()]
+            self._droppers.append(thread)
+        thread.start()
+
+    def _drop(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            try:
+                self._agent.deregister(slot.region)
+            except (AgentClosed, RegionStale):
+                continue  # the agent was closed before us and has withdrawn it
+
+
+def _rounded(nbytes: int) -> int:
+    """Return a size of at most a quarter more, of few different ones: sizes that creep up need few new slots."""
+    step = max(PAGE_NBYTES, 1 << max(0, nbytes.bit_length() - 3))
+    return -(-nbytes // step) * step
+
+
+def _summary(slots: Sequence[Slot]) -> str:
+    waits: dict[int, int] = {}
+    for slot in slots:
+        for rank in ranks_of(slot.writers):
+            waits[rank] = waits.get(rank, 0) + 1
+    leased = sum(slot.is_leased for slot in slots)
+    kept = sum(slot.is_kept for slot in slots)
+    told = ", ".join(f"rank {rank} may write into {count}" for rank, count in sorted(waits.items()))
+    nbytes = sum(slot.nbytes for slot in slots)
+    return f"{len(slots)} slots, {nbytes} bytes: {leased} held by tensors, {kept} by steps under way" + (
+        f"; {told}" if told else ""
+    )
