@@ -1,0 +1,171 @@
+"""Expert parallelism of one process: every expert is here, and plain torch stands in for the transfers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raynixl.errors import ConfigError, RangeError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalHandle:
+    """What a dispatch leaves for its combine: who is where, and the weights of the sum."""
+
+    topk_idx: Tensor
+    weights: Tensor | None
+    weights_at: str
+    layout: str
+    alignment: int
+    tokens: Tensor
+    """The token of each row: those that have an expert at all."""
+    places: Tensor
+    """Where each pair [rows, topk] lies among the pairs in the order of `layout`; -1 for none."""
+    offsets: Tensor
+    """Where each expert's rows start in layout "experts"."""
+
+    def plain(self) -> LocalHandle:
+        """Return the same without weights: combine adds up what it gets as it is."""
+        return dataclasses.replace(self, weights=None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalDispatched:
+    """What a dispatch returns; the fields are those of `Dispatched`."""
+
+    x: Tensor
+    scales: None
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    counts: Tensor
+    offsets: Tensor | None
+    sources: Tensor
+    tokens: Tensor
+    lost: tuple[int, ...]
+    handle: LocalHandle
+
+
+class LocalParallel:
+    """What `ExpertParallel` does, for the only rank there is: the same results, bit for bit.
+
+    With `weights_at="source"` these are the bits of any number of ranks, if experts see the same rows in the same
+    order. It has no limit of tokens and no peers, so nothing is ever lost.
+    """
+
+    rank, world, active = 0, 1, (0,)
+
+    def __init__(self, *, experts: int, hidden: int, topk: int) -> None:
+        self.experts, self.hidden, self.topk = experts, hidden, topk
+        self.local_experts = tuple(range(experts))
+
+    def __repr__(self) -> str:
+        return f"LocalParallel({self.experts} experts, top {self.topk} of them)"
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        handle: LocalHandle | None = None,
+        layout: str = "tokens",
+        alignment: int = 1,
+        weights_at: str = "holder",
+    ) -> LocalDispatched:
+        """Return the rows as the experts want them."""
+        if topk_idx is None:
+            if handle is None:
+                raise ConfigError("a dispatch needs topk_idx or a handle", hint="give one of them")
+            topk_idx = handle.topk_idx
+        self._check(x, topk_idx)
+        handle = self._route(topk_idx, topk_weights, layout, alignment, weights_at)
+        ids = topk_idx[handle.tokens]
+        weights = topk_weights if topk_weights is None or weights_at == "source" else _row_weights(topk_weights, handle)
+        counts = torch.bincount(ids[ids >= 0].long(), minlength=self.experts)
+        rows = x[handle.tokens]
+        if layout == "experts":
+            rows, weights = self._by_expert(rows, weights, handle)
+        sources, tokens = torch.zeros(len(ids), dtype=torch.int32), handle.tokens.int()
+        offsets = handle.offsets if layout == "experts" else None
+        given = None if weights_at == "source" else weights
+        return LocalDispatched(rows, None, ids, given, counts, offsets, sources, tokens, (), handle)
+
+    def combine(self, y: Tensor, handle: LocalHandle) -> Tensor:
+        """Return the sum for each token, in the order of k in float32 (float64 for its like), rounded once."""
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        total = torch.zeros((len(handle.tokens), self.hidden), dtype=wide)
+        if handle.layout == "tokens" and handle.weights_at == "holder":
+            total += y
+        else:
+            weights = None if handle.weights is None else handle.weights[handle.tokens].to(wide)
+            for k in range(handle.places.shape[1]):
+                (rows,) = (handle.places[:, k] >= 0).nonzero(as_tuple=True)
+                terms = y[handle.places[rows, k]].to(wide)
+                total[rows] += terms if weights is None else weights[rows, k, None] * terms
+        out = torch.zeros((len(handle.topk_idx), self.hidden), dtype=y.dtype)
+        out[handle.tokens] = total.to(y.dtype)
+        return out
+
+    def combine_weights(self, y: Tensor, weights: Tensor, handle: LocalHandle) -> tuple[Tensor, Tensor]:
+        """Return the sums, and the weights [rows, topk] back at their tokens."""
+        back = weights.new_zeros(handle.topk_idx.shape)
+        back[handle.tokens] = weights
+        return self.combine(y, handle), back
+
+    def _check(self, x: Tensor, topk_idx: Tensor) -> None:
+        if x.shape != (len(topk_idx), self.hidden) or topk_idx.shape[1] != self.topk:
+            raise ConfigError(
+                f"x {list(x.shape)} and topk_idx {list(topk_idx.shape)} are no tokens of {self.hidden} with {self.topk} experts each",
+                hint="give x [tokens, hidden] and topk_idx [tokens, topk]",
+            )
+        if topk_idx.numel() and not -1 <= int(topk_idx.min()) <= int(topk_idx.max()) < self.experts:
+            raise RangeError(
+                f"topk_idx lies in {int(topk_idx.min())}..{int(topk_idx.max())}",
+                hint=f"experts are 0..{self.experts - 1}, and -1 is none",
+            )
+
+    def _route(
+        self, topk_idx: Tensor, weights: Tensor | None, layout: str, alignment: int, weights_at: str
+    ) -> LocalHandle:
+        (tokens,) = (topk_idx >= 0).any(1).nonzero(as_tuple=True)
+        ids = topk_idx[tokens]
+        counts = torch.bincount(ids[ids >= 0].long(), minlength=self.experts)
+        offsets = torch.zeros(self.experts + 1, dtype=torch.int64)
+        offsets[1:] = (-(-counts // alignment) * alignment).cumsum(0)
+        places = torch.full(ids.shape, -1, dtype=torch.int64)
+        if layout == "experts":
+            places[ids >= 0] = expert_places(ids, offsets)
+        else:
+            places[ids >= 0] = torch.arange(int(counts.sum()))
+        weights = None if weights is None else weights.float()
+        return LocalHandle(topk_idx, weights, weights_at, layout, alignment, tokens, places, offsets)
+
+    def _by_expert(self, rows: Tensor, weights: Tensor | None, handle: LocalHandle) -> tuple[Tensor, Tensor | None]:
+        total = int(handle.offsets[-1])
+        row, k = (handle.places >= 0).nonzero(as_tuple=True)
+        place = handle.places[row, k]
+        x = rows.new_zeros((total, rows.shape[1]))
+        x[place] = rows[row]
+        if weights is None:
+            return x, None
+        spread = torch.zeros(total)
+        spread[place] = weights[row, k]
+        return x, spread
+
+
+def expert_places(ids: Tensor, offsets: Tensor) -> Tensor:
+    """Return where each pair of (ids >= 0).nonzero() lies in layout "experts": by expert, then by row, then by k."""
+    experts = ids[ids >= 0].long()
+    order = torch.argsort(experts, stable=True)
+    counts = torch.bincount(experts, minlength=len(offsets) - 1)
+    firsts = counts.cumsum(0) - counts
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order)) + (offsets[:-1] - firsts).repeat_interleave(counts)
+    return places
+
+
+def _row_weights(weights: Tensor, handle: LocalHandle) -> Tensor:
+    return torch.where(handle.topk_idx >= 0, weights.float(), torch.zeros(()))[handle.tokens]
