@@ -1,0 +1,27 @@
+"""Crews for the tests of expert parallelism: agents are made once for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from moe_programs import Program, check, play
+from moe_tools import Threads
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Threads]:
+    """Eight ranks of this process; a program takes as many of them as its world has."""
+    with Threads(8) as made:
+        yield made
+
+
+@pytest.fixture
+def plays(crew: Threads) -> Callable[[Program], None]:
+    """Play a program on the crew, and hold what it returns against the reference."""
+
+    def run(program: Program) -> None:
+        with crew.experts(program.world, **program.options()) as layer:
+            check(program, layer.run(lambda rank, ep: play(program, rank, ep)))
+
+    return run
