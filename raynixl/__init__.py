@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         BackendUnavailable,
         ConfigError,
         IntegrityError,
+        Masked,
         PeerLost,
         PeerRestarted,
         PeerUnknown,
@@ -54,7 +55,7 @@ _HOMES = {
     "raynixl.config": ("AgentConfig",),
     "raynixl.directory": ("InMemoryDirectory",),
     "raynixl.errors": (
-        "AgentClosed", "BackendUnavailable", "ConfigError", "IntegrityError", "PeerLost", "PeerRestarted",
+        "AgentClosed", "BackendUnavailable", "ConfigError", "IntegrityError", "Masked", "PeerLost", "PeerRestarted",
         "PeerUnknown", "RangeError", "RaynixlError", "RegionReadOnly", "RegionStale", "RegionUnknown",
         "TransferCancelled", "TransferTimeout",
     ),
@@ -65,8 +66,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Agent", "AgentClosed", "AgentConfig", "BackendUnavailable", "ConfigError", "Group", "InMemoryDirectory",
-    "IntegrityError", "MemoryKind", "MemorySpan", "Notification", "Peer", "PeerLost", "PeerRestarted", "PeerUnknown",
-    "Prepared", "RangeError", "RaynixlError", "Region", "RegionReadOnly", "RegionStale", "RegionUnknown",
+    "IntegrityError", "Masked", "MemoryKind", "MemorySpan", "Notification", "Peer", "PeerLost", "PeerRestarted",
+    "PeerUnknown", "Prepared", "RangeError", "RaynixlError", "Region", "RegionReadOnly", "RegionStale", "RegionUnknown",
     "RemoteRegion", "Transfer", "TransferCancelled", "TransferTimeout", "WeightSync", "agent", "attach", "publish",
     "subscribe", "worker",
 ]  # fmt: skip

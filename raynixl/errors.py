@@ -111,3 +111,9 @@ class AgentClosed(RaynixlError):
     """The agent was closed. Next: make a new one."""
 
     remedy = "make a new agent"
+
+
+class Masked(RaynixlError):
+    """This rank was masked by the other ranks of an expert-parallel group. Next: `rejoin()` brings it back."""
+
+    remedy = "call rejoin() on the group, which brings this rank back"

@@ -12,33 +12,31 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from raynixl.agents.children import refuse_in_children
-from raynixl.agents.connection import Connection
 from raynixl.agents.connector import Connector
-from raynixl.agents.consent import Consent, left
-from raynixl.agents.control import Control, Handler
+from raynixl.agents.consent import Consent
+from raynixl.agents.control import Control
 from raynixl.agents.explanation import Explanation, explain
 from raynixl.agents.heartbeat import Heartbeat
-from raynixl.agents.inbox import Inbox, Notification
+from raynixl.agents.messaging import Messaging
 from raynixl.agents.peer import Peer, name_of
 from raynixl.agents.prepared import Prepared
 from raynixl.agents.publisher import Publisher
 from raynixl.agents.regions import Regions
-from raynixl.agents.reply import Reply
 from raynixl.agents.selections import Selections
 from raynixl.agents.statistics import statistics_of
 from raynixl.agents.transfer import Transfer
 from raynixl.agents.watcher import Watcher
+from raynixl.agents.window import Window, open_window
 from raynixl.backends import table
 from raynixl.backends.base import Backend, Local, Op
-from raynixl.config import AgentConfig, check_timeout, check_wait, from_env
+from raynixl.config import AgentConfig, check_wait, from_env
 from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
 from raynixl.host import host_identity
 from raynixl.memory import resolve
-from raynixl.messages import Message, MessageKind, check_payload, check_topic, notification_bytes
 from raynixl.native import Engine, load
 from raynixl.reactor import Reactor
 from raynixl.record import AgentRecord, check_labels, check_name
-from raynixl.region import Region
+from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import AgentStatistics, RouteCounter
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Agent:
+class Agent(Messaging):
     """The endpoint of a process. Close it, or use it as a context manager; every method may be called by any thread.
 
     Without a directory, peers are made known by the bytes of their records: `agent.peer(record_bytes)`.
@@ -175,6 +173,12 @@ class Agent:
             )
         return Peer(self, name)
 
+    def lost(self, peer: str | Peer) -> RaynixlError | None:
+        """Return why the connection with a peer was lost, or None while it stands or was never made."""
+        connection = self.connector.current(name_of(peer))
+        lost = None if connection is None else connection.lost
+        return None if lost is None else lost.afresh()
+
     def record(self) -> bytes:
         """Return this agent's record, for peers that share no directory."""
         return self.make_record(0.0).to_bytes()
@@ -226,64 +230,22 @@ class Agent:
             raise ConfigError(f"{op!r} is not an operation", hint="prepare 'read' or 'write'")
         return Prepared(self, Op(op), src, dst)
 
+    def window(self, remote: RemoteRegion, *, timeout: float | None = None) -> Window:
+        """Return a peer's region as it can be reached from here: by address where its memory is mapped.
+
+        Connects and binds now, so it blocks, at most `timeout` (connect_timeout).
+
+        Raises:
+            PeerUnknown, PeerLost, PeerRestarted, RegionStale, BackendUnavailable, TransferTimeout: the peer or the
+            region is gone, or cannot be reached.
+            IntegrityError: the owner knows another region by that descriptor.
+            ConfigError: that is no region of a peer.
+        """
+        return open_window(self, remote, timeout)
+
     def explain(self, src: Selections, dst: Selections) -> Explanation:
         """Say which backend carries src to dst, by which path, and why the others do not. Connects if need be."""
         return explain(self, src, dst)
-
-    # Messages
-
-    def notifications(self) -> list[Notification]:
-        """Take all notifications that have come, without waiting."""
-        return self.control.notifications.drain()
-
-    def wait_notification(self, timeout: float) -> Notification:
-        """Take the next notification, waiting for it.
-
-        Raises:
-            TransferTimeout: none came in time.
-        """
-        return self.control.notifications.wait(timeout)
-
-    async def next_notification(self, timeout: float) -> Notification:
-        """Take the next notification, from an event loop. See `wait_notification`."""
-        return await self.control.notifications.take(timeout)
-
-    def notify(self, peer: str | Peer, payload: bytes, *, timeout: float | None = None) -> None:
-        """Send a notification alone; connects first if need be.
-
-        Raises:
-            PeerUnknown, PeerLost, TransferTimeout: it could not be sent.
-        """
-        check_payload(payload, self.config.max_message_nbytes, what="notification")
-        self.control.notify(self._connection(peer, timeout).link, notification_bytes(payload))
-
-    def send(self, peer: str | Peer, topic: str, payload: bytes, *, timeout: float | None = None) -> None:
-        """Put a message into a peer's inbox of that topic; connects first if need be."""
-        self._check_message(topic, payload)
-        self._connection(peer, timeout).link.send(Message(MessageKind.SEND, 0, topic, payload).to_bytes())
-
-    def ask(self, peer: str | Peer, topic: str, payload: bytes = b"", *, timeout: float | None = None) -> Reply:
-        """Send a request to a peer's handler of that topic; the reply is waited for or awaited."""
-        self._check_message(topic, payload)
-        deadline = time.monotonic() + check_timeout(timeout, self.config.request_timeout)
-        return self.control.ask(self._connection(peer, timeout), topic, payload, left(deadline))
-
-    def serve(self, topic: str, handler: Handler, *, threaded: bool = True) -> None:
-        """Answer peers' requests of a topic on threads of the agent, so also while the process's own code is busy.
-
-        With threaded=False the polling thread itself calls the handler: faster, but the handler must not block.
-        """
-        self.control.serve(topic, handler, threaded=threaded)
-
-    def inbox(self, topic: str) -> Inbox:
-        """Return the inbox of a topic."""
-        return self.control.inbox(check_topic(topic))
-
-    def lost(self, peer: str | Peer) -> RaynixlError | None:
-        """Return why the connection with a peer was lost, or None while it stands or was never made."""
-        connection = self.connector.current(name_of(peer))
-        lost = None if connection is None else connection.lost
-        return None if lost is None else lost.afresh()
 
     # Life
 
@@ -382,16 +344,6 @@ class Agent:
         """Return the counter of a route."""
         with self._lock:
             return self._counters.setdefault((backend, peer), RouteCounter(backend, peer))
-
-    def _connection(self, peer: str | Peer, timeout: float | None) -> Connection:
-        self.check_open()
-        deadline = time.monotonic() + check_timeout(timeout, self.config.connect_timeout)
-        return self.connector.connect(name_of(peer), deadline)
-
-    def _check_message(self, topic: str, payload: bytes) -> None:
-        self.check_open()
-        check_topic(topic)
-        check_payload(payload, self.config.max_message_nbytes)
 
 
 def _warn_unclosed(name: str, pid: int) -> None:

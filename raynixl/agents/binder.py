@@ -5,16 +5,46 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from raynixl.agents.connection import Connection
 from raynixl.backends.base import Backend, Binding, Link, is_ready
 from raynixl.errors import BackendUnavailable, PeerLost, RaynixlError
-from raynixl.region import RemoteRegion, check_descriptor
+from raynixl.region import Region, RemoteRegion, check_descriptor
 
 if TYPE_CHECKING:
     from raynixl.agents.agent import Agent
-    from raynixl.agents.prepared import Kinds, Prepared
+    from raynixl.agents.prepared import Kinds
+
+
+class Claim(Protocol):
+    """What wants a peer's regions bound: an operation, or a window."""
+
+    @property
+    def peer(self) -> str:
+        """The owner's name."""
+
+    @property
+    def incarnation(self) -> str:
+        """The owner's incarnation."""
+
+    @property
+    def remote(self) -> Sequence[RemoteRegion]:
+        """The peer's regions."""
+
+    @property
+    def local(self) -> Sequence[Region]:
+        """Ours, if there are any."""
+
+    def kinds(self) -> Kinds:
+        """Return the (local, remote) kinds of memory that take part."""
+
+    def bind(self, bindings: Sequence[Binding]) -> object:
+        """Take the bindings, in the order of `remote`.
+
+        Raises:
+            BackendUnavailable: this backend will not do after all.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +57,7 @@ class _Consent:
 
 @dataclass(slots=True)
 class _Task:
-    """One operation whose regions are bound with one peer, and the consents that it was given so far."""
+    """One claim whose regions are bound with one peer, and the consents that it was given so far."""
 
     connection: Connection
     remotes: Sequence[RemoteRegion]
@@ -42,9 +72,9 @@ class Binder:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
-    def held(self, connection: Connection, prepared: Prepared) -> list[Binding] | None:
+    def held(self, connection: Connection, claim: Claim) -> list[Binding] | None:
         """Return the bindings that are there already, as `bind` would choose them; never waits."""
-        kinds, remotes = prepared.kinds(), prepared.remote
+        kinds, remotes = claim.kinds(), claim.remote
         for backend in self._agent.backends:
             if any(refusal(backend, remote, kinds) for remote in remotes):
                 continue
@@ -55,22 +85,22 @@ class Binder:
             wanted = zip(remotes, found, strict=True)
             bindings = [one for remote, one in wanted if one is not None and one.is_usable and one.remote == remote]
             if len(bindings) == len(remotes):
-                return bindings if is_ready(backend, prepared.local) else None
+                return bindings if is_ready(backend, claim.local) else None
             if not is_refused:
                 return None
         return None
 
-    def bind(self, connection: Connection, prepared: Prepared, deadline: float) -> list[Binding]:
+    def bind(self, connection: Connection, claim: Claim, deadline: float) -> list[Binding]:
         """Bind what is not bound yet, compile for it, and return all bindings. Blocks; `connection.binding` is held.
 
         Raises:
             RaynixlError: whatever stands in the way.
         """
-        task = _Task(connection, prepared.remote, prepared.kinds(), deadline)
+        task = _Task(connection, claim.remote, claim.kinds(), deadline)
         try:
             for remote in task.remotes:
                 self._check(task, remote)
-            return self._choose(task, prepared)
+            return self._choose(task, claim)
         finally:
             for consent in task.consents.values():
                 _close_all(consent.fds)
@@ -84,7 +114,7 @@ class Binder:
         else:
             check_descriptor(remote, first.remote.record)
 
-    def _choose(self, task: _Task, prepared: Prepared) -> list[Binding]:
+    def _choose(self, task: _Task, claim: Claim) -> list[Binding]:
         """Bind with the first backend that can carry these kinds of memory."""
         reasons = []
         for backend in self._agent.backends:
@@ -93,7 +123,7 @@ class Binder:
                 try:
                     link = self._link(task, backend)
                     bindings = [self._bind(task, backend, link, remote) for remote in task.remotes]
-                    prepared.bind(bindings)
+                    claim.bind(bindings)
                     return bindings
                 except BackendUnavailable as exc:
                     reason = str(exc)

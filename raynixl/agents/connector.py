@@ -6,7 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from raynixl.agents.binder import Binder
+from raynixl.agents.binder import Binder, Claim
 from raynixl.agents.connection import Connection
 from raynixl.agents.transfer import Transfer
 from raynixl.backends.base import Binding, Link
@@ -133,17 +133,17 @@ class Connector:
             )  # fmt: skip
         return None
 
-    def bind(self, prepared: Prepared, deadline: float) -> list[Binding]:
-        """Connect the peer of an operation, bind its regions, and return the bindings. Blocks.
+    def bind(self, claim: Claim, deadline: float) -> list[Binding]:
+        """Connect the peer of an operation or a window, bind its regions, and return the bindings. Blocks.
 
         Raises:
             RaynixlError: whatever stands in the way.
         """
-        connection = self._connect_to(prepared, deadline)
+        connection = self._connect_to(claim, deadline)
         if not connection.binding.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TransferTimeout(f"the regions of {prepared.peer!r} were not bound in time", peer=prepared.peer)
+            raise TransferTimeout(f"the regions of {claim.peer!r} were not bound in time", peer=claim.peer)
         try:
-            return self._binder.bind(connection, prepared, deadline)
+            return self._binder.bind(connection, claim, deadline)
         finally:
             connection.binding.release()
 
@@ -181,11 +181,11 @@ class Connector:
     def _closed(self, peer: str = "") -> AgentClosed:
         return AgentClosed(f"agent {self._agent.name!r} was closed", peer=peer)
 
-    def _connect_to(self, prepared: Prepared, deadline: float) -> Connection:
-        """Return the connection with the incarnation that the operation names."""
-        connection = self.connect(prepared.peer, deadline)
-        if connection.incarnation != prepared.incarnation:
-            raise PeerRestarted(f"peer {prepared.peer!r} restarted; its regions of before are gone", peer=prepared.peer)
+    def _connect_to(self, claim: Claim, deadline: float) -> Connection:
+        """Return the connection with the incarnation that the claim names."""
+        connection = self.connect(claim.peer, deadline)
+        if connection.incarnation != claim.incarnation:
+            raise PeerRestarted(f"peer {claim.peer!r} restarted; its regions of before are gone", peer=claim.peer)
         return connection
 
     def _make(self, name: str, old: Connection | None, deadline: float) -> Connection:

@@ -17,6 +17,7 @@ from raynixl import errors
 from raynixl.agents.connection import Connection
 from raynixl.agents.inbox import Inbox, Notification
 from raynixl.agents.reply import Reply
+from raynixl.agents.topics import Topics
 from raynixl.backends.base import Link
 from raynixl.errors import (
     AgentClosed,
@@ -45,9 +46,6 @@ A RaynixlError that it raises is the answer.
 """
 
 MAX_HANDLER_THREADS = 64
-MAX_INBOXES = 65_536
-MAX_CLOSED = 4096
-"""So many closed topics are remembered: a message that comes late must not open one again for good."""
 
 
 class _Refusal(BaseModel):
@@ -67,34 +65,16 @@ class Control:
         self.dropped: Counter[str] = Counter()
         self.received = 0
         self.sent = 0
-        self._inboxes: dict[str, Inbox] = {}
-        self._closed: dict[str, None] = {}
+        self.topics = Topics(agent.reactor, self.dropped)
         self._counts: Counter[str] = Counter()
         self._handlers: dict[str, tuple[Handler, bool]] = {}
         self._answers: dict[str, Answer] = {}
         self._replies: dict[int, Reply] = {}
         self._numbers = itertools.count(1)
         self._busy = 0  # handler threads that run
-        self._lock = threading.Lock()  # protects _inboxes, _closed, _counts, _handlers, _busy
+        self._lock = threading.Lock()  # protects _counts, _handlers, _busy
 
     # What the layers above use
-
-    def inbox(self, topic: str) -> Inbox:
-        """Return the queue of messages under a topic."""
-        with self._lock:
-            inbox = self._inboxes.get(topic)
-            self._closed.pop(topic, None)
-            if inbox is None:
-                inbox = self._inboxes[topic] = Inbox(topic, self.reactor)
-            return inbox
-
-    def close_inbox(self, topic: str) -> None:
-        """Forget a topic and what lies there; messages that still come are dropped until it is asked for again."""
-        with self._lock:
-            self._inboxes.pop(topic, None)
-            self._closed[topic] = None
-            while len(self._closed) > MAX_CLOSED:
-                del self._closed[next(iter(self._closed))]
 
     def count(self, what: str) -> int:
         """Return how often this was called for `what` before: a number for each use of a name."""
@@ -239,12 +219,7 @@ class Control:
                 self.received += 1
                 self.notifications.put(Notification(link.peer, message.payload))
             case MessageKind.SEND:
-                if message.topic in self._closed:
-                    self.dropped["closed topic"] += 1
-                elif message.topic in self._inboxes or len(self._inboxes) < MAX_INBOXES:
-                    self.inbox(message.topic).put(Notification(link.peer, message.payload))
-                else:
-                    self.dropped["topic"] += 1
+                self.topics.take(message.topic, Notification(link.peer, message.payload))
             case MessageKind.REQUEST:
                 self._take_request(message, link)
             case MessageKind.PING:
@@ -279,10 +254,8 @@ class Control:
             reply.resolve(None, error)
 
     def _wake_inboxes(self) -> None:
-        with self._lock:
-            inboxes = [self.notifications, *self._inboxes.values()]
-        for inbox in inboxes:
-            inbox.wake()
+        self.notifications.wake()
+        self.topics.wake()
 
     def _take_request(self, message: Message, link: Link) -> None:
         answer = self._answers.get(message.topic)

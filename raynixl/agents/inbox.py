@@ -43,6 +43,14 @@ class Inbox:
         """Make asynchronous waiters look again."""
         self._waiters.wake()
 
+    def take_now(self) -> Notification:
+        """Take the next message without waiting.
+
+        Raises:
+            IndexError: none is here.
+        """
+        return self._queue.popleft()
+
     def drain(self) -> list[Notification]:
         """Take all messages that are here, without waiting."""
         notes = []

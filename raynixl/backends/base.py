@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeGuard, runtime_checkable
 
 from raynixl.blocks import Segments
 from raynixl.config import AgentConfig
@@ -18,6 +18,12 @@ from raynixl.region import Region, RemoteRegion
 
 if TYPE_CHECKING:
     from raynixl.cuda import Event
+
+
+MAPPED: Final = "mapped"
+"""The path of a region whose arena is mapped in this process."""
+MEMORY: Final = "memory"
+"""The path of a region in this process's own memory."""
 
 
 class Op(enum.Enum):
@@ -112,6 +118,11 @@ class Binding:
     def is_usable(self) -> bool:
         """Whether a transfer may be compiled for it; if not, the region is bound anew."""
         return self.gate.code == 0
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the region's memory lies at `address` in this process, for any thread to load and store."""
+        return self.remote.kind is MemoryKind.DRAM and self.path in (MAPPED, MEMORY)
 
     def release(self) -> None:
         """Let go of mappings; nobody is inside the gate any more."""

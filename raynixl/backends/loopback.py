@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Sequence
 
-from raynixl.backends.base import Binding, Capabilities, Link, Local, Request
+from raynixl.backends.base import MEMORY, Binding, Capabilities, Link, Local, Request
 from raynixl.backends.shm import addresses
 from raynixl.blocks import refuse_overlap
 from raynixl.errors import BackendUnavailable, ConfigError, PeerLost, RaynixlError
@@ -114,7 +114,7 @@ class LoopbackBackend:
         memory = None if other is None else other._memories.get(remote.id)
         if memory is None:
             raise BackendUnavailable(f"{remote.label} is not in this process", peer=link.peer)
-        return Binding(remote, link, self._local.native.Gate(), "memory", memory.address)
+        return Binding(remote, link, self._local.native.Gate(), MEMORY, memory.address)
 
     def prepare(self, request: Request) -> list[Program]:
         """Turn a request into one native program; refuse to copy memory onto itself."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from raynixl.backends.acceptor import Acceptor
-from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
+from raynixl.backends.base import MAPPED, Binding, Capabilities, Link, Local, Op, Request
 from raynixl.backends.greeting import Newcomer, greet
 from raynixl.backends.link import Links
 from raynixl.backends.permission import allow_same_user
@@ -105,7 +105,7 @@ class ShmBackend:
                     f"{remote.label} cannot be mapped: {exc.strerror}", hint="free memory, or raise vm.max_map_count",
                     peer=link.peer,
                 ) from exc  # fmt: skip
-            return Binding(remote, link, self._local.native.Gate(), "mapped", address_of(mapping), mapping)
+            return Binding(remote, link, self._local.native.Gate(), MAPPED, address_of(mapping), mapping)
         if "arena" in key:
             raise BackendUnavailable(
                 f"the descriptor of {remote.label} did not arrive", hint="this process has no more: ulimit -n",
@@ -123,7 +123,7 @@ class ShmBackend:
 
     def prepare(self, request: Request) -> list[Program]:
         """Turn a request into one native program for each path that its regions take."""
-        mapped = np.array([binding.path == "mapped" for binding in request.remote])
+        mapped = np.array([binding.path == MAPPED for binding in request.remote])
         side = request.segments.target_region if request.op is Op.WRITE else request.segments.source_region
         programs = []
         for is_mapped in (False, True):

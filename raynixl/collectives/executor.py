@@ -175,7 +175,7 @@ class Executor:
                 if self._loss(self._ranks[member]) is None:
                     self._say_leave(member)
         if self._inbox is not None:
-            self._agent.control.close_inbox(self._inbox.topic)
+            self._agent.control.topics.close_inbox(self._inbox.topic)
         if self._error is None:
             self._error = ConfigError("the group was closed", hint="make a new group")
 

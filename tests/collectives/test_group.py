@@ -109,7 +109,7 @@ def test_a_hundred_steps_and_groups_leave_nothing():
             for steps in (3, 100):
                 list(pool.map(run, (one, two), (steps, steps)))
                 counts = [
-                    (len(agent.control._inboxes), agent.statistics().regions, len(os.listdir("/proc/self/fd")))
+                    (len(agent.control.topics._inboxes), agent.statistics().regions, len(os.listdir("/proc/self/fd")))
                     for agent in (one, two)
                 ]
                 if steps == 3:

@@ -1,0 +1,131 @@
+"""Windows: a peer's region as it can be reached from here, by address where its memory is mapped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raynixl.agents.prepared import Prepared
+from raynixl.backends.base import Binding, Op
+from raynixl.blocks import Blocks, make_table
+from raynixl.config import check_timeout
+from raynixl.errors import AgentClosed, ConfigError, PeerLost, PeerRestarted, RangeError, RaynixlError, RegionStale
+from raynixl.memory import MemoryKind
+from raynixl.native import CLOSED, LOST, STALE, Gate
+from raynixl.region import Region, RemoteRegion
+
+if TYPE_CHECKING:
+    from raynixl.agents.agent import Agent
+    from raynixl.agents.connection import Connection
+    from raynixl.agents.prepared import Kinds
+    from raynixl.agents.transfer import Transfer
+
+Table = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+class Window:
+    """One region of one incarnation of a peer, bound. It holds nothing that must be closed.
+
+    Where `is_mapped`, `address` is that of the region's first byte in this process. Whoever loads or stores there
+    enters `gates` first and leaves them afterwards (native calls that take gates do): the memory is unmapped once
+    the peer is lost or withdraws the region, as soon as nobody is inside. Any thread may use a window.
+    """
+
+    __slots__ = ("_agent", "_binding", "_connection", "address", "gates", "is_mapped", "remote")
+
+    def __init__(self, agent: Agent, connection: Connection, binding: Binding) -> None:
+        self.remote = binding.remote
+        self.is_mapped = binding.is_mapped
+        self.address = binding.address if binding.is_mapped else 0
+        self.gates: list[Gate] = [binding.gate]
+        self._agent = agent
+        self._connection = connection
+        self._binding = binding
+
+    def __repr__(self) -> str:
+        return f"Window({self.remote.label}, {self.path}, {self.error or 'usable'})"
+
+    @property
+    def path(self) -> str:
+        """The way to it, for people: 'mapped', 'memory', 'process_vm', 'cma', ..."""
+        return self._binding.path
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be written to."""
+        return self._code == 0
+
+    @property
+    def error(self) -> RaynixlError | None:
+        """Why it is not usable, or None."""
+        code = self._code
+        return None if code == 0 else self.translate(code)
+
+    @property
+    def _code(self) -> int:
+        """What ended it, or 0. A path that is not mapped may be reset, and then the next write makes it anew."""
+        code = self._binding.gate.code
+        is_reset = code == LOST and not self.is_mapped and self._connection.lost is None
+        return 0 if is_reset else code
+
+    def translate(self, code: int) -> RaynixlError:
+        """Return the typed error for a code that a gate refused with, or a native call that has entered it."""
+        peer = self.remote.owner
+        if code == STALE:
+            return RegionStale(f"{self.remote.label} is no longer registered", peer=peer)
+        if code == CLOSED or self._agent.is_closed:
+            return AgentClosed(f"agent {self._agent.name!r} was closed")
+        lost = self._connection.lost
+        return lost.afresh() if lost is not None else PeerLost(f"peer {peer!r} is lost", peer=peer)
+
+    def write(self, local: Region, table: Table, *, timeout: float | None = None) -> Transfer:
+        """Copy blocks of a region of ours into the peer's: rows of (offset here, offset there, nbytes).
+
+        See `Agent.write`. For any path, but where `is_mapped` a store does the same for less.
+
+        Raises:
+            RangeError: a block is outside its region, they overlap at the peer, or that is no such table.
+            PeerLost, RegionStale, AgentClosed: the window is not usable any more.
+        """
+        error = self.error
+        if error is not None:
+            raise error
+        rows = np.asarray(table)
+        if rows.ndim != 2 or rows.shape[1] != 3:
+            raise RangeError("what a window writes is not an (N, 3) table", hint="give (ours, theirs, nbytes) rows")
+        source = Blocks(local, make_table(rows[:, 0], rows[:, 2]))
+        target = Blocks(self.remote, make_table(rows[:, 1], rows[:, 2]))
+        return Prepared(self._agent, Op.WRITE, source, target).post(timeout=timeout)
+
+
+class _Claim:
+    """What the binder asks of a window: one region of a peer, for memory of the host."""
+
+    def __init__(self, remote: RemoteRegion) -> None:
+        self.remote: Sequence[RemoteRegion] = (remote,)
+        self.local: Sequence[Region] = ()
+        self.peer = remote.owner
+        self.incarnation = remote.incarnation
+
+    def kinds(self) -> Kinds:
+        """Stores of this process's threads come from the host."""
+        return frozenset({(MemoryKind.DRAM, self.remote[0].kind)})
+
+    def bind(self, bindings: Sequence[Binding]) -> None:
+        """Nothing is compiled."""
+
+
+def open_window(agent: Agent, remote: RemoteRegion, timeout: float | None) -> Window:
+    """Connect a region's owner and bind the region; see `Agent.window`."""
+    agent.check_open()
+    if not isinstance(remote, RemoteRegion):
+        raise ConfigError(f"{type(remote).__name__} is not a peer's region", hint="look it up: agent.peer(name)[name]")
+    deadline = time.monotonic() + check_timeout(timeout, agent.config.connect_timeout)
+    (binding,) = agent.connector.bind(_Claim(remote), deadline)
+    connection = agent.connector.by_link(binding.link)
+    if connection is None:  # it was lost a moment ago, and the peer has come back as another incarnation
+        raise PeerRestarted(f"peer {remote.owner!r} restarted; its regions of before are gone", peer=remote.owner)
+    return Window(agent, connection, binding)
