@@ -241,6 +241,7 @@ NB_MODULE(_native, m) {
   raynixl::bind_ucx(m);
   raynixl::bind_weights(m);
   raynixl::bind_cuda(m);
+  raynixl::bind_moe(m);
   m.def("copy", raynixl::copy_range, "dst_addr"_a, "src_addr"_a, "nbytes"_a);
   m.def("mapped", raynixl::is_mapped, "address"_a, "nbytes"_a);
 }

@@ -50,6 +50,7 @@ bool arm(Job& job, int fd) {
 }
 
 void bind_cuda(nanobind::module_& m);
+void bind_moe(nanobind::module_& m);
 void bind_ucx(nanobind::module_& m);
 void bind_weights(nanobind::module_& m);
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from raynixl.native.ucx import MakeRma, RailMaker
 
 NAME: str
+REDUCE_VARIANTS: int
 
 class Gate:
     def __init__(self) -> None: ...
@@ -83,3 +84,49 @@ def digest_rows(rows: npt.NDArray[np.uint64], out: npt.NDArray[np.uint64], seed:
 def enter_cuda(context: int, get_current: int, set_current: int) -> None: ...
 def look_for(address: int, value: int, timeout: float) -> bool: ...
 def mapped(address: int, nbytes: int) -> bool: ...
+def post_line(address: int, payload: bytes | npt.NDArray[np.uint8], number: int, bell: int) -> None: ...
+def put_rows(
+    src: int,
+    src_stride: int,
+    row_nbytes: int,
+    index: npt.NDArray[np.int32] | None,
+    dst: int,
+    gates: Sequence[Any],
+    count: int,
+) -> int: ...
+def reduce_rows(
+    dst: int,
+    dst_stride: int,
+    out_code: int,
+    starts: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.uint64],
+    in_code: int,
+    weights: npt.NDArray[np.float32] | None,
+    hidden: int,
+    biases: npt.NDArray[np.uint64],
+    bias_stride: int,
+    bias_code: int,
+    gates: Sequence[Any],
+    scale: npt.NDArray[np.float32] | None = ...,
+    variant: int = ...,
+) -> int: ...
+def ring(bell: int) -> None: ...
+def route(
+    ids: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32] | None,
+    holder: npt.NDArray[np.int32],
+    local: npt.NDArray[np.int32],
+    order: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int32],
+    row_ids: npt.NDArray[np.int32],
+    row_weights: npt.NDArray[np.float32] | None,
+) -> int: ...
+def wait_lines(
+    addresses: npt.NDArray[np.uint64],
+    numbers: npt.NDArray[np.uint64],
+    bell: int,
+    timeout: float,
+    spin: float,
+) -> int: ...

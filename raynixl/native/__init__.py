@@ -23,6 +23,7 @@ from raynixl.native.codes import (
     VM_READ,
     VM_WRITE,
 )
+from raynixl.native.moe import MoeCore
 from raynixl.native.ucx import MakeRma, RailMaker
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ class LauncherMaker(Protocol):
 _MakeGate: TypeAlias = Callable[[], Gate]  # inside Native, `Gate` would name its own member
 
 
-class Native(Protocol):
+class Native(MoeCore, Protocol):
     """What both implementations offer: `raynixl._native` and `raynixl.native.twin`."""
 
     @property

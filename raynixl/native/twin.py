@@ -19,6 +19,8 @@ from raynixl.native.twin_cuda import Launcher, enter_cuda
 from raynixl.native.twin_delta import delta_apply, delta_encode
 from raynixl.native.twin_digest import digest_copy, digest_rows
 from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
+from raynixl.native.twin_moe import post_line, put_rows, ring, route, wait_lines
+from raynixl.native.twin_moe_sums import REDUCE_VARIANTS, reduce_rows
 from raynixl.native.twin_rma import rma
 from raynixl.native.twin_ucx import Rail
 
@@ -29,6 +31,7 @@ __all__ = [
     "Job",
     "Launcher",
     "Program",
+    "REDUCE_VARIANTS",
     "Rail",
     "copy",
     "delta_apply",
@@ -38,7 +41,13 @@ __all__ = [
     "enter_cuda",
     "look_for",
     "mapped",
+    "post_line",
+    "put_rows",
+    "reduce_rows",
+    "ring",
     "rma",
+    "route",
+    "wait_lines",
 ]
 
 NAME = "ctypes"

@@ -1,0 +1,136 @@
+"""The interface of the part of the core that expert parallelism needs: routes, rows, lines, and sums of rows.
+
+Addresses are plain integers: whoever gives them answers for the memory behind them. Arrays are C-contiguous and of the
+types named, or it is a TypeError. What takes long releases the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from raynixl.native import Gate
+
+__all__ = ["BF16", "BELL_NBYTES", "F16", "F32", "F64", "MoeCore"]
+
+F32: Final = 0
+BF16: Final = 1
+F16: Final = 2
+F64: Final = 3
+
+BELL_NBYTES: Final = 8
+"""A bell, zero at first and aligned to as much: how often it has rung, and when to wake who sleeps."""
+
+
+class MoeCore(Protocol):
+    """What both cores offer to expert parallelism."""
+
+    @property
+    def REDUCE_VARIANTS(self) -> int:  # noqa: N802 - a module's constant
+        """How many sets of instructions `reduce_rows` can use on this machine."""
+
+    def route(  # noqa: PLR0913, PLR0917 - one table, column by column
+        self,
+        ids: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32] | None,
+        holder: npt.NDArray[np.int32],
+        local: npt.NDArray[np.int32],
+        order: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int32],
+        row_ids: npt.NDArray[np.int32],
+        row_weights: npt.NDArray[np.float32] | None,
+    ) -> int:
+        """Make one row for each token and rank that holds an expert of it, by rank, then token; return their number.
+
+        In goes: ids (tokens, topk), -1 for none, and their weights; for each expert its rank, -1 for nobody (the pair
+        is dropped), and its local id there. Out comes: the token of each row, in `order`; how many rows each rank gets
+        (there are as many ranks as counts); the rows of token t, `positions[starts[t]:starts[t + 1]]`, ascending; and
+        for each row the local ids and weights of its token at that rank, -1 and 0 elsewhere.
+
+        Raises:
+            ValueError: an id, or a holder, that does not exist; too little room; arrays that do not fit together. What
+                comes out is undefined then.
+        """
+
+    def put_rows(
+        self,
+        src: int,
+        src_stride: int,
+        row_nbytes: int,
+        index: npt.NDArray[np.int32] | None,
+        dst: int,
+        gates: Sequence[Gate],
+        count: int,
+    ) -> int:
+        """Copy rows `index[i]` of a source (or i) to `dst + i * row_nbytes`, inside the gates.
+
+        Returns DONE, or the code of a gate that refused (then nothing was copied) or stopped it (then some was).
+
+        Raises:
+            ValueError: the index is shorter than `count`.
+        """
+
+    def post_line(self, address: int, payload: bytes | npt.NDArray[np.uint8], number: int, bell: int) -> None:
+        """Write the payload to `address + 8`, then the number to `address`, then ring the bell, if it is not 0.
+
+        Whoever sees the number sees the payload. Every line that somebody waits for rings exactly once: who sleeps on
+        the bell is woken when as many rings have come as lines were missing.
+
+        Raises:
+            ValueError: an address that is not a multiple of 8.
+        """
+
+    def ring(self, bell: int) -> None:
+        """Ring without a line: everybody who sleeps on it wakes, and looks again."""
+
+    def wait_lines(
+        self,
+        addresses: npt.NDArray[np.uint64],
+        numbers: npt.NDArray[np.uint64],
+        bell: int,
+        timeout: float,
+        spin: float,
+    ) -> int:
+        """Wait until the word at each address is its number or more; return how many are, all unless at the timeout.
+
+        Looks for `spin` seconds, then sleeps on the bell. `numbers` is read anew at each look: another thread may
+        excuse a word by setting its number to 0, and ring.
+        """
+
+    def reduce_rows(  # noqa: PLR0913, PLR0917 - a source, a target, and what may be added
+        self,
+        dst: int,
+        dst_stride: int,
+        out_code: int,
+        starts: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.uint64],
+        in_code: int,
+        weights: npt.NDArray[np.float32] | None,
+        hidden: int,
+        biases: npt.NDArray[np.uint64],
+        bias_stride: int,
+        bias_code: int,
+        gates: Sequence[Gate],
+        scale: npt.NDArray[np.float32] | None = None,
+        variant: int = ...,
+    ) -> int:
+        """Add up the rows at addresses `rows[starts[t]:starts[t + 1]]` of each token t, inside the gates.
+
+        Terms are added in order in float32 (float64 for F64), each multiplied by its weight before, the sum of a
+        token's rows by its scale; then row t of each bias is added. The result is rounded once, to nearest even. The
+        sum starts with its first term, so that -0 stays -0; without any it is 0. One row to which nothing is done is
+        copied byte for byte; any other NaN comes out as the canonical quiet one. The bits are the same in all variants,
+        and in the compiled core whatever rounding and denormals the thread has been set to.
+
+        Returns DONE, or the code of a gate that refused or stopped it.
+
+        Raises:
+            ValueError: starts that do not ascend or exceed the rows, unknown codes, F64 together with others (biases of
+                any may be added to F64), weights or scales of another length.
+        """
