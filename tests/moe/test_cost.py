@@ -129,7 +129,7 @@ def test_the_cheaper_topology_is_chosen(world, hosts, options, chosen):
 
 
 def test_a_cached_layout_saves_a_phase():
-    shape, hosts = shape_of(16), np.zeros(16, np.int64)
+    shape, hosts = shape_of(16, tokens=0), np.zeros(16, np.int64)
     two, one = (predict(flat(16, shape, phases=phases), shape, hosts, Fabric()) for phases in (2, 1))
     assert two.dispatch_seconds - one.dispatch_seconds == pytest.approx(15 * 5e-6 + 20e-6)
     assert two.combine_seconds == one.combine_seconds
