@@ -1,0 +1,199 @@
+"""Arrival: the rows that have come, arranged as the caller wants them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raynixl.moe.calls import DispatchCall
+from raynixl.moe.landing import Landing, Piece, collect
+from raynixl.moe.major import expert_major
+from raynixl.moe.result import Dispatched, Handle, sources_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raynixl.moe.dispatching import Scene
+    from raynixl.moe.pool import Slot
+    from raynixl.moe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """What the lines say has come."""
+
+    landing: Landing
+    pieces: list[Piece]
+    lines: np.ndarray[Any, Any]
+    came: list[int]
+    offsets: npt.NDArray[np.int64]
+    extent: npt.NDArray[np.int64]
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Return by source how many rows came."""
+        counts = np.zeros(self.landing.session.members.limit, np.int64)
+        for piece in self.pieces:
+            counts[piece.source] = piece.count
+        return counts
+
+
+def arrange(arrival: Arrival, scene: Scene, call: DispatchCall, routing: Routing) -> Dispatched:
+    """Turn what came into a result; the slot it lies in is leased to its tensors, all others are put back."""
+    return _Arranging(arrival, scene, call, routing).result()
+
+
+class _Arranging:
+    def __init__(self, arrival: Arrival, scene: Scene, call: DispatchCall, routing: Routing) -> None:
+        self.arrival, self.scene, self.call, self.routing = arrival, scene, call, routing
+        self.landing = arrival.landing
+        self.session = arrival.landing.session
+        self.counts = self._expected()
+        self.rows = int(self.counts.sum())
+
+    @property
+    def chosen(self) -> npt.NDArray[np.bool_]:
+        """By token and k: whether the source named an expert."""
+        if self.call.handle is not None:
+            return self.call.handle.chosen
+        assert self.call.ids is not None
+        return self.call.ids >= 0
+
+    def _expected(self) -> npt.NDArray[np.int64]:
+        """Return by source how many rows the result has: those of a handle, also where a rank is lost since."""
+        handle = self.call.handle
+        return self.arrival.counts() if handle is None else handle.counts
+
+    def result(self) -> Dispatched:
+        call, handle = self.call, self.call.handle
+        is_slots = call.layout == "slots"
+        most = self.scene.max_tokens
+        begins = np.concatenate([[0], np.cumsum(self.counts)])
+        targets = [piece.source * most if is_slots else int(begins[piece.source]) for piece in self.arrival.pieces]
+        total = self.scene.world * most if is_slots else self.rows
+        slot, shift = collect(self.landing, self.arrival.pieces, targets, total)
+        fields = self._fields(slot, shift, total)
+        self._blank_holes(fields, begins)
+        rows_at = self._rows_at(begins) if is_slots else slice(0, total)
+        columns, meta = fields[: len(call.columns)], fields[len(call.columns) :]
+        if handle is None:
+            row_ids = meta[0].numpy()[rows_at].copy()
+            tokens = meta[-1].numpy()[rows_at].reshape(-1).copy()
+        else:
+            row_ids, tokens = handle.row_ids, handle.tokens
+        row_weights = meta[1 if handle is None else 0].numpy()[rows_at].copy() if call.sends_weights else None
+        if row_weights is None and handle is not None and call.weights is None:
+            row_weights = handle.row_weights
+        self.landing.release()
+        return self._dispatched(columns, row_ids, row_weights, tokens)
+
+    def _fields(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
+        """Return each field of the rows as a tensor: views of the slot, which they lease."""
+        call, form = self.call, self.landing.form
+        shapes = [(column.tensor.dtype, tuple(column.tensor.shape[1:])) for column in call.columns]
+        if call.handle is None:
+            shapes.append((torch.int32, (self.scene.topk,)))
+        if call.sends_weights:
+            shapes.append((torch.float32, (self.scene.topk,)))
+        if call.handle is None:
+            shapes.append((torch.int32, (1,)))
+        if slot is None:
+            if call.layout != "slots":
+                return [torch.zeros((total, *shape), dtype=dtype) for dtype, shape in shapes]
+            slot = self.landing.take(total)
+        starts = form.layout(slot.nbytes).starts
+        lease = self.session.pool.lease(slot)
+        return [
+            lease.tensor(dtype, (total, *shape), start + shift * nbytes)
+            for (dtype, shape), start, nbytes in zip(shapes, starts, form.fields, strict=True)
+        ]
+
+    def _blank_holes(self, fields: list[Tensor], begins: npt.NDArray[np.int64]) -> None:
+        """Clear what nobody has written: the rows of ranks that are lost, and what is empty of fixed slots."""
+        if self.call.handle is None:
+            return
+        here = {piece.source for piece in self.arrival.pieces}
+        for source in np.flatnonzero(self.counts).tolist():
+            if source not in here:
+                for field in fields:
+                    field[int(begins[source]) : int(begins[source + 1])].zero_()
+
+    def _rows_at(self, begins: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return at which row of fixed slots each row that came lies."""
+        sources = sources_of(self.counts)
+        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - begins[sources]
+
+    def _dispatched(
+        self,
+        columns: list[Tensor],
+        row_ids: npt.NDArray[np.int32],
+        row_weights: npt.NDArray[np.float32] | None,
+        tokens: npt.NDArray[np.int32],
+    ) -> Dispatched:
+        call, scene = self.call, self.scene
+        major = None
+        ids = torch.from_numpy(row_ids).to(call.ids_dtype)
+        weights = None if row_weights is None else torch.from_numpy(row_weights)
+        offsets = None
+        valid = row_ids[row_ids >= 0]
+        counts = np.bincount(valid, minlength=scene.local_experts)[: scene.local_experts]
+        if call.layout == "experts":
+            major = expert_major(row_ids, scene.local_experts, call.alignment)
+            columns = [self._by_expert(column, major) for column in columns]
+            offsets = torch.from_numpy(major.offsets)
+            weights = None if row_weights is None else torch.from_numpy(_by_pair(row_weights, major))
+        elif call.layout == "slots":
+            ids, weights = self._in_slots(ids, -1), None if weights is None else self._in_slots(weights, 0)
+            columns = [column.view(scene.world, scene.max_tokens, *column.shape[1:]) for column in columns]
+        scales, extra = (columns[1], columns[2:]) if call.has_scales else (None, columns[1:])
+        return Dispatched(
+            columns[0], scales, ids, weights, torch.from_numpy(counts.astype(np.int64)), offsets,
+            torch.from_numpy(sources_of(self.counts)), torch.from_numpy(tokens), tuple(extra), self._lost(),
+            self._handle(row_ids, row_weights, tokens, major),
+        )  # fmt: skip
+
+    def _lost(self) -> tuple[int, ...]:
+        return tuple(sorted(self.session.members.lost))
+
+    def _by_expert(self, column: Tensor, major: Any) -> Tensor:
+        """Copy rows into expert order, padded with zeros, in memory that was touched before."""
+        padded = len(major.rows)
+        nbytes = column[0].numel() * column.element_size() if len(column) else 0
+        if not padded or not nbytes:
+            return column.new_zeros((padded, *column.shape[1:]))
+        slot = self.session.pool.take(padded * nbytes)
+        out = self.session.pool.lease(slot).tensor(column.dtype, (padded, *column.shape[1:]))
+        source = column.view(torch.uint8).reshape(len(column), nbytes).numpy()
+        major.gather(source, out.view(torch.uint8).reshape(padded, nbytes).numpy(), self.session.agent.native)
+        return out
+
+    def _in_slots(self, rows: Tensor, blank: int) -> Tensor:
+        scene = self.scene
+        out = torch.full((scene.world * scene.max_tokens, *rows.shape[1:]), blank, dtype=rows.dtype)
+        begins = np.concatenate([[0], np.cumsum(self.counts)])
+        out[torch.from_numpy(self._rows_at(begins))] = rows
+        return out.view(scene.world, scene.max_tokens, *rows.shape[1:])
+
+    def _handle(self, row_ids: Any, row_weights: Any, tokens: Any, major: Any) -> Handle:
+        call, arrival, members = self.call, self.arrival, self.session.members
+        backs, totals = np.zeros(members.limit, np.int64), np.zeros(members.limit, np.int64)
+        backs[arrival.came] = arrival.lines["back"][arrival.came]
+        totals[arrival.came] = arrival.lines["total"][arrival.came]
+        by_row = call.weights_at == "holder"
+        pairs = None if by_row else self.routing.pair_counts
+        backs[members.me] = self.routing.begins[members.me] if pairs is None else pairs[: members.me].sum()
+        totals[members.me] = self.routing.begins[-1] if pairs is None else pairs.sum()
+        return Handle(
+            call.layout, call.weights_at, call.alignment, self.routing, call.weights, self.scene.placement,
+            self.scene.topk, arrival.offsets, arrival.extent, backs, totals, self.counts, row_ids, row_weights, tokens,
+            major, self.chosen, self.scene.world, self.scene.max_tokens, self._lost(),
+        )  # fmt: skip
+
+
+def _by_pair(row_weights: npt.NDArray[np.float32], major: Any) -> npt.NDArray[np.float32]:
+    """Return the weight of each row in expert order, 0 for padding."""
+    rows, ks = major.rows, major.slots_k
+    return np.where(rows >= 0, row_weights[np.maximum(rows, 0), np.maximum(ks, 0)], np.float32(0)).astype(np.float32)

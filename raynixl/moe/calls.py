@@ -1,0 +1,156 @@
+"""Calls: the arguments of one dispatch or combine, checked, as addresses and numbers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raynixl.errors import ConfigError, RangeError
+from raynixl.moe.channel import Source
+from raynixl.moe.fields import RowFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raynixl.moe.result import Handle
+
+LAYOUTS: Final = ("tokens", "experts", "slots")
+WEIGHTS_AT: Final = ("holder", "source")
+CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""How the native core names the dtypes that are summed."""
+
+Index = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """A tensor whose rows travel: [tokens, ...], each row's items side by side."""
+
+    tensor: Tensor
+    nbytes: int
+
+    def source(self, index: Index | None) -> Source:
+        """Return where rows are taken from."""
+        stride = self.tensor.stride(0) * self.tensor.element_size() if len(self.tensor) else self.nbytes
+        return Source(self.tensor.data_ptr(), stride, self.nbytes, index)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchCall:
+    """One dispatch, checked. `columns` are x, its scales if any, and what is sent beside."""
+
+    columns: tuple[Columns, ...]
+    has_scales: bool
+    tokens: int
+    ids: npt.NDArray[np.int64] | None
+    ids_dtype: torch.dtype
+    weights: npt.NDArray[np.float32] | None
+    handle: Handle | None
+    layout: str
+    alignment: int
+    weights_at: str
+
+    @property
+    def sends_weights(self) -> bool:
+        """Whether weights travel with the rows."""
+        return self.weights is not None and self.weights_at == "holder"
+
+    def form(self, topk: int) -> RowFormat:
+        """Return what each row is made of: the columns, then ids, weights and token as far as they are not known."""
+        fields = [column.nbytes for column in self.columns]
+        if self.handle is None:
+            fields.append(4 * topk)
+        if self.sends_weights:
+            fields.append(4 * topk)
+        if self.handle is None:
+            fields.append(4)
+        return RowFormat(tuple(fields))
+
+    def signature(self, placement: int) -> int:
+        """Return what must be alike on all ranks, as a number."""
+        kinds = tuple((str(column.tensor.dtype), tuple(column.tensor.shape[1:])) for column in self.columns)
+        text = (
+            "dispatch", kinds, str(self.ids_dtype), self.sends_weights, self.handle is None, self.layout, self.alignment,
+            self.weights_at, placement,
+        )  # fmt: skip
+        return zlib.crc32(repr(text).encode())
+
+
+def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | None = None) -> Columns:
+    """Check a tensor whose rows travel.
+
+    Raises:
+        ConfigError: no tensor, another number of rows or columns, or not on the CPU.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
+        raise ConfigError(f"{what} is no tensor with a row for each token", hint=f"give {what} as [tokens, ...]")
+    if tensor.device.type != "cpu":
+        raise ConfigError(
+            f"{what} is on {tensor.device}", hint="expert parallelism takes CPU tensors so far: pass x.cpu()"
+        )
+    if tokens is not None and len(tensor) != tokens:
+        raise ConfigError(f"{what} has {len(tensor)} rows for {tokens} tokens", hint="give a row for each token")
+    if width is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
+        raise ConfigError(f"{what} has the shape {list(tensor.shape)}", hint=f"give [tokens, {width}]")
+    tensor = tensor.detach()
+    row = tensor[0] if len(tensor) else None
+    if row is not None and not row.is_contiguous():
+        tensor = tensor.contiguous()
+    return Columns(tensor, int(np.prod(tensor.shape[1:], dtype=np.int64)) * tensor.element_size())
+
+
+def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
+    """Check expert ids and return them as int64.
+
+    Raises:
+        ConfigError: not int32 or int64 [tokens, topk].
+    """
+    if not isinstance(topk_idx, torch.Tensor) or topk_idx.dtype not in (torch.int32, torch.int64):
+        raise ConfigError("topk_idx is no int32 or int64 tensor", hint="give the experts' ids as [tokens, topk]")
+    if tuple(topk_idx.shape) != (tokens, topk):
+        raise ConfigError(
+            f"topk_idx has the shape {list(topk_idx.shape)} for {tokens} tokens", hint=f"give [tokens, {topk}]"
+        )
+    return np.ascontiguousarray(topk_idx.detach().cpu().numpy(), np.int64)
+
+
+def weights_of(topk_weights: Any, tokens: int, topk: int) -> npt.NDArray[np.float32] | None:
+    """Check weights and return them as float32.
+
+    Raises:
+        ConfigError: not floating [tokens, topk].
+    """
+    if topk_weights is None:
+        return None
+    if not isinstance(topk_weights, torch.Tensor) or not topk_weights.is_floating_point():
+        raise ConfigError("topk_weights is no floating tensor", hint="give a weight for each id, or None")
+    if tuple(topk_weights.shape) != (tokens, topk):
+        raise ConfigError(f"topk_weights has the shape {list(topk_weights.shape)}", hint=f"give [{tokens}, {topk}]")
+    return np.ascontiguousarray(topk_weights.detach().cpu().float().numpy())
+
+
+def check_choice(value: Any, known: Sequence[str], what: str) -> str:
+    """Check one of few words.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if value not in known:
+        raise ConfigError(f"there is no {what} {value!r:.40}", hint=f"known are {', '.join(known)}")
+    return str(value)
+
+
+def check_tokens(tokens: int, most: int) -> None:
+    """Refuse more tokens than slots and boards were made for.
+
+    Raises:
+        RangeError: as said.
+    """
+    if tokens > most:
+        raise RangeError(f"{tokens} tokens in one dispatch", hint=f"max_tokens is {most}: make it larger, or split")

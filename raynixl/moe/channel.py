@@ -1,0 +1,157 @@
+"""Channels: how lines and rows reach one peer whose memory is mapped here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from raynixl.errors import RaynixlError
+from raynixl.moe.board import cell_offset
+from raynixl.moe.fields import RowFormat
+from raynixl.moe.lines import Cell
+from raynixl.native import Gate
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+    from raynixl.agents.window import Window
+    from raynixl.region import RemoteRegion
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the rows of one field come from: row i at address + index[i] * stride, or i * stride without an index."""
+
+    address: int
+    stride: int
+    nbytes: int
+    index: np.ndarray[Any, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows go: a slot of a peer's, by number, and the first row in it."""
+
+    slot: int
+    offset: int
+
+
+class Directions(Protocol):
+    """What a channel needs to know of a peer's slots beside those that it knows already."""
+
+    def __call__(self, slot: int) -> RemoteRegion:
+        """Ask the peer for the descriptor of a slot; raises RaynixlError."""
+
+
+class Channel(Protocol):
+    """The way to one peer. A method that returns False has found the peer lost."""
+
+    rank: int
+    name: str
+    token: str
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the peer's memory is mapped here, so that rows are there when `put` returns."""
+
+    def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
+        """Write a line onto the peer's board, behind all rows that were put before."""
+
+    def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
+        """Write rows into a slot of the peer's; they are there once the next line is."""
+
+    def finish(self, deadline: float) -> bool:
+        """Wait until all rows that were put are at the peer."""
+
+    def capacity(self, form: RowFormat, slot: int) -> int:
+        """Return how many rows of this form a slot holds; 0 if the peer cannot be asked."""
+
+    def close(self) -> None:
+        """Let go of the peer's memory."""
+
+
+def gate_codes(gates: list[Gate]) -> int:
+    """Enter all gates; return the code of one that refuses, with none entered, else 0."""
+    for number, gate in enumerate(gates):
+        code = gate.enter()
+        if code:
+            for entered in gates[:number]:
+                entered.leave()
+            return code
+    return 0
+
+
+class MappedChannel:
+    """A peer whose board and slots are mapped here: lines and rows are stores."""
+
+    is_direct = True
+
+    def __init__(
+        self, agent: Agent, ranks: int, *, me: int, rank: int, token: str, board: Window, directions: Directions
+    ) -> None:
+        self.rank, self.name, self.token = rank, board.remote.owner, token
+        self._agent = agent
+        self._native = agent.native
+        self._directions = directions
+        self._bell = board.address
+        self._gates = board.gates
+        self._cells = {cell: board.address + cell_offset(ranks, me, cell) for cell in Cell}
+        self._slots: dict[int, Window | None] = {}
+        self.lines = 0
+        self.puts = 0
+
+    def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
+        """Write a line onto the peer's board."""
+        if gate_codes(self._gates):
+            return False
+        try:
+            data = line.tobytes()
+            self._native.post_line(self._cells[cell], data[8:], int(line["number"]), self._bell)
+        finally:
+            for gate in self._gates:
+                gate.leave()
+        self.lines += 1
+        return True
+
+    def window(self, slot: int) -> Window | None:
+        """Return a slot of the peer's, mapped; None if it cannot be had any more."""
+        if slot not in self._slots:
+            try:
+                window = self._agent.window(self._directions(slot))
+            except RaynixlError:
+                self._slots[slot] = None
+            else:
+                self._slots[slot] = window if window.is_mapped else None
+        return self._slots[slot]
+
+    def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
+        """Copy rows straight into the peer's slot."""
+        window = self.window(place.slot)
+        if window is None:
+            return False
+        layout = form.layout(window.remote.nbytes)
+        if place.offset + count > layout.capacity:
+            return False
+        self.puts += 1
+        for start, source in zip(layout.starts, sources, strict=True):
+            at = window.address + start + place.offset * source.nbytes
+            code = self._native.put_rows(
+                source.address, source.stride, source.nbytes, source.index, at, window.gates, count
+            )
+            if code:
+                return False
+        return True
+
+    def finish(self, deadline: float) -> bool:
+        """Nothing is under way."""
+        return True
+
+    def capacity(self, form: RowFormat, slot: int) -> int:
+        """Return how many rows of this form a slot holds."""
+        window = self.window(slot)
+        return 0 if window is None else form.layout(window.remote.nbytes).capacity
+
+    def close(self) -> None:
+        """Mappings belong to the agent's bindings, which it lets go when the regions or the peer do."""
+        self._slots.clear()

@@ -1,0 +1,210 @@
+"""Combining: what the experts made of the rows goes back to their sources, which add it up."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raynixl.errors import RaynixlError
+from raynixl.moe.channel import Place
+from raynixl.moe.fields import RowFormat
+from raynixl.moe.landing import Landing, Piece
+from raynixl.moe.outgoing import Outgoing, outgoing
+from raynixl.moe.result import Combined, Handle
+from raynixl.moe.session import Session, status_of
+from raynixl.moe.summing import Terms, lost_scale, pair_table, sum_terms, terms_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineCall:
+    """One combine, checked: y as layout and weights of the handle want it."""
+
+    y: Tensor
+    handle: Handle
+    weights: Tensor | None
+    """What comes back beside y, float32 [rows, topk]."""
+    biases: tuple[Tensor, ...]
+    out: Tensor
+    is_summed: bool
+    renormalises: bool
+
+    def form(self) -> RowFormat:
+        """Return what goes back for each row, or pair."""
+        fields = [self.y.shape[-1] * self.y.element_size()]
+        if self.weights is not None:
+            fields.append(4 if self.handle.weights_at == "source" else 4 * self.handle.topk)
+        return RowFormat(tuple(fields))
+
+    def signature(self) -> int:
+        """Return what must be alike on all ranks, as a number."""
+        handle = self.handle
+        text = (
+            "combine", str(self.y.dtype), self.y.shape[-1], handle.layout, handle.weights_at, handle.alignment,
+            handle.placement, self.weights is None, self.is_summed,
+        )  # fmt: skip
+        return zlib.crc32(repr(text).encode())
+
+
+@dataclass(slots=True)
+class Combine:
+    """One combine of one rank."""
+
+    session: Session
+    call: CombineCall
+    error: RaynixlError | None
+    deadline: float
+    signature: int
+
+    def run(self) -> Combined:
+        """Send the rows back, take in those of our tokens, and add them up.
+
+        Raises:
+            ConfigError: a rank's call is wrong; all ranks raise it.
+            Masked: the others go on without us.
+        """
+        session, call = self.session, self.call
+        landing = Landing(session, call.form(), self.signature, session.phase + 1, session.turn(), 1 << 30)
+        try:
+            sent = outgoing(landing, call.y, call.handle, call.weights)
+            pieces = self._exchange(landing, sent)
+            out = self._add_up(landing, pieces, sent)
+            weights = None if call.weights is None else self._weights_back(landing, pieces, sent)
+            return Combined(out, weights, tuple(sorted(session.members.lost)))
+        finally:
+            landing.release()
+
+    def _exchange(self, landing: Landing, sent: Outgoing) -> list[Piece]:
+        session, handle = self.session, self.call.handle
+        expected = int(handle.totals[session.members.me])
+        if expected > landing.capacity() and self.error is None:
+            landing.enlarge(expected, self._starts_here())
+        asked, is_done = [], set()
+        for rank in session.members.in_turn if self.error is None else ():
+            if not sent.counts[rank]:
+                continue
+            slot = int(session.slots[rank])
+            if session.channels[rank].capacity(landing.form, slot) < handle.totals[rank]:
+                landing.ask(rank, int(sent.counts[rank]))
+                asked.append(rank)
+            elif self._put(landing, rank, Place(slot, int(handle.backs[rank])), sent):
+                is_done.add(rank)
+        for rank in asked:
+            place = landing.wait_place(rank, self.deadline)
+            if place is not None and self._put(landing, rank, place, sent):
+                is_done.add(rank)
+        for rank in session.members.in_turn:
+            if rank not in is_done:
+                self._post(landing, rank, None, 0)
+        lines, came, _ = session.gather(self.signature, self.deadline, landing.serve)
+        landing.answered(came)
+        if self.error is not None:
+            raise self.error
+        return landing.pieces(lines, came, None)
+
+    def _starts_here(self) -> I64:
+        """Return by holder where what it sends back begins here."""
+        routing = self.call.handle.routing
+        if self.call.handle.weights_at == "holder":
+            return routing.begins[:-1]
+        pairs = routing.pair_counts
+        return np.cumsum(pairs) - pairs
+
+    def _put(self, landing: Landing, rank: int, place: Place, sent: Outgoing) -> bool:
+        """Send a source its rows, and the line behind them."""
+        count = int(sent.counts[rank])
+        if not landing.put(rank, place, sent.sources(rank), count, self.deadline):
+            return False
+        self._post(landing, rank, place, count)
+        return True
+
+    def _post(self, landing: Landing, rank: int, place: Place | None, count: int) -> None:
+        line = self.session.line(self.signature)
+        if place is not None:
+            line["place"], line["offset"], line["count"] = place.slot, place.offset, count
+        if self.error is not None:
+            line["status"] = status_of(self.error)
+            line["text"] = str(self.error).encode()[:200]
+        self.session.post(rank, line)
+
+    def _came(self, landing: Landing, pieces: list[Piece], sent: Outgoing, field: int) -> _Came:
+        """Return where each item that came back lies, and which did not come."""
+        begins, nbytes = self._starts_here(), landing.form.fields[field]
+        total, me = int(self.call.handle.totals[self.session.members.me]), self.session.members.me
+        at, is_there = np.zeros(total, np.uint64), np.zeros(total, np.bool_)
+        for piece in pieces:
+            start = landing.form.layout(piece.slot.nbytes).starts[field]
+            begin = int(begins[piece.source])
+            first = piece.slot.address + start + piece.offset * nbytes
+            at[begin : begin + piece.count] = first + np.arange(piece.count, dtype=np.uint64) * np.uint64(nbytes)
+            is_there[begin : begin + piece.count] = True
+        begin, count = int(begins[me]), int(sent.counts[me])
+        if field == 0:
+            at[begin : begin + count] = sent.addresses(me)
+        is_there[begin : begin + count] = True
+        return _Came(at, is_there)
+
+    def _add_up(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> Tensor:
+        call = self.call
+        came = self._came(landing, pieces, sent, 0)
+        if not call.is_summed:
+            return self._pairs(came)
+        terms, scale = terms_of(call.handle), None
+        is_whole = bool(came.is_there.all())
+        if call.renormalises and not (is_whole and call.handle.is_whole):
+            scale = lost_scale(call.handle, came.is_there)
+        if not is_whole:
+            terms = terms.only(came.is_there)
+        sum_terms(self.session.agent.native, terms, came.at, call.y, call.out, call.biases, scale)
+        return call.out
+
+    def _pairs(self, came: _Came) -> Tensor:
+        """Return the pairs of our tokens in (token, k) order, as they came; zeros for those that did not."""
+        terms = terms_of(self.call.handle)
+        there = came.is_there[terms.items]
+        starts = np.concatenate([[0], np.cumsum(there)]).astype(np.int64)
+        out = self.call.y.new_empty((len(terms.items), self.call.y.shape[-1]))
+        sum_terms(
+            self.session.agent.native, Terms(starts, terms.items[there], None), came.at, self.call.y, out, (), None
+        )
+        return out
+
+    def _weights_back(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> Tensor:
+        """Return by token and k the sum over holders of the weights that came back."""
+        handle, me = self.call.handle, self.session.members.me
+        routing, begins = handle.routing, self._starts_here()
+        assert sent.weights is not None
+        width = sent.weights.shape[1]
+        rows = np.zeros((int(handle.totals[me]), width), np.float32)
+        for piece in pieces:
+            start = landing.form.layout(piece.slot.nbytes).starts[1] + piece.offset * 4 * width
+            block = piece.slot.bytes[start : start + piece.count * 4 * width].view(np.float32)
+            rows[int(begins[piece.source]) : int(begins[piece.source]) + piece.count] = block.reshape(-1, width)
+        own = slice(int(sent.begins[me]), int(sent.begins[me + 1]))
+        rows[int(begins[me]) : int(begins[me]) + int(sent.counts[me])] = sent.weights[own]
+        out = np.zeros((routing.tokens, handle.topk), np.float32)
+        if handle.weights_at == "source":
+            table = pair_table(handle)
+            out[table >= 0] = rows[table[table >= 0], 0]
+        else:
+            valid = routing.row_ids >= 0
+            picked, ks = np.nonzero(valid)
+            out[routing.order[picked], ks] = rows[picked, ks]
+        return torch.from_numpy(out)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Came:
+    """By item that is to come back: where it lies, and whether it came."""
+
+    at: npt.NDArray[np.uint64]
+    is_there: npt.NDArray[np.bool_]

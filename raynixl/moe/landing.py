@@ -1,0 +1,179 @@
+"""Landing: where the rows of one phase come to lie here, and where ours go at the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raynixl.errors import IntegrityError
+from raynixl.moe.channel import Place, Source
+from raynixl.moe.fields import RowFormat
+from raynixl.moe.lines import NOWHERE, Cell
+
+if TYPE_CHECKING:
+    from raynixl.moe.pool import Slot
+    from raynixl.moe.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The rows that one source has put here."""
+
+    source: int
+    slot: Slot
+    offset: int
+    count: int
+
+
+@dataclass(slots=True)
+class Landing:
+    """The slots of one phase. Rows go where all ranks can tell by themselves, else where the receiver says."""
+
+    session: Session
+    form: RowFormat
+    signature: int
+    number: int
+    """The phase whose lines stand behind the rows."""
+    announced: Slot
+    limit: int
+    """The most rows that one source may put."""
+    slots: dict[int, Slot] = field(default_factory=dict)
+    placed: set[int] = field(default_factory=set)
+    shared: tuple[Slot, np.ndarray[Any, Any]] | None = None
+    """A slot for all rows where the announced one is too small, and by source where its rows go."""
+
+    def __post_init__(self) -> None:
+        self.slots[self.announced.number] = self.announced
+
+    def capacity(self) -> int:
+        """Return how many rows our announced slot holds."""
+        return self.form.layout(self.announced.nbytes).capacity
+
+    def enlarge(self, rows: int, offsets: np.ndarray[Any, Any]) -> Slot:
+        """Take a slot for all rows, and remember to announce such slots from now on."""
+        slot = self.take(rows)
+        self.shared = (slot, offsets)
+        self.session.pool.nbytes = max(self.session.pool.nbytes, slot.nbytes)
+        return slot
+
+    def take(self, rows: int) -> Slot:
+        """Take one more slot, for so many rows."""
+        slot = self.session.pool.take(self.form.slot_nbytes(rows))
+        self.slots[slot.number] = slot
+        return slot
+
+    def serve(self) -> None:
+        """Answer those who ask where to put their rows: in a slot that holds all, or else in one of each one's own."""
+        session = self.session
+        for rank in session.members.others.tolist():
+            if rank in self.placed or not session.board.has(rank, Cell.WANT, self.number):
+                continue
+            count = int(session.board.cells["count"][rank, Cell.WANT])
+            if self.shared is not None:
+                slot, offset = self.shared[0], int(self.shared[1][rank])
+            else:
+                slot, offset = self.take(max(1, min(count, self.limit))), 0
+            session.pool.announce(slot, 1 << rank)
+            self._tell(rank, Place(slot.number, offset))
+
+    def _tell(self, rank: int, place: Place) -> None:
+        line = self.session.line(self.signature, phase=self.number)
+        line["place"], line["offset"] = place.slot, place.offset
+        self.placed.add(rank)
+        self.session.tell(rank, Cell.PLACE, line)
+
+    def ask(self, rank: int, count: int) -> None:
+        """Ask a rank where our rows go."""
+        line = self.session.line(self.signature, phase=self.number)
+        line["count"] = count
+        self.session.tell(rank, Cell.WANT, line)
+
+    def wait_place(self, rank: int, deadline: float) -> Place | None:
+        """Wait for the answer; None if the rank is lost."""
+        line = self.session.wait_place(rank, self.number, deadline, self.serve)
+        if line is None or int(line["place"]) == NOWHERE:
+            return None
+        return Place(int(line["place"]), int(line["offset"]))
+
+    def put(self, rank: int, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
+        """Put rows at a rank, which may be ourselves; masks it if that fails."""
+        session = self.session
+        if rank == session.members.me:
+            self.put_here(place, sources, count)
+            return True
+        if session.channels[rank].put(self.form, place, sources, count, deadline):
+            return True
+        session.lose(rank, "rows could not be put into its memory")
+        return False
+
+    def put_here(self, place: Place, sources: list[Source], count: int) -> None:
+        """Copy rows within this rank."""
+        slot = self.slots[place.slot]
+        copy_rows(self.session.agent.native, self.form, slot, place.offset, sources, count)
+
+    def pieces(self, lines: np.ndarray[Any, Any], came: list[int], own: Piece | None) -> list[Piece]:
+        """Return what the lines say has come, by source.
+
+        Raises:
+            IntegrityError: a line names rows where none can be.
+        """
+        found = []
+        for rank in came:
+            count, offset = int(lines["count"][rank]), int(lines["offset"][rank])
+            if not count:
+                continue
+            slot = self.slots.get(int(lines["place"][rank]))
+            if slot is None or count > self.limit or offset + count > self.form.layout(slot.nbytes).capacity:
+                name = self.session.members.names.get(rank, "")
+                raise IntegrityError(
+                    f"rank {rank} ({name!r}) says that it has put {count} rows at {offset}, where they cannot be",
+                    hint="its memory or its version of raynixl is damaged", peer=name,
+                )  # fmt: skip
+            found.append(Piece(rank, slot, offset, count))
+        if own is not None:
+            found.append(own)
+        return sorted(found, key=lambda piece: piece.source)
+
+    def answered(self, came: list[int]) -> None:
+        """Note who has answered: those that have not may still write into the slots that they know of."""
+        for slot in self.slots.values():
+            for rank in came:
+                self.session.pool.answered(slot, rank)
+
+    def release(self) -> None:
+        """Give up our hold on all slots; those that are leased belong to their tensors."""
+        for slot in self.slots.values():
+            self.session.pool.put_back(slot)
+
+
+def copy_rows(native: Any, form: RowFormat, slot: Slot, offset: int, sources: list[Source], count: int) -> None:
+    """Copy rows into a slot of our own."""
+    for start, source in zip(form.layout(slot.nbytes).starts, sources, strict=True):
+        at = slot.address + start + offset * source.nbytes
+        native.put_rows(source.address, source.stride, source.nbytes, source.index, at, [], count)
+
+
+def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int) -> tuple[Slot | None, int]:
+    """Return the slot in which all pieces lie at their targets, and the row from which those count.
+
+    That is the announced slot in the usual course. Else they are copied together.
+    """
+    if not pieces:
+        return None, 0
+    first = pieces[0]
+    shift = first.offset - targets[0]
+    layout = landing.form.layout(first.slot.nbytes)
+    fits = 0 <= shift and shift + rows <= layout.capacity
+    if fits and all(p.slot is first.slot and p.offset - t == shift for p, t in zip(pieces, targets, strict=True)):
+        return first.slot, shift
+    slot = landing.take(rows)
+    for piece, target in zip(pieces, targets, strict=True):
+        starts = landing.form.layout(piece.slot.nbytes).starts
+        sources = [
+            Source(piece.slot.address + start + piece.offset * nbytes, nbytes, nbytes)
+            for start, nbytes in zip(starts, landing.form.fields, strict=True)
+        ]
+        copy_rows(landing.session.agent.native, landing.form, slot, target, sources, piece.count)
+    return slot, 0

@@ -1,0 +1,67 @@
+"""Members: which ranks take part, who is masked, who is ready to come back; one owner thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from raynixl.moe.lines import ranks_of
+
+
+@dataclass(slots=True)
+class Members:
+    """Sets of ranks as bits of integers. `mask` are those that do not take part, for whatever reason."""
+
+    me: int
+    limit: int
+    mask: int
+    names: dict[int, str] = field(default_factory=dict)
+    ready: int = 0
+    """Ranks that we have met again, and would admit."""
+    barred: int = 0
+    """Ranks that only `unmask` lets in again."""
+    admitted: int = 0
+    """Ranks that every active rank would admit, as of the last phase: they take part in the next operation."""
+    lost: dict[int, str] = field(default_factory=dict)
+    """Ranks that were lost in this operation, and why."""
+    _others: tuple[int, npt.NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Return the ranks that take part, ascending, ours among them."""
+        return ranks_of(~self.mask & ((1 << self.limit) - 1))
+
+    @property
+    def others(self) -> npt.NDArray[np.int64]:
+        """Return the active ranks but ours."""
+        if self._others[0] != self.mask:
+            ranks = np.array([rank for rank in self.active if rank != self.me], np.int64)
+            self._others = (self.mask, ranks)
+        return self._others[1]
+
+    @property
+    def in_turn(self) -> list[int]:
+        """Return the other active ranks in the order in which we write to them: all start with another one."""
+        ranks = self.others.tolist()
+        return [rank for rank in ranks if rank > self.me] + [rank for rank in ranks if rank < self.me]
+
+    def is_active(self, rank: int) -> bool:
+        """Whether a rank takes part."""
+        return 0 <= rank < self.limit and not self.mask >> rank & 1
+
+    def lose(self, rank: int, why: str) -> None:
+        """Mask a rank that was lost in this operation."""
+        self.mask |= 1 << rank
+        self.ready &= ~(1 << rank)
+        self.admitted &= ~(1 << rank)
+        self.lost.setdefault(rank, why)
+
+    def merge(self, masks: list[int]) -> bool:
+        """Take over what others have masked; return whether all agreed with us."""
+        agreed = all(mask == self.mask for mask in masks)
+        for mask in masks:
+            for rank in ranks_of(mask & ~self.mask & ~(1 << self.me)):
+                self.lose(rank, "others have masked it")
+        return agreed
