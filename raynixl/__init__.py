@@ -9,7 +9,7 @@ Layer map (imports go downwards only; tests/test_layers.py holds us to it):
     L4  collectives
     L5  weights, moe, kv
     L6  actors                              Ray starts here
-    L7  integrations, bench, cli, testing
+    L7  integrations, compat, bench, cli, testing
     L8  raynixl                             these lazy names
 
 Importing this package loads none of torch, ray, ucxx or cupy; a name is imported when it is first used.

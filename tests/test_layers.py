@@ -20,7 +20,7 @@ LEVELS = {
 }
 HEAVY = {  # where each may be imported at all
     "ray": ("actors", "integrations", "bench", "cli"),
-    "torch": ("region", "weights", "actors", "integrations", "bench", "cli"),
+    "torch": ("region", "weights", "moe", "actors", "integrations", "compat", "bench", "cli"),
     "ucxx": ("backends/ucx",),
     "cupy": ("region", "backends/nvlink"),
     "obstore": ("backends/object",),

@@ -1,0 +1,126 @@
+"""Instances: the expert parallelism behind one DeepEP buffer, made when the shapes of its steps become known."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raynixl.errors import PeerLost, RangeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from raynixl.compat.deep_ep.members import Members
+    from raynixl.moe.parallel import ExpertParallel
+
+_LEAST_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all ranks agree on before the first step of its kind."""
+
+    experts: int
+    hidden: int
+    topk: int
+
+
+class Instances:
+    """One `ExpertParallel` for each shape and number of tokens. Making one is collective, as its first use is."""
+
+    def __init__(self, members: Members, *, name: str, deadline: float | None, may_shrink: bool) -> None:
+        self.members = members
+        self._name = name
+        self._deadline = deadline
+        self._may_shrink = may_shrink
+        self._made: dict[tuple[Shape, int], ExpertParallel] = {}
+        self._current: dict[Shape, ExpertParallel] = {}
+        self._masked: set[int] = set()
+        self._end = weakref.finalize(self, _close, self._made, members)
+
+    def get(self, shape: Shape, tokens: int) -> ExpertParallel:
+        """Return the instance for up to so many tokens a rank, a number that all ranks give alike."""
+        made = self._made.get((shape, tokens))
+        if made is None:
+            from raynixl.moe.parallel import ExpertParallel
+
+            made = ExpertParallel(
+                self.members.group, experts=shape.experts, hidden=shape.hidden, topk=shape.topk, max_tokens=tokens,
+                name=f"{self._name}-{len(self._made)}", deadline=self._deadline,
+            )  # fmt: skip
+            self._made[shape, tokens] = made
+            for rank in sorted(self._masked):
+                made.mask(rank)
+        return made
+
+    def run(self, shape: Shape, tokens: int, step: Callable[[ExpertParallel], Any]) -> tuple[ExpertParallel, Any]:
+        """Run a step for which no number of tokens was agreed: the first one, and one that does not fit, agree on it.
+
+        Raises:
+            RangeError: the step is wrong for another reason, on all ranks.
+        """
+        current = self._current.get(shape)
+        if current is None:
+            current = self._grow(shape, tokens)
+        try:
+            return current, step(current)
+        except RangeError:
+            grown = self._grow(shape, tokens)
+            if grown is current:
+                raise
+        return grown, step(grown)
+
+    def check(self, lost: tuple[int, ...]) -> None:
+        """Refuse the result of a step that went on without some ranks, unless the buffer may shrink.
+
+        Raises:
+            PeerLost: as said.
+        """
+        gone = [rank for rank in lost if rank not in self._masked]
+        if gone and not self._may_shrink:
+            names = [self.members.group.members[rank] for rank in gone]
+            raise PeerLost(
+                f"ranks {gone} ({', '.join(names)}) are lost: their rows are missing",
+                hint="make the buffer with enable_shrink=True to go on without them", peer=names[0],
+            )  # fmt: skip
+
+    def mask(self, rank: int) -> None:
+        """Leave a rank out from the next step on."""
+        self._masked.add(rank)
+        for made in self._made.values():
+            made.mask(rank)
+
+    def unmask(self, rank: int) -> None:
+        """Let a rank take part again."""
+        self._masked.discard(rank)
+        for made in self._made.values():
+            made.unmask(rank)
+
+    @property
+    def masked(self) -> tuple[int, ...]:
+        """The ranks that take no part: those that were masked, and those that were lost."""
+        every = set(range(self.members.world))
+        gone = set(self._masked)
+        for made in self._made.values():
+            gone |= every - set(made.active)
+        return tuple(sorted(gone))
+
+    def close(self) -> None:
+        """Close all that was made; idempotent."""
+        self._end()
+
+    def _grow(self, shape: Shape, tokens: int) -> ExpertParallel:
+        """Return the instance for as many tokens as the rank that has most; all ranks call this."""
+        most = int(self.members.gather(np.array([tokens], np.int64)).max())
+        made = self.get(shape, max(_LEAST_TOKENS, 1 << max(0, most - 1).bit_length()))
+        self._current[shape] = made
+        return made
+
+
+def _close(made: dict[tuple[Shape, int], ExpertParallel], members: Members) -> None:
+    for one in made.values():
+        one.close()
+    members.close()

@@ -1,0 +1,227 @@
+"""The low-latency half of `Buffer`: fixed places for every source, one phase each way, weights at the source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Queue
+from raynixl.compat.deep_ep.instances import Instances, Shape
+from raynixl.compat.deep_ep.layout import local_experts
+from raynixl.compat.deep_ep.packing import Form, Packed, Places, as_words, pack
+from raynixl.compat.deep_ep.utils import COLUMNS, quantise
+from raynixl.errors import ConfigError, RangeError
+
+Hook = Callable[[], None]
+
+
+class LowLatencyHandle(tuple[Any, ...]):
+    """DeepEP's tuple (src_info, layout_range, max tokens, hidden, experts), and with it what our combine needs."""
+
+    step: _Step
+
+
+class _Step:
+    """One dispatch on its way to its combine."""
+
+    def __init__(self, parallel: Any, topk_idx: Tensor) -> None:
+        self.parallel = parallel
+        self.topk_idx = topk_idx
+        self.inner: Any = None
+        self.places: Places | None = None
+
+
+class LowLatency:
+    """The operations that a buffer has with low_latency_mode=True."""
+
+    group_size: int
+    low_latency_mode: bool
+    enable_shrink: bool
+    _instances: Instances
+    _queue: Queue
+    _next_buffers: dict[tuple[int, ...], Tensor]
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[Any, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+        """Send rows to their experts. Rows lie by expert, then source, then token.
+
+        With return_recv_hook or async_finish the call sends and returns; the results are there once the hook was
+        called or the event was waited for, at the latest when the next operation starts.
+
+        Raises:
+            RangeError: more tokens than num_max_dispatch_tokens_per_rank.
+            ConfigError: dtypes or options that do not go together.
+            PeerLost: a rank is lost, and the buffer was made without enable_shrink.
+        """
+        self._check_mode(async_finish, return_recv_hook)
+        most, world = num_max_dispatch_tokens_per_rank, self.group_size
+        form = _scales_form(x, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
+        parallel = self._parallel(num_experts, x.shape[1], topk_idx.shape[1], most)
+        self._queue.settle()
+        dtype = torch.float8_e4m3fn if use_fp8 else x.dtype
+        packed = Packed.empty(
+            num_experts // world, most * world, world=world, hidden=x.shape[1], dtype=dtype, scales=form
+        )
+        step = _Step(parallel, topk_idx.detach().clone())
+        rows = quantise(x, round_scale=round_scale) if use_fp8 else x.detach()
+        pending = parallel.dispatch(rows, step.topk_idx, layout="slots", weights_at="source", async_=True)
+
+        def receive() -> None:
+            arrived = pending.wait()
+            self._instances.check(arrived.lost)
+            step.inner, step.places = arrived.handle, pack(arrived, packed)
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(packed.counts)
+
+        event, hook = self._leave(receive, async_finish, return_recv_hook)
+        handle = LowLatencyHandle((packed.src_info, packed.layout_range, most, x.shape[1], num_experts))
+        handle.step = step
+        return (packed.x if form is None else (packed.x, packed.scales)), packed.counts, handle, event, hook
+
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: LowLatencyHandle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Hook | None]:
+        """Bring the experts' rows back and sum them with their weights, in the order of k in float32, rounded once.
+
+        A pair whose id is -1 in `topk_idx` is left out, as are those of ranks that are masked or lost.
+        """
+        self._check_mode(async_finish, return_recv_hook)
+        self._queue.settle()
+        step = handle.step
+        weights = _weights(topk_idx, topk_weights, step.topk_idx)
+        if zero_copy:
+            x = self.get_next_low_latency_combine_buffer(handle)
+        if step.places is None:
+            raise ConfigError(
+                "the dispatch of this handle has not been received", hint="call its hook, or wait for its event"
+            )
+        experts, room = handle[0].shape
+        if x.shape != (experts, room, handle[3]):
+            raise ConfigError(
+                f"x is {list(x.shape)}", hint=f"give [{experts}, {room}, {handle[3]}], as dispatch returned it"
+            )
+        words = as_words(x.detach().contiguous().view(-1, handle[3]))
+        rows = torch.index_select(words, 0, step.places.places).view(x.dtype)
+        inner = dataclasses.replace(step.inner, weights=weights)
+        total = torch.empty((len(topk_idx), handle[3]), dtype=x.dtype) if out is None else out
+        pending = step.parallel.combine(rows, inner, out=total, async_=True)
+
+        def receive() -> None:
+            pending.wait()
+            self._instances.check(self._instances.masked)
+
+        event, hook = self._leave(receive, async_finish, return_recv_hook)
+        return total, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
+        """Return the tensor to fill for a combine with zero_copy=True; the next one of its shape uses it again."""
+        shape = (*handle[0].shape, handle[3])
+        if shape not in self._next_buffers:
+            self._next_buffers[shape] = torch.empty(shape, dtype=torch.bfloat16)
+        return self._next_buffers[shape]
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Wait for what was started. There is nothing to clean: rows are found by what their lines say."""
+        self._check_mode(False, False)
+        self._queue.settle()
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out (mask=True), or let it take part again. The other ranks hear of it with the next step."""
+        self._check_shrink()
+        if not 0 <= rank_to_mask < self.group_size:
+            raise RangeError(f"there is no rank {rank_to_mask}", hint=f"ranks are 0..{self.group_size - 1}")
+        if mask:
+            self._instances.mask(rank_to_mask)
+        else:
+            self._instances.unmask(rank_to_mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
+        """Write into an int32 tensor [ranks]: 1 for ranks that were masked or lost, else 0."""
+        self._check_shrink()
+        if mask_status.shape != (self.group_size,) or mask_status.dtype != torch.int32:
+            raise ConfigError(
+                f"mask_status is {mask_status.dtype} {list(mask_status.shape)}", hint=f"give int32 [{self.group_size}]"
+            )
+        mask_status.zero_()
+        mask_status[list(self._instances.masked)] = 1
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Let every rank take part again."""
+        self._check_shrink()
+        for rank in self._instances.masked:
+            self._instances.unmask(rank)
+
+    # Within
+
+    def _parallel(self, experts: int, hidden: int, topk: int, tokens: int) -> Any:
+        local_experts(experts, self.group_size)
+        return self._instances.get(Shape(experts, hidden, topk), tokens)
+
+    def _leave(self, rest: Hook, is_async: bool, has_hook: bool) -> tuple[EventOverlap, Hook | None]:
+        work = self._queue.add(rest)
+        if has_hook:
+            return EventOverlap(), work.finish
+        if is_async:
+            return EventOverlap(EventHandle(work)), None
+        work.finish()
+        return EventOverlap(), None
+
+    def _check_mode(self, is_async: bool, has_hook: bool) -> None:
+        if not self.low_latency_mode:
+            raise ConfigError("this buffer has no low-latency mode", hint="make it with low_latency_mode=True")
+        if is_async and has_hook:
+            raise ConfigError("async_finish and return_recv_hook exclude each other", hint="set one of them")
+
+    def _check_shrink(self) -> None:
+        if not self.enable_shrink:
+            raise ConfigError("this buffer masks no ranks", hint="make it with enable_shrink=True")
+
+
+def _scales_form(x: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Form | None:
+    if x.dim() != 2 or not x.dtype.is_floating_point or x.element_size() == 1:
+        raise ConfigError(f"x is {x.dtype} {list(x.shape)}", hint="give bfloat16 [tokens, hidden]; use_fp8 casts it")
+    if use_ue8m0 and not (use_fp8 and round_scale):
+        raise ConfigError("use_ue8m0 needs scales that are powers of 2", hint="set use_fp8 and round_scale too")
+    if not use_fp8:
+        return None
+    step = 4 * COLUMNS if use_ue8m0 else COLUMNS
+    if x.shape[1] % step:
+        raise ConfigError(f"rows of {x.shape[1]} columns cannot be cast so", hint=f"give multiples of {step}")
+    return Form(x.shape[1] // step, torch.int32 if use_ue8m0 else torch.float32)
+
+
+def _weights(topk_idx: Tensor, topk_weights: Tensor, dispatched: Tensor) -> Any:
+    """Return the weights of a combine; those of pairs that the caller has taken out since are 0."""
+    is_out = topk_idx != dispatched if topk_idx.shape == dispatched.shape else None
+    if is_out is None or topk_weights.shape != dispatched.shape or bool((topk_idx[is_out] != -1).any()):
+        raise ConfigError(
+            "topk_idx or topk_weights are not those of the dispatch",
+            hint="give the same ids, or -1 to leave a pair out",
+        )
+    return topk_weights.detach().float().masked_fill(is_out, 0).contiguous().numpy()

@@ -1,0 +1,102 @@
+"""What code around DeepEP takes from `deep_ep.utils`: eight-bit rows and their scales, comparisons, sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raynixl.compat.deep_ep.config import align
+from raynixl.compat.deep_ep.events import EventHandle, EventOverlap
+from raynixl.errors import ConfigError
+
+__all__ = [
+    "EventHandle", "EventOverlap", "align", "calc_diff", "ceil_div", "check_nvlink_connections", "pack_scales",
+    "per_token_cast_back", "per_token_cast_to_fp8", "quantise", "unpack_scales",
+]  # fmt: skip
+
+COLUMNS = 128
+"""Columns of a row that share one scale."""
+
+_LARGEST = 448.0
+_SMALLEST_AMAX = 1e-4
+_MANTISSA_BITS = 23
+
+
+def quantise(x: Tensor, *, round_scale: bool = False) -> tuple[Tensor, Tensor]:
+    """Return rows as float8_e4m3fn with one float32 scale for each 128 columns; `round_scale` makes it a power of 2.
+
+    A scale is the largest magnitude among its columns, 1e-4 at least, by 448.
+    """
+    rows, hidden = x.shape
+    if hidden % COLUMNS:
+        raise ConfigError(f"rows of {hidden} columns cannot be cast", hint=f"give multiples of {COLUMNS}")
+    wide = x.detach().float().view(rows, hidden // COLUMNS, COLUMNS)
+    amax = wide.abs().amax(2).clamp(min=_SMALLEST_AMAX)
+    if round_scale:
+        exponents = _ceil_log2(amax * (1 / _LARGEST))
+        scales, factors = _power_of_2(exponents), _power_of_2(-exponents)
+    else:
+        scales, factors = amax / _LARGEST, _LARGEST / amax
+    return (wide * factors.unsqueeze(2)).to(torch.float8_e4m3fn).view(rows, hidden), scales
+
+
+def per_token_cast_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows in eight bits and their scales; columns beyond a multiple of 128 share the last scale."""
+    hidden = x.shape[1]
+    full = align(hidden, COLUMNS)
+    padded = x if full == hidden else torch.nn.functional.pad(x, (0, full - hidden))
+    cast, scales = quantise(padded)
+    return cast[:, :hidden].contiguous(), scales
+
+
+def per_token_cast_back(x_fp8: Tensor, x_scales: Tensor) -> Tensor:
+    """Return eight-bit rows as bfloat16; scales are float32, or int32 of four exponents each."""
+    rows, hidden = x_fp8.shape
+    if rows == 0:
+        return x_fp8.to(torch.bfloat16)
+    scales = unpack_scales(x_scales) if x_scales.dtype == torch.int32 else x_scales
+    wide = torch.nn.functional.pad(x_fp8.float(), (0, align(hidden, COLUMNS) - hidden)).view(rows, -1, COLUMNS)
+    back = (wide * scales.reshape(rows, -1, 1)).view(rows, -1)[:, :hidden]
+    return back.to(torch.bfloat16).contiguous()
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """Return scales that are powers of 2 as int32 of four exponents each (UE8M0), the first in the lowest byte."""
+    if scales.shape[-1] % 4:
+        raise ConfigError(
+            f"{scales.shape[-1]} scales a row do not pack by four",
+            hint=f"give rows of a multiple of {4 * COLUMNS} columns",
+        )
+    exponents = (scales.contiguous().view(torch.int32) >> _MANTISSA_BITS).to(torch.uint8)
+    return exponents.view(torch.int32)
+
+
+def unpack_scales(packed: Tensor) -> Tensor:
+    """Return what `pack_scales` packed."""
+    exponents = packed.contiguous().view(torch.uint8).to(torch.int32)
+    return (exponents << _MANTISSA_BITS).view(torch.float32)
+
+
+def calc_diff(x: Tensor, y: Tensor) -> float:
+    """Return how far two tensors are from proportional: 0 for equal ones."""
+    x, y = x.double() + 1, y.double() + 1
+    return float(1 - 2 * (x * y).sum() / (x * x + y * y).sum())
+
+
+def ceil_div(value: int, step: int) -> int:
+    """Return how many steps it takes."""
+    return -(-value // step)
+
+
+def check_nvlink_connections(group: object) -> None:
+    """Do nothing: there are no GPUs whose connections would matter."""
+
+
+def _ceil_log2(values: Tensor) -> Tensor:
+    bits = values.view(torch.int32)
+    exponents = (bits >> _MANTISSA_BITS & 0xFF) - 127
+    return exponents + (bits & (1 << _MANTISSA_BITS) - 1 != 0).int()
+
+
+def _power_of_2(exponents: Tensor) -> Tensor:
+    return (exponents + 127 << _MANTISSA_BITS).int().view(torch.float32)
