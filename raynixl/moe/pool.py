@@ -6,108 +6,26 @@ import itertools
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raynixl.errors import AgentClosed, RangeError, RegionStale
 from raynixl.memory import PAGE_NBYTES
 from raynixl.moe.lines import ranks_of
+from raynixl.moe.slot import Ended, Lease, Slot
 
 if TYPE_CHECKING:
-    import torch
-
     from raynixl.agents import Agent
     from raynixl.region import Region
 
 logger = logging.getLogger(__name__)
 KEEP_SECONDS = 60.0
-KEEP_TAKES = 1024
-"""What is free is kept for this long and for so many takes: fresh memory is several times as slow as used memory."""
+KEEP_TURNS = 2048
+"""What is free is kept for this long and for so many turns: fresh memory is several times as slow as used memory."""
 
 _FIRST_WARNING = 16
 _HINT = "drop results of earlier dispatches, and what was computed as views of them, once they are used"
-
-
-class Slot:
-    """One arena of a pool.
-
-    It is in use for as long as its taker keeps it, a rank may still write into it, or a tensor of its lease lives.
-    """
-
-    __slots__ = ("address", "bytes", "is_kept", "lease", "nbytes", "number", "region", "take", "taken_at", "writers")
-
-    def __init__(self, number: int, region: Region) -> None:
-        self.number = number
-        self.region = region
-        self.nbytes = region.nbytes
-        self.address = region.memory.address
-        self.bytes: NDArray[np.uint8] = region.array()
-        self.writers = 0
-        """The ranks that may still write into it, 1 bit a rank."""
-        self.is_kept = False
-        self.lease: _Ended | None = None
-        self.take = 0
-        self.taken_at = 0.0
-
-    def __repr__(self) -> str:
-        return (
-            f"Slot({self.number}, {self.nbytes} bytes, kept={self.is_kept}, leased={self.is_leased}, "
-            f"writers={ranks_of(self.writers)})"
-        )
-
-    @property
-    def is_leased(self) -> bool:
-        """Whether tensors of it live, as far as the pool has heard."""
-        return self.lease is not None
-
-    @property
-    def is_free(self) -> bool:
-        """Whether it may be given out."""
-        return not (self.is_kept or self.writers or self.lease)
-
-
-class _Ended(weakref.ref["NDArray[np.uint8]"]):
-    """Watches the array that owns what a lease's tensors view; the number of its slot is for who hears of its end."""
-
-    __slots__ = ("number",)  # not the slot, which would hold on to itself
-    number: int
-
-
-class Lease:
-    """The use of a slot by tensors: over when this object and all that it made, and all views of that, are gone."""
-
-    __slots__ = ("_owner", "slot")
-
-    def __init__(self, slot: Slot, owner: NDArray[np.uint8]) -> None:
-        self.slot = slot
-        self._owner = owner
-
-    def __repr__(self) -> str:
-        return f"Lease({self.slot!r})"
-
-    def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
-        """Return a torch view of the slot's bytes from `offset`, which keeps the lease and the memory.
-
-        Raises:
-            RangeError: it would not lie within the slot, or its items would lie askew.
-        """
-        import torch
-
-        count = 1
-        for size in shape:
-            count *= size
-        itemsize = dtype.itemsize
-        if count < 0 or offset < 0 or offset + count * itemsize > self.slot.nbytes or offset % itemsize:
-            raise RangeError(f"{list(shape)} of {dtype} at {offset} do not lie in a slot of {self.slot.nbytes} bytes")
-        if count == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
-        # the tensor, and what shares its memory, holds on to the array that it is given
-        return torch.frombuffer(self._owner, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
 
 class Pool:
@@ -121,14 +39,12 @@ class Pool:
         self.name = name
         self._agent = agent
         self._clock = clock
-        self._lock = (
-            threading.Lock()
-        )  # protects the slots and what is noted in them; nothing is made or withdrawn in it
+        self._lock = threading.Lock()  # protects the slots and what is noted in them; nothing is made or sent under it
         self._slots: dict[int, Slot] = {}
         # Tensors may end amid anything, with the lock held by this very thread: then a slot is only put down here.
-        self._ended: deque[_Ended] = deque()
+        self._ended: deque[Ended] = deque()
         self._numbers = itertools.count(1)
-        self._takes = 0
+        self._turns = 0
         self._warned = _FIRST_WARNING // 2
         self._droppers: list[threading.Thread] = []
         self._is_closed = False
@@ -153,19 +69,15 @@ class Pool:
             AgentClosed: the pool or its agent is closed.
         """
         wanted = max(nbytes, self.nbytes)
-        now = self._clock()
         with self._lock:
             self._check_open()
             self._drain()
-            self._takes += 1
             free = [slot for slot in self._slots.values() if slot.is_free]
             fitting = [slot for slot in free if slot.nbytes >= wanted]
-            slot = min(fitting, key=lambda one: (one.nbytes, -one.take), default=None)
-            stale = [one for one in free if one is not slot and self._is_stale(one, now)]
-            for one in stale:
-                del self._slots[one.number]
+            slot = min(fitting, key=lambda one: (one.nbytes, -one.turn), default=None)
             if slot is not None:
-                self._keep(slot, now)
+                self._keep(slot)
+            stale = self._forget_stale(free)
         if stale:
             self._drop_aside(stale)
         return self._make(wanted) if slot is None else slot
@@ -179,20 +91,20 @@ class Pool:
     def answered(self, slot: Slot, rank: int) -> None:
         """Note that a rank has done what it was told of a slot, and writes into it no more."""
         with self._lock:
-            slot.writers &= ~(1 << rank)
+            self._answer(slot, rank)
 
     def gone(self, rank: int) -> None:
         """Note that a rank writes into no slot any more: it ended, or said so."""
         with self._lock:
             for slot in self._slots.values():
-                slot.writers &= ~(1 << rank)
+                self._answer(slot, rank)
 
     # What the taker does with it
 
     def lease(self, slot: Slot) -> Lease:
         """Turn the taker's hold on a slot into one by tensors."""
         owner = slot.bytes[:]
-        ended = _Ended(owner, self._ended.append)
+        ended = Ended(owner, self._ended.append)
         ended.number = slot.number
         with self._lock:
             assert slot.is_kept, f"{slot} is leased by who has not taken it"
@@ -204,6 +116,7 @@ class Pool:
         """End the taker's hold on a slot that he has no more use of; it is free once nobody may write into it."""
         with self._lock:
             slot.is_kept = False
+            self._turn(slot)
 
     # What there is
 
@@ -247,12 +160,28 @@ class Pool:
             slot = self._slots.get(ended.number)
             if slot is not None and slot.lease is ended:
                 slot.lease = None
+                self._turn(slot)
 
-    def _keep(self, slot: Slot, now: float) -> None:
-        slot.is_kept, slot.take, slot.taken_at = True, self._takes, now
+    def _keep(self, slot: Slot) -> None:
+        slot.is_kept = True
+        self._turn(slot)
 
-    def _is_stale(self, slot: Slot, now: float) -> bool:
-        return now - slot.taken_at > KEEP_SECONDS and self._takes - slot.take > KEEP_TAKES
+    def _answer(self, slot: Slot, rank: int) -> None:
+        if slot.writers >> rank & 1:
+            slot.writers &= ~(1 << rank)
+            self._turn(slot)
+
+    def _turn(self, slot: Slot) -> None:
+        self._turns += 1
+        slot.turn, slot.turned_at = self._turns, self._clock()
+
+    def _forget_stale(self, free: Sequence[Slot]) -> list[Slot]:
+        """Forget slots that were free for long, to be withdrawn; _lock is held."""
+        turn, moment = self._turns - KEEP_TURNS, self._clock() - KEEP_SECONDS
+        stale = [slot for slot in free if slot.turn < turn and slot.turned_at < moment]
+        for slot in stale:
+            del self._slots[slot.number]
+        return stale
 
     def _make(self, nbytes: int) -> Slot:
         region = self._allocate(_rounded(nbytes) if nbytes > self.nbytes else nbytes)
@@ -261,7 +190,7 @@ class Pool:
             is_closed = self._is_closed
             if not is_closed:
                 self._slots[slot.number] = slot
-                self._keep(slot, self._clock())
+                self._keep(slot)
             text = self._warning()
         if is_closed:
             self._drop([slot])
