@@ -47,6 +47,14 @@ size_t count_rows(const Choice& choice, int64_t* counts, Places& places) {
   return total;
 }
 
+// Copy a piece of a row, or zeros if it has no source.
+void put_piece(uint64_t target, uint64_t source, uint64_t nbytes, bool streams) {
+  auto* to = reinterpret_cast<void*>(target);
+  if (source == 0) return void(std::memset(to, 0, nbytes));
+  auto* from = reinterpret_cast<const void*>(source);
+  streams ? stream_block(to, from, nbytes) : copy_block(to, from, nbytes);
+}
+
 }  // namespace
 
 size_t route(const Choice& choice, const Routing& out) {
@@ -90,13 +98,11 @@ int put_rows(const Rows& rows, uint64_t destination, const Gates& gates) {
   uint64_t copied = 0;
   int code = 0;
   for (size_t i = 0; i < rows.count && code == 0; ++i) {
-    uint64_t source = rows.source + uint64_t(rows.index ? int64_t(rows.index[i]) : int64_t(i)) * rows.stride;
-    uint64_t target = destination + i * rows.row_nbytes;
+    int64_t which = rows.index ? int64_t(rows.index[i]) : int64_t(i);
+    uint64_t source = rows.source + uint64_t(which) * rows.stride, target = destination + i * rows.row_nbytes;
     for (uint64_t left = rows.row_nbytes; left > 0 && code == 0;) {
       uint64_t step = std::min(left, kLookEvery);
-      auto* to = reinterpret_cast<void*>(target);
-      auto* from = reinterpret_cast<const void*>(source);
-      streams ? stream_block(to, from, step) : copy_block(to, from, step);
+      put_piece(target, which < 0 ? 0 : source, step, streams);
       left -= step, target += step, source += step, copied += step;
       if (copied >= kLookEvery) copied = 0, code = gates.aborted();
     }

@@ -38,7 +38,7 @@ size_t route(const Choice& choice, const Routing& out);
 // Rows of one length, to be laid end to end.
 struct Rows {
   uint64_t source, stride, row_nbytes;
-  const int32_t* index;  // which rows of the source, or null for all in order
+  const int32_t* index;  // which rows of the source, -1 for one of zeros; or null for all in order
   size_t count;
 };
 
@@ -49,8 +49,16 @@ int put_rows(const Rows& rows, uint64_t destination, const Gates& gates);
 // asleep are to be woken, and is 0 when nobody sleeps. FUTEX_WAKE_OP of the twin counts too, and wakes always.
 void ring(uint64_t bell);
 
-// Write what a line says behind its number, then its number, then ring if that is due.
-void post_line(uint64_t address, const void* payload, size_t nbytes, uint64_t number, uint64_t bell);
+struct Line {
+  uint64_t address;
+  const void* payload;
+  size_t nbytes;
+  uint64_t number, bell;  // no bell: 0
+};
+
+// Write what a line says behind its number, then its number, then count a ring, and wake who is due; inside the gates.
+// Returns 0, or the code of a gate that refused.
+int post_line(const Line& line, const Gates& gates);
 
 // The words that somebody waits for. Both arrays are read anew at each look.
 struct Lines {

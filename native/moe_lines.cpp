@@ -66,6 +66,15 @@ bool sleep_until(Bell& bell, uint32_t count, int64_t deadline_ns) {
   return !(rc < 0 && errno == EINTR);
 }
 
+// Count a ring, and wake those who are due.
+void ring_once(Bell& bell) {
+  uint32_t count = bell.rings.fetch_add(1) + 1;
+  uint32_t due = bell.due.load();
+  if (due == 0 || is_after(due, marked(count))) return;
+  bell.due.compare_exchange_strong(due, 0);  // if it changed meanwhile, others sleep: those who were due sleep, too
+  wake(bell);
+}
+
 }  // namespace
 
 size_t Lines::arrived() const {
@@ -82,16 +91,13 @@ void ring(uint64_t address) {
   if (bell.due.exchange(0) != 0) wake(bell);
 }
 
-void post_line(uint64_t address, const void* payload, size_t nbytes, uint64_t number, uint64_t bell_address) {
-  std::memcpy(reinterpret_cast<void*>(address + 8), payload, nbytes);
-  word_at(address).store(number, std::memory_order_release);
-  if (bell_address == 0) return;
-  Bell& bell = bell_at(bell_address);
-  uint32_t count = bell.rings.fetch_add(1) + 1;
-  uint32_t due = bell.due.load();
-  if (due == 0 || is_after(due, marked(count))) return;
-  bell.due.compare_exchange_strong(due, 0);  // if it changed meanwhile, others sleep: those who were due sleep, too
-  wake(bell);
+int post_line(const Line& line, const Gates& gates) {
+  if (int code = gates.enter()) return code;
+  std::memcpy(reinterpret_cast<void*>(line.address + 8), line.payload, line.nbytes);
+  word_at(line.address).store(line.number, std::memory_order_release);
+  if (line.bell != 0) ring_once(bell_at(line.bell));
+  gates.leave();
+  return 0;
 }
 
 Waited wait_lines(const Lines& lines, uint64_t address, int64_t deadline_ns, int64_t spin_until_ns) {

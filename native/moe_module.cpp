@@ -93,11 +93,11 @@ class View {
 
 void check_bell(uint64_t bell) { need(bell % 8 == 0, "a bell is aligned to 8 bytes"); }
 
-void post_line_of(uint64_t address, nb::handle payload, uint64_t number, uint64_t bell) {
+int post_line_of(uint64_t address, nb::handle payload, uint64_t number, uint64_t bell, const nb::sequence& gates) {
   need(address % 8 == 0, "a line is aligned to 8 bytes");
   check_bell(bell);
   View view(payload);
-  post_line(address, view.data(), view.nbytes(), number, bell);
+  return post_line({address, view.data(), view.nbytes(), number, bell}, gates_of(gates));
 }
 
 void ring_of(uint64_t bell) {
@@ -166,7 +166,8 @@ void bind_moe(nb::module_& m) {
         nb::arg("row_ids").noconvert(), nb::arg("row_weights").noconvert().none());
   m.def("put_rows", put_rows_of, "src"_a, "src_stride"_a, "row_nbytes"_a, nb::arg("index").noconvert().none(), "dst"_a,
         "gates"_a, "count"_a);
-  m.def("post_line", post_line_of, "address"_a, "payload"_a, "number"_a, "bell"_a);
+  m.def("post_line", post_line_of, "address"_a, "payload"_a, "number"_a, "bell"_a,
+        "gates"_a = nb::make_tuple());
   m.def("ring", ring_of, "bell"_a);
   m.def("wait_lines", wait_lines_of, nb::arg("addresses").noconvert(), nb::arg("numbers").noconvert(), "bell"_a,
         "timeout"_a, "spin"_a);

@@ -68,7 +68,7 @@ class MoeCore(Protocol):
         gates: Sequence[Gate],
         count: int,
     ) -> int:
-        """Copy rows `index[i]` of a source (or i) to `dst + i * row_nbytes`, inside the gates.
+        """Copy rows `index[i]` of a source (or i) to `dst + i * row_nbytes`, inside the gates; -1 writes zeros.
 
         Returns DONE, or the code of a gate that refused (then nothing was copied) or stopped it (then some was).
 
@@ -76,11 +76,19 @@ class MoeCore(Protocol):
             ValueError: the index is shorter than `count`.
         """
 
-    def post_line(self, address: int, payload: bytes | npt.NDArray[np.uint8], number: int, bell: int) -> None:
+    def post_line(
+        self,
+        address: int,
+        payload: bytes | npt.NDArray[np.uint8],
+        number: int,
+        bell: int,
+        gates: Sequence[Gate] = ...,
+    ) -> int:
         """Write the payload to `address + 8`, then the number to `address`, then ring the bell, if it is not 0.
 
         Whoever sees the number sees the payload. Every line that somebody waits for rings exactly once: who sleeps on
-        the bell is woken when as many rings have come as lines were missing.
+        the bell is woken when as many rings have come as lines were missing. Returns DONE, or the code of a gate that
+        refused: then nothing was written.
 
         Raises:
             ValueError: an address that is not a multiple of 8.

@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,17 @@ from raynixl.native.codes import DONE
 from raynixl.native.rows import cut_rows, group_rows
 from raynixl.native.twin_job import Gate, deadline_after
 
-__all__ = ["check_array", "enter_gates", "leave_gates", "post_line", "put_rows", "ring", "route", "wait_lines"]
+__all__ = [
+    "aborted",
+    "check_array",
+    "enter_gates",
+    "leave_gates",
+    "post_line",
+    "put_rows",
+    "ring",
+    "route",
+    "wait_lines",
+]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -126,7 +137,7 @@ def _check_values(ids: I64, holder: I32, ranks: int) -> None:
 # Rows
 
 
-def enter_gates(gates: Sequence[Gate]) -> int:
+def enter_gates(gates: Sequence[Any]) -> int:
     """Enter every gate, or none; return 0, or the code of the one that refused."""
     for entered, gate in enumerate(gates):
         if not isinstance(gate, Gate):
@@ -138,14 +149,19 @@ def enter_gates(gates: Sequence[Gate]) -> int:
     return 0
 
 
-def leave_gates(gates: Sequence[Gate]) -> None:
+def leave_gates(gates: Sequence[Any]) -> None:
     """Leave every gate."""
     for gate in gates:
         gate.leave()
 
 
+def aborted(gates: Sequence[Any]) -> int:
+    """Return the code of the first gate whose closing stops those inside, else 0."""
+    return next((gate.aborted for gate in gates if gate.aborted), 0)
+
+
 def put_rows(
-    src: int, src_stride: int, row_nbytes: int, index: I32 | None, dst: int, gates: Sequence[Gate], count: int
+    src: int, src_stride: int, row_nbytes: int, index: I32 | None, dst: int, gates: Sequence[Any], count: int
 ) -> int:
     """Copy rows of a source end to end, inside the gates. See `MoeCore.put_rows`."""
     if index is not None:
@@ -155,16 +171,22 @@ def put_rows(
     rows = np.full((count, 3), row_nbytes, np.uint64)
     rows[:, 0] = np.uint64(src) + (which * src_stride).view(np.uint64)
     rows[:, 1] = np.uint64(dst) + np.arange(count, dtype=np.uint64) * np.uint64(row_nbytes)
+    zeros = np.zeros(row_nbytes if (which < 0).any() else 0, np.uint8)
+    rows[which < 0, 0] = zeros.ctypes.data
     if code := enter_gates(gates):
         return code
     try:
-        for group in group_rows(cut_rows(rows, _LOOK_EVERY, size=2, moving=(0, 1)), _LOOK_EVERY, size=2):
-            if code := next((gate.aborted for gate in gates if gate.aborted), 0):
-                return code
-            if error := syscalls.copy_rows(group):
-                raise OSError(-error, os.strerror(-error))
+        return _copy_rows(rows, gates)
     finally:
         leave_gates(gates)
+
+
+def _copy_rows(rows: U64, gates: Sequence[Any]) -> int:
+    for group in group_rows(cut_rows(rows, _LOOK_EVERY, size=2, moving=(0, 1)), _LOOK_EVERY, size=2):
+        if code := aborted(gates):
+            return code
+        if error := syscalls.copy_rows(group):
+            raise OSError(-error, os.strerror(-error))
     return DONE
 
 
@@ -175,7 +197,8 @@ def put_rows(
 def _syscall() -> Callable[..., int]:
     call = ctypes.CDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
-    return functools.partial(call, ctypes.c_long(_NUMBERS[platform.machine()]))
+    number = ctypes.c_long(_NUMBERS[platform.machine()])
+    return lambda *arguments: int(call(number, *arguments))
 
 
 class _Timespec(ctypes.Structure):
@@ -189,26 +212,40 @@ def ring(bell: int) -> None:
     _syscall()(word, _WAKE_OP, _INT_MAX, ctypes.c_void_p(0), word, ctypes.c_uint32(_ADD_ONE))
 
 
-def post_line(address: int, payload: bytes | npt.NDArray[np.uint8], number: int, bell: int) -> None:
-    """Write a line, its number last, and ring. See `MoeCore.post_line`."""
+def post_line(
+    address: int, payload: bytes | npt.NDArray[np.uint8], number: int, bell: int, gates: Sequence[Any] = ()
+) -> int:
+    """Write a line, its number last, and ring, inside the gates. See `MoeCore.post_line`."""
     _check_aligned(address)
     _check_aligned(bell)
     if not 0 <= number < 1 << 64:
         raise TypeError("a number has 64 bits")
-    try:
-        data = bytes(memoryview(payload))
-        contiguous = memoryview(payload).c_contiguous
-    except TypeError:
-        contiguous = False
-    if not contiguous:
-        raise TypeError("a payload is bytes, or a C-contiguous array")
+    data = _bytes_of(payload)
+    if code := enter_gates(gates):
+        return code
     syscalls.copy_small(address + 8, data, len(data))
-    if platform.machine() != "x86_64":
-        fence = ctypes.c_uint32()  # a system call orders the stores; x86 does so by itself
-        _syscall()(ctypes.byref(fence), _WAKE_OP, 0, ctypes.c_void_p(0), ctypes.byref(fence), ctypes.c_uint32(_ADD_ONE))
+    _fence()
     ctypes.c_uint64.from_address(address).value = number
     if bell:
         ring(bell)
+    leave_gates(gates)
+    return DONE
+
+
+def _bytes_of(payload: Any) -> bytes:
+    try:
+        view = memoryview(payload)
+    except TypeError:
+        raise TypeError("a payload is bytes, or a C-contiguous array") from None
+    if not view.c_contiguous:
+        raise TypeError("a payload is bytes, or a C-contiguous array")
+    return view.tobytes()
+
+
+def _fence() -> None:
+    """Order the stores before and after. x86 does so by itself; elsewhere an atomic operation of the kernel does."""
+    if platform.machine() != "x86_64":
+        ring(ctypes.addressof(ctypes.c_uint64()))
 
 
 def wait_lines(addresses: U64, numbers: U64, bell: int, timeout: float, spin: float) -> int:
@@ -226,7 +263,7 @@ def wait_lines(addresses: U64, numbers: U64, bell: int, timeout: float, spin: fl
         arrived = sum(word.value >= number for word, number in zip(words, numbers.tolist(), strict=True))
         now = time.monotonic()
         if arrived == len(words) or now >= deadline:
-            return arrived
+            return int(arrived)
         if now < spin_until:
             os.sched_yield()
             continue

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from raynixl.native.codes import DONE
 from raynixl.native.moe import BF16, F16, F32, F64
-from raynixl.native.twin_job import Gate
-from raynixl.native.twin_moe import check_array, enter_gates, leave_gates
+from raynixl.native.twin_moe import aborted, check_array, enter_gates, leave_gates
 
 __all__ = ["REDUCE_VARIANTS", "reduce_rows"]
 
@@ -20,7 +19,12 @@ REDUCE_VARIANTS = 1
 
 Floats = npt.NDArray[Any]
 
-_STORED: dict[int, type] = {F32: np.float32, BF16: np.uint16, F16: np.float16, F64: np.float64}
+_STORED: dict[int, np.dtype[Any]] = {
+    F32: np.dtype(np.float32),
+    BF16: np.dtype(np.uint16),
+    F16: np.dtype(np.float16),
+    F64: np.dtype(np.float64),
+}
 _LOOK_EVERY = 256 << 10  # bytes read between two looks at the gates
 
 
@@ -36,7 +40,7 @@ def reduce_rows(  # noqa: PLR0913, PLR0917 - a source, a target, and what may be
     biases: npt.NDArray[np.uint64],
     bias_stride: int,
     bias_code: int,
-    gates: Sequence[Gate],
+    gates: Sequence[Any],
     scale: npt.NDArray[np.float32] | None = None,
     variant: int = 0,
 ) -> int:
@@ -61,7 +65,7 @@ def reduce_rows(  # noqa: PLR0913, PLR0917 - a source, a target, and what may be
             seen += hidden * (end - first + 1) * 4
             if seen >= _LOOK_EVERY:
                 seen = 0
-                if code := next((gate.aborted for gate in gates if gate.aborted), 0):
+                if code := aborted(gates):
                     return code
     finally:
         leave_gates(gates)
@@ -100,8 +104,9 @@ def _check_codes(out_code: int, in_code: int, bias_code: int) -> None:
 
 def _view(address: int, hidden: int, code: int) -> Floats:
     """Return the row at an address, as it is stored."""
-    nbytes = hidden * np.dtype(_STORED[code]).itemsize
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), _STORED[code])
+    nbytes = hidden * _STORED[code].itemsize
+    memory = (ctypes.c_uint8 * nbytes).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype=_STORED[code])
 
 
 def _load(address: int, hidden: int, code: int, in_code: int) -> Floats:
