@@ -1,8 +1,10 @@
-"""The crew of the weights benchmark: rank 0 is the source, the others receive, each in a process of its own."""
+"""Crews: the ranks of a benchmark, each in a process of its own, asked together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from raynixl.bench.process import TargetProcess
@@ -25,9 +27,15 @@ class Crew(Protocol):
 class ProcessCrew:
     """Plain child processes."""
 
-    def __init__(self, stack: ExitStack, world: int) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        world: int,
+        module: str = "raynixl.bench.weights_rank",
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.world = world
-        self._ranks = [stack.enter_context(TargetProcess("raynixl.bench.weights_rank")) for _ in range(world)]
+        self._ranks = [stack.enter_context(TargetProcess(module, environment)) for _ in range(world)]
 
     def each(self, do: str, fields: list[Fields]) -> list[Fields]:
         """Have every rank do one thing at the same time, each with fields of its own."""
