@@ -33,6 +33,11 @@ def plot_plan(row: Row, path: Path) -> None:
     _plot([row], path, _draw_plan)
 
 
+def plot_simulation(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture of simulated expert parallelism: messages of a rank and predicted time over ranks."""
+    _plot(rows, path, _draw_simulation)
+
+
 def _plot(rows: Sequence[Row], path: Path, draw: Callable[[Any, Sequence[Row]], None]) -> None:
     try:
         import matplotlib as mpl
@@ -89,6 +94,33 @@ def _draw_plan(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title(title, loc="left", fontsize=12)
     axes.grid(axis="x", color="#e4e4e4", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_simulation(axes: Any, rows: Sequence[Row]) -> None:
+    figure, first = axes.figure, rows[0]
+    axes.remove()
+    ranks = sorted({row["ranks"] for row in rows})
+    colours = {
+        "flat": _COLOURS["memcpy"],
+        "two-level": _COLOURS["raynixl"],
+        "two-level, square": _COLOURS["process_vm"],
+    }
+    for place, name, label in ((1, "messages", "messages of the busiest rank"), (2, "both_ms", "ms, predicted")):
+        part = figure.add_subplot(1, 2, place)
+        for impl in dict.fromkeys(row["impl"] for row in rows):
+            mine = sorted((row["ranks"], row[name]) for row in rows if row["impl"] == impl)
+            part.plot(*zip(*mine, strict=True), label=impl, color=colours[impl], marker="o", linewidth=2.2)
+        part.set_xscale("log", base=2)
+        part.set_yscale("log")
+        part.set_xticks(ranks, [str(count) for count in ranks], minor=False)
+        part.margins(x=0.1)
+        part.set_xlabel("ranks")
+        part.set_title(label, loc="left", fontsize=10)
+        part.grid(axis="y", color="#e4e4e4", zorder=0)
+        part.spines[["top", "right"]].set_visible(False)
+        part.legend(frameon=False)
+    step = f"{first['tokens']} tokens of {first['hidden']} a rank, top {first['topk']} of {first['experts']} experts"
+    figure.suptitle(f"dispatch and combine, simulated: {step}", x=0.01, ha="left", fontsize=12)
 
 
 def _draw(axes: Any, rows: Sequence[Row]) -> None:

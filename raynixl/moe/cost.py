@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ class Shape:
 
     tokens: int
     topk: int
-    holders: Sequence[int]
+    holders: Sequence[int] | npt.NDArray[Any]
     row_nbytes: int
     back_nbytes: int
 
@@ -221,6 +222,6 @@ def choose(grid: Grid, shape: Shape, hosts: Sequence[int] | Ints, fabric: Fabric
     return Choice(best, plain, staged, reason)
 
 
-def _held(holders: Sequence[int], world: int) -> Ints:
+def _held(holders: Sequence[int] | npt.NDArray[Any], world: int) -> Ints:
     """Return how many experts each rank has."""
     return np.bincount(np.asarray(holders, np.int64), minlength=world)
