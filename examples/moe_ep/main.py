@@ -1,86 +1,100 @@
-"""Expert parallelism: four Ray workers hold the experts of one mixture-of-experts layer, two each.
+"""Train a small mixture-of-experts transformer whose experts are spread over four Ray workers, and kill one of them.
 
-Tokens travel to the workers that hold their experts, and the results back, by one-sided writes. The result must
-equal that of the dense layer, computed in one place.
+Beside it the same model is trained in a single process: losses, parameters and Adam's moments must be the same to the
+bit in float32, although a worker is killed in the middle of a step and replaced. No GPU, no downloads.
 """
 
 import sys
 import time
+from pathlib import Path
 
 import ray
 import torch
+import typer
 from cluster import start_ray
-from exchange import Exchange, Words
-from layer import EXPERTS, WIDTH, MoELayer, apply_experts, choose_experts
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from display import Progress
+from model import LAYERS, Model
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from text import draw_batch, load_text
+from training import Training, size_of
+from worker import ExpertWorker
 
-import raynixl as rx
-
-RANKS, CAPACITY = 4, 64  # workers, and the most tokens that one of them brings
-LOCAL_EXPERTS = EXPERTS // RANKS
-MEMBERS = [f"expert-{rank}" for rank in range(RANKS)]
-BATCHES = ((32, 32, 32, 32), (64, 0, 17, 5), (0, 0, 1, 0), (0, 0, 0, 0), (64, 64, 64, 64), (7, 30, 0, 51))
-TOLERANCE = 1e-6  # the sums are those of the dense layer, in another order
+RANKS = 4
+VICTIM, KILL_AFTER = 2, 0.02  # the rank that is killed, and how many seconds after its step was begun
+CLEAR_FALL = 0.25  # what the mean loss must fall by, from the first tenth of the run to the last
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
-@rx.worker
-class ExpertWorker:
-    """One rank: brings tokens of its own, and applies its experts to those of all ranks."""
+class Cluster:
+    """The workers, one for each rank, and how one of them is replaced."""
 
-    def __init__(self, rank: int, layer: MoELayer) -> None:
-        torch.set_num_threads(1)
-        self.router = layer.router
-        self.experts = layer.experts[rank * LOCAL_EXPERTS : (rank + 1) * LOCAL_EXPERTS]
-        words = Words(rx.agent())
-        self.dispatch = Exchange("dispatch", MEMBERS, words, capacity=CAPACITY, width=WIDTH + LOCAL_EXPERTS)
-        self.combine = Exchange("combine", MEMBERS, words, capacity=CAPACITY, width=WIDTH)
+    def __init__(self) -> None:
+        self.generation = 0
+        self.workers = [self._start(rank) for rank in range(RANKS)]
+        self._join(step=0)
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for this rank's tokens; every rank must call it."""
-        gates = choose_experts(self.router, x).unflatten(1, (RANKS, LOCAL_EXPERTS))
-        sent = [gates[:, rank].any(dim=1).nonzero().squeeze(1) for rank in range(RANKS)]
-        rows = [torch.cat([x[tokens], gates[tokens, rank]], dim=1) for rank, tokens in enumerate(sent)]
+    def step(self, step: int, victim: int | None = None) -> tuple[list[float], list[dict[int, int]]]:
+        """Have all ranks do a step; return the loss of each, and for each layer how many tokens each expert saw."""
+        results = [worker.step.remote(step) for worker in self.workers]
+        if victim is not None:
+            time.sleep(KILL_AFTER)
+            ray.kill(self.workers[victim])
+        losses, loads = zip(*ray.get(results), strict=True)
+        merged = [{name: seen for part in layer for name, seen in part.items()} for layer in zip(*loads, strict=True)]
+        return [loss for (loss,) in losses], merged
 
-        arrived = self.dispatch.swap(rows)
-        results = [apply_experts(self.experts, part[:, :WIDTH], part[:, WIDTH:]) for part in arrived]
-        returned = self.combine.swap(results)
+    def replace(self, rank: int, step: int) -> None:
+        """Start a worker in a rank's place; all ranks go on with the step that was under way."""
+        self.generation += 1
+        self.workers[rank] = self._start(rank)
+        self._join(step)
 
-        total = torch.zeros_like(x)
-        for tokens, part in zip(sent, returned, strict=True):  # in rank order, so runs agree bit for bit
-            total[tokens] += part
-        return total
+    def differences(self, single: Training, step: int) -> list[str]:
+        """Name the parameters whose bits, or those of their moments, are others before a step in a single process."""
+        ours, theirs = {}, single.state(step)
+        for rank, state in enumerate(ray.get([worker.state.remote(step) for worker in self.workers])):
+            ours |= {name.replace("copies.0.", f"copies.{rank}."): values for name, values in state.items()}
+        assert ours.keys() == theirs.keys(), "the ranks have other parameters than the single process"
+        return [name for name, values in ours.items() if not torch.equal(values, theirs[name])]
+
+    def _start(self, rank: int) -> ActorHandle:
+        return ExpertWorker.options(name=f"rank-{rank}-{self.generation}").remote()
+
+    def _join(self, step: int) -> None:
+        names = ray.get([worker.name.remote() for worker in self.workers])
+        ray.get([worker.join.remote(names, self.generation, step) for worker in self.workers])
 
 
-@torch.no_grad()
-def main() -> None:
+def main(steps: int = 200, kill_at: int = 100, out: Path = Path("experts.png")) -> None:
+    """Train both ways, kill a worker on the way, draw a picture; fail unless all is equal and the loss has fallen."""
+    torch.set_num_threads(1)
     start_ray(cpus=RANKS)
-    torch.manual_seed(0)
-    layer = MoELayer()
-    workers = [ExpertWorker.options(name=name).remote(rank, layer) for rank, name in enumerate(MEMBERS)]
-    ray.get([worker.__ray_ready__.remote() for worker in workers])
-    table = Table(title=f"{EXPERTS} experts on {RANKS} workers against the dense layer")
-    for column in ("tokens of each rank", "largest output", "largest error", "ms"):
-        table.add_column(column, justify="right")
-    worst = 0.0
-    for counts in BATCHES:
-        x = torch.randn(sum(counts), WIDTH).split(counts)
-        begin = time.perf_counter()
-        outputs = torch.cat(ray.get([worker.forward.remote(part) for worker, part in zip(workers, x, strict=True)]))
-        elapsed_ms = 1e3 * (time.perf_counter() - begin)
-        dense = layer(torch.cat(x))
-        error = (outputs - dense).abs().amax().item() if len(dense) else 0.0
-        largest = dense.abs().amax().item() if len(dense) else 0.0
-        table.add_row(" ".join(map(str, counts)), f"{largest:.3f}", f"{error:.1e}", f"{elapsed_ms:.1f}")
-        worst = max(worst, error)
-    Console(width=100).print(table)
-    if worst > TOLERANCE:
-        sys.exit(f"FAILED: the result differs from the dense layer by {worst:.1e}")
-    print(f"the result equals the dense layer's: largest error {worst:.1e}")
+    cluster, progress, text = Cluster(), Progress(steps), load_text()
+    model = Model(RANKS, [None] * LAYERS)
+    single = Training(model, torch.empty(2, 3, size_of(model)))
+    for step in range(steps):
+        try:
+            losses, loads = cluster.step(step, victim=VICTIM if step == kill_at else None)
+        except RayError as error:
+            progress.replace(VICTIM, type(error).__name__)
+            cluster.replace(VICTIM, step)
+            losses, loads = cluster.step(step)
+        batches = [draw_batch(text, step, rank) for rank in range(RANKS)]
+        expected = single.step(step, batches, lambda gradients: gradients.sum(dim=0))
+        if losses != expected or loads != single.loads():
+            sys.exit(f"FAILED: the losses of step {step} are {losses}, in a single process {expected}")
+        progress.add(losses, loads)
+
+    progress.save_picture(out)
+    if different := cluster.differences(single, steps):
+        sys.exit(f"FAILED: other bits than in a single process: {', '.join(different)}")
+    if len(progress.replaced) != (kill_at < steps):
+        sys.exit("FAILED: the worker that was to be killed has not been replaced once")
+    first, last = progress.losses_at_ends()
+    if last > first - CLEAR_FALL:
+        sys.exit(f"FAILED: the loss has not clearly fallen: {first:.3f} at first, {last:.3f} at last")
+    print(f"loss {first:.3f} -> {last:.3f}, all {steps} steps as in a single process, bit for bit, see {out}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -33,6 +33,7 @@ from raynixl.moe.local import expert_places
 if TYPE_CHECKING:
     from raynixl.moe.local import LocalParallel
     from raynixl.moe.parallel import ExpertParallel
+    from raynixl.moe.result import Dispatched
 
     Parallel: TypeAlias = ExpertParallel | LocalParallel
 
@@ -58,7 +59,7 @@ class TracedHandle:
     weights: Tensor | None
     """r.topk_weights, with their gradients."""
     link: Tensor
-    """Ties combine to dispatch in autograd's graph, and brings it the gradients of weights that stayed at the source."""
+    """Ties combine to dispatch in the graph, and brings it the gradients of weights that stayed at the source."""
 
 
 def dispatch(
@@ -70,7 +71,7 @@ def dispatch(
     layout: str = "tokens",
     alignment: int = 1,
     weights_at: str = "holder",
-) -> Any:
+) -> Dispatched:
     """Dispatch as `ep.dispatch` does; gradients of r.x and r.topk_weights come back to x and topk_weights.
 
     The result is that of `ep.dispatch`, whose handle is for `combine` of this module.
@@ -91,10 +92,11 @@ def dispatch(
     traced = TracedHandle(
         r.handle, layout, alignment, weights_at, given, r.topk_idx, places, len(rows), weights, link
     )  # fmt: skip
-    return dataclasses.replace(r, x=rows, topk_weights=weights, handle=traced)
+    result: Dispatched = dataclasses.replace(r, x=rows, topk_weights=weights, handle=cast(Any, traced))
+    return result
 
 
-def combine(ep: Parallel, y: Tensor, handle: TracedHandle) -> Tensor:
+def combine(ep: Parallel, y: Tensor, handle: Any) -> Tensor:
     """Combine as `ep.combine` does; the gradient comes back to y, and to the weights where combine multiplies by them.
 
     In layout "tokens" with weights at the holder these are the caller's to use, as r.topk_weights.

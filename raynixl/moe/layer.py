@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         self.hold(experts)
 
     def hold(self, experts: Mapping[int, nn.Module]) -> None:
-        """Hold these modules from now on, such as after `ep.place(placement)`; their loads are counted from zero.
+        """Hold these modules from now on, such as after `ep.place(placement)`; loads are counted from zero.
 
         Raises:
             ConfigError: they are not those that `ep` has on this rank.
@@ -100,7 +100,8 @@ class MoELayer(nn.Module):
                 hint="give a module for each of ep.local_experts",
             )
         self.experts = nn.ModuleDict({str(expert): experts[expert] for expert in self.ep.local_experts})
-        self.loads = torch.zeros(len(self.experts), dtype=torch.int64)
+        self._last = torch.zeros(len(self.experts), dtype=torch.int64)
+        self._total = torch.zeros_like(self._last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for this rank's tokens x [..., hidden]."""
@@ -108,21 +109,28 @@ class MoELayer(nn.Module):
         return self.mix(tokens, *self.router(tokens)).reshape(x.shape)
 
     def mix(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        """Return the weighted sums for tokens that are routed already: x [tokens, hidden], the others [tokens, topk]."""
+        """Return the sums for tokens that are routed already: x [tokens, hidden], the others [tokens, topk]."""
         r = dispatch(
             self.ep, x, topk_idx, topk_weights,
             layout="experts", alignment=self.alignment, weights_at=self.weights_at,
         )  # fmt: skip
-        self.loads += r.counts
-        sizes = (r.offsets[1:] - r.offsets[:-1]).tolist()
-        parts = [expert(rows) for expert, rows in zip(self.experts.values(), r.x.split(sizes), strict=True)]
+        self._last = r.counts.clone()
+        self._total += r.counts
+        assert r.offsets is not None
+        sizes = cast("list[int]", r.offsets.diff().tolist())
+        parts = [expert(rows) for expert, rows in zip(self.experts.values(), torch.split(r.x, sizes), strict=True)]
         return combine(self.ep, torch.cat(parts) if parts else r.x, r.handle)
 
-    def load_statistics(self) -> dict[int, int]:
-        """Return how many pairs of token and expert each expert here has seen, by physical id."""
-        return {
-            int(name): load for name, load in zip(self.experts, cast("list[int]", self.loads.tolist()), strict=True)
-        }
+    def loads(self) -> dict[int, int]:
+        """Return how many pairs of a token and an expert each expert here has seen since it is held, by physical id."""
+        return self._by_expert(self._total)
+
+    def last_loads(self) -> dict[int, int]:
+        """Return the same of the last forward alone."""
+        return self._by_expert(self._last)
+
+    def _by_expert(self, counts: Tensor) -> dict[int, int]:
+        return dict(zip(self.ep.local_experts, cast("list[int]", counts.tolist()), strict=True))
 
     def extra_repr(self) -> str:
         return f"rank {self.ep.rank} of {self.ep.world}, weights at the {self.weights_at}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from raynixl.errors import ConfigError, RangeError
+from raynixl.moe.result import Dispatched
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,22 +32,6 @@ class LocalHandle:
     def plain(self) -> LocalHandle:
         """Return the same without weights: combine adds up what it gets as it is."""
         return dataclasses.replace(self, weights=None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LocalDispatched:
-    """What a dispatch returns; the fields are those of `Dispatched`."""
-
-    x: Tensor
-    scales: None
-    topk_idx: Tensor
-    topk_weights: Tensor | None
-    counts: Tensor
-    offsets: Tensor | None
-    sources: Tensor
-    tokens: Tensor
-    lost: tuple[int, ...]
-    handle: LocalHandle
 
 
 class LocalParallel:
@@ -74,7 +60,7 @@ class LocalParallel:
         layout: str = "tokens",
         alignment: int = 1,
         weights_at: str = "holder",
-    ) -> LocalDispatched:
+    ) -> Dispatched:
         """Return the rows as the experts want them."""
         if topk_idx is None:
             if handle is None:
@@ -83,28 +69,24 @@ class LocalParallel:
         self._check(x, topk_idx)
         handle = self._route(topk_idx, topk_weights, layout, alignment, weights_at)
         ids = topk_idx[handle.tokens]
-        weights = topk_weights if topk_weights is None or weights_at == "source" else _row_weights(topk_weights, handle)
+        weights = _row_weights(handle) if weights_at == "holder" else None
         counts = torch.bincount(ids[ids >= 0].long(), minlength=self.experts)
         rows = x[handle.tokens]
         if layout == "experts":
             rows, weights = self._by_expert(rows, weights, handle)
         sources, tokens = torch.zeros(len(ids), dtype=torch.int32), handle.tokens.int()
         offsets = handle.offsets if layout == "experts" else None
-        given = None if weights_at == "source" else weights
-        return LocalDispatched(rows, None, ids, given, counts, offsets, sources, tokens, (), handle)
+        return Dispatched(
+            rows, None, ids, weights, counts, offsets, sources, tokens, extra=(), lost=(), handle=cast(Any, handle)
+        )
 
     def combine(self, y: Tensor, handle: LocalHandle) -> Tensor:
         """Return the sum for each token, in the order of k in float32 (float64 for its like), rounded once."""
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        total = torch.zeros((len(handle.tokens), self.hidden), dtype=wide)
         if handle.layout == "tokens" and handle.weights_at == "holder":
-            total += y
+            total = y
         else:
-            weights = None if handle.weights is None else handle.weights[handle.tokens].to(wide)
-            for k in range(handle.places.shape[1]):
-                (rows,) = (handle.places[:, k] >= 0).nonzero(as_tuple=True)
-                terms = y[handle.places[rows, k]].to(wide)
-                total[rows] += terms if weights is None else weights[rows, k, None] * terms
+            total = self._sum_pairs(y.to(wide), handle)
         out = torch.zeros((len(handle.topk_idx), self.hidden), dtype=y.dtype)
         out[handle.tokens] = total.to(y.dtype)
         return out
@@ -115,11 +97,25 @@ class LocalParallel:
         back[handle.tokens] = weights
         return self.combine(y, handle), back
 
+    def _sum_pairs(self, y: Tensor, handle: LocalHandle) -> Tensor:
+        total = y.new_zeros((len(handle.tokens), self.hidden))
+        weights = None if handle.weights is None else handle.weights[handle.tokens].to(y.dtype)
+        present = handle.places >= 0
+        begun = present.cumsum(1) > 1
+        for k in range(present.shape[1]):
+            (rows,) = present[:, k].nonzero(as_tuple=True)
+            terms = y[handle.places[rows, k]]
+            if weights is not None:
+                terms = weights[rows, k, None] * terms
+            # A sum starts with its first term: zero plus -0.0 would be another zero.
+            total[rows] = torch.where(begun[rows, k, None], total[rows] + terms, terms)
+        return total
+
     def _check(self, x: Tensor, topk_idx: Tensor) -> None:
         if x.shape != (len(topk_idx), self.hidden) or topk_idx.shape[1] != self.topk:
             raise ConfigError(
-                f"x {list(x.shape)} and topk_idx {list(topk_idx.shape)} are no tokens of {self.hidden} with {self.topk} experts each",
-                hint="give x [tokens, hidden] and topk_idx [tokens, topk]",
+                f"x {list(x.shape)} and topk_idx {list(topk_idx.shape)} do not fit each other, or this layer",
+                hint=f"give x [tokens, {self.hidden}] and topk_idx [tokens, {self.topk}]",
             )
         if topk_idx.numel() and not -1 <= int(topk_idx.min()) <= int(topk_idx.max()) < self.experts:
             raise RangeError(
@@ -167,5 +163,7 @@ def expert_places(ids: Tensor, offsets: Tensor) -> Tensor:
     return places
 
 
-def _row_weights(weights: Tensor, handle: LocalHandle) -> Tensor:
-    return torch.where(handle.topk_idx >= 0, weights.float(), torch.zeros(()))[handle.tokens]
+def _row_weights(handle: LocalHandle) -> Tensor | None:
+    if handle.weights is None:
+        return None
+    return torch.where(handle.topk_idx >= 0, handle.weights, torch.zeros(()))[handle.tokens]
