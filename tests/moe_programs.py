@@ -205,8 +205,8 @@ def check(program: Program, played: Sequence[Sequence[Any]]) -> None:
 def packed(value: Any) -> Any:
     """Turn results into what travels and can be compared."""
     if isinstance(value, torch.Tensor):
-        flat = value.detach().contiguous().reshape(-1)
-        return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
+        return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
     if isinstance(value, tuple):
         return value if value and isinstance(value[0], str) else tuple(packed(each) for each in value)
     if value is None or isinstance(value, dict):
@@ -254,7 +254,8 @@ def draw_rows(
     """Draw rows, and their scales if they are in float8."""
     if kind == "bits":
         width = hidden * dtype.itemsize
-        x = torch.from_numpy(rng.integers(0, 256, (count, width), dtype=np.uint8)).view(dtype)
+        raw = torch.from_numpy(rng.integers(0, 256, (count, width), dtype=np.uint8))
+        x = raw.view(dtype) if count else torch.empty((0, hidden), dtype=dtype)
         scales = torch.from_numpy(rng.random((count, hidden // 128), dtype=np.float32))
         return x, scales if dtype == torch.float8_e4m3fn else None
     wide = torch.from_numpy(rng.standard_normal((count, 2 * hidden)))

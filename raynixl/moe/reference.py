@@ -154,7 +154,7 @@ def dense(setting: Setting, given: Tokens, expert: Expert) -> Tensor:
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows in float8_e4m3fn and their scales [tokens, columns / 128]: the largest of each 128 columns is 448."""
-    groups = x.float().reshape(len(x), -1, QUANTISED_COLUMNS)
+    groups = x.float().reshape(len(x), x.shape[1] // QUANTISED_COLUMNS, QUANTISED_COLUMNS)
     scales = groups.abs().amax(-1).clamp(min=1e-4) / 448.0
     return (groups / scales[..., None]).reshape(x.shape).to(torch.float8_e4m3fn), scales
 
@@ -207,7 +207,7 @@ def _gather(given: Sequence[Tensor | None], rows: Sequence[_Row]) -> Tensor:
 
 
 def _bits(row: Tensor) -> Tensor:
-    return row.contiguous().view(torch.uint8)  # NaNs keep their bits
+    return torch.empty(row.shape, dtype=row.dtype).copy_(row).view(torch.uint8)  # NaNs keep their bits
 
 
 def _by_expert(setting: Setting, plain: Arrived, rows: Sequence[_Row]) -> Arrived:
@@ -255,7 +255,8 @@ def _by_slot(setting: Setting, plain: Arrived, rows: Sequence[_Row]) -> Arrived:
     def spread(tensor: Tensor, filler: int) -> Tensor:
         nbytes = tensor.shape[1] * tensor.element_size()
         out = torch.full((total, nbytes), filler, dtype=torch.uint8)
-        out[places] = tensor.view(torch.uint8)
+        if places:
+            out[places] = tensor.view(torch.uint8)
         return out.view(tensor.dtype).reshape(*shape, tensor.shape[1])
 
     return Arrived(

@@ -1,0 +1,12 @@
+"""What ranks in processes of their own are told to do, by name; see `moe_tools.Processes.call`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_programs import Program, play
+
+
+def play_layer(member: Any, program: Program) -> list[Any]:
+    """Do this rank's part of a program on its layer."""
+    return play(program, member.rank, member.eps["layer"])
