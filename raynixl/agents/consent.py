@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
@@ -72,12 +71,14 @@ class Consent:
         except RegionStale:
             connection.forget_region(remote.id)
             raise
+        except BaseException:  # interrupted, too late, or on a thread that must not wait: the answer may come yet
+            reply.give_up()
+            raise
         try:
             what = f"the consent of {remote.owner!r} to {remote.label}"
             check_descriptor(remote, parse(RegionRecord, answer, what=what, limit=MAX_REGION_NBYTES))
         except RaynixlError:
-            for fd in reply.fds:
-                os.close(fd)
+            reply.give_up()
             raise
         return reply.fds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
@@ -23,8 +24,8 @@ class Reply:
     """The answer to one request: `wait(timeout=)` or `await`; any thread, any event loop, any number of times."""
 
     __slots__ = (
-        "_deadline", "_error", "_forget", "_payload", "_reactor", "_seconds", "_waiters", "connection", "fds",
-        "takes_fds", "topic",
+        "_deadline", "_error", "_forget", "_is_given_up", "_payload", "_reactor", "_seconds", "_waiters", "connection",
+        "fds", "takes_fds", "topic",
     )  # fmt: skip
 
     def __init__(
@@ -39,8 +40,9 @@ class Reply:
     ) -> None:
         self.connection = connection
         self.topic = topic
-        self.fds: Sequence[int] = ()
+        self.fds: list[int] = []
         self.takes_fds = takes_fds
+        self._is_given_up = False
         self._reactor = reactor
         self._forget = forget
         self._seconds = timeout
@@ -72,9 +74,15 @@ class Reply:
         """
         until = self._deadline if timeout is None else min(self._deadline, time.monotonic() + check_wait(timeout))
         self._reactor.run_until(self._is_here, until)
-        if not self._is_here() and time.monotonic() >= self._deadline and not self._give_up():
+        if not self._is_here() and time.monotonic() >= self._deadline and not self._expire():
             self._reactor.run_until(self._is_here, time.monotonic() + _HAND_OVER_SECONDS)
         return self._result(timeout)
+
+    def give_up(self) -> None:
+        """Want no answer any more; descriptors that came with it, or come yet, are closed."""
+        self._is_given_up = True
+        self._forget()
+        self._close_fds()
 
     def __await__(self) -> Generator[object, None, bytes]:
         """Return the answer, from an event loop."""
@@ -83,7 +91,7 @@ class Reply:
         return self._result(None)
 
     async def _arrival(self) -> None:
-        if not await self._arrives(self._deadline - time.monotonic()) and not self._give_up():
+        if not await self._arrives(self._deadline - time.monotonic()) and not self._expire():
             await self._arrives(_HAND_OVER_SECONDS)
 
     async def _arrives(self, seconds: float) -> bool:
@@ -97,7 +105,7 @@ class Reply:
             self._waiters.discard(future)
         return True
 
-    def _give_up(self) -> bool:
+    def _expire(self) -> bool:
         """Expect an answer no more, as the deadline has passed; False if one is being handed over just now."""
         if not self._forget():
             return False
@@ -128,6 +136,15 @@ class Reply:
 
     def resolve(self, payload: bytes | None, error: RaynixlError | None = None, fds: Sequence[int] = ()) -> None:
         """Take the answer; called once, by whoever took the reply off the list of those expected."""
-        self.fds = fds
+        self.fds.extend(fds)
+        if self._is_given_up:
+            self._close_fds()
         self._payload, self._error = payload, error
         self._waiters.wake()
+
+    def _close_fds(self) -> None:
+        while self.fds:
+            try:
+                os.close(self.fds.pop())
+            except IndexError:  # the thread that hands the answer over has closed them
+                return

@@ -120,6 +120,11 @@ class FarAgent:
         for payload in payloads:
             self.agent.notify(peer, payload)
 
+    def send(self, peer: str, topic: str, payloads: list[bytes]) -> None:
+        """Send messages under a topic."""
+        for payload in payloads:
+            self.agent.send(peer, topic, payload)
+
     def hear(self, count: int) -> list[bytes]:
         """Wait for notifications; return their payloads."""
         return [self.agent.wait_notification(PATIENCE).payload for _ in range(count)]
