@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raynixl.compat.deep_ep.config import Config, align, low_latency_size
-from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Queue, wait_for
+from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import Handle, lay_out, local_experts, make_handle, pad
 from raynixl.compat.deep_ep.low_latency import LowLatency
@@ -61,7 +61,6 @@ class Buffer(LowLatency):
         self.enable_shrink = enable_shrink
         self.runtime: Runtime | None = Runtime(members.rank, members.world)
         self._instances = Instances(members, name="deep_ep", deadline=deadline, may_shrink=enable_shrink)
-        self._queue = Queue()
         self._next_buffers: dict[tuple[int, ...], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -69,7 +68,6 @@ class Buffer(LowLatency):
 
     def destroy(self) -> None:
         """Close what the buffer has made; idempotent. Without this it is closed when the buffer is gone."""
-        self._queue.settle()
         self._instances.close()
         self.runtime = None
 
@@ -172,7 +170,6 @@ class Buffer(LowLatency):
             PeerLost: a rank is lost, and the buffer was made without enable_shrink.
         """
         wait_for(previous_event)
-        self._queue.settle()
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
         if handle is not None:
             return self._dispatch_again(rows, handle, topk_idx, topk_weights, async_finish)
@@ -194,7 +191,7 @@ class Buffer(LowLatency):
             self._check_layout(topk_idx, experts, is_token_in_rank)
             parallel, arrived = self._by_expert(rows, experts, topk_idx, topk_weights)
             counts = arrived.counts.tolist()
-        self._instances.check(arrived.lost)
+        self._instances.check(parallel)
         count = num_worst_tokens if num_worst_tokens else len(arrived.tokens)
         ids = None if topk_idx is None else pad(arrived.topk_idx, count, -1)
         weights = None if topk_idx is None else pad(arrived.topk_weights, count)
@@ -216,11 +213,9 @@ class Buffer(LowLatency):
         """Bring rows back to their tokens and add them up: in float32 by ascending rank, then the biases, rounded once.
 
         `topk_weights` [rows, topk] come back too, added up at [tokens, topk]: the gradient of what dispatch sent.
-        With async_finish the sum is there when the event was waited for, at the latest when the next operation starts;
-        with weights, when this returns.
+        With async_finish the sum is there once the event was waited for; with weights, when this returns.
         """
         wait_for(previous_event)
-        self._queue.settle()
         if not isinstance(handle, Handle):
             raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned, as it is")
         if len(x) != handle.padded:
@@ -231,16 +226,16 @@ class Buffer(LowLatency):
         if topk_weights is not None:
             weights = topk_weights.detach()[: handle.rows]
             total, back = handle.parallel.combine_weights(rows, weights, handle.inner, bias=biases)
-            self._instances.check(self._instances.masked)
+            self._instances.check(handle.parallel)
             return total, back, self._event(async_finish)
         total = torch.empty((handle.inner.routing.tokens, x.shape[1]), dtype=x.dtype)
         pending = handle.parallel.combine(rows, handle.inner, bias=biases, out=total, async_=True)
 
         def receive() -> None:
             pending.wait()
-            self._instances.check(self._instances.masked)
+            self._instances.check(handle.parallel)
 
-        work = self._queue.add(receive)
+        work = Work(receive)
         if async_finish:
             return total, None, EventOverlap(EventHandle(work))
         work.finish()
@@ -274,7 +269,7 @@ class Buffer(LowLatency):
         if topk_idx is not None or topk_weights is not None:
             raise ConfigError("a handle comes with its own ids", hint="leave topk_idx and topk_weights out")
         arrived = handle.parallel.dispatch(rows, handle=handle.inner)
-        self._instances.check(arrived.lost)
+        self._instances.check(handle.parallel)
         return _rows(arrived, handle.padded), None, None, None, None, self._event(is_async)
 
     def _check_layout(self, topk_idx: Tensor, experts: int, is_token_in_rank: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from raynixl.compat.deep_ep.config import ELASTIC_ALIGNMENT, align
 from raynixl.compat.deep_ep.domains import world_of
 from raynixl.compat.deep_ep.ephandle import EPHandle, Request, make_ephandle
-from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Queue, wait_for
+from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from raynixl.compat.deep_ep.experimental import Experimental
 from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import local_experts, pad
@@ -77,14 +77,12 @@ class ElasticBuffer(Experimental):
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self._members = members
         self._instances = Instances(members, name="deep_ep", deadline=float(num_cpu_timeout_secs), may_shrink=False)
-        self._queue = Queue()
 
     def __repr__(self) -> str:
         return f"ElasticBuffer(rank {self.rank_idx} of {self.num_ranks})"
 
     def destroy(self) -> None:
         """Close what the buffer has made; idempotent. Without this it is closed when the buffer is gone."""
-        self._queue.settle()
         self._instances.close()
 
     @staticmethod
@@ -132,7 +130,6 @@ class ElasticBuffer(Experimental):
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """Return when every rank has come."""
-        self._queue.settle()
         self._members.group.barrier()
 
     def dispatch(
@@ -164,7 +161,6 @@ class ElasticBuffer(Experimental):
         """
         wait_for(previous_event)
         wait_for(previous_event_before_epilogue)
-        self._queue.settle()
         if do_zero_padding and not do_expand:
             raise ConfigError("do_zero_padding pads expanded rows", hint="set do_expand too")
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
@@ -182,7 +178,7 @@ class ElasticBuffer(Experimental):
                 raise ConfigError("the handle has the other layout", hint=f"set do_expand={handle.do_expand}")
             made = handle, self._again(rows, handle, topk_weights)
         handle, arrived = made
-        self._instances.check(arrived.lost)
+        self._instances.check(handle.parallel)
         if cumulative_local_expert_recv_stats is not None:
             cumulative_local_expert_recv_stats += handle.num_unaligned_recv_tokens_per_expert
         weights = None if topk_weights is None else self._weights(arrived, handle)
@@ -210,7 +206,6 @@ class ElasticBuffer(Experimental):
         """
         wait_for(previous_event)
         wait_for(previous_event_before_epilogue)
-        self._queue.settle()
         if len(x) != handle.allocated:
             raise ConfigError(
                 f"x has {len(x)} rows", hint=f"give one for each of the {handle.allocated} that dispatch returned"
@@ -223,7 +218,7 @@ class ElasticBuffer(Experimental):
         else:
             weights = self._returned(topk_weights.detach(), handle)
             total, back = handle.parallel.combine_weights(rows, weights, inner, bias=bias)
-        self._instances.check(self._instances.masked)
+        self._instances.check(handle.parallel)
         return total, back, EventOverlap(EventHandle()) if async_with_compute_stream else EventOverlap()
 
     # Within
@@ -252,11 +247,12 @@ class ElasticBuffer(Experimental):
         return make_ephandle(request, arrived, parallel, kept), arrived
 
     def _again(self, rows: Rows, handle: EPHandle, topk_weights: Tensor | None) -> Any:
+        options: dict[str, Any] = {"handle": handle.inner, "alignment": handle.expert_alignment}
         if topk_weights is None:
-            return handle.parallel.dispatch(rows, handle=handle.inner)
+            return handle.parallel.dispatch(rows, **options)
         if handle.inner.weights_at == "source":
-            return handle.parallel.dispatch(rows, handle=handle.inner, extra=(topk_weights.detach(),))
-        return handle.parallel.dispatch(rows, topk_weights=topk_weights, handle=handle.inner)
+            return handle.parallel.dispatch(rows, extra=(topk_weights.detach(),), **options)
+        return handle.parallel.dispatch(rows, topk_weights=topk_weights, **options)
 
     def _weights(self, arrived: Any, handle: EPHandle) -> Tensor:
         if handle.inner.weights_at == "holder":

@@ -34,28 +34,6 @@ class Work:
             raise self._error.afresh()
 
 
-class Queue:
-    """The operations of a buffer, in the order of their calls: one ends before the next one starts, as on a stream."""
-
-    def __init__(self) -> None:
-        self._last: Work | None = None
-
-    def settle(self) -> None:
-        """Finish what was started.
-
-        Raises:
-            RaynixlError: that ended badly, and nobody has heard of it yet.
-        """
-        last, self._last = self._last, None
-        if last is not None and not last.is_done:
-            last.finish()
-
-    def add(self, rest: Callable[[], None]) -> Work:
-        """Note an operation that was started after `settle`."""
-        self._last = Work(rest)
-        return self._last
-
-
 class EventHandle:
     """A point in the work of a buffer. Without any work it has been reached: whoever calls has done all before it."""
 

@@ -73,14 +73,16 @@ class Instances:
                 raise
         return grown, step(grown)
 
-    def check(self, lost: tuple[int, ...]) -> None:
+    def check(self, parallel: ExpertParallel) -> None:
         """Refuse the result of a step that went on without some ranks, unless the buffer may shrink.
 
         Raises:
             PeerLost: as said.
         """
-        gone = [rank for rank in lost if rank not in self._masked]
-        if gone and not self._may_shrink:
+        if self._may_shrink or len(parallel.active) == self.members.world:
+            return
+        gone = [rank for rank in range(self.members.world) if rank not in {*parallel.active, *self._masked}]
+        if gone:
             names = [self.members.group.members[rank] for rank in gone]
             raise PeerLost(
                 f"ranks {gone} ({', '.join(names)}) are lost: their rows are missing",

@@ -87,7 +87,7 @@ def make_handle(dispatched: Any, parallel: Any, *, in_rank: Tensor, padded: int)
     Of the prefix sums of rows by (source, destination) a rank knows those that end at itself; the others are -1.
     """
     world, rank = parallel.world, parallel.rank
-    ends = torch.from_numpy(dispatched.handle.counts.cumsum()).int()
+    ends = torch.bincount(dispatched.sources, minlength=world).cumsum(0).int()
     sent = in_rank.sum(0, dtype=torch.int32).view(world, 1)
     starts = torch.zeros((world, 1), dtype=torch.int32)
     heads = torch.where(in_rank, in_rank.cumsum(0) - 1, -1).int()

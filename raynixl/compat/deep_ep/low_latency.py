@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Queue
+from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Work
 from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import local_experts
 from raynixl.compat.deep_ep.packing import Form, Packed, Places, as_words, pack
@@ -31,8 +31,14 @@ class _Step:
     def __init__(self, parallel: Any, topk_idx: Tensor) -> None:
         self.parallel = parallel
         self.topk_idx = topk_idx
+        self.work: Work
         self.inner: Any = None
-        self.places: Places | None = None
+        self.places: Places
+
+    def received(self) -> tuple[Any, Places]:
+        """Return what combine needs, once the rows are here."""
+        self.work.finish()
+        return self.inner, self.places
 
 
 class LowLatency:
@@ -42,7 +48,6 @@ class LowLatency:
     low_latency_mode: bool
     enable_shrink: bool
     _instances: Instances
-    _queue: Queue
     _next_buffers: dict[tuple[int, ...], Tensor]
 
     def low_latency_dispatch(
@@ -61,8 +66,8 @@ class LowLatency:
     ) -> tuple[Any, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """Send rows to their experts. Rows lie by expert, then source, then token.
 
-        With return_recv_hook or async_finish the call sends and returns; the results are there once the hook was
-        called or the event was waited for, at the latest when the next operation starts.
+        With return_recv_hook or async_finish the call returns at once, and x and topk_idx may be changed; the results
+        are there once the hook was called, or the event waited for.
 
         Raises:
             RangeError: more tokens than num_max_dispatch_tokens_per_rank.
@@ -73,23 +78,23 @@ class LowLatency:
         most, world = num_max_dispatch_tokens_per_rank, self.group_size
         form = _scales_form(x, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         parallel = self._parallel(num_experts, x.shape[1], topk_idx.shape[1], most)
-        self._queue.settle()
         dtype = torch.float8_e4m3fn if use_fp8 else x.dtype
         packed = Packed.empty(
             num_experts // world, most * world, world=world, hidden=x.shape[1], dtype=dtype, scales=form
         )
         step = _Step(parallel, topk_idx.detach().clone())
-        rows = quantise(x, round_scale=round_scale) if use_fp8 else x.detach()
+        rows = quantise(x, round_scale=round_scale) if use_fp8 else _kept(x, async_finish or return_recv_hook)
         pending = parallel.dispatch(rows, step.topk_idx, layout="slots", weights_at="source", async_=True)
 
         def receive() -> None:
             arrived = pending.wait()
-            self._instances.check(arrived.lost)
+            self._instances.check(parallel)
             step.inner, step.places = arrived.handle, pack(arrived, packed)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(packed.counts)
 
-        event, hook = self._leave(receive, async_finish, return_recv_hook)
+        step.work = Work(receive)
+        event, hook = _leave(step.work, async_finish, return_recv_hook)
         handle = LowLatencyHandle((packed.src_info, packed.layout_range, most, x.shape[1], num_experts))
         handle.step = step
         return (packed.x if form is None else (packed.x, packed.scales)), packed.counts, handle, event, hook
@@ -112,31 +117,27 @@ class LowLatency:
         A pair whose id is -1 in `topk_idx` is left out, as are those of ranks that are masked or lost.
         """
         self._check_mode(async_finish, return_recv_hook)
-        self._queue.settle()
         step = handle.step
         weights = _weights(topk_idx, topk_weights, step.topk_idx)
         if zero_copy:
             x = self.get_next_low_latency_combine_buffer(handle)
-        if step.places is None:
-            raise ConfigError(
-                "the dispatch of this handle has not been received", hint="call its hook, or wait for its event"
-            )
+        inner, places = step.received()
         experts, room = handle[0].shape
         if x.shape != (experts, room, handle[3]):
             raise ConfigError(
                 f"x is {list(x.shape)}", hint=f"give [{experts}, {room}, {handle[3]}], as dispatch returned it"
             )
         words = as_words(x.detach().contiguous().view(-1, handle[3]))
-        rows = torch.index_select(words, 0, step.places.places).view(x.dtype)
-        inner = dataclasses.replace(step.inner, weights=weights)
+        rows = torch.index_select(words, 0, places.places).view(x.dtype)
+        inner = dataclasses.replace(inner, weights=weights)
         total = torch.empty((len(topk_idx), handle[3]), dtype=x.dtype) if out is None else out
         pending = step.parallel.combine(rows, inner, out=total, async_=True)
 
         def receive() -> None:
             pending.wait()
-            self._instances.check(self._instances.masked)
+            self._instances.check(step.parallel)
 
-        event, hook = self._leave(receive, async_finish, return_recv_hook)
+        event, hook = _leave(Work(receive), async_finish, return_recv_hook)
         return total, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
@@ -147,9 +148,8 @@ class LowLatency:
         return self._next_buffers[shape]
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Wait for what was started. There is nothing to clean: rows are found by what their lines say."""
+        """Do nothing: there is nothing to clean, since rows are found by what their lines say."""
         self._check_mode(False, False)
-        self._queue.settle()
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leave a rank out (mask=True), or let it take part again. The other ranks hear of it with the next step."""
@@ -183,15 +183,6 @@ class LowLatency:
         local_experts(experts, self.group_size)
         return self._instances.get(Shape(experts, hidden, topk), tokens)
 
-    def _leave(self, rest: Hook, is_async: bool, has_hook: bool) -> tuple[EventOverlap, Hook | None]:
-        work = self._queue.add(rest)
-        if has_hook:
-            return EventOverlap(), work.finish
-        if is_async:
-            return EventOverlap(EventHandle(work)), None
-        work.finish()
-        return EventOverlap(), None
-
     def _check_mode(self, is_async: bool, has_hook: bool) -> None:
         if not self.low_latency_mode:
             raise ConfigError("this buffer has no low-latency mode", hint="make it with low_latency_mode=True")
@@ -214,6 +205,20 @@ def _scales_form(x: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool
     if x.shape[1] % step:
         raise ConfigError(f"rows of {x.shape[1]} columns cannot be cast so", hint=f"give multiples of {step}")
     return Form(x.shape[1] // step, torch.int32 if use_ue8m0 else torch.float32)
+
+
+def _leave(work: Work, is_async: bool, has_hook: bool) -> tuple[EventOverlap, Hook | None]:
+    if has_hook:
+        return EventOverlap(), work.finish
+    if is_async:
+        return EventOverlap(EventHandle(work)), None
+    work.finish()
+    return EventOverlap(), None
+
+
+def _kept(x: Tensor, goes_on: bool) -> Tensor:
+    """Return rows that the caller does not change meanwhile."""
+    return x.detach().clone() if goes_on else x.detach()
 
 
 def _weights(topk_idx: Tensor, topk_weights: Tensor, dispatched: Tensor) -> Any:

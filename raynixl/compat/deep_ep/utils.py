@@ -20,6 +20,8 @@ COLUMNS = 128
 _LARGEST = 448.0
 _SMALLEST_AMAX = 1e-4
 _MANTISSA_BITS = 23
+_BYTE = 0xFF
+_SHIFTS = torch.arange(0, 32, 8, dtype=torch.int32)
 
 
 def quantise(x: Tensor, *, round_scale: bool = False) -> tuple[Tensor, Tensor]:
@@ -67,13 +69,13 @@ def pack_scales(scales: Tensor) -> Tensor:
             f"{scales.shape[-1]} scales a row do not pack by four",
             hint=f"give rows of a multiple of {4 * COLUMNS} columns",
         )
-    exponents = (scales.contiguous().view(torch.int32) >> _MANTISSA_BITS).to(torch.uint8)
-    return exponents.view(torch.int32)
+    exponents = (scales.view(torch.int32) >> _MANTISSA_BITS & _BYTE).unflatten(-1, (-1, 4))
+    return (exponents << _SHIFTS).sum(-1, dtype=torch.int32)
 
 
 def unpack_scales(packed: Tensor) -> Tensor:
     """Return what `pack_scales` packed."""
-    exponents = packed.contiguous().view(torch.uint8).to(torch.int32)
+    exponents = (packed.unsqueeze(-1) >> _SHIFTS & _BYTE).flatten(-2)
     return (exponents << _MANTISSA_BITS).view(torch.float32)
 
 
@@ -94,7 +96,7 @@ def check_nvlink_connections(group: object) -> None:
 
 def _ceil_log2(values: Tensor) -> Tensor:
     bits = values.view(torch.int32)
-    exponents = (bits >> _MANTISSA_BITS & 0xFF) - 127
+    exponents = (bits >> _MANTISSA_BITS & _BYTE) - 127
     return exponents + (bits & (1 << _MANTISSA_BITS) - 1 != 0).int()
 
 
