@@ -21,6 +21,7 @@ from raynixl.memory import available_nbytes
 Row = dict[str, Any]
 Seconds = NDArray[np.float64]
 BASELINES = ("gloo", "gloo-index-add", "mpi", "mpi-index-add")
+LAYOUTS = ("tokens", "experts", "slots")
 DTYPES = ("bfloat16", "float16", "float32")
 _ROUND_SECONDS = 0.15
 """How long one way is measured in one round."""
@@ -41,13 +42,15 @@ class MoeSpec:
     topk: int = 8
     experts: int = 256
     dtype: str = "bfloat16"
+    layout: str = "tokens"
+    """How rows lie after a dispatch: by source and token, by expert, or in fixed slots by source."""
     rounds: int = 7
     baselines: tuple[str, ...] = ()
     is_verified: bool = True
 
     def loads(self) -> list[Load]:
         """Return what is dispatched."""
-        shape = self.hidden, self.topk, self.experts, self.dtype
+        shape = self.hidden, self.topk, self.experts, self.dtype, self.layout
         return [Load(self.ranks, tokens, *shape) for tokens in self.tokens]
 
     def check(self) -> None:
@@ -61,6 +64,10 @@ class MoeSpec:
                 raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"rows of {self.dtype!r:.40} are not measured", hint=f"choose of: {', '.join(DTYPES)}")
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"there is no layout {self.layout!r:.40}", hint=f"choose of: {', '.join(LAYOUTS)}")
+        if self.layout != "tokens" and self.baselines:
+            raise ConfigError(f"the baselines have no layout {self.layout!r}", hint="compare in layout tokens")
         if self.topk > self.experts:
             raise ConfigError(f"there are no {self.topk} of {self.experts} experts", hint="ask for a smaller --topk")
         need = max(_need_nbytes(load, self.baselines) for load in self.loads())
@@ -191,10 +198,11 @@ class MoeBench:
             yield {
                 "bench": "moe", "impl": times.impl, "ranks": spec.ranks, "tokens": load.tokens,
                 "hidden": load.hidden, "topk": load.topk, "experts": load.experts, "dtype": load.dtype,
+                "layout": load.layout,
                 "dispatch_ms": times.median_ms("dispatch"), "combine_ms": times.median_ms("combine"),
                 "both_ms": times.median_ms("both"), "floor_ms": floor.median_ms("gather"), "floor": floor.impl,
                 "dispatch_p99_ms": times.p99_ms("dispatch"), "combine_p99_ms": times.p99_ms("combine"),
-                "p99_ms": times.p99_ms("both"), "nbytes": self._nbytes, "messages": _count_messages(times),
+                "p99_ms": times.p99_ms("both"), "nbytes": self._nbytes, **_count_messages(times),
                 "verified": self._verify(times) if spec.is_verified else False,
             }  # fmt: skip
 
@@ -212,11 +220,11 @@ def _make_crew(kind: str, stack: ExitStack, ranks: int) -> Crew:
     return ProcessCrew(stack, ranks, "raynixl.bench.moe_rank", _LOOPBACK)
 
 
-def _count_messages(times: Times) -> float | None:
-    """Return the messages of a step for each pair and direction, as the transport has counted them; None: it does not."""
+def _count_messages(times: Times) -> Row:
+    """Return the messages for each pair of ranks and direction, as the transport has counted them, if it does."""
     answers = times.crew.some("messages", range(times.crew.world), impl=times.impl)
-    counts = [answer["messages"] for answer in answers]
-    return None if None in counts else rounded(max(counts))
+    counted = {name: [answer[name] for answer in answers] for name in ("dispatch", "combine")}
+    return {f"{name}_messages": None if None in each else max(each) for name, each in counted.items()}
 
 
 def _need_nbytes(load: Load, baselines: tuple[str, ...]) -> int:

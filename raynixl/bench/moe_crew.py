@@ -104,7 +104,8 @@ class _MpiRank:
 
 def _accept(stack: ExitStack, listener: socket.socket, launcher: subprocess.Popen[Any], world: int) -> list[_MpiRank]:
     """Return the ranks in their order, when all have come."""
-    ranks, deadline = [], time.monotonic() + _START_SECONDS
+    ranks: list[_MpiRank] = []
+    deadline = time.monotonic() + _START_SECONDS
     listener.settimeout(0.2)
     while len(ranks) < world:
         try:

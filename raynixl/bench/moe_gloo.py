@@ -18,7 +18,8 @@ class GlooExchange:
 
         work = dist.all_to_all_single(into, source, async_op=True)
         assert work is not None
-        return work.wait
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def rows(self, source: torch.Tensor, sent: list[int], into: torch.Tensor, received: list[int]) -> None:
         """Exchange so many rows with each rank."""

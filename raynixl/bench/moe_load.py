@@ -26,6 +26,7 @@ class Load:
     topk: int
     experts: int
     dtype: str = "bfloat16"
+    layout: str = "tokens"
 
     @property
     def torch_dtype(self) -> Any:
@@ -74,7 +75,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What a dispatch gave one rank: rows in order (source rank, token), with local ids, and -1 for experts elsewhere."""
+    """What a dispatch gave one rank: rows in order (source rank, token), and local ids, -1 for experts elsewhere."""
 
     x: torch.Tensor
     ids: torch.Tensor
@@ -104,24 +105,49 @@ def run_experts(load: Load, rank: int, received: Received, into: torch.Tensor) -
         into[rows].copy_(received.x[rows].float() * scale[:, None])
 
 
+def run_expert(load: Load, expert: int, x: torch.Tensor, into: torch.Tensor) -> None:
+    """Write what one expert makes of rows."""
+    factor = _factors(load)[expert]
+    for rows in _slices(len(x)):
+        into[rows].copy_(x[rows].float() * factor)
+
+
 def expected_result(load: Load, tokens: Tokens) -> torch.Tensor:
-    """Return what a combine must give: each rank's sum rounded once, then summed in float32 in rank order."""
+    """Return what a combine must give: each rank's sum rounded once, then summed in float32 in rank order.
+
+    Where each expert has rows of its own, these are rounded, too, before they are weighted.
+    """
     import torch
 
-    factors, holders = _factors(load), torch.from_numpy(load.holders())
+    holders = torch.from_numpy(load.holders())
     out = torch.empty_like(tokens.x)
     for rows in _slices(load.tokens):
         x, ids, weights = tokens.x[rows].float(), tokens.ids[rows], tokens.weights[rows]
         total = torch.zeros_like(x)
         for rank in range(load.ranks):
             here = torch.where(holders[ids] == rank, ids, -1)
-            total += (x * _scale(factors, here, weights)[:, None]).to(out.dtype).float()
+            total += _partial(load, x, here, weights).to(out.dtype).float()
         out[rows].copy_(total)
     return out
 
 
+def _partial(load: Load, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What one rank's experts add up to for some tokens, before it is rounded."""
+    import torch
+
+    factors = _factors(load)
+    if load.layout != "experts":
+        return x * _scale(factors, ids, weights)[:, None]
+    total = torch.zeros_like(x)
+    for k in range(load.topk):
+        is_one = ids[:, k] >= 0
+        made = (x[is_one] * factors[ids[is_one, k]][:, None]).to(load.torch_dtype)
+        total[is_one] += made.float() * weights[is_one, k, None]
+    return total
+
+
 def is_received(load: Load, rank: int, received: Received, seed: int) -> bool:
-    """Whether a dispatch of these tokens gave a rank just the rows that are its, in their order, with ids and weights."""
+    """Whether a dispatch gave a rank just the rows that are its, in their order, with their ids and weights."""
     import torch
 
     holders, local = torch.from_numpy(load.holders()), torch.from_numpy(load.local_ids())

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raynixl.bench.moe_load import Load, Received, Tokens
-from raynixl.bench.moe_packed import rows_of
+from raynixl.bench.moe_load import Load, Received, Tokens, run_expert, run_experts
+from raynixl.bench.moe_packed import Buffer, rows_of
 from raynixl.config import from_env
 from raynixl.moe.routing import Routing, route
 from raynixl.native import load as load_core
@@ -25,35 +25,87 @@ GATHERS = ("index_select", "put_rows")
 class OwnWay:
     """raynixl's expert parallelism."""
 
-    def __init__(self, group: Group, load: Load) -> None:
+    def __init__(self, group: Group, load: Load, buffer: Buffer) -> None:
         from raynixl.moe.parallel import ExpertParallel
 
+        self._load, self._rank, self._buffer = load, group.rank, buffer
         self._parallel = ExpertParallel(
             group, experts=load.experts, hidden=load.hidden, topk=load.topk, max_tokens=load.tokens,
             dtype=load.torch_dtype, placement=load.holders().tolist(), name=f"bench-{load.tokens}",
         )  # fmt: skip
         self._out = rows_of(load, load.tokens)
         self._dispatched: Any = None
+        self._y: Any = None
 
-    def dispatch(self, tokens: Tokens) -> Received:
+    def dispatch(self, tokens: Tokens) -> None:
         """Bring rows, ids and weights to the ranks that hold the experts."""
-        made = self._dispatched = self._parallel.dispatch(tokens.x, tokens.ids, tokens.weights)
-        return Received(made.x, made.topk_idx, made.topk_weights, made.counts)
+        self._dispatched = self._parallel.dispatch(tokens.x, tokens.ids, tokens.weights, layout=self._load.layout)
 
-    def combine(self, y: torch.Tensor) -> torch.Tensor:
+    def received(self) -> Received:
+        """Return what came, in order of source and token."""
+        made = self._dispatched
+        x, ids, weights = made.x, made.topk_idx, made.topk_weights
+        if self._load.layout == "slots":
+            rows = made.sources.long() * self._load.tokens + _ordinals(made.sources)
+            x, ids, weights = (each.flatten(0, 1)[rows] for each in (x, ids, weights))
+        elif self._load.layout == "experts":
+            x, weights = _rows_of_pairs(made)
+        return Received(x, ids, weights, made.counts)
+
+    def compute(self) -> int:
+        """Let the experts work; return how many rows they got."""
+        made, load = self._dispatched, self._load
+        x = made.x.flatten(0, -2)
+        y = self._buffer.rows(len(x))
+        if load.layout == "experts":
+            starts = made.offsets.tolist()
+            for expert, start, end in zip(load.held(self._rank).tolist(), starts, starts[1:], strict=False):
+                run_expert(load, expert, x[start:end], y[start:end])
+        else:
+            ids, weights = made.topk_idx.flatten(0, -2), made.topk_weights.flatten(0, -2)
+            run_experts(load, self._rank, Received(x, ids, weights, made.counts), y)
+        self._y = y.view(made.x.shape)
+        return len(made.sources)
+
+    def combine(self) -> torch.Tensor:
         """Bring the experts' rows back and sum them for each token; what was dispatched is let go of."""
         handle, self._dispatched = self._dispatched.handle, None
-        out: torch.Tensor = self._parallel.combine(y, handle, out=self._out)
+        out: torch.Tensor = self._parallel.combine(self._y, handle, out=self._out)
         return out
 
-    def count_messages(self) -> dict[int, int]:
-        """Return what has been sent to each rank so far."""
-        return {}
+    def sent(self) -> list[int]:
+        """Return how many messages have gone to each other rank so far: puts of rows, and lines."""
+        return [peer.puts + peer.lines for peer in self._parallel.statistics().peers]
 
     def close(self) -> None:
         """Let go of its memory."""
         self._dispatched = None
         self._parallel.close()
+
+
+def _ordinals(sources: torch.Tensor) -> torch.Tensor:
+    """Return the number of each row among those of its source."""
+    import torch
+
+    counts = torch.bincount(sources)
+    return torch.arange(len(sources)) - (counts.cumsum(0) - counts)[sources.long()]
+
+
+def _rows_of_pairs(made: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return from rows that lie expert by expert each row once, and its weights by k."""
+    import torch
+
+    ids = made.topk_idx
+    order, ks = (ids >= 0).nonzero(as_tuple=True)
+    expert = ids[order, ks].long()
+    by_expert = torch.argsort(expert, stable=True)
+    places = torch.empty_like(order)
+    places[by_expert] = made.offsets[expert[by_expert]] + _ordinals(expert[by_expert])
+    x = made.x.new_zeros(len(ids), made.x.shape[1])
+    x[order] = made.x[places]
+    weights = torch.zeros(ids.shape)
+    weights[order, ks] = made.topk_weights[places]
+    return x, weights
 
 
 class Gather:

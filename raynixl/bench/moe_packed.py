@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from raynixl.bench.moe_load import Load, Received, Tokens
+from raynixl.bench.moe_load import Load, Received, Tokens, run_experts
 from raynixl.bench.pages import huge_memory
 from raynixl.config import from_env
 from raynixl.moe.routing import Routing, route
@@ -41,8 +41,8 @@ class Exchange(Protocol):
 class PackedWay:
     """Dispatch and combine by an all-to-all."""
 
-    def __init__(self, exchange: Exchange, load: Load, rank: int, reduce: Reduce) -> None:
-        self._exchange, self._load, self._reduce = exchange, load, reduce
+    def __init__(self, exchange: Exchange, load: Load, rank: int, reduce: Reduce, *, buffer: Buffer) -> None:
+        self._exchange, self._load, self._rank, self._reduce, self._buffer = exchange, load, rank, reduce, buffer
         self._core, self._headers = load_core(from_env().native), Headers(load)
         self._holders, self._local = load.holders(), load.local_ids()
         self._held = len(load.held(rank))
@@ -50,7 +50,8 @@ class PackedWay:
         self._receive = rows_of(load, load.most_received)
         self._out = rows_of(load, load.tokens)
         self._routed: Routing | None = None
-        self._received: list[int] = []
+        self._counts: list[int] = []
+        self._received: Received | None = None
 
     def with_reduce(self, reduce: Reduce) -> PackedWay:
         """Return one that sums in another way, with the same buffers."""
@@ -58,7 +59,7 @@ class PackedWay:
         other._reduce = reduce
         return other
 
-    def dispatch(self, tokens: Tokens) -> Received:
+    def dispatch(self, tokens: Tokens) -> None:
         """Bring rows, ids and weights to the ranks that hold the experts."""
         import torch
 
@@ -67,17 +68,28 @@ class PackedWay:
         finish = self._exchange.begin_equal(*self._headers.fill(routed))
         torch.index_select(tokens.x, 0, torch.from_numpy(routed.order), out=send)
         finish()
-        self._received, ids, weights = self._headers.read()
+        self._counts, ids, weights = self._headers.read()
         rows = self._receive[: len(ids)]
-        self._exchange.rows(as_bytes(send), routed.counts.tolist(), as_bytes(rows), self._received)
-        return Received(rows, ids, weights, torch.bincount(ids[ids >= 0], minlength=self._held))
+        self._exchange.rows(as_bytes(send), routed.counts.tolist(), as_bytes(rows), self._counts)
+        self._received = Received(rows, ids, weights, torch.bincount(ids[ids >= 0], minlength=self._held))
 
-    def combine(self, y: torch.Tensor) -> torch.Tensor:
+    def received(self) -> Received:
+        """Return what came."""
+        assert self._received is not None
+        return self._received
+
+    def compute(self) -> int:
+        """Let the experts work; return how many rows they got."""
+        received = self.received()
+        run_experts(self._load, self._rank, received, self._buffer.rows(len(received.x)))
+        return len(received.x)
+
+    def combine(self) -> torch.Tensor:
         """Bring the experts' rows back and sum them for each token."""
-        routed = self._routed
+        routed, y = self._routed, self._buffer.rows(sum(self._counts))
         assert routed is not None
         back = self._send[: len(routed.order)]
-        self._exchange.rows(as_bytes(y), self._received, as_bytes(back), routed.counts.tolist())
+        self._exchange.rows(as_bytes(y), self._counts, as_bytes(back), routed.counts.tolist())
         self._reduce(back, routed, self._out)
         return self._out
 
@@ -154,6 +166,19 @@ def sum_by_index_add(back: torch.Tensor, routed: Routing, out: torch.Tensor) -> 
     import torch
 
     out.zero_().index_add_(0, torch.from_numpy(routed.order), back)
+
+
+class Buffer:
+    """What the experts of a rank give: the same memory for all ways, which all send the same."""
+
+    def __init__(self, load: Load) -> None:
+        self._load, self._memory = load, rows_of(load, 0)
+
+    def rows(self, count: int) -> torch.Tensor:
+        """Return so many rows; what was in them stays unless there were fewer."""
+        if len(self._memory) < count:
+            self._memory = rows_of(self._load, count)
+        return self._memory[:count]
 
 
 def rows_of(load: Load, count: int) -> torch.Tensor:

@@ -10,9 +10,9 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raynixl.agents import Agent
-from raynixl.bench.moe_load import Load, Received, Tokens, is_received, is_result, make_tokens, run_experts
+from raynixl.bench.moe_load import Load, Received, Tokens, is_received, is_result, make_tokens
 from raynixl.bench.moe_own import GATHERS, Gather, OwnWay
-from raynixl.bench.moe_packed import Exchange, PackedWay, Reduce, Sum, rows_of, sum_by_index_add
+from raynixl.bench.moe_packed import Buffer, Exchange, PackedWay, Reduce, Sum, sum_by_index_add
 from raynixl.bench.step_barrier import StepBarrier
 from raynixl.bench.target import Fields, answer_requests
 from raynixl.bench.timing import quiet
@@ -28,10 +28,16 @@ Span = tuple[int, int]
 class Way(Protocol):
     """One way to bring tokens to their experts and back."""
 
-    def dispatch(self, tokens: Tokens) -> Received:
+    def dispatch(self, tokens: Tokens) -> None:
         """Bring rows, ids and weights to the ranks that hold the experts."""
 
-    def combine(self, y: torch.Tensor) -> torch.Tensor:
+    def received(self) -> Received:
+        """Return what came, in order of source and token."""
+
+    def compute(self) -> int:
+        """Let the experts work; return how many rows they got."""
+
+    def combine(self) -> torch.Tensor:
         """Bring the experts' rows back and sum them for each token."""
 
 
@@ -90,7 +96,7 @@ class MoeRank:
         """Make tokens and buffers, in place of those that there were."""
         self._clear()
         self._load = Load(**load)
-        self._y = rows_of(self._load, self._load.most_received)
+        self._buffer = Buffer(self._load)
         self._tokens = make_tokens(self._load, self._rank, seed)
         for impl in impls:
             self._ways[impl] = self._make_way(impl)
@@ -104,47 +110,50 @@ class MoeRank:
 
     def do_prepare(self, impl: str) -> Fields:
         """Dispatch once and compute what the experts give: every later combine brings that back."""
-        received = self._ways[impl].dispatch(self._tokens)
-        self._experts(received)
-        self._count = len(received.x)
-        self._ways[impl].combine(self._y[: self._count])
-        return {"rows": self._count}
+        way = self._ways[impl]
+        way.dispatch(self._tokens)
+        rows = way.compute()
+        way.combine()
+        return {"rows": rows}
 
     def do_run(self, impl: str, steps: int) -> Fields:
-        """Dispatch and combine, first each for itself and then together, or gather; answer with when each began and ended."""
+        """Dispatch and combine, first each for itself and then together; answer with when each began and ended."""
         if impl in self._gathers:
             with quiet():
                 return {"gather": [self._time(self._gathers[impl]) for _ in range(steps)]}
-        way, tokens, y = self._ways[impl], self._tokens, self._y[: self._count]
-        dispatch: list[Span] = []
-        combine: list[Span] = []
-        both: list[Span] = []
+        way, tokens = self._ways[impl], self._tokens
+
+        def dispatch() -> None:
+            way.dispatch(tokens)
+
+        def both() -> None:
+            way.dispatch(tokens)
+            way.combine()
+
         with quiet():
-            for _ in range(steps):
-                dispatch.append(self._time(lambda: way.dispatch(tokens)))
-                combine.append(self._time(lambda: way.combine(y)))
-            for _ in range(steps):
-                both.append(self._time(lambda: (way.dispatch(tokens), way.combine(y))))
-        return {"dispatch": dispatch, "combine": combine, "both": both}
+            apart = [(self._time(dispatch), self._time(way.combine)) for _ in range(steps)]
+            together = [self._time(both) for _ in range(steps)]
+        return {"dispatch": [one for one, _ in apart], "combine": [one for _, one in apart], "both": together}
 
     def do_verify(self, impl: str, seed: int) -> Fields:
         """Send other tokens once; answer whether just the right rows came, and the right sums."""
-        way, tokens = self._ways[impl], make_tokens(self._load, self._rank, seed)
-        received = way.dispatch(tokens)
-        is_right = is_received(self._load, self._rank, received, seed)
-        self._experts(received)
-        found = way.combine(self._y[: len(received.x)])
-        return {"is_right": is_right and is_result(self._load, found, tokens, is_exact=impl == "raynixl")}
+        way, load, tokens = self._ways[impl], self._load, make_tokens(self._load, self._rank, seed)
+        way.dispatch(tokens)
+        is_right = is_received(load, self._rank, way.received(), seed)
+        way.compute()
+        is_exact = not impl.endswith("index-add")
+        return {"is_right": is_right and is_result(load, way.combine(), tokens, is_exact=is_exact)}
 
     def do_messages(self, impl: str) -> Fields:
-        """Answer with the messages of one step to the rank that gets most of them, if they are counted."""
+        """Answer with how many messages a dispatch and a combine send to one rank at most, if they are counted."""
         way = self._ways[impl]
         if not isinstance(way, OwnWay):
-            return {"messages": None}
-        return {"messages": None}
-
-    def _experts(self, received: Received) -> None:
-        run_experts(self._load, self._rank, received, self._y[: len(received.x)])
+            return {"dispatch": None, "combine": None}
+        before = way.sent()
+        way.dispatch(self._tokens)
+        between = way.sent()
+        way.combine()
+        return {"dispatch": _most(before, between), "combine": _most(between, way.sent())}
 
     def _time(self, work: Callable[[], object]) -> Span:
         self._barrier.wait()
@@ -154,12 +163,12 @@ class MoeRank:
 
     def _make_way(self, impl: str) -> Way:
         if impl == "raynixl":
-            return OwnWay(self._group, self._load)
+            return OwnWay(self._group, self._load, self._buffer)
         name, _, variant = impl.partition("-")
         reduce: Reduce = sum_by_index_add if variant == "index-add" else Sum(self._load)
         if variant and isinstance(first := self._ways.get(name), PackedWay):
             return first.with_reduce(reduce)
-        return PackedWay(self._exchanges[name](), self._load, self._rank, reduce)
+        return PackedWay(self._exchanges[name](), self._load, self._rank, reduce, buffer=self._buffer)
 
     def _clear(self) -> None:
         """Let go of the present load."""
@@ -168,6 +177,11 @@ class MoeRank:
                 way.close()
         self._ways.clear()
         self._gathers.clear()
+
+
+def _most(before: list[int], after: list[int]) -> int:
+    """The largest growth."""
+    return max((now - then for then, now in zip(before, after, strict=True)), default=0)
 
 
 if __name__ == "__main__":

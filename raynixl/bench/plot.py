@@ -28,6 +28,11 @@ def plot_weights(rows: Sequence[Row], path: Path) -> None:
     _plot(rows, path, _draw_bars)
 
 
+def plot_moe(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture of moe rows: a bar for each way at each number of tokens, on a logarithmic scale."""
+    _plot(rows, path, _draw_moe)
+
+
 def plot_plan(row: Row, path: Path) -> None:
     """Write a picture of a plan: predicted seconds of each way beside the lower bound."""
     _plot([row], path, _draw_plan)
@@ -70,6 +75,33 @@ def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("receivers")
     axes.set_ylabel("GB/s, all receivers together")
     axes.set_title(f"weights of {rows[0]['model']} into the receivers' parameters", loc="left", fontsize=12)
+    axes.grid(axis="y", color="#e4e4e4", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _draw_moe(axes: Any, rows: Sequence[Row]) -> None:
+    counts = sorted({row["tokens"] for row in rows})
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    others, width = iter(_OTHERS), 0.8 / len(impls)
+    for place, impl in enumerate(impls):
+        mine = [row for row in rows if row["impl"] == impl]
+        at = [counts.index(row["tokens"]) + (place - (len(impls) - 1) / 2) * width for row in mine]
+        colour = _COLOURS.get(impl) or next(others, "#888888")
+        bars = axes.bar(at, [row["both_ms"] for row in mine], width * 0.92, label=impl, color=colour, zorder=2)
+        axes.bar(at, [row["dispatch_ms"] for row in mine], width * 0.92, color="#00000033", zorder=3)
+        axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+    for place, count in enumerate(counts):
+        floor = next(row["floor_ms"] for row in rows if row["tokens"] == count)
+        axes.plot([place - 0.42, place + 0.42], [floor, floor], color="#2e4057", linestyle="--", zorder=4,
+                  label="" if place else "the bare copy")  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axes.set_xlabel("tokens of each rank")
+    axes.set_ylabel("ms, dispatch and combine (dark: dispatch alone)")
+    first = rows[0]
+    title = f"{first['ranks']} ranks, top-{first['topk']} of {first['experts']}, {first['hidden']} x {first['dtype']}"
+    axes.set_title(title, loc="left", fontsize=12)
     axes.grid(axis="y", color="#e4e4e4", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -28,15 +28,15 @@ def parse_sizes(text: str) -> list[int]:
     return [parse_size(part) for part in text.split(",")]
 
 
-def parse_counts(text: str) -> list[int]:
+def parse_counts(text: str, most: int = 64) -> list[int]:
     """Return the numbers in a list separated by commas.
 
     Raises:
-        ConfigError: one is not a whole number of 1 to 64.
+        ConfigError: one is not a whole number of 1 to `most`.
     """
     counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if not all(1 <= count <= 64 for count in counts):
-        raise ConfigError(f"{text!r} are not numbers of 1 to 64", hint="write 4, or 1,2,4")
+    if not all(1 <= count <= most for count in counts):
+        raise ConfigError(f"{text!r} are not numbers of 1 to {most}", hint="write 4, or 1,2,4")
     return counts
 
 

@@ -162,6 +162,40 @@ def weights(  # noqa: PLR0913 - a command's options
 
 
 @bench_app.command()
+def moe(  # noqa: PLR0913 - a command's options
+    *,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Processes that hold the experts and the tokens.")] = 4,
+    tokens: Annotated[str, typer.Option(help="Tokens of each rank; several numbers as 128,1024.")] = "128",
+    hidden: Annotated[int, typer.Option(min=1, max=1 << 20, help="Numbers in a row.")] = 7168,
+    topk: Annotated[int, typer.Option(min=1, max=256, help="Experts of each token.")] = 8,
+    experts: Annotated[int, typer.Option(min=1, max=4096, help="Experts of all ranks together.")] = 256,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    layout: Annotated[str, typer.Option(help="How rows lie after a dispatch: tokens, experts or slots.")] = "tokens",
+    rounds: Rounds = 7,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="gloo, gloo-index-add, mpi or mpi-index-add; repeatable.")
+    ] = None,
+    verify: Verify = True,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of milliseconds by tokens.")] = None,
+    is_json: Json = False,
+) -> None:
+    """Tokens to their experts and back: milliseconds of dispatch, combine and both, beside the bare copy's."""
+    from raynixl.bench.moe import MoeSpec, run_moe
+
+    spec = MoeSpec(
+        tokens=tuple(parse_counts(tokens, most=1 << 20)), ranks=ranks, hidden=hidden, topk=topk, experts=experts,
+        dtype=dtype, layout=layout, rounds=rounds, baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify,
+    )  # fmt: skip
+    with progress("moe", rounds * len(spec.tokens)) as step:
+        title = f"top-{topk} of {experts} experts on {ranks} ranks, rows of {hidden} {dtype}"
+        rows = report(run_moe(spec, step), title, is_json=is_json, is_verified=verify)
+    if plot is not None:
+        from raynixl.bench.plot import plot_moe
+
+        plot_moe(rows, plot)
+
+
+@bench_app.command()
 def notify(
     trips: Annotated[int, typer.Option(min=10, max=1_000_000, help="Round trips measured.")] = 2000,
     nbytes: Annotated[int, typer.Option(min=8, max=1 << 20, help="Bytes of a notification.")] = 8,
