@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         TransferTimeout,
     )
     from raynixl.memory import MemoryKind, MemorySpan
+    from raynixl.moe import ExpertParallel
     from raynixl.region import Region, RemoteRegion
 
 __version__ = "0.1.0"
@@ -60,12 +61,13 @@ _HOMES = {
         "TransferCancelled", "TransferTimeout",
     ),
     "raynixl.memory": ("MemoryKind", "MemorySpan"),
+    "raynixl.moe": ("ExpertParallel",),
     "raynixl.region": ("Region", "RemoteRegion"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Agent", "AgentClosed", "AgentConfig", "BackendUnavailable", "ConfigError", "Group", "InMemoryDirectory",
+    "Agent", "AgentClosed", "AgentConfig", "BackendUnavailable", "ConfigError", "ExpertParallel", "Group", "InMemoryDirectory",
     "IntegrityError", "Masked", "MemoryKind", "MemorySpan", "Notification", "Peer", "PeerLost", "PeerRestarted",
     "PeerUnknown", "Prepared", "RangeError", "RaynixlError", "Region", "RegionReadOnly", "RegionStale", "RegionUnknown",
     "RemoteRegion", "Transfer", "TransferCancelled", "TransferTimeout", "WeightSync", "agent", "attach", "publish",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 
 _PF_EXITING = 0x4
 
@@ -29,6 +30,18 @@ def is_ending(pid: int) -> bool:
     """Whether a process is gone, a zombie, or on its way there: its sockets close before it is a zombie."""
     state, *fields = _fields(pid)
     return state in ("", "Z", "X") or int(fields[5]) & _PF_EXITING != 0
+
+
+def has_ended(pid: int) -> bool:
+    """Whether all threads of a process have ended, so that it writes nothing any more, wherever."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], 0)[0])
+    finally:
+        os.close(fd)
 
 
 def _fields(pid: int) -> list[str]:

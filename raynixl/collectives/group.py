@@ -48,6 +48,11 @@ class Group:
         self._registrations = Registrations(agent)
         self._executor = Executor(agent, self.members, self.name)
 
+    @property
+    def agent(self) -> Agent:
+        """This member's agent."""
+        return self._agent
+
     def __repr__(self) -> str:
         return f"Group({self.name!r}, rank {self.rank} of {self.world})"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class Arrival:
     came: list[int]
     offsets: npt.NDArray[np.int64]
     extent: npt.NDArray[np.int64]
+    total: int
+    """How many rows, or pairs, come back to us in all."""
 
     def counts(self) -> npt.NDArray[np.int64]:
         """Return by source how many rows came."""
@@ -179,17 +181,20 @@ class _Arranging:
 
     def _handle(self, row_ids: Any, row_weights: Any, tokens: Any, major: Any) -> Handle:
         call, arrival, members = self.call, self.arrival, self.session.members
+        if call.handle is not None:
+            weights = call.handle.weights if call.weights is None else call.weights
+            return replace(
+                call.handle, layout=call.layout, alignment=call.alignment, weights=weights, row_weights=row_weights,
+                major=major, lost=self._lost(),
+            )  # fmt: skip
         backs, totals = np.zeros(members.limit, np.int64), np.zeros(members.limit, np.int64)
         backs[arrival.came] = arrival.lines["back"][arrival.came]
         totals[arrival.came] = arrival.lines["total"][arrival.came]
-        by_row = call.weights_at == "holder"
-        pairs = None if by_row else self.routing.pair_counts
-        backs[members.me] = self.routing.begins[members.me] if pairs is None else pairs[: members.me].sum()
-        totals[members.me] = self.routing.begins[-1] if pairs is None else pairs.sum()
+        totals[members.me] = arrival.total
         return Handle(
             call.layout, call.weights_at, call.alignment, self.routing, call.weights, self.scene.placement,
             self.scene.topk, arrival.offsets, arrival.extent, backs, totals, self.counts, row_ids, row_weights, tokens,
-            major, self.chosen, self.scene.world, self.scene.max_tokens, self._lost(),
+            major, call.ids_dtype, self.chosen, self.scene.world, self.scene.max_tokens, self._lost(),
         )  # fmt: skip
 
 

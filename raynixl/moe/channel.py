@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from raynixl.errors import RaynixlError
+from raynixl.host import has_ended
 from raynixl.moe.board import cell_offset
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import Cell
-from raynixl.native import Gate
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.agents.window import Window
+    from raynixl.moe.hello import Hello
     from raynixl.region import RemoteRegion
 
 
@@ -49,7 +51,9 @@ class Channel(Protocol):
 
     rank: int
     name: str
-    token: str
+    incarnation: str
+    lines: int
+    puts: int
 
     @property
     def is_direct(self) -> bool:
@@ -67,19 +71,8 @@ class Channel(Protocol):
     def capacity(self, form: RowFormat, slot: int) -> int:
         """Return how many rows of this form a slot holds; 0 if the peer cannot be asked."""
 
-    def close(self) -> None:
-        """Let go of the peer's memory."""
-
-
-def gate_codes(gates: list[Gate]) -> int:
-    """Enter all gates; return the code of one that refuses, with none entered, else 0."""
-    for number, gate in enumerate(gates):
-        code = gate.enter()
-        if code:
-            for entered in gates[:number]:
-                entered.leave()
-            return code
-    return 0
+    def has_ended(self) -> bool:
+        """Whether the peer's process is known to have ended: then it writes into nothing any more."""
 
 
 class MappedChannel:
@@ -88,9 +81,10 @@ class MappedChannel:
     is_direct = True
 
     def __init__(
-        self, agent: Agent, ranks: int, *, me: int, rank: int, token: str, board: Window, directions: Directions
+        self, agent: Agent, ranks: int, *, me: int, hello: Hello, board: Window, directions: Directions, topic: str
     ) -> None:
-        self.rank, self.name, self.token = rank, board.remote.owner, token
+        self.rank, self.name, self.pid = hello.rank, board.remote.owner, hello.pid
+        self.incarnation = board.remote.incarnation
         self._agent = agent
         self._native = agent.native
         self._directions = directions
@@ -103,14 +97,9 @@ class MappedChannel:
 
     def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
         """Write a line onto the peer's board."""
-        if gate_codes(self._gates):
+        data = line.tobytes()
+        if self._native.post_line(self._cells[cell], data[8:], int(line["number"]), self._bell, self._gates):
             return False
-        try:
-            data = line.tobytes()
-            self._native.post_line(self._cells[cell], data[8:], int(line["number"]), self._bell)
-        finally:
-            for gate in self._gates:
-                gate.leave()
         self.lines += 1
         return True
 
@@ -152,6 +141,6 @@ class MappedChannel:
         window = self.window(slot)
         return 0 if window is None else form.layout(window.remote.nbytes).capacity
 
-    def close(self) -> None:
-        """Mappings belong to the agent's bindings, which it lets go when the regions or the peer do."""
-        self._slots.clear()
+    def has_ended(self) -> bool:
+        """Whether the peer's process has ended: mapped memory means that it is one of this host."""
+        return self.pid != os.getpid() and has_ended(self.pid)

@@ -16,7 +16,7 @@ from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
 from raynixl.moe.outgoing import Outgoing, outgoing
 from raynixl.moe.result import Combined, Handle
-from raynixl.moe.session import Session, status_of
+from raynixl.moe.session import ANY, Session, status_of
 from raynixl.moe.summing import Terms, lost_scale, pair_table, sum_terms, terms_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,11 @@ class Combine:
     call: CombineCall
     error: RaynixlError | None
     deadline: float
-    signature: int
+
+    @property
+    def signature(self) -> int:
+        """Return what must be alike on all ranks."""
+        return ANY if self.error is not None else self.call.signature()
 
     def run(self) -> Combined:
         """Send the rows back, take in those of our tokens, and add them up.
@@ -105,10 +109,7 @@ class Combine:
         for rank in session.members.in_turn:
             if rank not in is_done:
                 self._post(landing, rank, None, 0)
-        lines, came, _ = session.gather(self.signature, self.deadline, landing.serve)
-        landing.answered(came)
-        if self.error is not None:
-            raise self.error
+        lines, came, _ = session.gather(self.signature, self.deadline, landing=landing, error=self.error)
         return landing.pieces(lines, came, None)
 
     def _starts_here(self) -> I64:

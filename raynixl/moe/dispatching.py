@@ -16,7 +16,7 @@ from raynixl.moe.channel import Place, Source
 from raynixl.moe.landing import Landing, Piece
 from raynixl.moe.result import Dispatched
 from raynixl.moe.routing import Routing
-from raynixl.moe.session import GRACE, Session, status_of
+from raynixl.moe.session import ANY, GRACE, Session, status_of
 
 if TYPE_CHECKING:
     from raynixl.moe.fields import RowFormat
@@ -70,7 +70,8 @@ class Dispatch:
             Masked: the others go on without us.
         """
         session, call = self.session, self.call
-        form, signature = call.form(self.scene.topk), call.signature(self.scene.placement)
+        form = call.form(self.scene.topk)
+        signature = ANY if self.error is not None else call.signature(self.scene.placement)
         places = self._exchange_counts(signature) if self.needs_counts else self._known_places()
         landing = Landing(session, form, signature, session.phase + 1, session.turn(), self.scene.max_tokens)
         try:
@@ -93,8 +94,7 @@ class Dispatch:
         self._say(line)
         for rank in session.members.in_turn:
             session.post(rank, line)
-        lines, came, is_whole = session.gather(signature, self.deadline)
-        self._refuse()
+        lines, came, is_whole = session.gather(signature, self.deadline, error=self.error)
         counts = np.zeros((session.members.limit, session.members.limit), np.int64)
         counts[came] = lines["counts"][came]
         counts[me] = self.routing.counts
@@ -107,7 +107,9 @@ class Dispatch:
         handle = self.call.handle
         if self.call.layout == "slots":
             most = self.scene.max_tokens
-            return Places(np.full(limit, me * most), np.full(limit, self.scene.world * most), most * np.arange(limit), True)
+            return Places(
+                np.full(limit, me * most), np.full(limit, self.scene.world * most), most * np.arange(limit), True
+            )
         assert handle is not None
         return Places(handle.offsets, handle.extent, handle.begins[:-1], True)
 
@@ -121,7 +123,9 @@ class Dispatch:
         for rank, count in rows if self.error is None else ():
             if not count:
                 continue
-            place = self._own_place(landing, places_of, own_slot) if rank == me else self._place(landing, rank, places_of)
+            place = (
+                self._own_place(landing, places_of, own_slot) if rank == me else self._place(landing, rank, places_of)
+            )
             if place is None:
                 landing.ask(rank, count)
                 asked.append((rank, count))
@@ -137,13 +141,19 @@ class Dispatch:
         for rank in session.members.in_turn:
             if rank not in places:
                 self._post(landing, rank, None)
-        lines, came, _ = session.gather(landing.signature, self._late(landing.form), landing.serve)
-        landing.answered(came)
-        self._refuse()
+        lines, came, _ = session.gather(landing.signature, self._late(landing.form), landing=landing, error=self.error)
         own = None
         if me in places:
             own = Piece(me, landing.slots[places[me].slot], places[me].offset, rows[-1][1])
-        return Arrival(landing, landing.pieces(lines, came, own), lines, came, places_of.offsets, places_of.extent)
+        return Arrival(
+            landing,
+            landing.pieces(lines, came, own),
+            lines,
+            came,
+            places_of.offsets,
+            places_of.extent,
+            self._back(me)[1],
+        )
 
     def _own_slot(self, landing: Landing, places: Places) -> int:
         """Return the slot in which our own rows lie: a larger one if the announced one does not hold what comes."""
@@ -210,10 +220,6 @@ class Dispatch:
         if self.error is not None:
             line["status"] = status_of(self.error)
             line["text"] = str(self.error).encode()[:200]
-
-    def _refuse(self) -> None:
-        if self.error is not None:
-            raise self.error
 
     def _late(self, form: RowFormat) -> float:
         """Return the deadline of the rows: those of a step whose counts came late are given time to come."""

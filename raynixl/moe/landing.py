@@ -165,7 +165,7 @@ def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int
     first = pieces[0]
     shift = first.offset - targets[0]
     layout = landing.form.layout(first.slot.nbytes)
-    fits = 0 <= shift and shift + rows <= layout.capacity
+    fits = shift >= 0 and shift + rows <= layout.capacity
     if fits and all(p.slot is first.slot and p.offset - t == shift for p, t in zip(pieces, targets, strict=True)):
         return first.slot, shift
     slot = landing.take(rows)

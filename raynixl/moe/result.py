@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raynixl.moe.routing import Routing
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from raynixl.moe.major import Major
-    from raynixl.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +46,7 @@ class Handle:
     tokens: npt.NDArray[np.int32]
     """By row that came: its token at its source."""
     major: Major | None
+    ids_dtype: torch.dtype
     chosen: npt.NDArray[np.bool_]
     """By token and k: whether the source named an expert."""
     world: int
@@ -71,6 +74,11 @@ class Handle:
     def is_whole(self) -> bool:
         """Whether every expert that the source named has a holder that got the row."""
         return int(self.chosen.sum()) == int((self.routing.row_ids >= 0).sum())
+
+    def routing_with(self, weights: npt.NDArray[np.float32] | None) -> Routing:
+        """Return the routing with these weights [tokens, topk] for the rows to take along."""
+        rows = None if weights is None else self.routing.weights_by_row(weights)
+        return replace(self.routing, row_weights=rows)
 
     def plain(self) -> Handle:
         """Return the same layout without weights: combine adds up what it is given."""
@@ -112,6 +120,20 @@ class Combined:
     out: Tensor
     topk_weights: Tensor | None
     lost: tuple[int, ...]
+
+
+def no_handle(ranks: int) -> Handle:
+    """Return the handle of nothing, for who takes part in an exchange with nothing."""
+    import torch
+
+    none = np.zeros(ranks, np.int64)
+    ids = np.zeros((0, 1), np.int32)
+    rows = np.zeros(0, np.int32)
+    routing = Routing(0, rows, none, np.zeros(ranks + 1, np.int64), np.zeros(1, np.int64), rows, ids, None)
+    return Handle(
+        "tokens", "holder", 1, routing, None, 0, 1, none, none, none, none, none, ids, None, rows, None, torch.int64,
+        np.zeros((0, 1), np.bool_), 1, 1,
+    )  # fmt: skip
 
 
 def sources_of(counts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:

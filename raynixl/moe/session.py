@@ -12,11 +12,12 @@ import numpy as np
 from raynixl.errors import ConfigError, Masked, RangeError, RaynixlError
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel
-from raynixl.moe.lines import Cell, Status, from_words, line_dtype, mask_words, to_words
+from raynixl.moe.lines import Cell, Status, from_words, line_dtype, mask_words, ranks_of, to_words
 from raynixl.moe.members import Members
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
+    from raynixl.moe.landing import Landing
     from raynixl.moe.pool import Pool, Slot
 
 SLICE: Final = 0.005
@@ -25,6 +26,9 @@ SLICE: Final = 0.005
 SPIN: Final = 5e-5
 NOTICE_AFTER: Final = 0.02
 GRACE: Final = 0.04
+ANY: Final = 0
+"""The signature of a call that is wrong."""
+
 _ERRORS = {Status.RANGE: RangeError, Status.CONFIG: ConfigError}
 
 
@@ -88,6 +92,13 @@ class Session:
         if channel is not None and not self.is_gone(rank):
             self._notify(rank)
 
+    def sweep(self) -> None:
+        """Free the slots of ranks whose processes have ended since they were masked."""
+        for slot in self.pool.quarantined:
+            for rank in ranks_of(slot.writers & self.members.mask):
+                if rank in self.channels and self.channels[rank].has_ended():
+                    self.pool.gone(rank)
+
     def is_gone(self, rank: int) -> bool:
         """Whether a rank's process is known to be out of reach, or another than it was."""
         channel = self.channels.get(rank)
@@ -96,12 +107,20 @@ class Session:
         connection = self.agent.connector.current(channel.name)
         return connection is not None and (connection.lost is not None or connection.incarnation != channel.incarnation)
 
+    def welcome(self, admitted: int) -> None:
+        """Tell ranks that they take part in the next operation, and with whom."""
+        for rank in ranks_of(admitted):
+            line = self.line(0)
+            line["phase"] = self.phase + 1
+            line["ready"] = to_words(admitted, self._words)
+            self.tell(rank, Cell.WELCOME, line)
+
     # Waiting
 
     def gather(
-        self, signature: int, deadline: float, idle: Callable[[], None] | None = None
+        self, signature: int, deadline: float, *, landing: Landing | None = None, error: RaynixlError | None = None
     ) -> tuple[np.ndarray[Any, Any], list[int], bool]:
-        """End a phase: wait for its lines, and learn from them.
+        """End a phase: wait for its lines, and learn from them; with a landing, of whose rows the lines tell.
 
         Returns a copy of the lines by rank, the ranks whose lines came, and whether all did and all masks agree.
 
@@ -117,11 +136,17 @@ class Session:
         expected = self.members.others
         began = time.monotonic()
         if len(expected) and not self.board.wait(cell, expected, number, timeout=SLICE, spin=SPIN):
-            self._wait_on(cell, number, deadline, idle)
+            self._wait_on(cell, number, deadline, None if landing is None else landing.serve)
         lines: np.ndarray[Any, Any] = self.board.cells[:, cell].copy()
         came = [rank for rank in expected.tolist() if lines["number"][rank] >= number]
         self.waited[came] += np.maximum(0.0, lines["posted"][came] - began)
-        return lines, came, self._learn(lines, came, number, len(came) == len(expected), signature)
+        agreed = self._learn(lines, came, number, len(came) == len(expected))
+        if landing is not None:
+            landing.answered(came)
+        if error is not None:
+            raise error
+        self._refuse(lines, came, signature)
+        return lines, came, agreed
 
     def wait_place(self, rank: int, number: int, deadline: float, idle: Callable[[], None]) -> Any:
         """Wait for a rank's answer where rows go; None if it is lost meanwhile."""
@@ -191,7 +216,7 @@ class Session:
             if mask >> rank & 1 and rank != self.members.me and self.members.is_active(rank):
                 self.members.lose(rank, "others have masked it")
 
-    def _learn(self, lines: np.ndarray[Any, Any], came: list[int], number: int, is_whole: bool, signature: int) -> bool:
+    def _learn(self, lines: np.ndarray[Any, Any], came: list[int], number: int, is_whole: bool) -> bool:
         masks = [from_words(lines["mask"][rank]) for rank in came]
         for rank, mask in zip(came, masks, strict=True):
             if mask >> self.members.me & 1 or int(lines["number"][rank]) > number:
@@ -203,7 +228,6 @@ class Session:
             ready &= from_words(lines["ready"][rank])
         self.members.admitted = ready & self.members.mask if agreed else 0
         self.slots[came] = lines["slot"][came]
-        self._refuse(lines, came, signature)
         return agreed
 
     def _refuse(self, lines: np.ndarray[Any, Any], came: list[int], signature: int) -> None:
@@ -215,7 +239,7 @@ class Session:
                 kind = _ERRORS.get(status, RaynixlError)  # type: ignore[call-overload]
                 raise kind(f"rank {rank} ({self.members.names.get(rank)!r}): {text}", hint="mend that rank's call")
         for rank in came:
-            if int(lines["signature"][rank]) != signature:
+            if signature != ANY and int(lines["signature"][rank]) != signature:
                 raise ConfigError(
                     f"rank {rank} ({self.members.names.get(rank)!r}) calls something else than rank {self.members.me}",
                     hint="call the same operations with the same options, dtypes and placement on every rank",

@@ -59,7 +59,13 @@ def pair_table(handle: Handle) -> npt.NDArray[np.int64]:
 
 
 def sum_terms(
-    native: Native, terms: Terms, addresses: U64, y_dtype: Tensor, out: Tensor, biases: tuple[Tensor, ...], scale: F32 | None
+    native: Native,
+    terms: Terms,
+    addresses: U64,
+    y_dtype: Tensor,
+    out: Tensor,
+    biases: tuple[Tensor, ...],
+    scale: F32 | None,
 ) -> None:
     """Add up terms that lie at these addresses by item; `y_dtype` is any tensor of their dtype."""
     hidden = out.shape[-1]

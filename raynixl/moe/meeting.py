@@ -1,0 +1,187 @@
+"""The meeting: how ranks find each other's boards, at the beginning and whenever one joins."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
+from raynixl.moe.board import Board
+from raynixl.moe.channel import Channel, MappedChannel
+from raynixl.moe.far_channel import FarChannel
+from raynixl.moe.hello import Arena, Hello
+from raynixl.region import RemoteRegion
+
+if TYPE_CHECKING:
+    from raynixl.agents import Agent
+    from raynixl.moe.pool import Pool, Slot
+
+RETRY: Final = 0.01
+"""Seconds between two attempts to meet a rank that is not there yet; they double up to MOST."""
+
+MOST: Final = 0.1
+
+
+class Meeting:
+    """Answers those who want to meet this rank, and meets the others."""
+
+    def __init__(
+        self, agent: Agent, name: str, *, rank: int, names: dict[int, str], board: Board, pool: Pool, first: Slot,
+        ordinal: int, scene: str,
+    ) -> None:  # fmt: skip
+        self.agent, self.name, self.rank, self.names = agent, name, rank, names
+        self.token = secrets.token_hex(16)
+        self.is_running = False
+        self.is_joining = False
+        self._founders: dict[int, str] = {}
+        self._board, self._pool = board, pool
+        self._hello = Hello(
+            rank=rank, token=self.token, ordinal=ordinal, ranks=board.ranks, scene=scene, pid=os.getpid(),
+            is_running=False, board=Arena.of(board.region), slot=first.number, arena=Arena.of(first.region),
+        )  # fmt: skip
+        self._lock = threading.Lock()  # protects _known, _founders and _arrivals
+        self._known: dict[int, str] = {}  # by rank, the token of the session that we have met
+        self._arrivals: dict[int, tuple[Channel, int]] = {}
+        agent.deliver(self._topic("line"), self._take_line)
+        agent.serve(self._topic("hello"), self._answer)
+        agent.serve(self._topic("slot"), self._answer_slot)
+
+    def _topic(self, what: str) -> str:
+        return f"moe/{self.name}/{what}"
+
+    # Answering
+
+    def _answer(self, peer: str, payload: bytes) -> bytes:
+        """Tell a rank who we are; if we run already, remember it as one who wants to join."""
+        hello = Hello.from_bytes(payload)
+        self._check_member(peer, hello)
+        if not self._is_like(hello):
+            return self._hello.to_bytes()  # the other side says what differs
+        if not self.is_running:
+            if hello.ordinal != self._hello.ordinal and not self.is_joining:
+                raise ConfigError(f"{self.agent.name!r} has not made its ExpertParallel {self.name!r} yet")
+            return self._hello.to_bytes()
+        with self._lock:
+            is_known = self._known.get(hello.rank) == hello.token
+        if not is_known:
+            channel = self._open(hello)
+            with self._lock:
+                self._known[hello.rank] = hello.token
+                self._arrivals[hello.rank] = (channel, hello.slot)
+        with self._lock:
+            is_founder = self._founders.get(hello.rank) == hello.token
+        return self._hello.model_copy(update={"is_running": not is_founder}).to_bytes()
+
+    def run(self, founders: dict[int, str]) -> None:
+        """Take those who come from now on for ones who join, but for these sessions, which we have met."""
+        with self._lock:
+            self._founders = dict(founders)
+            self._known.update(founders)
+            self.is_running = True
+
+    def _is_like(self, hello: Hello) -> bool:
+        return hello.scene == self._hello.scene and hello.ranks == self._board.ranks
+
+    def _check_member(self, peer: str, hello: Hello) -> None:
+        """Refuse who is not one of us."""
+        if self.names.get(hello.rank) != peer or hello.board.owner != peer or hello.arena.owner != peer:
+            raise ConfigError(
+                f"{peer!r} is not rank {hello.rank} of {self.name!r}",
+                hint="give the same members in the same order everywhere; join() adds new ones", peer=peer,
+            )  # fmt: skip
+
+    def _check_like(self, peer: str, hello: Hello) -> None:
+        """Refuse to go on with who was made otherwise."""
+        if not self._is_like(hello):
+            raise ConfigError(
+                f"{peer!r} made {self.name!r} with {hello.scene}, max_ranks={hello.ranks}; we with "
+                f"{self._hello.scene}, max_ranks={self._board.ranks}",
+                hint="give the same arguments on every rank", peer=peer,
+            )  # fmt: skip
+
+    def _answer_slot(self, peer: str, payload: bytes) -> bytes:
+        """Describe one of our slots to a rank that was told its number."""
+        slot = self._pool.find(int(payload)) if payload.isdigit() and len(payload) < 20 else None
+        if slot is None:
+            raise ConfigError(f"{self.agent.name!r} has no slot {payload[:20]!r}", peer=peer)
+        return slot.region.describe().to_bytes()
+
+    def _take_line(self, peer: str, payload: bytes) -> None:
+        """Write a line that came as a message where a mapped peer would have written it."""
+        if len(payload) > 5 and self.names.get(int.from_bytes(payload[:4], "little")) == peer:
+            self._board.take(int.from_bytes(payload[:4], "little"), payload[4], payload[5:])
+
+    def arrivals(self) -> dict[int, tuple[Channel, int]]:
+        """Take those who want to join, by rank: the way to them, and the slot that they announce."""
+        if not self._arrivals:
+            return {}
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, {}
+        return arrivals
+
+    # Meeting
+
+    def meet(
+        self, ranks: list[int], deadline: float, is_enough: Callable[[dict[int, tuple[Channel, Hello]]], bool]
+    ) -> dict[int, tuple[Channel, Hello]]:
+        """Meet these ranks until all have answered, or it is enough.
+
+        Raises:
+            ConfigError: one was made otherwise.
+            TransferTimeout: some did not answer in time; named.
+        """
+        met: dict[int, tuple[Channel, Hello]] = {}
+        pause, last = RETRY, dict.fromkeys(ranks, "it was not there")
+        while True:
+            for rank in [rank for rank in ranks if rank not in met]:
+                try:
+                    hello = self._ask(rank, deadline)
+                    channel = self._open(hello)
+                except RaynixlError as exc:
+                    last[rank] = str(exc)
+                    continue
+                self._check_like(self.names[rank], hello)
+                met[rank] = (channel, hello)
+            if len(met) == len(ranks) or is_enough(met):
+                return met
+            if time.monotonic() + pause > deadline:
+                missing = {self.names[rank]: why for rank, why in last.items() if rank not in met}
+                raise TransferTimeout(
+                    f"not all ranks of {self.name!r} came: {missing}",
+                    hint="make ExpertParallel on every member at the same time, with the same group",
+                )
+            time.sleep(pause)
+            pause = min(MOST, 2 * pause)
+
+    def _ask(self, rank: int, deadline: float) -> Hello:
+        left = max(0.05, min(1.0, deadline - time.monotonic()))
+        peer = self.agent.peer(self.names[rank], timeout=left)
+        hello = Hello.from_bytes(peer.ask(self._topic("hello"), self._hello.to_bytes(), timeout=left).wait())
+        self._check_member(peer.name, hello)
+        return hello
+
+    def _open(self, hello: Hello) -> Channel:
+        board = self.agent.window(hello.board.remote)
+        name = hello.board.owner
+
+        def directions(slot: int) -> RemoteRegion:
+            if slot == hello.slot:
+                return hello.arena.remote
+            reply = self.agent.peer(name).ask(self._topic("slot"), str(slot).encode())
+            return RemoteRegion.from_bytes(reply.wait())
+
+        kind = MappedChannel if board.is_mapped else FarChannel
+        return kind(
+            self.agent, self._board.ranks, me=self.rank, hello=hello, board=board, directions=directions,
+            topic=self._topic("line"),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Answer no more."""
+        self.agent.control.unserve(self._topic("hello"))
+        self.agent.control.unserve(self._topic("slot"))
+        self.agent.undeliver(self._topic("line"))
