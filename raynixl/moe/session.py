@@ -153,6 +153,7 @@ class Session:
         ranks = np.array([rank])
         while not self.board.wait(Cell.PLACE, ranks, number, timeout=SLICE, spin=SPIN):
             idle()
+            self._check_notices()
             if not self.members.is_active(rank):
                 return None
             if self.is_gone(rank):
@@ -206,8 +207,12 @@ class Session:
             line = heads[rank, cell]
             if int(line["number"]) >= number:
                 self._heed(from_words(line["mask"]))
+        self._check_notices()
+
+    def _check_notices(self) -> None:
+        """Raise if a rank has told that we are masked."""
         for rank in self.members.others.tolist():
-            notice = heads[rank, Cell.NOTICE]
+            notice = self.board.cells[rank, Cell.NOTICE]
             if int(notice["number"]) and from_words(notice["mask"]) >> self.members.me & 1:
                 raise self._masked(rank)
 
