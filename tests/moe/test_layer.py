@@ -20,8 +20,12 @@ CUTS = {1: (0, 20), 2: (0, 7, 20), 3: (0, 13, 13, 20)}
 
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Threads]:
+    """Three ranks, each with one thread: there is one for each of them already."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with Threads(3) as crew:
         yield crew
+    torch.set_num_threads(threads)
 
 
 def make_expert(name: int, dtype: torch.dtype = torch.float32) -> nn.Module:
