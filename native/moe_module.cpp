@@ -109,6 +109,7 @@ size_t wait_lines_of(const Array<const uint64_t, 1>& addresses, const Array<cons
                      double timeout, double spin) {
   Lines lines = {addresses.data(), numbers.data(), addresses.shape(0)};
   need(numbers.shape(0) == lines.count, "there is a number for each address");
+  need(bell != 0, "a wait needs a bell");
   check_bell(bell);
   for (size_t i = 0; i < lines.count; ++i) need(lines.addresses[i] % 8 == 0, "a line is aligned to 8 bytes");
   if (lines.arrived() == lines.count) return lines.count;

@@ -253,6 +253,7 @@ def wait_lines(addresses: U64, numbers: U64, bell: int, timeout: float, spin: fl
     for array in (addresses, numbers):
         check_array(array, np.uint64, 1)
     _need(len(addresses) == len(numbers), "there is a number for each address")
+    _need(bell != 0, "a wait needs a bell")
     for address in (bell, *addresses.tolist()):
         _check_aligned(address)
     words = [ctypes.c_uint64.from_address(address) for address in addresses.tolist()]
