@@ -164,7 +164,8 @@ class Control:
         """End every wait; the reactor is closed."""
         for number in list(self._replies):
             self._end(number, AgentClosed(f"agent {self._agent.name!r} was closed while waiting for an answer"))
-        self._wake_inboxes()
+        self.notifications.wake()
+        self.topics.close()
 
     # What comes in, on the reactor's thread
 

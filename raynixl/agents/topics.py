@@ -71,6 +71,12 @@ class Topics:
             self._reactor.call_soon(passed.set)
             self._reactor.run_until(passed.is_set, time.monotonic() + timeout)
 
+    def close(self) -> None:
+        """End every wait and let go of the functions: nothing comes any more."""
+        with self._lock:
+            self._receivers.clear()
+        self.wake()
+
     def wake(self) -> None:
         """Make everybody who waits look again."""
         with self._lock:

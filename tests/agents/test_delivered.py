@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from agent_scenes import naming
 from agent_tools import MIB, PATIENCE, eventually, random_bytes
 from window_tools import Couple
 
-from raynixl import Agent, AgentClosed, ConfigError, RaynixlError
+from raynixl import Agent, AgentClosed, ConfigError, PeerLost, RaynixlError
 
 
 @pytest.fixture(params=["shm", "ucx"])
@@ -251,6 +252,15 @@ def test_a_frozen_killed_and_restarted_peer_is_heard_as_ever(couple: Couple) -> 
     couple.stop()
     eventually(lambda: couple.near.lost("victim") is not None, "the frozen peer to be given up")
     couple.resume()
+    probes = couple.near.inbox("probes")
+
+    def is_heard_again() -> bool:
+        """The peer hears a moment later than it goes on that it was given up."""
+        with contextlib.suppress(PeerLost):
+            couple.victim.ask("send", "near", "probes", [b"?"])
+        return len(probes) > 0
+
+    eventually(is_heard_again, "the peer to have connected again")
     couple.victim.ask("send", "near", "lines", numbers(10, 10))
     heard.expect(numbers(0, 20), peer="victim")
     couple.victim.vanish()
