@@ -9,4 +9,4 @@ from moe_programs import Program, play
 
 def play_layer(member: Any, program: Program) -> list[Any]:
     """Do this rank's part of a program on its layer."""
-    return play(program, member.rank, member.eps["layer"])
+    return play(program, member.rank, member.eps["layer"], member.groups["layer"])

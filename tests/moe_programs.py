@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from moe_rows import draw_ids, draw_rows, packed, same_numbers, unpacked
 
 from raynixl.moe import reference
+from raynixl.moe.grid import Grid
 from raynixl.moe.reference import Setting, Tokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -106,6 +108,8 @@ class Program:
     experts: int = 0
     """How many logical experts there are: physical ones with equal remainders are replicas. 0: no replicas."""
     seed: int = 0
+    grid: Grid | None = None
+    """For `TwoLevel`."""
 
     def options(self) -> dict[str, Any]:
         """The arguments of `ExpertParallel`."""
@@ -131,7 +135,7 @@ class State:
     holders: tuple[int, ...]
     lost: frozenset[int] = frozenset()
     settings: dict[str, Setting] = field(default_factory=dict)
-    tokens: dict[str, list[Tokens]] = field(default_factory=dict)
+    tokens: dict[str, dict[int, Tokens]] = field(default_factory=dict)
 
 
 def even(world: int, experts: int) -> tuple[int, ...]:
@@ -139,29 +143,37 @@ def even(world: int, experts: int) -> tuple[int, ...]:
     return tuple(rank for rank, each in enumerate(np.array_split(range(experts), world)) for _ in each)
 
 
-def play(program: Program, rank: int, ep: Any) -> list[Any]:
-    """Do a rank's part of a program; return what came of each step, packed at the very end: results must live on."""
+def play(program: Program, rank: int, ep: Any, group: Any = None) -> list[Any]:
+    """Do a rank's part of a program; return what came of each step, packed at the very end: results must live on.
+
+    A rank is masked when all have met at a barrier of the group: earlier, ranks might hear of it amid a step.
+    """
     state, results, kept = State(program.holders), {}, []
     for number, step in enumerate(program.steps):
-        if isinstance(step, Mask) and step.rank == rank:
-            break
-        _advance(program, number, state)
-        if isinstance(step, Dispatch | Cached):
-            results[step.key] = made = _dispatch(step, results, state, rank, ep)
-            kept.append(made)
-        elif isinstance(step, Combine):
-            kept.append(_combine(program, number, results[step.key], state, rank, ep))
-        elif isinstance(step, CombineWeights):
-            kept.append(_combine_weights(program, step, results[step.key], state, rank, ep))
-        elif isinstance(step, Place):
-            kept.append(ep.place(step.holders))
-        elif isinstance(step, Mask):
-            kept.append(ep.mask(step.rank))
-        else:
+        if isinstance(step, Mask):
+            group.barrier()
+            if step.rank == rank:
+                break
+        _advance(program, number, state, [rank])
+        kept.append(_do(program, number, results, state, rank, ep))
+        if isinstance(step, Drop):
             del results[step.key]
             kept = [packed(each) for each in kept]
-            kept.append(None)
     return [packed(each) for each in kept]
+
+
+def _do(program: Program, number: int, results: dict[str, Any], state: State, rank: int, ep: Any) -> Any:
+    step = program.steps[number]
+    if isinstance(step, Dispatch | Cached):
+        results[step.key] = _dispatch(step, results, state, rank, ep)
+        return results[step.key]
+    if isinstance(step, Combine):
+        return _combine(program, number, results[step.key], state, rank, ep)
+    if isinstance(step, CombineWeights):
+        return _combine_weights(program, step, results[step.key], state, rank, ep)
+    if isinstance(step, Place):
+        return ep.place(step.holders)
+    return ep.mask(step.rank) if isinstance(step, Mask) else None
 
 
 def expected(program: Program) -> list[list[Any]]:
@@ -169,10 +181,10 @@ def expected(program: Program) -> list[list[Any]]:
     state, results = State(program.holders), {}
     wanted: list[list[Any]] = [[] for _ in range(program.world)]
     for number, step in enumerate(program.steps):
-        _advance(program, number, state)
+        _advance(program, number, state, range(program.world))
         made: Sequence[Any] = [None] * program.world
         if isinstance(step, Dispatch | Cached):
-            made = results[step.key] = reference.dispatch(state.settings[step.key], state.tokens[step.key])
+            made = results[step.key] = reference.dispatch(state.settings[step.key], _given(state, step))
         elif isinstance(step, Combine | CombineWeights):
             made = _reference_combine(program, number, results[step.key], state)
         for rank, each in enumerate(made):
@@ -190,7 +202,7 @@ def differences(program: Program, got: Sequence[Any], wanted: Sequence[Any]) -> 
             found += [f"{step}: {name}" for name in theirs if not _same_field(name, layout, mine, theirs)]
         elif isinstance(step, Combine | CombineWeights):
             pairs = zip(mine, theirs, strict=True)
-            found += [f"{step}: part {part}" for part, (one, two) in enumerate(pairs) if not _same_numbers(one, two)]
+            found += [f"{step}: part {part}" for part, (one, two) in enumerate(pairs) if not same_numbers(one, two)]
     return found
 
 
@@ -202,33 +214,11 @@ def check(program: Program, played: Sequence[Sequence[Any]]) -> None:
     assert not wrong, f"{program}\ndiffers: {wrong}"
 
 
-def packed(value: Any) -> Any:
-    """Turn results into what travels and can be compared."""
-    if isinstance(value, torch.Tensor):
-        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
-        return str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
-    if isinstance(value, tuple):
-        return value if value and isinstance(value[0], str) else tuple(packed(each) for each in value)
-    if value is None or isinstance(value, dict):
-        return value
-    names = ("x", "scales", "topk_idx", "topk_weights", "counts", "offsets", "sources", "tokens")
-    return {name: packed(getattr(value, name)) for name in names} | {"lost": tuple(getattr(value, "lost", ()))}
-
-
-def unpacked(value: tuple[str, tuple[int, ...], bytes]) -> torch.Tensor:
-    """Turn a packed tensor back."""
-    dtype, shape, data = value
-    kind = getattr(torch, dtype.removeprefix("torch."))
-    return torch.frombuffer(bytearray(data), dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
-
-
 def tokens_of(program: Program, number: int, counts: Sequence[int], rank: int) -> Tokens:
     """Draw what a rank gives to the dispatch that is a program's step of this number."""
     step = program.steps[number]
     rng = _rng(program, number, rank)
     x, scales = draw_rows(rng, counts[rank], program.hidden, program.dtype, step.x_kind)
-    if isinstance(step, Cached):
-        return Tokens(x, torch.empty(0), None, scales)
     pool = list(range(len(program.holders))) if step.only is None else list(step.only)
     ids = draw_ids(rng, (counts[rank], program.topk), [] if rank in step.silent else pool, step.has_duplicates)
     ids[rng.random(ids.shape) < step.missing] = -1
@@ -236,43 +226,12 @@ def tokens_of(program: Program, number: int, counts: Sequence[int], rank: int) -
     return Tokens(x, torch.from_numpy(ids).to(step.ids_dtype), weights, scales)
 
 
-def draw_ids(rng: np.random.Generator, shape: tuple[int, int], pool: Sequence[int], has_duplicates: bool) -> np.ndarray:
-    """Draw ids from a pool, -1 where it does not suffice."""
-    ids = np.full(shape, -1, np.int64)
-    if not pool or not ids.size:
-        return ids
-    if has_duplicates:
-        return rng.choice(np.asarray(pool), shape)
-    order = np.argsort(rng.random((shape[0], len(pool))), axis=1)[:, : shape[1]]
-    ids[:, : order.shape[1]] = np.asarray(pool)[order]
-    return ids
-
-
-def draw_rows(
-    rng: np.random.Generator, count: int, hidden: int, dtype: torch.dtype, kind: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draw rows, and their scales if they are in float8."""
-    if kind == "bits":
-        width = hidden * dtype.itemsize
-        raw = torch.from_numpy(rng.integers(0, 256, (count, width), dtype=np.uint8))
-        x = raw.view(dtype) if count else torch.empty((0, hidden), dtype=dtype)
-        scales = torch.from_numpy(rng.random((count, hidden // 128), dtype=np.float32))
-        return x, scales if dtype == torch.float8_e4m3fn else None
-    wide = torch.from_numpy(rng.standard_normal((count, 2 * hidden)))
-    part = wide[:, ::2] if kind == "strided" else wide[:, :hidden].contiguous()
-    if dtype == torch.float8_e4m3fn:
-        x, scales = reference.quantise(part.to(torch.bfloat16))
-        return (x.t().contiguous().t(), scales.t().contiguous().t()) if kind == "strided" else (x, scales)
-    converted = (wide * 40).clamp(-128, 127).to(dtype) if dtype == torch.int8 else wide.to(dtype)
-    return (converted[:, ::2] if kind == "strided" else converted[:, :hidden].contiguous()), None
-
-
 def _rng(program: Program, *what: Any) -> np.random.Generator:
     return np.random.default_rng([program.seed, zlib.crc32(repr(what).encode())])
 
 
-def _advance(program: Program, number: int, state: State) -> None:
-    """Take note of what a step changes, and draw its inputs."""
+def _advance(program: Program, number: int, state: State, ranks: Sequence[int]) -> None:
+    """Take note of what a step changes, and draw what these ranks give."""
     step = program.steps[number]
     if isinstance(step, Place):
         state.holders = step.holders
@@ -281,17 +240,20 @@ def _advance(program: Program, number: int, state: State) -> None:
     elif isinstance(step, Dispatch):
         state.settings[step.key] = Setting(
             world=program.world, holders=state.holders, max_tokens=program.max_tokens, layout=step.layout,
-            alignment=step.alignment, weights_at=step.weights_at, lost=state.lost,
+            alignment=step.alignment, weights_at=step.weights_at, lost=state.lost, grid=program.grid,
         )  # fmt: skip
-        state.tokens[step.key] = [tokens_of(program, number, step.counts, rank) for rank in range(program.world)]
+        state.tokens[step.key] = {rank: tokens_of(program, number, step.counts, rank) for rank in ranks}
     elif isinstance(step, Cached):
         former = state.tokens[step.of]
-        counts = [len(each.x) for each in former]
-        fresh = [tokens_of(program, number, counts, rank) for rank in range(program.world)]
         state.settings[step.key] = state.settings[step.of]
-        state.tokens[step.key] = [
-            Tokens(new.x, old.topk_idx, old.topk_weights, new.scales) for new, old in zip(fresh, former, strict=True)
-        ]
+        state.tokens[step.key] = {rank: _again(program, number, former[rank], rank) for rank in ranks}
+
+
+def _again(program: Program, number: int, former: Tokens, rank: int) -> Tokens:
+    x, scales = draw_rows(
+        _rng(program, number, rank), len(former.x), program.hidden, program.dtype, program.steps[number].x_kind
+    )
+    return Tokens(x, former.topk_idx, former.topk_weights, scales)
 
 
 def _dispatch(step: Dispatch | Cached, results: dict[str, Any], state: State, rank: int, ep: Any) -> Any:
@@ -326,7 +288,7 @@ def _reference_combine(
     program: Program, number: int, arrived: Sequence[Any], state: State
 ) -> list[tuple[torch.Tensor, ...]]:
     step = program.steps[number]
-    setting, tokens = state.settings[step.key], state.tokens[step.key]
+    setting, tokens = state.settings[step.key], _given(state, step)
     ys = [
         reference.run_experts(setting, rank, each, program.expert, program.y_dtype) for rank, each in enumerate(arrived)
     ]
@@ -337,6 +299,10 @@ def _reference_combine(
     biases = [_biases(program, number, rank, each.x.shape) for rank, each in enumerate(tokens)]
     dtype = torch.float32 if step.out == "float32" else None
     return [(each,) for each in reference.combine(setting, tokens, ys, biases=biases, dtype=dtype)]
+
+
+def _given(state: State, step: Any) -> list[Tokens]:
+    return list(state.tokens[step.key].values())
 
 
 def _returned(ids: torch.Tensor) -> torch.Tensor:
@@ -369,14 +335,3 @@ def _same_field(name: str, layout: str, mine: dict[str, Any], theirs: dict[str, 
     filled = (unpacked(theirs["topk_idx"]) >= 0).any(-1)
     same_form = one[:2] == two[:2]
     return same_form and packed(unpacked(one)[filled]) == packed(unpacked(two)[filled])
-
-
-def _same_numbers(mine: tuple[str, tuple[int, ...], bytes], theirs: tuple[str, tuple[int, ...], bytes]) -> bool:
-    if mine == theirs:
-        return True
-    if mine[:2] != theirs[:2]:
-        return False
-    one, two = unpacked(mine), unpacked(theirs)
-    both = torch.isnan(one) & torch.isnan(two)
-    zero = torch.zeros((), dtype=one.dtype)
-    return packed(torch.where(both, zero, one)) == packed(torch.where(both, zero, two))

@@ -75,7 +75,8 @@ class Draw:
             return [Drop(key)]
         if kind == "weights" and not self.is_slots(key):
             return [CombineWeights(key)]
-        return [Combine(key, self.pick((0, 0, 1, 2)), self.pick(("", "", "given", "float32")), self.is_so(0.2))]
+        out = self.pick(("", "", "given", "given" if self.dtype == torch.float64 else "float32"))
+        return [Combine(key, self.pick((0, 0, 1, 2)), out, self.is_so(0.2))]
 
     def dispatch(self) -> Dispatch:
         """A dispatch of new tokens."""

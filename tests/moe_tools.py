@@ -14,8 +14,9 @@ from typing import Any
 from agent_tools import eventually, make_agent
 from weights_nursery import Nursery
 
-from raynixl import ExpertParallel, Group, InMemoryDirectory
+from raynixl import Group, InMemoryDirectory
 from raynixl.host import process_state
+from raynixl.moe import ExpertParallel
 
 SECONDS = 60.0
 DEADLINE = 20.0
@@ -72,9 +73,10 @@ class Layer:
         names = crew.names[:world]
         self.groups = [Group(agent, names, name=name, timeout=DEADLINE) for agent in crew.agents[:world]]
         settings = {"name": name, "deadline": DEADLINE, **options}
+        kind = settings.pop("kind", ExpertParallel)
         self.eps: list[ExpertParallel] = []
         try:
-            self.eps = crew.run([lambda group=group: ExpertParallel(group, **settings) for group in self.groups])
+            self.eps = crew.run([lambda group=group: kind(group, **settings) for group in self.groups])
         except BaseException:
             self.close()
             raise

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raynixl.moe.grid import Grid
+
 QUANTISED_COLUMNS = 128
 """Columns of a row that share one scale where rows come in eight bits."""
 
@@ -46,11 +48,22 @@ class Setting:
     weights_at: str = "holder"
     lost: frozenset[int] = field(default_factory=frozenset)
     renormalise: bool = False
+    grid: Grid | None = None
+    """Over which rows go in two stages, if they do: their order is another, and each group's sum is rounded."""
 
     @property
     def active(self) -> list[int]:
         """The ranks that are not lost, ascending."""
         return [rank for rank in range(self.world) if rank not in self.lost]
+
+    def sources_at(self, holder: int) -> list[int]:
+        """The active ranks in the order in which their rows lie at a holder."""
+        grid = self.grid
+        if grid is None:
+            return self.active
+        group_of, local_of = grid.group_of(), grid.local_of()
+        members = len(grid.groups[group_of[holder]])  # who forwards has the local index of the column modulo this
+        return sorted(self.active, key=lambda rank: (local_of[rank] % members, local_of[rank], group_of[rank]))
 
     def experts_of(self, rank: int) -> list[int]:
         """The physical experts of a rank, in the order of their local ids."""
@@ -170,7 +183,7 @@ def _route(setting: Setting, tokens: Sequence[Tokens], rank: int) -> list[_Row]:
     """List the rows that a rank gets: by source, then by token, one for each token that has an expert there."""
     local = {name: number for number, name in enumerate(setting.experts_of(rank))}
     rows = []
-    for source in setting.active:
+    for source in setting.sources_at(rank):
         for token, ids in enumerate(tokens[source].topk_idx.tolist()):
             row = _Row(source, token, tuple(local.get(name, -1) for name in ids))
             if max(row.ids, default=-1) >= 0:
@@ -357,13 +370,28 @@ def _sum_source(
                     weight = 1.0 if given.topk_weights is None else given.topk_weights[token, k].to(wide)
                     acc = acc + weight * row.to(wide)
         else:
-            for back in backs.values():
-                row = back.get((rank, token, -1))
-                acc = acc if row is None else acc + row.to(wide)
+            for row in _sums(setting, [back.get((rank, token, -1)) for back in backs.values()], list(backs)):
+                acc = acc + row.to(wide)
         total[token] = acc * _share(setting, given, token)
     for bias in biases:
         total = total + bias.to(wide)
     return total.to(dtype)
+
+
+def _sums(setting: Setting, rows: Sequence[Tensor | None], holders: Sequence[int]) -> Iterator[Tensor]:
+    """Give what a source adds up: the rows of holders, or in two stages each group's sum of them, rounded once."""
+    given = {holder: row for holder, row in zip(holders, rows, strict=True) if row is not None}
+    if setting.grid is None:
+        yield from given.values()
+        return
+    for group in setting.grid.groups:
+        of_group = [given[holder] for holder in group if holder in given]
+        if of_group:
+            wide = _wide(of_group[0].dtype)
+            total = torch.zeros(of_group[0].shape, dtype=wide)
+            for row in of_group:
+                total = total + row.to(wide)
+            yield total.to(of_group[0].dtype)
 
 
 def _share(setting: Setting, given: Tokens, token: int) -> Tensor:

@@ -22,6 +22,6 @@ def plays(crew: Threads) -> Callable[[Program], None]:
 
     def run(program: Program) -> None:
         with crew.experts(program.world, **program.options()) as layer:
-            check(program, layer.run(lambda rank, ep: play(program, rank, ep)))
+            check(program, layer.run(lambda rank, ep: play(program, rank, ep, layer.groups[rank])))
 
     return run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_programs import Combine, Dispatch, Program, draw_rows, even
+from moe_programs import Combine, Dispatch, Program, even
+from moe_rows import draw_rows
 
 from raynixl.moe import reference
 

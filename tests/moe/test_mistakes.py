@@ -7,8 +7,9 @@ import torch
 from moe_programs import even
 from moe_tools import DEADLINE
 
-from raynixl import ExpertParallel, Group
+from raynixl import Group
 from raynixl.errors import ConfigError, RaynixlError
+from raynixl.moe import ExpertParallel
 
 OPTIONS = {"experts": 6, "hidden": 8, "topk": 2, "max_tokens": 4}
 X = torch.ones(3, 8, dtype=torch.bfloat16)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from moe_programs import Cached, Combine, Dispatch, Place, Program, even, expected, unpacked
+from moe_programs import Cached, Combine, Dispatch, Place, Program, even, expected
+from moe_rows import unpacked
 
 from raynixl.errors import ConfigError, RangeError
 

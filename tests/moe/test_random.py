@@ -16,7 +16,7 @@ def run(crew, seed):
     program = draw(seed)
     try:
         with crew.experts(program.world, **program.options()) as layer:
-            check(program, layer.run(lambda rank, ep: play(program, rank, ep)))
+            check(program, layer.run(lambda rank, ep: play(program, rank, ep, layer.groups[rank])))
     except BaseException as error:
         error.add_note(f"program {seed}, again by draw({seed}): {program}")
         raise

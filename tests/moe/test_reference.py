@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from moe_programs import Combine, Dispatch, Program, draw_rows, even, expected, tokens_of, unpacked
+from moe_programs import Combine, Dispatch, Program, even, expected, tokens_of
+from moe_rows import draw_rows, unpacked
 
 from raynixl.moe import reference
 from raynixl.moe.reference import Setting, Tokens

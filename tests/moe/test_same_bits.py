@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from moe_programs import Program, draw_ids, draw_rows, even
+from moe_programs import Program, even
+from moe_rows import draw_ids, draw_rows
 
 from raynixl.moe import reference
 from raynixl.moe.reference import Setting, Tokens
