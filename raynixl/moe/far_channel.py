@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from raynixl.moe.channel import Directions
+import numpy as np
+
+from raynixl.errors import RaynixlError
+from raynixl.host import has_ended
+from raynixl.moe.channel import Directions, Place, Source
+from raynixl.moe.fields import RowFormat
+from raynixl.moe.lines import Cell
+from raynixl.moe.remote_channel import Put, RemoteRows
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.agents.window import Window
     from raynixl.moe.hello import Hello
+
+PREFIX_NBYTES = 5
+"""A line travels behind its sender's rank (4 bytes) and the number of its cell."""
+
+
+def pack_line(rank: int, cell: Cell, line: bytes) -> bytes:
+    """Return a line as it travels."""
+    return rank.to_bytes(4, "little") + bytes([cell]) + line
 
 
 class FarChannel:
@@ -18,6 +33,83 @@ class FarChannel:
     is_direct = False
 
     def __init__(
-        self, agent: Agent, ranks: int, *, me: int, hello: Hello, board: Window, directions: Directions, topic: str
+        self,
+        agent: Agent,
+        rows: RemoteRows,
+        *,
+        me: int,
+        hello: Hello,
+        board: Window,
+        directions: Directions,
+        topic: str,
     ) -> None:
-        raise NotImplementedError
+        self.rank, self.name = hello.rank, board.remote.owner
+        self.incarnation = board.remote.incarnation
+        self.lines = 0
+        self.puts = 0
+        self._agent = agent
+        self._rows = rows
+        self._me = me
+        self._board = board
+        self._directions = directions
+        self._topic = topic
+        self._slots: dict[int, Window | None] = {}
+        self._started: list[Put] = []  # since the last `finish`
+        record = agent.find(self.name)
+        is_here = record is not None and record.incarnation == self.incarnation and record.host == agent.host
+        self._pid = hello.pid if is_here else 0
+
+    def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
+        """Send a line: now, or as soon as the rows are there that were put before."""
+        if self._board.error is not None or any(put.error is not None for put in self._started):
+            return False
+        message = pack_line(self._me, cell, line.tobytes())
+        self.lines += 1
+        if self._started:
+            self._rows.follow(self._started[-1], self._topic, message)
+            return self._started[-1].error is None
+        try:
+            self._agent.send(self.name, self._topic, message)
+        except RaynixlError:
+            return False
+        return True
+
+    def window(self, slot: int) -> Window | None:
+        """Return a slot of the peer's, bound; None if it cannot be had any more."""
+        if slot not in self._slots:
+            try:
+                self._slots[slot] = self._agent.window(self._directions(slot))
+            except RaynixlError:
+                self._slots[slot] = None
+        return self._slots[slot]
+
+    def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
+        """Gather rows and begin to write them into the peer's slot."""
+        window = self.window(place.slot)
+        if window is None:
+            return False
+        layout = form.layout(window.remote.nbytes)
+        if place.offset + count > layout.capacity:
+            return False
+        places = [start + place.offset * source.nbytes for start, source in zip(layout.starts, sources, strict=True)]
+        self.puts += 1
+        try:
+            put = self._rows.start(window, sources, places, count, deadline=deadline)
+        except RaynixlError:
+            return False
+        self._started.append(put)
+        return put.error is None
+
+    def finish(self, deadline: float) -> bool:
+        """Wait until all rows that were put are at the peer, and the lines behind them sent."""
+        started, self._started = self._started, []
+        return not started or not self._rows.finish(deadline, started)
+
+    def capacity(self, form: RowFormat, slot: int) -> int:
+        """Return how many rows of this form a slot holds."""
+        window = self.window(slot)
+        return 0 if window is None else form.layout(window.remote.nbytes).capacity
+
+    def has_ended(self) -> bool:
+        """Whether the peer's process has ended; of one on another host nobody knows."""
+        return self._pid != 0 and has_ended(self._pid)

@@ -14,6 +14,7 @@ from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, MappedChannel
 from raynixl.moe.far_channel import FarChannel
 from raynixl.moe.hello import Arena, Hello
+from raynixl.moe.remote_channel import RemoteRows
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Meeting:
         self.is_joining = False
         self._founders: dict[int, str] = {}
         self._board, self._pool = board, pool
+        self._rows = RemoteRows(agent)
         self._hello = Hello(
             rank=rank, token=self.token, ordinal=ordinal, ranks=board.ranks, scene=scene, pid=os.getpid(),
             is_running=False, board=Arena.of(board.region), slot=first.number, arena=Arena.of(first.region),
@@ -174,14 +176,19 @@ class Meeting:
             reply = self.agent.peer(name).ask(self._topic("slot"), str(slot).encode())
             return RemoteRegion.from_bytes(reply.wait())
 
-        kind = MappedChannel if board.is_mapped else FarChannel
-        return kind(
-            self.agent, self._board.ranks, me=self.rank, hello=hello, board=board, directions=directions,
-            topic=self._topic("line"),
-        )  # fmt: skip
+        topic = self._topic("line")
+        if board.is_mapped:
+            return MappedChannel(
+                self.agent, self._board.ranks, me=self.rank, hello=hello, board=board, directions=directions,
+                topic=topic,
+            )  # fmt: skip
+        return FarChannel(
+            self.agent, self._rows, me=self.rank, hello=hello, board=board, directions=directions, topic=topic
+        )
 
     def close(self) -> None:
         """Answer no more."""
         self.agent.control.unserve(self._topic("hello"))
         self.agent.control.unserve(self._topic("slot"))
         self.agent.undeliver(self._topic("line"))
+        self._rows.close()

@@ -48,6 +48,11 @@ class Put:
         return self._transfer is not None and self.error is None
 
     @property
+    def is_open(self) -> bool:
+        """Whether rows or lines are to reach the peer yet."""
+        return self.error is None and (self._transfer is not None or bool(self.lines))
+
+    @property
     def is_settled(self) -> bool:
         """Whether nothing reads the outbox for it any more; after a failure that takes a moment."""
         transfer = self._transfer
@@ -81,14 +86,20 @@ class Put:
 
     def give_up(self) -> None:
         """End it: its time is over."""
-        if self._transfer is not None and self.error is None:
-            peer = self.window.remote.owner
-            self.error = TransferTimeout(f"rows for {peer!r} were still under way at their deadline", peer=peer)
-            jobs = self._transfer.jobs
-            for job in jobs:
-                job.cancel(CANCELLED)
-            if not jobs:  # it waits for a new path
-                self._transfer.cancel()
+        peer = self.window.remote.owner
+        self.fail(TransferTimeout(f"rows for {peer!r} were still under way at their deadline", peer=peer))
+
+    def fail(self, error: RaynixlError) -> None:
+        """End it with an error, unless it has ended."""
+        if not self.is_open:
+            return
+        self.error = error
+        transfer = self._transfer
+        jobs = () if transfer is None else transfer.jobs
+        for job in jobs:
+            job.cancel(CANCELLED)
+        if transfer is not None and not jobs:  # it waits for a new path
+            transfer.cancel()
 
     def send_lines(self, agent: Agent) -> None:
         """Send the lines, now that the rows are there."""
@@ -132,7 +143,8 @@ class _Space:
 class RemoteRows:
     """Puts rows into memory of peers that is not mapped here: one block for each field, however many rows.
 
-    All puts may be started before the first is waited for. One thread at a time.
+    All puts may be started before the first is waited for. Lines to a peer go once all rows that were put to it before
+    are there, and in order. One thread at a time.
     """
 
     def __init__(self, agent: Agent, nbytes: int = OUTBOX_NBYTES) -> None:
@@ -178,9 +190,9 @@ class RemoteRows:
     def follow(self, put: Put, topic: str, line: bytes) -> None:
         """Send a line to the put's peer once its rows are there: now, or within `finish`."""
         put.lines.append((topic, line))
-        put.look()
-        if not put.is_under_way:
-            put.send_lines(self._agent)
+        if put.error is None and put not in self._pending:
+            self._pending.append(put)
+        self._look()
 
     def finish(self, deadline: float, puts: Sequence[Put] | None = None) -> list[Put]:
         """Wait until the rows of these puts, or of all, are there and their lines sent; return those that failed.
@@ -190,15 +202,15 @@ class RemoteRows:
         wanted = list(self._pending if puts is None else puts)
         while True:
             self._look()
-            under_way = [put for put in wanted if put.is_under_way]
-            if not under_way:
+            if not any(put.is_open for put in wanted):
                 break
             left = deadline - time.monotonic()
             if left <= 0:
-                for put in under_way:
+                for put in wanted:
                     put.give_up()
-                continue
-            under_way[0].wait(left if len(self._pending) == 1 else min(left, _SLICE))
+            first = next((put for put in self._pending if put.is_under_way), None)
+            if first is not None:
+                first.wait(max(0.0, left if len(self._pending) == 1 else min(left, _SLICE)))
         self._tidy()
         return [put for put in wanted if put.error is not None]
 
@@ -246,11 +258,20 @@ class RemoteRows:
 
     def _look(self) -> None:
         """See which rows are there by now, and send the lines that follow them."""
+        busy: set[str] = set()
+        broken: dict[str, RaynixlError] = {}
         for put in self._pending:
+            peer = put.window.remote.owner
             put.look()
-            if not put.is_under_way:
+            if peer in broken:
+                put.fail(broken[peer].afresh())
+            if put.is_under_way or peer in busy:
+                busy.add(peer)
+            else:
                 put.send_lines(self._agent)
-        self._pending = [put for put in self._pending if put.is_under_way]
+            if put.error is not None:
+                broken[peer] = put.error
+        self._pending = [put for put in self._pending if put.is_open]
 
     def _tidy(self) -> None:
         """Use the outbox from its start again if nothing reads it, and let go of smaller ones."""

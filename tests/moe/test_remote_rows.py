@@ -163,6 +163,30 @@ def test_lines_keep_their_order_and_go_without_rows(peers: Peers, rows: RemoteRo
     assert not theirs[:8].any()
 
 
+def test_a_line_waits_for_all_rows_that_were_put_to_its_peer_before(peers: Peers, rows: RemoteRows) -> None:
+    large, small = peers.slot(0, 8 * MIB), peers.slot(0, 64)
+    seen: list[tuple[bytes, bool]] = []
+    peers.others[0].deliver(TOPIC, lambda _peer, line: seen.append((line, bool((large[1] == 7).all()))))
+    x, y = np.full((8, MIB), 7, np.uint8), np.full((1, 64), 8, np.uint8)
+    first = rows.start(large[0], [source(x)], [0], 8, deadline=soon())
+    second = rows.start(small[0], [source(y)], [0], 1, deadline=soon())
+    nothing = rows.start(small[0], [], [], 0, deadline=soon())
+    for put, line in ((second, b"1"), (nothing, b"2"), (first, b"3")):
+        rows.follow(put, TOPIC, line)
+    assert rows.finish(soon(), [nothing, second, first]) == []
+    eventually(lambda: len(seen) == 3, "three lines")
+    assert all(is_whole for _, is_whole in seen)
+    peers.others[0].undeliver(TOPIC)
+    broken = rows.start(large[0], [source(x)], [0], 8, deadline=soon())
+    behind = rows.start(small[0], [source(y)], [0], 1, deadline=soon())
+    broken.fail(TransferTimeout("as if it had been too late"))
+    if broken.error is not None:  # a path that copies within `start` is not late
+        rows.follow(behind, TOPIC, b"4")
+        assert rows.finish(soon(), [behind]) == [behind]
+        assert len(seen) == 3
+        eventually(lambda: broken.is_settled, "the memory to be let go of")
+
+
 def test_the_outbox_grows_when_it_must_and_is_used_again(peers: Peers, rows: RemoteRows) -> None:
     slots = [peers.slot(number % 2, MIB) for number in range(4)]
     x = matrix(64, MIB // 64)
