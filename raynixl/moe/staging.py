@@ -1,0 +1,228 @@
+"""Staging: what each of the two stages of a dispatch and of its combine is given, made of what the caller gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raynixl.errors import ConfigError
+from raynixl.moe.checks import combine_call
+from raynixl.moe.local import expert_places
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raynixl.moe.parallel import ExpertParallel
+    from raynixl.moe.result import Dispatched, Handle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TwoLevelHandle:
+    """What a dispatch in two stages leaves for its combine, and for a dispatch on the same ways."""
+
+    across: tuple[Handle, ...]
+    """By column that this rank takes part in, its own first."""
+    inside: Handle
+    placement: int
+    """The digest of the placement that it was made under."""
+    sources: Tensor
+    tokens: Tensor
+
+    @property
+    def layout(self) -> str:
+        """How rows lie at their holder."""
+        return self.inside.layout
+
+    @property
+    def weights_at(self) -> str:
+        """Who multiplies by the weights."""
+        return self.inside.weights_at
+
+    def plain(self) -> TwoLevelHandle:
+        """Return the same layout without weights: combine adds up what it is given."""
+        return replace(self, across=tuple(handle.plain() for handle in self.across), inside=self.inside.plain())
+
+
+@dataclass(slots=True)
+class Shares:
+    """The time of an operation, of which each stage has an equal share, and what earlier ones have left."""
+
+    seconds: float
+    order: tuple[int, ...]
+    """Of each column that this rank takes part in: how many columns some member of it takes part in before."""
+    count: int
+    _began: float = field(init=False, default=0.0)
+
+    def start(self) -> None:
+        """Begin."""
+        self._began = time.monotonic()
+
+    def left(self, stage: int) -> float:
+        """Return how long a stage may take from now on; the first is 0."""
+        return max(0.0, self._began + self.seconds * (stage + 1) / self.count - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sending:
+    """One dispatch as the caller wants it."""
+
+    x: Any
+    topk_idx: Any
+    topk_weights: Any
+    extra: tuple[Any, ...]
+    handle: Any
+    layout: str | None
+    alignment: Any
+    weights_at: str | None
+
+    def check(self, placement: int) -> None:
+        """Refuse what cannot be taken apart for two stages.
+
+        Raises:
+            ConfigError: x is no tensor, the handle is another's or of another placement, or fixed slots are asked for.
+        """
+        rows = self.x[0] if isinstance(self.x, tuple) and self.x else self.x
+        if not isinstance(rows, torch.Tensor) or rows.dim() < 1:
+            raise ConfigError("x is no tensor with a row for each token", hint="give x as [tokens, hidden]")
+        if self.layout == "slots":
+            raise ConfigError("there are no fixed slots in two stages", hint="use layout 'tokens', or a flat topology")
+        if self.handle is None:
+            return
+        if not isinstance(self.handle, TwoLevelHandle):
+            raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of an earlier dispatch")
+        if self.handle.placement != placement:
+            raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
+
+    def across(self, number: int, rank: int) -> dict[str, Any]:
+        """Return what is dispatched in one column: all tokens in our own, none where we stand in for another."""
+        rows = self.x[0] if isinstance(self.x, tuple) else self.x
+        extra = self.extra
+        if self.handle is None:
+            origin = torch.empty((len(rows), 2), dtype=torch.int32)
+            origin[:, 0], origin[:, 1] = rank, torch.arange(len(rows), dtype=torch.int32)
+            extra = (*extra, origin)
+        given: dict[str, Any] = {
+            "x": self.x, "topk_idx": self.topk_idx, "topk_weights": self.topk_weights, "extra": extra,
+        }  # fmt: skip
+        if number:
+            given = {name: _none_of(value) for name, value in given.items()}
+        handle = None if self.handle is None else self.handle.across[number]
+        return {**given, "handle": handle, "layout": "tokens", "weights_at": self._weights_at}
+
+    def inside(self, came: Sequence[Dispatched], physical: Tensor) -> dict[str, Any]:
+        """Return what is sent on: the rows of all columns; `physical` has the expert of each local id of the group."""
+        x: Any = _joined([one.x for one in came])
+        scales = [one.scales for one in came if one.scales is not None]
+        weights = [one.topk_weights for one in came if one.topk_weights is not None]
+        is_cached = self.handle is not None
+        return {
+            "x": (x, _joined(scales)) if scales else x,
+            "topk_idx": None if is_cached else _named(_joined([one.topk_idx for one in came]), physical),
+            "topk_weights": _joined(weights) if weights and not (is_cached and self.topk_weights is None) else None,
+            "extra": tuple(_joined(parts) for parts in zip(*(one.extra for one in came), strict=True)),
+            "handle": self.handle.inside if is_cached else None,
+            "layout": self._layout, "alignment": self.alignment, "weights_at": self._weights_at,
+        }  # fmt: skip
+
+    def origins(self, r: Dispatched) -> tuple[Tensor, Tensor]:
+        """Return the source and the token of each row that came in the end."""
+        if self.handle is not None:
+            return self.handle.sources, self.handle.tokens
+        origin = r.extra[-1]
+        if r.offsets is not None:  # it lies by expert, as x does: take that of each row's first pair
+            pairs = (r.topk_idx >= 0).sum(1)
+            origin = origin[expert_places(r.topk_idx, r.offsets)[pairs.cumsum(0) - pairs]]
+        return origin[:, 0].clone(), origin[:, 1].clone()
+
+    @property
+    def _layout(self) -> str | None:
+        return self.handle.layout if self.layout is None and self.handle is not None else self.layout
+
+    @property
+    def _weights_at(self) -> str | None:
+        return self.handle.weights_at if self.weights_at is None and self.handle is not None else self.weights_at
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Returning:
+    """One combine as the caller wants it."""
+
+    y: Any
+    weights: Any
+    handle: Any
+    bias: Any
+    out: Any
+    summed: bool
+
+    def check(self, hidden: int) -> None:
+        """Refuse what only the last stage would find: by then others have gone on.
+
+        Raises:
+            ConfigError: the handle is another's, or bias or out do not fit.
+        """
+        if not isinstance(self.handle, TwoLevelHandle):
+            raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of the dispatch")
+        if not isinstance(self.y, torch.Tensor) or (self.bias is None and self.out is None):
+            return
+        y = torch.zeros((1, hidden), dtype=self.y.dtype).expand(self._items()[0], hidden)
+        given = {"y": y, "handle": self.handle.across[0], "weights": None, "bias": self.bias, "out": self.out}
+        _, error = combine_call(1, renormalises=False, hidden=hidden, summed=self.summed, **given)
+        if error is not None:
+            raise error
+
+    def _items(self) -> list[int]:
+        """Return how much goes back through each column: rows, or pairs with the weights at the source."""
+        by_row = self.handle.weights_at == "holder"
+        return [one.rows if by_row else int((one.row_ids >= 0).sum()) for one in self.handle.across]
+
+    def inside(self, ep: ExpertParallel, seconds: float, waited: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Bring back to the forwarders the sums of the group's holders, or all pairs if the source weighs them."""
+        summed, handle = self.handle.weights_at == "holder", self.handle.inside
+        if self.weights is None:
+            return ep.combine(self.y, handle, summed=summed, deadline=seconds, stats=waited), None
+        sums, weights = ep.combine_weights(self.y, self.weights, handle, summed=summed, deadline=seconds)
+        return sums, weights
+
+    def across(
+        self, ep: ExpertParallel, number: int, came: tuple[Tensor, Tensor | None], seconds: float, waited: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring back to the sources of one column what has come to this forwarder."""
+        handles, (sums, weights) = self.handle.across, came
+        mine = torch.split(sums, self._items())[number]
+        own = {"bias": self.bias, "out": self.out} if number == 0 else {}
+        if weights is None:
+            return ep.combine(mine, handles[number], summed=self.summed, deadline=seconds, stats=waited, **own), None
+        both: tuple[Tensor, Tensor] = ep.combine_weights(
+            mine,
+            torch.split(weights, [handle.rows for handle in handles])[number],
+            handles[number],
+            deadline=seconds,
+            **own,
+        )
+        return both
+
+
+def _none_of(value: Any) -> Any:
+    """Return the same without any token."""
+    if isinstance(value, tuple):
+        return tuple(_none_of(one) for one in value)
+    return None if value is None else value[:0]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts, byte for byte; those of the only part that has any are not copied."""
+    filled = [part for part in parts if len(part)]
+    if len(filled) < 2:
+        return filled[0] if filled else parts[0]
+    first = filled[0]
+    flat = [part.reshape(len(part), -1).contiguous().view(torch.uint8) for part in filled]
+    return torch.cat(flat).view(first.dtype).reshape(-1, *first.shape[1:])
+
+
+def _named(ids: Tensor, physical: Tensor) -> Tensor:
+    """Return the physical experts of local ids, -1 where there is none."""
+    return torch.where(ids >= 0, physical.to(ids.dtype)[ids.clamp(min=0).long()], -1) if len(physical) else ids
