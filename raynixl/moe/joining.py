@@ -111,6 +111,7 @@ def let_in(session: Session, meeting: Meeting) -> None:
         session.slots[rank] = slot
         session.board.cells[rank] = np.zeros((), session.board.cells.dtype)
         session.pool.gone(rank)  # a session that begins anew writes for the former one no more
+        members.renewed |= 1 << rank
         if not members.barred >> rank & 1:
             members.ready |= 1 << rank
     admitted, members.admitted = members.admitted, 0

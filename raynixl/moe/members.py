@@ -20,6 +20,8 @@ class Members:
     names: dict[int, str] = field(default_factory=dict)
     ready: int = 0
     """Ranks that we have met again, and would admit."""
+    renewed: int = 0
+    """Ranks that have begun anew since they were masked: only those can take part again."""
     barred: int = 0
     """Ranks that only `unmask` lets in again."""
     admitted: int = 0
@@ -55,6 +57,7 @@ class Members:
         """Mask a rank that was lost in this operation."""
         self.mask |= 1 << rank
         self.ready &= ~(1 << rank)
+        self.renewed &= ~(1 << rank)
         self.admitted &= ~(1 << rank)
         self.lost.setdefault(rank, why)
 
