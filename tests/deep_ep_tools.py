@@ -139,3 +139,10 @@ def summed(parts: list[Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     for part in parts:
         total += part.float()
     return total.to(dtype)
+
+
+def counts_without(case: Case, rank: int, lost: list[int]) -> list[int]:
+    """How many rows each expert of a rank gets from those that are not lost."""
+    sources = [source for source in range(case.world) if source not in lost]
+    first = rank * case.each
+    return [sum(int((case.topk_idx(s) == first + e).sum()) for s in sources) for e in range(case.each)]

@@ -23,7 +23,8 @@ def elastic(crew, case, **options):
 
 def arguments(case, rank, **options):
     return {
-        "topk_idx": case.topk_idx(rank), "topk_weights": case.topk_weights(rank), "num_experts": case.experts, **options,
+        "topk_idx": case.topk_idx(rank), "topk_weights": case.topk_weights(rank), "num_experts": case.experts,
+        **options,
     }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ class Buffer(LowLatency):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime: Runtime | None = Runtime(members.rank, members.world)
-        self._instances = Instances(members, name="deep_ep", deadline=deadline, may_shrink=enable_shrink)
+        self._instances = Instances(members, deadline=deadline, may_shrink=enable_shrink)
         self._next_buffers: dict[tuple[int, ...], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -232,8 +232,7 @@ class Buffer(LowLatency):
         pending = handle.parallel.combine(rows, handle.inner, bias=biases, out=total, async_=True)
 
         def receive() -> None:
-            pending.wait()
-            self._instances.check(handle.parallel)
+            self._instances.wait(handle.parallel, pending)
 
         work = Work(receive)
         if async_finish:

@@ -7,7 +7,7 @@ from typing import Any
 
 def world_of(group: Any) -> int:
     """Return how many ranks a group has: raynixl's, torch.distributed's or MPI's."""
-    if hasattr(group, "world"):
+    if isinstance(getattr(group, "world", None), int):
         return int(group.world)
     return int(group.Get_size() if hasattr(group, "Get_size") else group.size())
 

@@ -76,7 +76,7 @@ class ElasticBuffer(Experimental):
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self._members = members
-        self._instances = Instances(members, name="deep_ep", deadline=float(num_cpu_timeout_secs), may_shrink=False)
+        self._instances = Instances(members, deadline=float(num_cpu_timeout_secs), may_shrink=False)
 
     def __repr__(self) -> str:
         return f"ElasticBuffer(rank {self.rank_idx} of {self.num_ranks})"

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raynixl.errors import PeerLost, RangeError
+from raynixl.errors import Masked, PeerLost, RangeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from raynixl.compat.deep_ep.members import Members
     from raynixl.moe.parallel import ExpertParallel
+    from raynixl.moe.pending import Pending
 
 _LEAST_TOKENS = 128
 
@@ -31,14 +32,14 @@ class Shape:
 class Instances:
     """One `ExpertParallel` for each shape and number of tokens. Making one is collective, as its first use is."""
 
-    def __init__(self, members: Members, *, name: str, deadline: float | None, may_shrink: bool) -> None:
+    def __init__(self, members: Members, *, deadline: float | None, may_shrink: bool) -> None:
         self.members = members
-        self._name = name
         self._deadline = deadline
         self._may_shrink = may_shrink
         self._made: dict[tuple[Shape, int], ExpertParallel] = {}
         self._current: dict[Shape, ExpertParallel] = {}
         self._masked: set[int] = set()
+        self._out: list[ExpertParallel] = []
         self._end = weakref.finalize(self, _close, self._made, members)
 
     def get(self, shape: Shape, tokens: int) -> ExpertParallel:
@@ -49,7 +50,7 @@ class Instances:
 
             made = ExpertParallel(
                 self.members.group, experts=shape.experts, hidden=shape.hidden, topk=shape.topk, max_tokens=tokens,
-                name=f"{self._name}-{len(self._made)}", deadline=self._deadline,
+                name=f"deep_ep-{self.members.group.name}-{len(self._made)}", deadline=self._deadline,
             )  # fmt: skip
             self._made[shape, tokens] = made
             for rank in sorted(self._masked):
@@ -89,6 +90,21 @@ class Instances:
                 hint="make the buffer with enable_shrink=True to go on without them", peer=names[0],
             )  # fmt: skip
 
+    def wait(self, parallel: ExpertParallel, pending: Pending[Any]) -> Any:
+        """Return the result of a step that was started, unless `check` refuses it.
+
+        Raises:
+            Masked: the others have gone on without us; `unmask` of our own rank comes back.
+        """
+        try:
+            result = pending.wait()
+        except Masked:
+            if parallel not in self._out:
+                self._out.append(parallel)
+            raise
+        self.check(parallel)
+        return result
+
     def mask(self, rank: int) -> None:
         """Leave a rank out from the next step on."""
         self._masked.add(rank)
@@ -96,8 +112,13 @@ class Instances:
             made.mask(rank)
 
     def unmask(self, rank: int) -> None:
-        """Let a rank take part again."""
+        """Let a rank take part again. Of our own rank: come back where the others have masked us; it takes a step."""
         self._masked.discard(rank)
+        if rank == self.members.rank:
+            while self._out:
+                self._out[-1].rejoin()
+                self._out.pop()
+            return
         for made in self._made.values():
             made.unmask(rank)
 

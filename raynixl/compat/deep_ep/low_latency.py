@@ -87,8 +87,7 @@ class LowLatency:
         pending = parallel.dispatch(rows, step.topk_idx, layout="slots", weights_at="source", async_=True)
 
         def receive() -> None:
-            arrived = pending.wait()
-            self._instances.check(parallel)
+            arrived = self._instances.wait(parallel, pending)
             step.inner, step.places = arrived.handle, pack(arrived, packed)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(packed.counts)
@@ -134,8 +133,7 @@ class LowLatency:
         pending = step.parallel.combine(rows, inner, out=total, async_=True)
 
         def receive() -> None:
-            pending.wait()
-            self._instances.check(step.parallel)
+            self._instances.wait(step.parallel, pending)
 
         event, hook = _leave(Work(receive), async_finish, return_recv_hook)
         return total, event, hook
@@ -152,7 +150,11 @@ class LowLatency:
         self._check_mode(False, False)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leave a rank out (mask=True), or let it take part again. The other ranks hear of it with the next step."""
+        """Leave a rank out (mask=True), or let it take part again. The other ranks hear of it with the next step.
+
+        A rank that was left out raises `Masked`; it calls this with its own rank to come back, while the others, which
+        have unmasked it, go on with their steps.
+        """
         self._check_shrink()
         if not 0 <= rank_to_mask < self.group_size:
             raise RangeError(f"there is no rank {rank_to_mask}", hint=f"ranks are 0..{self.group_size - 1}")
