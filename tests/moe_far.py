@@ -7,6 +7,6 @@ from typing import Any
 from moe_programs import Program, play
 
 
-def play_layer(member: Any, program: Program) -> list[Any]:
-    """Do this rank's part of a program on its layer."""
-    return play(program, member.rank, member.eps["layer"], member.groups["layer"])
+def play_layer(member: Any, program: Program, layer: str) -> list[Any]:
+    """Do this rank's part of a program on a layer."""
+    return play(program, member.rank, member.eps[layer], member.groups[layer])

@@ -93,6 +93,7 @@ def serve(make):
     while True:
         name, fds, _, _ = socket.recv_fds(control, 256, 1)
         if not name:
+            control.close()
             return
         pid = os.fork()
         if pid == 0:

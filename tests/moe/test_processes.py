@@ -21,11 +21,12 @@ def crew(request):
 def run(crew, program):
     """Play a program on the first ranks of a crew."""
     ranks = range(program.world)
-    crew.make("layer", ranks=ranks, **program.options())
+    name = f"layer{program.seed}"  # another each time: those of one name are counted, and not all ranks make all
+    crew.make(name, ranks=ranks, **program.options())
     try:
-        check(program, crew.call("moe_far:play_layer", program, ranks=ranks))
+        check(program, crew.call("moe_far:play_layer", program, name, ranks=ranks))
     finally:
-        crew.drop("layer", ranks)
+        crew.drop(name, ranks)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
