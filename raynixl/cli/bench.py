@@ -6,7 +6,7 @@ import enum
 import itertools
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from raynixl.bench.sizes import format_size, parse_counts, parse_gpus, parse_siz
 from raynixl.cli.screen import FriendlyGroup, progress, report, say
 from raynixl.config import default_copy_threads, parse_options
 from raynixl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raynixl.bench.moe_simulate import SimulateSpec
 
 bench_app = typer.Typer(
     cls=FriendlyGroup, no_args_is_help=True, help="Measure on this machine, against baselines in the same run."
@@ -175,11 +178,25 @@ def moe(  # noqa: PLR0913 - a command's options
     baseline: Annotated[
         list[str] | None, typer.Option(help="gloo, gloo-index-add, mpi or mpi-index-add; repeatable.")
     ] = None,
+    simulate: Annotated[
+        str, typer.Option(metavar="RANKS", help="Simulate so many ranks instead, flat and in two stages; as 64,1024.")
+    ] = "",
+    hosts: Annotated[int, typer.Option(min=1, max=4096, help="Simulated: hosts of the most ranks.")] = 1,
+    skew: Annotated[float, typer.Option(min=0, max=4, help="Simulated: 0, all experts alike, to 1, Zipf's law.")] = 0,
+    link_gbps: Annotated[
+        float, typer.Option(min=0, help="Simulated: each rank's share of the network, Gb/s; 0: 10 GB/s a host.")
+    ] = 0,
     verify: Verify = True,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of milliseconds by tokens.")] = None,
     is_json: Json = False,
 ) -> None:
     """Tokens to their experts and back: milliseconds of dispatch, combine and both, beside the bare copy's."""
+    if simulate:
+        from raynixl.bench.moe_simulate import SimulateSpec
+
+        like = SimulateSpec(hidden=hidden, topk=topk, experts=experts, hosts=hosts, skew=skew, link_gbps=link_gbps)
+        _simulate_moe(like, parse_counts(simulate, most=4096), parse_counts(tokens, most=1 << 20), plot, is_json)
+        return
     from raynixl.bench.moe import MoeSpec, run_moe
 
     spec = MoeSpec(
@@ -193,6 +210,22 @@ def moe(  # noqa: PLR0913 - a command's options
         from raynixl.bench.plot import plot_moe
 
         plot_moe(rows, plot)
+
+
+def _simulate_moe(like: SimulateSpec, ranks: list[int], tokens: list[int], plot: Path | None, is_json: bool) -> None:
+    """Simulate each number of ranks with each number of tokens; what all rows have alike is the table's title."""
+    from raynixl.bench.moe_simulate import COMMON, run_simulation, sweep
+
+    specs = sweep(like, ranks, tokens)
+    title = f"simulated: top-{like.topk} of {like.experts} experts, skew {like.skew:g}, rows of {like.hidden} bfloat16"
+    with progress("moe", 3 * len(specs)) as step:
+        rows = list(itertools.chain.from_iterable(run_simulation(spec, step) for spec in specs))
+    shown = rows if is_json else [{name: row[name] for name in row if name not in COMMON} for row in rows]
+    report(shown, title, is_json=is_json)
+    if plot is not None:
+        from raynixl.bench.plot import plot_simulation
+
+        plot_simulation(rows, plot)
 
 
 @bench_app.command()
