@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 from raynixl.errors import ConfigError
 from raynixl.moe.cost import Fabric, Prediction, Shape, flat, predict, two_level
 from raynixl.moe.grid import Grid, Ints, make_grid
-from raynixl.moe.placement import Placement
 from raynixl.moe.simulator import Draw, Simulation, simulate_flat, simulate_two_level, traffic
 
 Row = dict[str, Any]
 MAX_PAIRS = 1 << 24
+COMMON = ("hidden", "topk", "experts", "skew")
+"""What the rows of one call have alike."""
 _BESIDE_NBYTES = 8  # of a row: an id and a weight for each k, and these for its token
 
 
@@ -27,8 +28,8 @@ class SimulateSpec:
     all ranks of a host. `skew` says how uneven experts are popular (0: all alike, 1: Zipf's law).
     """
 
-    ranks: int
-    hosts: int
+    ranks: int = 64
+    hosts: int = 8
     tokens: int = 128
     hidden: int = 7168
     topk: int = 8
@@ -45,7 +46,7 @@ class SimulateSpec:
     @property
     def shape(self) -> Shape:
         """What a step moves: rows in bfloat16, both ways."""
-        holders = Placement.even(self.experts, self.ranks).holders
+        holders = np.arange(self.experts) * self.ranks // self.experts
         beside = 8 * self.topk + _BESIDE_NBYTES
         return Shape(self.tokens, self.topk, holders, 2 * self.hidden + beside, 2 * self.hidden)
 
@@ -73,6 +74,16 @@ class SimulateSpec:
                 hint="simulate fewer --tokens: bytes grow as they do",
             )
         return self
+
+
+def sweep(like: SimulateSpec, ranks: Sequence[int], tokens: Sequence[int]) -> list[SimulateSpec]:
+    """Return what to simulate: `like.hosts` are those of the most ranks, and fewer ranks fill as many as they need."""
+    per_host = -(-max(ranks) // like.hosts)
+    return [
+        replace(like, ranks=count, hosts=-(-count // per_host), tokens=each).check()
+        for each in tokens
+        for count in ranks
+    ]
 
 
 def run_simulation(spec: SimulateSpec, step: Callable[[], None] = lambda: None) -> Iterator[Row]:

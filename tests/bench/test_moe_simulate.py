@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from raynixl.bench.moe_simulate import SimulateSpec, run_simulation
+from raynixl.bench.moe_simulate import SimulateSpec, run_simulation, sweep
 from raynixl.bench.plot import plot_simulation
 from raynixl.errors import ConfigError
 
@@ -24,7 +24,7 @@ def test_two_stages_are_printed_against_flat(tmp_path, skew):
         assert row["pair_messages"] == 2
         assert row["both_ms"] == pytest.approx(row["dispatch_ms"] + row["combine_ms"])
         assert (row["uniform_ms"] is None) == (skew > 0)
-    flat, hosts, square = rows
+    flat, hosts, _ = rows
     assert [row["peers"] for row in rows] == [95, 18, 18]
     assert hosts["network_nbytes"] < flat["network_nbytes"]
     assert hosts["inside_nbytes"] > flat["inside_nbytes"]
@@ -33,6 +33,11 @@ def test_two_stages_are_printed_against_flat(tmp_path, skew):
         assert flat["uniform_ms"] == pytest.approx(flat["both_ms"], rel=0.1)
     plot_simulation(rows, tmp_path / "simulated.png")
     assert (tmp_path / "simulated.png").stat().st_size > 10_000
+
+
+def test_fewer_ranks_fill_as_many_hosts_as_they_need():
+    specs = sweep(SimulateSpec(hosts=128), [4, 64, 1024], [8])
+    assert [(spec.ranks, spec.hosts) for spec in specs] == [(4, 1), (64, 8), (1024, 128)]
 
 
 def test_a_faster_network_takes_less_time():
