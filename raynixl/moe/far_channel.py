@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
     from raynixl.agents.window import Window
     from raynixl.moe.hello import Hello
 
-PREFIX_NBYTES = 5
-"""A line travels behind its sender's rank (4 bytes) and the number of its cell."""
+_TOKEN_NBYTES: Final = 16
+_HEAD_NBYTES: Final = _TOKEN_NBYTES + 5
 
 
-def pack_line(rank: int, cell: Cell, line: bytes) -> bytes:
-    """Return a line as it travels."""
-    return rank.to_bytes(4, "little") + bytes([cell]) + line
+def pack_line(token: str, rank: int, cell: int, line: bytes) -> bytes:
+    """Return a line as it travels: behind the receiver's session, the sender's rank, and the number of its cell."""
+    return b"".join((bytes.fromhex(token), rank.to_bytes(4, "little"), bytes([cell]), line))
+
+
+def unpack_line(token: str, message: bytes) -> tuple[int, int, bytes] | None:
+    """Return rank, cell and line; None if they are not for this session: one that a rank had before it joined anew."""
+    if len(message) <= _HEAD_NBYTES or message[:_TOKEN_NBYTES].hex() != token:
+        return None
+    rank = int.from_bytes(message[_TOKEN_NBYTES : _HEAD_NBYTES - 1], "little")
+    return rank, message[_HEAD_NBYTES - 1], message[_HEAD_NBYTES:]
 
 
 class FarChannel:
@@ -50,6 +58,7 @@ class FarChannel:
         self._agent = agent
         self._rows = rows
         self._me = me
+        self._token = hello.token
         self._board = board
         self._directions = directions
         self._topic = topic
@@ -63,7 +72,7 @@ class FarChannel:
         """Send a line: now, or as soon as the rows are there that were put before."""
         if self._board.error is not None or any(put.error is not None for put in self._started):
             return False
-        message = pack_line(self._me, cell, line.tobytes())
+        message = pack_line(self._token, self._me, cell, line.tobytes())
         self.lines += 1
         if self._started:
             self._rows.follow(self._started[-1], self._topic, message)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, MappedChannel
-from raynixl.moe.far_channel import FarChannel
+from raynixl.moe.far_channel import FarChannel, unpack_line
 from raynixl.moe.hello import Arena, Hello
 from raynixl.moe.remote_channel import RemoteRows
 from raynixl.region import RemoteRegion
@@ -114,8 +114,9 @@ class Meeting:
 
     def _take_line(self, peer: str, payload: bytes) -> None:
         """Write a line that came as a message where a mapped peer would have written it."""
-        if len(payload) > 5 and self.names.get(int.from_bytes(payload[:4], "little")) == peer:
-            self._board.take(int.from_bytes(payload[:4], "little"), payload[4], payload[5:])
+        found = unpack_line(self.token, payload)
+        if found is not None and self.names.get(found[0]) == peer:
+            self._board.take(*found)
 
     def arrivals(self) -> dict[int, tuple[Channel, int]]:
         """Take those who want to join, by rank: the way to them, and the slot that they announce."""

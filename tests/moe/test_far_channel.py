@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from agent_tools import make_agent
@@ -12,7 +13,9 @@ from moe_programs import Cached, Combine, Dispatch, Program, check, even, play
 from moe_random import draw
 from moe_tools import Processes, Threads
 
-from raynixl import Masked
+from raynixl import ConfigError, Masked
+from raynixl.moe.far_channel import pack_line
+from raynixl.moe.lines import Cell, line_dtype
 
 SEEDS = range(7000, 7010)
 WORLD = 3
@@ -58,6 +61,29 @@ def test_rows_as_wide_as_those_of_models_and_ranks_without_tokens(crew: Threads)
         key = str(number)
         steps += [Dispatch(key, (64, 3, 0, 50), layout, 8, weights_at), Combine(key, 1), Cached(key + "c", key)]
     run(crew, Program(4, even(4, 32), 7168, 6, tuple(steps), max_tokens=64))
+
+
+def test_lines_of_another_session_and_nonsense_change_nothing(crew: Threads) -> None:
+    """Such as those for the session that a rank had before it joined anew, which may come late."""
+    with crew.experts(4, experts=8, hidden=64, topk=2, max_tokens=16) as layer:
+        program = Program(4, even(4, 8), 64, 2, (Dispatch("a", (3, 4, 5, 6)), Combine("a")), max_tokens=16)
+        topic = f"moe/{layer.eps[0].name}/line"
+        line = np.zeros((), line_dtype(layer.eps[0]._meeting._board.ranks))
+        line["number"], line["mask"] = 1 << 40, 1  # rank 0 is masked, says
+        token = layer.eps[0]._meeting.token
+        strange = [pack_line("0" * 32, 3, cell, line.tobytes()) for cell in Cell]
+        wrong = [
+            b"", b"x", bytes.fromhex(token), pack_line(token, 3, Cell.NOTICE, b""),
+            pack_line(token, 3, 99, line.tobytes()),
+            pack_line(token, 3, Cell.NOTICE, line.tobytes()[:-1]), pack_line(token, 2, Cell.NOTICE, line.tobytes()),
+            pack_line(token, 1 << 30, Cell.EVEN, line.tobytes()),
+        ]  # fmt: skip
+        for message in [*strange, *wrong]:
+            crew.agents[3].send("rank0", topic, message)
+        with pytest.raises(ConfigError):  # it is answered after all of them
+            crew.agents[3].ask("rank0", f"moe/{layer.eps[0].name}/slot", b"none").wait(20.0)
+        check(program, layer.run(lambda rank, ep: play(program, rank, ep, layer.groups[rank])))
+        assert layer.eps[0].active == (0, 1, 2, 3)
 
 
 @pytest.fixture
