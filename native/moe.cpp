@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include <algorithm>
+#include <bit>
+#include <numeric>
 #include <stdexcept>
 
 #include "copy.h"
@@ -13,39 +15,51 @@ namespace {
 
 constexpr uint64_t kLookEvery = 256 << 10;  // bytes copied between two looks at the gates
 
-// Where each rank's rows begin, and which rank has been given a row of the present token.
-struct Places {
-  explicit Places(size_t ranks) : next(ranks, 0), row(ranks, 0), token(ranks, -1) {}
-  std::vector<int64_t> next;
-  std::vector<int32_t> row;
-  std::vector<int64_t> token;
-};
-
 [[noreturn]] void refuse(const Choice& choice, size_t at) {
   throw std::invalid_argument("token " + std::to_string(at / choice.topk) + " names expert " +
                               std::to_string(choice.ids[at]) + " of " + std::to_string(choice.experts));
 }
 
-// Count the rows for each rank; returns all.
-size_t count_rows(const Choice& choice, int64_t* counts, Places& places) {
-  std::fill_n(counts, choice.ranks, 0);
+void check_holders(const Choice& choice) {
   for (size_t e = 0; e < choice.experts; ++e)
     if (choice.holder[e] < -1 || choice.holder[e] >= int64_t(choice.ranks))
       throw std::invalid_argument("expert " + std::to_string(e) + " is held by rank " +
                                   std::to_string(choice.holder[e]) + " of " + std::to_string(choice.ranks));
-  size_t total = 0, at = 0;
-  for (size_t t = 0; t < choice.tokens; ++t)
-    for (size_t k = 0; k < choice.topk; ++k, ++at) {
-      int64_t id = choice.ids[at];
-      if (id == -1) continue;
-      if (uint64_t(id) >= choice.experts) refuse(choice, at);
-      int32_t rank = choice.holder[id];
-      if (rank < 0 || places.token[rank] == int64_t(t)) continue;
-      places.token[rank] = int64_t(t);
-      ++counts[rank], ++total;
-    }
-  return total;
 }
+
+// Which ranks each token goes to: as a set of bits, since what a token chooses is nothing a branch could foresee.
+class Destinations {
+ public:
+  explicit Destinations(const Choice& choice)
+      : words_((choice.ranks + 63) / 64), sets_(choice.tokens * words_, 0), ranks_(choice.tokens * choice.topk, -1) {
+    for (size_t t = 0, at = 0; t < choice.tokens; ++t)
+      for (size_t k = 0; k < choice.topk; ++k, ++at) {
+        int64_t id = choice.ids[at];
+        if (id == -1) continue;
+        if (uint64_t(id) >= choice.experts) refuse(choice, at);
+        int32_t rank = choice.holder[id];
+        if (rank < 0) continue;
+        ranks_[at] = rank;
+        sets_[t * words_ + size_t(rank) / 64] |= uint64_t(1) << rank % 64;
+      }
+  }
+
+  // The rank of each of a token's pairs, -1 for none.
+  const int32_t* ranks(size_t pair) const { return ranks_.data() + pair; }
+
+  // Visit the ranks of a token, ascending.
+  template <typename Visit>
+  void each(size_t token, Visit visit) const {
+    for (size_t w = 0; w < words_; ++w)
+      for (uint64_t set = sets_[token * words_ + w]; set != 0; set &= set - 1)
+        visit(w * 64 + size_t(std::countr_zero(set)));
+  }
+
+ private:
+  size_t words_;
+  std::vector<uint64_t> sets_;
+  std::vector<int32_t> ranks_;
+};
 
 // Copy a piece of a row, or zeros if it has no source.
 void put_piece(uint64_t target, uint64_t source, uint64_t nbytes, bool streams) {
@@ -58,33 +72,30 @@ void put_piece(uint64_t target, uint64_t source, uint64_t nbytes, bool streams) 
 }  // namespace
 
 size_t route(const Choice& choice, const Routing& out) {
-  Places places(choice.ranks);
-  size_t total = count_rows(choice, out.counts, places);
+  check_holders(choice);
+  Destinations destinations(choice);
+  std::fill_n(out.counts, choice.ranks, 0);
+  for (size_t t = 0; t < choice.tokens; ++t) destinations.each(t, [&](size_t rank) { ++out.counts[rank]; });
+  std::vector<int64_t> next(choice.ranks), row(choice.ranks);
+  std::exclusive_scan(out.counts, out.counts + choice.ranks, next.begin(), int64_t(0));
+  size_t total = size_t(std::accumulate(out.counts, out.counts + choice.ranks, int64_t(0)));
   if (total > out.capacity)
     throw std::invalid_argument(std::to_string(total) + " rows do not fit into " + std::to_string(out.capacity));
-  for (size_t d = 1; d < choice.ranks; ++d) places.next[d] = places.next[d - 1] + out.counts[d - 1];
-  std::fill(places.token.begin(), places.token.end(), -1);
   std::fill_n(out.row_ids, total * choice.topk, -1);
   if (out.row_weights) std::fill_n(out.row_weights, total * choice.topk, 0.0F);
   int64_t filled = 0;
-  for (size_t t = 0, at = 0; t < choice.tokens; ++t) {
+  for (size_t t = 0; t < choice.tokens; ++t) {
     out.starts[t] = filled;
-    for (size_t k = 0; k < choice.topk; ++k, ++at) {
-      int64_t id = choice.ids[at];
-      if (id == -1) continue;
-      int32_t rank = choice.holder[id];
-      if (rank < 0) continue;
-      if (places.token[rank] != int64_t(t)) {
-        int32_t row = int32_t(places.next[rank]++);
-        places.token[rank] = int64_t(t), places.row[rank] = row;
-        out.order[row] = int32_t(t);
-        int32_t* first = out.positions + out.starts[t];
-        int32_t* place = out.positions + filled++;
-        for (; place != first && place[-1] > row; --place) *place = place[-1];
-        *place = row;
-      }
-      size_t cell = size_t(places.row[rank]) * choice.topk + k;
-      out.row_ids[cell] = choice.local[id];
+    destinations.each(t, [&](size_t rank) {
+      row[rank] = next[rank]++;
+      out.order[row[rank]] = int32_t(t);
+      out.positions[filled++] = int32_t(row[rank]);
+    });
+    const int32_t* ranks = destinations.ranks(t * choice.topk);
+    for (size_t k = 0, at = t * choice.topk; k < choice.topk; ++k, ++at) {
+      if (ranks[k] < 0) continue;
+      size_t cell = size_t(row[size_t(ranks[k])]) * choice.topk + k;
+      out.row_ids[cell] = choice.local[choice.ids[at]];
       if (out.row_weights) out.row_weights[cell] = choice.weights[at];
     }
   }

@@ -135,8 +135,10 @@ namespace avx512 {
 }  // namespace avx512
 #endif
 
-std::vector<const SumToken*> variants() {
-  std::vector<const SumToken*> found = {portable::kSums};
+using Sums = const SumToken (*)[2];
+
+std::vector<Sums> variants() {
+  std::vector<Sums> found = {portable::kSums};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back(avx2::kSums);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -176,7 +178,7 @@ int reduce_rows(const Reduction& work, const Gates& gates, size_t variant) {
   static const auto all = variants();
   if (int code = gates.enter()) return code;
   DefaultRounding rounding;
-  SumToken sum = all[std::min(variant, all.size() - 1)][int(work.in)];
+  SumToken sum = all[std::min(variant, all.size() - 1)][int(work.in)][work.weights != nullptr];
   uint64_t row_nbytes = work.hidden * itemsize_of(work.in), read_nbytes = 0;
   int code = 0;
   for (size_t t = 0; t < work.tokens && code == 0; ++t) {

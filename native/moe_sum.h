@@ -50,13 +50,21 @@ MOE_TARGET Floats widen(const char* from) {
   return Floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
 
-// Round to nearest even and store; NaNs become the canonical one.
-MOE_TARGET void narrow(Type type, char* to, Floats v) {
+// The bits of floats, NaNs all alike.
+MOE_TARGET Words canonical(Floats v) {
   Words is_nan = Words(v != v);
-  Words bits = (Words(v) & ~is_nan) | (is_nan & 0x7fc0'0000);
+  return (Words(v) & ~is_nan) | (is_nan & 0x7fc0'0000);
+}
+
+// The upper 16 bits are rounded to nearest even; the lower ones are left over.
+MOE_TARGET Words rounded(Words bits) { return bits + 0x7fff + (bits >> 16 & 1); }
+
+// Round and store.
+MOE_TARGET void narrow(Type type, char* to, Floats v) {
+  Words bits = canonical(v);
   if (type == Type::f32) return store(to, bits);
   if (type == Type::f16) return narrow_f16(to, Floats(bits));
-  store(to, __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves));
+  store(to, __builtin_convertvector(rounded(bits) >> 16, Halves));
 }
 
 MOE_TARGET void add_bias(Type type, Floats* sums, const char* from, size_t vectors, bool first) {
@@ -70,16 +78,16 @@ MOE_TARGET void add_bias(Type type, Floats* sums, const char* from, size_t vecto
 }
 
 // Add up `vectors` vectors of a token from element `at` on.
-template <Type in, size_t vectors>
+template <Type in, bool weighted, size_t vectors>
 MOE_TARGET void sum_some(const Reduction& work, size_t token, size_t at, char* to) {
   constexpr size_t step = MOE_LANES * itemsize_of(in);
   Floats sums[vectors] = {};
   int64_t first = work.starts[token], end = work.starts[token + 1];
   for (int64_t row = first; row < end; ++row) {
     auto* from = reinterpret_cast<const char*>(work.rows[row]) + at * itemsize_of(in);
-    float weight = work.weights ? work.weights[row] : 1.0F;
     for (size_t i = 0; i < vectors; ++i) {
-      Floats term = widen<in>(from + i * step) * weight;
+      Floats term = widen<in>(from + i * step);
+      if constexpr (weighted) term = term * work.weights[row];
       sums[i] = row == first ? term : sums[i] + term;
     }
   }
@@ -92,13 +100,73 @@ MOE_TARGET void sum_some(const Reduction& work, size_t token, size_t at, char* t
   for (size_t i = 0; i < vectors; ++i) narrow(work.out, to + i * MOE_LANES * itemsize_of(work.out), sums[i]);
 }
 
-template <Type in>
+template <Type in, bool weighted>
 MOE_TARGET_FUNCTION void sum_token(const Reduction& work, size_t token) {
   auto* to = reinterpret_cast<char*>(work.target + token * work.target_stride);
   size_t itemsize = itemsize_of(work.out), at = 0;
-  for (; at + kTile <= work.hidden; at += kTile) sum_some<in, kVectors>(work, token, at, to + at * itemsize);
-  for (; at + MOE_LANES <= work.hidden; at += MOE_LANES) sum_some<in, 1>(work, token, at, to + at * itemsize);
+  for (; at + kTile <= work.hidden; at += kTile)
+    sum_some<in, weighted, kVectors>(work, token, at, to + at * itemsize);
+  for (; at + MOE_LANES <= work.hidden; at += MOE_LANES)
+    sum_some<in, weighted, 1>(work, token, at, to + at * itemsize);
   for (; at < work.hidden; ++at) sum_element<float>(work, token, at);
 }
 
-constexpr SumToken kSums[] = {sum_token<Type::f32>, sum_token<Type::bf16>, sum_token<Type::f16>, sum_token_f64};
+// bf16 to bf16 is the case that matters. A vector of pairs gives two of floats, of its even and of its odd elements,
+// by a shift and a mask, where widening half a vector takes a shuffle besides; they go back into pairs at the end.
+struct Pairs {
+  Floats even, odd;
+};
+
+MOE_TARGET Pairs split(const char* from) {
+  Words pairs = load<Words>(from);
+  return {Floats(pairs << 16), Floats(pairs & 0xffff'0000)};
+}
+
+MOE_TARGET Words joined(const Pairs& v) {
+  return rounded(canonical(v.even)) >> 16 | (rounded(canonical(v.odd)) & 0xffff'0000);
+}
+
+template <bool weighted, size_t vectors>
+MOE_TARGET void sum_pairs(const Reduction& work, size_t token, size_t at, char* to) {
+  Pairs sums[vectors] = {};
+  int64_t first = work.starts[token], end = work.starts[token + 1];
+  for (int64_t row = first; row < end; ++row) {
+    auto* from = reinterpret_cast<const char*>(work.rows[row]) + 2 * at;
+    for (size_t i = 0; i < vectors; ++i) {
+      Pairs term = split(from + i * sizeof(Words));
+      if constexpr (weighted) term = {term.even * work.weights[row], term.odd * work.weights[row]};
+      sums[i] = row == first ? term : Pairs{sums[i].even + term.even, sums[i].odd + term.odd};
+    }
+  }
+  if (work.scale)
+    for (Pairs& sum : sums) sum = {sum.even * work.scale[token], sum.odd * work.scale[token]};
+  for (size_t b = 0; b < work.bias_count; ++b) {
+    auto* from = reinterpret_cast<const char*>(work.biases[b] + token * work.bias_stride) + 2 * at;
+    for (size_t i = 0; i < vectors; ++i) {
+      Pairs term = split(from + i * sizeof(Words));
+      sums[i] = {sums[i].even + term.even, sums[i].odd + term.odd};
+    }
+  }
+  for (size_t i = 0; i < vectors; ++i) store(to + i * sizeof(Words), joined(sums[i]));
+}
+
+template <bool weighted>
+MOE_TARGET_FUNCTION void sum_token_bf16(const Reduction& work, size_t token) {
+  bool other = work.out != Type::bf16 || (work.bias_count > 0 && work.bias != Type::bf16);
+  if (other || work.starts[token] == work.starts[token + 1]) return sum_token<Type::bf16, weighted>(work, token);
+  auto* to = reinterpret_cast<char*>(work.target + token * work.target_stride);
+  constexpr size_t step = 2 * MOE_LANES;
+  size_t at = 0;
+  for (; at + kVectors * step <= work.hidden; at += kVectors * step)
+    sum_pairs<weighted, kVectors>(work, token, at, to + 2 * at);
+  for (; at + step <= work.hidden; at += step) sum_pairs<weighted, 1>(work, token, at, to + 2 * at);
+  for (; at < work.hidden; ++at) sum_element<float>(work, token, at);
+}
+
+// By type of what comes in; then whether it is weighted.
+constexpr SumToken kSums[][2] = {
+    {sum_token<Type::f32, false>, sum_token<Type::f32, true>},
+    {sum_token_bf16<false>, sum_token_bf16<true>},
+    {sum_token<Type::f16, false>, sum_token<Type::f16, true>},
+    {sum_token_f64, sum_token_f64},
+};
