@@ -105,6 +105,9 @@ size_t route(const Choice& choice, const Routing& out) {
 
 int put_rows(const Rows& rows, uint64_t destination, const Gates& gates) {
   if (int code = gates.enter()) return code;
+  // With 4 processes on 2 cores that put rows of 14 KiB to each other and then read theirs: through the cache 1.8 ms
+  // against 1.8 streamed at 1.6 MB for each, 3.4 against 3.5 at 3.3 MB, 11.4 against 8.4 at 6.6 MB, 78 against 65 at
+  // 53 MB. One pair alone gains by streaming from 16 MB only.
   bool streams = rows.row_nbytes >= kStreamBlock && rows.count * rows.row_nbytes > kStreamAbove;
   uint64_t copied = 0;
   int code = 0;

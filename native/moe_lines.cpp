@@ -107,6 +107,9 @@ Waited wait_lines(const Lines& lines, uint64_t address, int64_t deadline_ns, int
     int64_t now = now_ns();
     if (now >= deadline_ns) return Waited::timeout;
     if (now < spin_until_ns) {
+      // At each look: with more processes than cores the line that is missing comes from one that does not run.
+      // Exchanges of 2, 4, 8 processes on 2 cores took 0.5, 2.7, 9 us; yielding at each 64th look 0.2, 10, 50;
+      // sleeping at once 18, 21, 38.
       sched_yield();
       continue;
     }

@@ -107,7 +107,8 @@ class MoeCore(Protocol):
     ) -> int:
         """Wait until the word at each address is its number or more; return how many are, all unless at the timeout.
 
-        Looks for `spin` seconds, then sleeps on the bell. `numbers` is read anew at each look: another thread may
+        Looks for `spin` seconds, giving way to others at each look, then sleeps on the bell (which takes some 20 us to
+        wake from). `numbers` is read anew at each look: another thread may
         excuse a word by setting its number to 0, and ring.
         """
 

@@ -182,7 +182,7 @@ def put_rows(
 
 
 def _copy_rows(rows: U64, gates: Sequence[Any]) -> int:
-    for group in group_rows(cut_rows(rows, _LOOK_EVERY, size=2, moving=(0, 1)), _LOOK_EVERY, size=2):
+    for group in group_rows(cut_rows(rows[rows[:, 2] > 0], _LOOK_EVERY, size=2, moving=(0, 1)), _LOOK_EVERY, size=2):
         if code := aborted(gates):
             return code
         if error := syscalls.copy_rows(group):
