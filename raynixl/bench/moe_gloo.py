@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 class GlooExchange:
-    """The default process group's all-to-all."""
+    """The default process group's all-to-all, which knows no gaps."""
+
+    skips_own = False
 
     def begin_equal(self, source: torch.Tensor, into: torch.Tensor) -> Callable[[], object]:
         """Begin to exchange one row with each rank; return what waits for the end."""
@@ -22,7 +24,7 @@ class GlooExchange:
         return wait
 
     def rows(self, source: torch.Tensor, sent: list[int], into: torch.Tensor, received: list[int]) -> None:
-        """Exchange so many rows with each rank."""
+        """Exchange so many rows with each rank, ourselves among them."""
         import torch.distributed as dist
 
         dist.all_to_all_single(into, source, received, sent)

@@ -8,7 +8,7 @@ summed by the code that ours uses, so that the way in between is what differs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -24,18 +24,22 @@ from raynixl.native.moe import BF16, F16, F32
 if TYPE_CHECKING:
     import torch
 
-Reduce = Callable[["torch.Tensor", Routing, "torch.Tensor"], None]
-"""Sums each token's rows, which lie in the first argument, into the last."""
+Piece = tuple[slice, "torch.Tensor"]
+Reduce = Callable[[Sequence[Piece], Routing, "torch.Tensor"], None]
+"""Sums each token's rows into the last argument; the first says where all rows lie, piece by piece."""
 
 
 class Exchange(Protocol):
     """A library's all-to-all. Tensors are two-dimensional, of bytes."""
 
+    skips_own: bool
+    """Whether a rank's rows for itself can be left out, as gaps: they need not be copied twice then."""
+
     def begin_equal(self, source: torch.Tensor, into: torch.Tensor) -> Callable[[], object]:
         """Begin to exchange one row with each rank; return what waits for the end."""
 
     def rows(self, source: torch.Tensor, sent: list[int], into: torch.Tensor, received: list[int]) -> None:
-        """Exchange so many rows with each rank."""
+        """Exchange so many rows with each rank; with ourselves, unless it skips them."""
 
 
 class PackedWay:
@@ -65,11 +69,14 @@ class PackedWay:
 
         routed = self._routed = self._route(tokens)
         send = self._send[: len(routed.order)]
+        order, own = torch.from_numpy(routed.order), self._own(routed)
         finish = self._exchange.begin_equal(*self._headers.fill(routed))
-        torch.index_select(tokens.x, 0, torch.from_numpy(routed.order), out=send)
+        for part in (slice(0, own.start), slice(own.stop, len(order))):
+            torch.index_select(tokens.x, 0, order[part], out=send[part])
         finish()
         self._counts, ids, weights = self._headers.read()
         rows = self._receive[: len(ids)]
+        torch.index_select(tokens.x, 0, order[own], out=rows[self._arrived(own)])
         self._exchange.rows(as_bytes(send), routed.counts.tolist(), as_bytes(rows), self._counts)
         self._received = Received(rows, ids, weights, torch.bincount(ids[ids >= 0], minlength=self._held))
 
@@ -90,8 +97,19 @@ class PackedWay:
         assert routed is not None
         back = self._send[: len(routed.order)]
         self._exchange.rows(as_bytes(y), self._counts, as_bytes(back), routed.counts.tolist())
-        self._reduce(back, routed, self._out)
+        own, end = self._own(routed), len(back)
+        pieces = [(part, back[part]) for part in (slice(0, own.start), slice(own.stop, end)) if part.start < part.stop]
+        self._reduce([*pieces[:1], (own, y[self._arrived(own)]), *pieces[1:]], routed, self._out)
         return self._out
+
+    def _own(self, routed: Routing) -> slice:
+        """Return the rows for this rank itself that the exchange leaves out, in what is sent."""
+        return routed.rows_of(self._rank) if self._exchange.skips_own else slice(0, 0)
+
+    def _arrived(self, own: slice) -> slice:
+        """Return where these rows are in what is received."""
+        start = sum(self._counts[: self._rank])
+        return slice(start, start + own.stop - own.start)
 
     def _route(self, tokens: Tokens) -> Routing:
         ids, weights = tokens.ids.numpy(), tokens.weights.numpy()
@@ -142,30 +160,23 @@ class Sum:
         self._core, self._nbytes = load_core(from_env().native), load.row_nbytes
         self._code = {"bfloat16": BF16, "float16": F16, "float32": F32}[load.dtype]
 
-    def __call__(self, back: torch.Tensor, routed: Routing, out: torch.Tensor) -> None:
-        rows = (back.data_ptr() + routed.positions.astype(np.uint64) * self._nbytes).astype(np.uint64)
-        none = np.empty(0, np.uint64)
+    def __call__(self, pieces: Sequence[Piece], routed: Routing, out: torch.Tensor) -> None:
+        at = np.empty(len(routed.order), np.uint64)
+        for rows, tensor in pieces:
+            at[rows] = tensor.data_ptr() + np.arange(len(tensor)) * self._nbytes
         self._core.reduce_rows(
-            out.data_ptr(),
-            self._nbytes,
-            self._code,
-            routed.starts,
-            rows,
-            self._code,
-            None,
-            out.shape[1],
-            none,
-            0,
-            0,
-            [],
-        )
+            out.data_ptr(), self._nbytes, self._code, routed.starts, at[routed.positions], self._code, None,
+            out.shape[1], np.empty(0, np.uint64), 0, 0, [],
+        )  # fmt: skip
 
 
-def sum_by_index_add(back: torch.Tensor, routed: Routing, out: torch.Tensor) -> None:
+def sum_by_index_add(pieces: Sequence[Piece], routed: Routing, out: torch.Tensor) -> None:
     """Add each row to its token's, in the dtype of the rows: what is written most."""
     import torch
 
-    out.zero_().index_add_(0, torch.from_numpy(routed.order), back)
+    out.zero_()
+    for rows, tensor in pieces:
+        out.index_add_(0, torch.from_numpy(routed.order[rows]), tensor)
 
 
 class Buffer:
