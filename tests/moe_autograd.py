@@ -78,3 +78,21 @@ def dense(x: Tensor, idx: Tensor, weights: Tensor | None, held: Mapping[int, Ten
         share = chosen if weights is None else chosen * weights
         out = out + share.sum(1, keepdim=True) * expert(x, matrix)
     return out
+
+
+def gradients_of(member: Any, name: str, count: int, layout: str, weights_at: str) -> dict[str, Any]:
+    """On a rank in a process of its own: one step forward and backward; return its output and gradients."""
+    ep = member.eps[name]
+    x, idx, weights = tokens_of(ep.rank, count, experts=ep.experts, hidden=ep.hidden, topk=ep.topk)
+    held = matrices(ep.experts, ep.hidden)
+    out = run(ep, x, idx, weights, held, layout, weights_at)
+    out.sum().backward()
+    return {
+        "out": out.detach().numpy(), "x": _numpy(x), "weights": _numpy(weights),
+        "held": {expert: _numpy(held[expert]) for expert in ep.local_experts},
+    }  # fmt: skip
+
+
+def _numpy(leaf: Tensor) -> Any:
+    assert leaf.grad is not None
+    return leaf.grad.numpy()

@@ -54,8 +54,6 @@ class TracedHandle:
     """The local ids of this rank's rows."""
     places: Tensor
     """Where each pair of (topk_idx >= 0).nonzero() lies in r.x and y."""
-    padded: int
-    """How many rows r.x has."""
     weights: Tensor | None
     """r.topk_weights, with their gradients."""
     link: Tensor
@@ -65,33 +63,36 @@ class TracedHandle:
 def dispatch(
     ep: Parallel,
     x: Tensor,
-    topk_idx: Tensor,
+    topk_idx: Tensor | None = None,
     topk_weights: Tensor | None = None,
     *,
-    layout: str = "tokens",
+    handle: Any = None,
+    layout: str | None = None,
     alignment: int = 1,
-    weights_at: str = "holder",
+    weights_at: str | None = None,
 ) -> Dispatched:
     """Dispatch as `ep.dispatch` does; gradients of r.x and r.topk_weights come back to x and topk_weights.
 
-    The result is that of `ep.dispatch`, whose handle is for `combine` of this module.
+    The result is that of `ep.dispatch`, whose handle is for `combine` of this module. With `handle`, of an earlier
+    dispatch by this module, rows go the same way; without weights of their own they have that one's, as constants.
 
     Raises:
-        ConfigError: x are quantised rows with scales, or the layout has no gradient.
+        ConfigError: x are quantised rows with scales, the layout has no gradient, or the handle is none of this module.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ConfigError("rows in eight bits have no gradient", hint="call ep.dispatch, or give x in a floating dtype")
+    earlier = None if handle is None else _traced(handle)
+    layout = (earlier.layout if earlier else "tokens") if layout is None else layout
+    weights_at = (earlier.weights_at if earlier else "holder") if weights_at is None else weights_at
     if layout not in _LAYOUTS:
         raise ConfigError(f"layout {layout!r} has no gradient", hint=f"known here are {', '.join(_LAYOUTS)}")
+    given = topk_weights.detach() if topk_weights is not None else earlier.given if earlier else None
+    call = _Call(ep, topk_idx, earlier.handle if earlier else None, layout, alignment, weights_at)
     anchor = torch.empty(0, requires_grad=torch.is_grad_enabled())
-    call = _Call(ep, topk_idx, layout, alignment, weights_at)
     rows, weights, link = cast(Any, _Dispatch).apply(anchor, x, topk_weights, call)
     r = call.result
     places = _places(r, layout)
-    given = None if topk_weights is None else topk_weights.detach()
-    traced = TracedHandle(
-        r.handle, layout, alignment, weights_at, given, r.topk_idx, places, len(rows), weights, link
-    )  # fmt: skip
+    traced = TracedHandle(r.handle, layout, alignment, weights_at, given, r.topk_idx, places, weights, link)
     result: Dispatched = dataclasses.replace(r, x=rows, topk_weights=weights, handle=cast(Any, traced))
     return result
 
@@ -101,8 +102,7 @@ def combine(ep: Parallel, y: Tensor, handle: Any) -> Tensor:
 
     In layout "tokens" with weights at the holder these are the caller's to use, as r.topk_weights.
     """
-    if not isinstance(handle, TracedHandle):
-        raise ConfigError(f"{handle!r:.80} has no gradient", hint="give the handle of raynixl.moe.dispatch")
+    handle = _traced(handle)
     weights = handle.weights if handle.layout == "experts" else None
     out: Tensor = cast(Any, _Combine).apply(handle.link, y, weights, ep, handle)
     return out
@@ -113,7 +113,8 @@ class _Call:
     """One call of dispatch: what is no tensor of autograd's, on its way in and out."""
 
     ep: Parallel
-    topk_idx: Tensor
+    topk_idx: Tensor | None
+    handle: Any
     layout: str
     alignment: int
     weights_at: str
@@ -129,7 +130,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         r = call.result = call.ep.dispatch(
             x, call.topk_idx, topk_weights,
-            layout=call.layout, alignment=call.alignment, weights_at=call.weights_at,
+            handle=call.handle, layout=call.layout, alignment=call.alignment, weights_at=call.weights_at,
         )  # fmt: skip
         ctx.ep, ctx.handle, ctx.topk_idx, ctx.places = call.ep, r.handle, r.topk_idx, _places(r, call.layout)
         ctx.by_row = call.layout == "tokens" and call.weights_at == "source"
@@ -187,6 +188,12 @@ class _Combine(torch.autograd.Function):
         if ctx.at_source:
             return _by_row(dweights, handle.topk_idx, handle.places), dy, None, None, None
         return torch.zeros_like(handle.link), dy, dweights, None, None
+
+
+def _traced(handle: Any) -> TracedHandle:
+    if not isinstance(handle, TracedHandle):
+        raise ConfigError(f"{handle!r:.80} has no gradient", hint="give the handle of raynixl.moe.dispatch")
+    return handle
 
 
 def _times(rows: Tensor, weights: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

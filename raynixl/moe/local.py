@@ -62,10 +62,12 @@ class LocalParallel:
         weights_at: str = "holder",
     ) -> Dispatched:
         """Return the rows as the experts want them."""
-        if topk_idx is None:
-            if handle is None:
-                raise ConfigError("a dispatch needs topk_idx or a handle", hint="give one of them")
+        if (topk_idx is None) == (handle is None):
+            raise ConfigError("a dispatch needs topk_idx or a handle", hint="give one of them")
+        if handle is not None:
+            topk_weights = handle.weights if topk_weights is None else topk_weights
             topk_idx = handle.topk_idx
+        assert topk_idx is not None
         self._check(x, topk_idx)
         handle = self._route(topk_idx, topk_weights, layout, alignment, weights_at)
         ids = topk_idx[handle.tokens]

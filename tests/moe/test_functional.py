@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_autograd import LAYOUTS, dense, matrices, run, tokens_of
+from moe_autograd import LAYOUTS, dense, matrices, run, run_experts, tokens_of
 from moe_tools import Layer, Threads
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -202,6 +202,33 @@ def test_rows_in_bfloat16_have_gradients_in_bfloat16(crew: Threads, layout: str,
 
     with crew.experts(2, **SIZES, max_tokens=16, dtype=torch.bfloat16) as layer:
         assert max(layer.run(work)) < 0.05
+
+
+@in_every_layout
+def test_a_handle_carries_other_rows_with_other_weights(crew: Threads, layout: str, weights_at: str) -> None:
+    """The gradients of both dispatches come back, and where the second has no weights it has the first one's."""
+
+    def work(rank: int, ep: Any) -> list[Tensor]:
+        x, idx, weights = tokens_of(rank, COUNTS[rank], **SIZES)
+        held, new = matrices(EXPERTS, HIDDEN), (weights.detach() / 2).requires_grad_()
+        names = [held[name] for name in ep.local_experts]
+        first = dispatch(ep, x, idx, weights, layout=layout, weights_at=weights_at)
+        total = combine(ep, run_experts(first, names, layout, weights_at), first.handle)
+        for factor, given in ((2, new), (3, None)):
+            r = dispatch(ep, factor * x, topk_weights=given, handle=first.handle)
+            total = total + combine(ep, run_experts(r, names, layout, weights_at), r.handle)
+        total.sum().backward()
+        ours = [total.detach(), *(_taken(leaf) for leaf in (x, weights, new))]
+        total = dense(x, idx, weights, held) + dense(2 * x, idx, new, held)
+        total = total + dense(3 * x, idx, weights.detach(), held)
+        total.sum().backward()
+        for mine, theirs in zip(ours, [total, *(_taken(leaf) for leaf in (x, weights, new))], strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-12 if mine.dtype == torch.float64 else 1e-5)
+        return ours
+
+    with crew.experts(**SIZES, max_tokens=16, dtype=torch.float64) as layer:
+        layer.run(work)
+    work(0, LocalParallel(**SIZES))
 
 
 def test_two_layers_go_back_in_the_reverse_order(crew: Threads) -> None:

@@ -108,6 +108,20 @@ def _train(layer: MoELayer, parts: list[slice]) -> tuple[list[Tensor], dict[str,
     return outs, {name: value for name, value in layer.state_dict().items() if name.startswith("experts")}
 
 
+def test_training_does_not_need_more_memory_step_by_step(crew: Threads) -> None:
+    def work(rank: int, ep: Any) -> list[int]:
+        layer, slots = make_layer(ep), []
+        for _ in range(25):
+            x = tokens()[10 * rank : 10 * rank + 10].requires_grad_()
+            layer(x + layer(x)).sum().backward()
+            slots.append(ep.statistics().slot_nbytes)
+        return slots
+
+    with crew.experts(2, **SIZES, max_tokens=20, dtype=torch.float32) as layer:
+        for slots in layer.run(work):
+            assert slots[-1] == slots[10]
+
+
 @pytest.mark.parametrize("weights_at", ["holder", "source"])
 def test_weights_may_be_applied_at_either_end_and_experts_see_aligned_rows(crew: Threads, weights_at: str) -> None:
     expected = make_layer()(tokens()).detach()
@@ -159,6 +173,28 @@ def test_an_expert_is_restored_from_what_another_rank_has_saved(crew: Threads) -
 
     with crew.experts(2, **SIZES, max_tokens=20, dtype=torch.float32) as layer:
         assert torch.equal(torch.cat(layer.run(work)), expected)
+
+
+def test_an_expert_moves_to_another_rank_between_two_steps(crew: Threads) -> None:
+    expected = make_layer()(tokens()).detach()
+    state = make_expert(0).state_dict()
+
+    def work(rank: int, ep: Any) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        part = tokens()[10 * rank : 10 * rank + 10]
+        layer = make_layer(ep)
+        before = layer(part).detach()
+        ep.place([1, 0, 1, 0, 1])
+        modules = {name: make_expert(name + 100) for name in ep.local_experts}
+        layer.hold(modules)
+        for name, module in modules.items():
+            module.load_state_dict(state if name == 0 else make_expert(name).state_dict())
+        return tuple(layer.loads()), before, layer(part).detach()
+
+    with crew.experts(2, **SIZES, max_tokens=20, dtype=torch.float32) as layer:
+        results = layer.run(work)
+    assert [names for names, _, _ in results] == [(1, 3), (0, 2, 4)]
+    for outs in list(zip(*results, strict=True))[1:]:
+        assert torch.equal(torch.cat(outs), expected)
 
 
 def test_modules_of_other_experts_are_refused() -> None:
