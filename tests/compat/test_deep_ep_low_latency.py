@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from deep_ep_tools import Case, bits, ranks, same
@@ -277,3 +279,51 @@ def test_mistakes_say_what_to_do(pair):
     with ranks(pair) as group:
         errors = group.errors(lambda rank, buffer: buffer.clean_low_latency_buffer(24, 128, 8))
         assert all("low_latency_mode=True" in str(error) for error in errors)
+
+
+def test_what_was_waited_for_each_rank_is_counted(pair):
+    case, most = case_of(pair, hidden=128), 24
+    is_there = threading.Event()
+
+    def work(rank, buffer):
+        buffer.low_latency_dispatch(case.x(rank), case.topk_idx(rank), most, case.experts, use_fp8=False)
+        sent, back = torch.full((2,), 5), torch.full((2,), 5)
+        if rank == 1:
+            assert is_there.wait(20)
+            threading.Event().wait(0.05)  # what rank 0 waits for
+        is_there.set()
+        packed, _, handle, _, _ = buffer.low_latency_dispatch(
+            case.x(rank), case.topk_idx(rank), most, case.experts, use_fp8=False, dispatch_wait_recv_cost_stats=sent
+        )
+        buffer.low_latency_combine(
+            packed, case.topk_idx(rank), case.topk_weights(rank), handle, combine_wait_recv_cost_stats=back
+        )
+        assert sent[rank] == back[rank] == 5
+        assert bool((sent >= 5).all())
+        assert bool((back >= 5).all())
+        if rank == 0:
+            assert int(sent[1]) > 10_000_000
+
+    with ranks(pair, low_latency_mode=True) as group:
+        group.run(work)
+
+
+def test_memory_of_results_is_used_again_and_never_while_they_live(pair):
+    case, most = case_of(pair, hidden=128), 24
+
+    def work(rank, buffer):
+        held, places = [], set()
+        for seed in range(6):
+            other = case_of(pair, hidden=128, seed=seed)
+            packed, counts, handle, _, _ = buffer.low_latency_dispatch(
+                other.x(rank), other.topk_idx(rank), most, case.experts, use_fp8=False
+            )
+            places.add(packed.data_ptr())
+            held = [*held[-2:], (other, packed[:, :], counts, handle)]
+            del packed
+            for each, view, number, left in held:
+                check_packed(each, rank, view, number, left, each.x, most)
+        assert len(places) <= 4
+
+    with ranks(pair, low_latency_mode=True) as group:
+        group.run(work)

@@ -13,6 +13,7 @@ from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import Handle, lay_out, local_experts, make_handle, pad
 from raynixl.compat.deep_ep.low_latency import LowLatency
 from raynixl.compat.deep_ep.members import join
+from raynixl.compat.deep_ep.reuse import Reuse
 from raynixl.compat.deep_ep.runtime import Runtime
 from raynixl.errors import ConfigError
 
@@ -61,6 +62,7 @@ class Buffer(LowLatency):
         self.enable_shrink = enable_shrink
         self.runtime: Runtime | None = Runtime(members.rank, members.world)
         self._instances = Instances(members, deadline=deadline, may_shrink=enable_shrink)
+        self._memory = Reuse()
         self._next_buffers: dict[tuple[int, ...], Tensor] = {}
 
     def __repr__(self) -> str:

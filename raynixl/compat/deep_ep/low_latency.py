@@ -12,11 +12,13 @@ from torch import Tensor
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Work
 from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import local_experts
-from raynixl.compat.deep_ep.packing import Form, Packed, Places, as_words, pack
+from raynixl.compat.deep_ep.packing import Form, Packed, pack
+from raynixl.compat.deep_ep.reuse import Reuse
 from raynixl.compat.deep_ep.utils import COLUMNS, quantise
 from raynixl.errors import ConfigError, RangeError
 
 Hook = Callable[[], None]
+NANOSECONDS = 1e9
 
 
 class LowLatencyHandle(tuple[Any, ...]):
@@ -33,12 +35,11 @@ class _Step:
         self.topk_idx = topk_idx
         self.work: Work
         self.inner: Any = None
-        self.places: Places
 
-    def received(self) -> tuple[Any, Places]:
-        """Return what combine needs, once the rows are here."""
+    def received(self) -> Any:
+        """Return the handle that combine needs, once the rows are here."""
         self.work.finish()
-        return self.inner, self.places
+        return self.inner
 
 
 class LowLatency:
@@ -48,6 +49,7 @@ class LowLatency:
     low_latency_mode: bool
     enable_shrink: bool
     _instances: Instances
+    _memory: Reuse
     _next_buffers: dict[tuple[int, ...], Tensor]
 
     def low_latency_dispatch(
@@ -69,6 +71,8 @@ class LowLatency:
         With return_recv_hook or async_finish the call returns at once, and x and topk_idx may be changed; the results
         are there once the hook was called, or the event waited for.
 
+        The wait stats, int64 [ranks], count nanoseconds that we waited for each rank (DeepEP: cycles).
+
         Raises:
             RangeError: more tokens than num_max_dispatch_tokens_per_rank.
             ConfigError: dtypes or options that do not go together.
@@ -76,27 +80,29 @@ class LowLatency:
         """
         self._check_mode(async_finish, return_recv_hook)
         most, world = num_max_dispatch_tokens_per_rank, self.group_size
-        form = _scales_form(x, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
+        form = _form(x, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         parallel = self._parallel(num_experts, x.shape[1], topk_idx.shape[1], most)
-        dtype = torch.float8_e4m3fn if use_fp8 else x.dtype
         packed = Packed.empty(
-            num_experts // world, most * world, world=world, hidden=x.shape[1], dtype=dtype, scales=form
+            form, self._memory, experts=num_experts // world, places=most * world, hidden=x.shape[1], world=world
         )
         step = _Step(parallel, topk_idx.detach().clone())
+        begun = _waited(parallel, world) if dispatch_wait_recv_cost_stats is not None else None
         rows = quantise(x, round_scale=round_scale) if use_fp8 else _kept(x, async_finish or return_recv_hook)
         pending = parallel.dispatch(rows, step.topk_idx, layout="slots", weights_at="source", async_=True)
 
         def receive() -> None:
             arrived = self._instances.wait(parallel, pending)
-            step.inner, step.places = arrived.handle, pack(arrived, packed)
+            step.inner = pack(arrived, packed, parallel.agent.native)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(packed.counts)
+            if dispatch_wait_recv_cost_stats is not None and begun is not None:
+                dispatch_wait_recv_cost_stats.add_(_waited(parallel, world) - begun)
 
         step.work = Work(receive)
         event, hook = _leave(step.work, async_finish, return_recv_hook)
         handle = LowLatencyHandle((packed.src_info, packed.layout_range, most, x.shape[1], num_experts))
         handle.step = step
-        return (packed.x if form is None else (packed.x, packed.scales)), packed.counts, handle, event, hook
+        return ((packed.x, packed.scales) if use_fp8 else packed.x), packed.counts, handle, event, hook
 
     def low_latency_combine(
         self,
@@ -120,20 +126,21 @@ class LowLatency:
         weights = _weights(topk_idx, topk_weights, step.topk_idx)
         if zero_copy:
             x = self.get_next_low_latency_combine_buffer(handle)
-        inner, places = step.received()
+        inner = dataclasses.replace(step.received(), weights=weights)
         experts, room = handle[0].shape
         if x.shape != (experts, room, handle[3]):
             raise ConfigError(
                 f"x is {list(x.shape)}", hint=f"give [{experts}, {room}, {handle[3]}], as dispatch returned it"
             )
-        words = as_words(x.detach().contiguous().view(-1, handle[3]))
-        rows = torch.index_select(words, 0, places.places).view(x.dtype)
-        inner = dataclasses.replace(inner, weights=weights)
+        rows = x.detach().reshape(-1, handle[3])
         total = torch.empty((len(topk_idx), handle[3]), dtype=x.dtype) if out is None else out
-        pending = step.parallel.combine(rows, inner, out=total, async_=True)
+        waited = torch.zeros(self.group_size, dtype=torch.float64)
+        pending = step.parallel.combine(rows, inner, out=total, async_=True, stats=waited)
 
         def receive() -> None:
             self._instances.wait(step.parallel, pending)
+            if combine_wait_recv_cost_stats is not None:
+                combine_wait_recv_cost_stats.add_((waited * NANOSECONDS).long())
 
         event, hook = _leave(Work(receive), async_finish, return_recv_hook)
         return total, event, hook
@@ -196,17 +203,25 @@ class LowLatency:
             raise ConfigError("this buffer masks no ranks", hint="make it with enable_shrink=True")
 
 
-def _scales_form(x: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Form | None:
+def _waited(parallel: Any, world: int) -> Tensor:
+    """Return the nanoseconds that we have waited for each rank so far."""
+    waited = torch.zeros(world, dtype=torch.float64)
+    for peer in parallel.statistics().peers:
+        waited[peer.rank] = peer.waited
+    return (waited * NANOSECONDS).long()
+
+
+def _form(x: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Form:
     if x.dim() != 2 or not x.dtype.is_floating_point or x.element_size() == 1:
         raise ConfigError(f"x is {x.dtype} {list(x.shape)}", hint="give bfloat16 [tokens, hidden]; use_fp8 casts it")
     if use_ue8m0 and not (use_fp8 and round_scale):
         raise ConfigError("use_ue8m0 needs scales that are powers of 2", hint="set use_fp8 and round_scale too")
     if not use_fp8:
-        return None
+        return Form(x.dtype)
     step = 4 * COLUMNS if use_ue8m0 else COLUMNS
     if x.shape[1] % step:
         raise ConfigError(f"rows of {x.shape[1]} columns cannot be cast so", hint=f"give multiples of {step}")
-    return Form(x.shape[1] // step, torch.int32 if use_ue8m0 else torch.float32)
+    return Form(torch.float8_e4m3fn, x.shape[1] // step, torch.int32 if use_ue8m0 else torch.float32)
 
 
 def _leave(work: Work, is_async: bool, has_hook: bool) -> tuple[EventOverlap, Hook | None]:

@@ -1,22 +1,38 @@
-"""Packing: rows by source turned into DeepEP's low-latency form, a fixed block for each local expert, and back."""
+"""Packing: rows by source turned into DeepEP's low-latency form, a fixed block for each local expert."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raynixl.compat.deep_ep.utils import pack_scales
 from raynixl.errors import RangeError
+from raynixl.moe.major import Major, expert_major
+
+if TYPE_CHECKING:
+    from raynixl.compat.deep_ep.reuse import Reuse
 
 COUNT_BITS = 32
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How rows come: their dtype, and their scales, float32 for each 128 columns or int32 of four exponents."""
+
+    dtype: torch.dtype
+    scales: int = 0
+    scales_dtype: torch.dtype = torch.float32
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """The tensors that low_latency_dispatch returns. With a hook they are empty until it is called."""
+    """The tensors that low_latency_dispatch returns. With a hook they are undefined until it is called."""
 
     x: Tensor
     scales: Tensor | None
@@ -26,104 +42,74 @@ class Packed:
     layout_range: Tensor
 
     @staticmethod
-    def empty(experts: int, places: int, *, world: int, hidden: int, dtype: torch.dtype, scales: Form | None) -> Packed:
+    def empty(form: Form, memory: Reuse, *, experts: int, places: int, hidden: int, world: int) -> Packed:
         """Return room for `places` rows for each expert."""
-        room = None
-        if scales is not None:
-            room = torch.empty((experts, scales.width, places), dtype=scales.dtype).transpose(1, 2)
+        scales = None
+        if form.scales:
+            scales = memory.tensor(form.scales_dtype, (experts, form.scales, places)).transpose(1, 2)
         return Packed(
-            torch.empty((experts, places, hidden), dtype=dtype),
-            room,
+            memory.tensor(form.dtype, (experts, places, hidden)),
+            scales,
             torch.zeros(experts, dtype=torch.int32),
             torch.empty((experts, places), dtype=torch.int32),
             torch.zeros((experts, world), dtype=torch.int64),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How scales come: float32, one for 128 columns, or int32 of four exponents."""
+def pack(arrived: Any, into: Packed, native: Any) -> Any:
+    """Copy the rows of a dispatch in layout "slots" to their places: by expert, then source, then token.
 
-    width: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Places:
-    """Where each pair of a dispatch in layout "slots" lies: by expert, then source, then token, then k."""
-
-    rows: Tensor
-    """By pair in packed order: its row among the slots."""
-    experts: Tensor
-    """By expert: how many pairs."""
-    by_source: Tensor
-    """By expert and source: how many pairs."""
-    places: Tensor
-    """By pair in the order of (ids >= 0).nonzero(): its place among the packed rows."""
-
-
-def place(ids: Tensor, experts: int, places: int) -> Places:
-    """Work out the places of ids [world, max_tokens, topk].
+    Returns the dispatch's handle for a combine of rows in these places.
 
     Raises:
-        RangeError: more pairs than `places` for one expert: tokens name it twice.
+        RangeError: more rows for one expert than it has places: tokens name it twice.
     """
-    world, tokens, topk = ids.shape
-    pairs = (ids.reshape(-1) >= 0).nonzero().squeeze(1)
-    named = ids.reshape(-1)[pairs].long()
-    order = torch.argsort(named, stable=True)
-    counts = torch.bincount(named, minlength=experts)
-    if counts.numel() and int(counts.max()) > places:
-        raise RangeError(
-            f"{int(counts.max())} rows for one expert where there is room for {places}",
-            hint="name an expert once for a token",
-        )
-    firsts = counts.cumsum(0) - counts
-    within = torch.arange(len(pairs)) - firsts.repeat_interleave(counts)
-    packed = torch.empty_like(named)
-    packed[order] = torch.arange(experts).repeat_interleave(counts) * places + within
-    by_source = torch.bincount(named * world + pairs // (tokens * topk), minlength=experts * world)
-    return Places(pairs[order] // topk, counts, by_source.view(experts, world), packed)
-
-
-def pack(arrived: Any, into: Packed) -> Places:
-    """Copy the rows of a dispatch in layout "slots" to their places."""
+    handle = arrived.handle
     experts, room, hidden = into.x.shape
-    found = place(arrived.topk_idx, experts, room)
-    tokens = _tokens(arrived)
-    scales = arrived.scales
-    if scales is not None and into.scales is not None:
-        scales = pack_scales(scales) if into.scales.dtype == torch.int32 else scales
-        scales = scales.reshape(-1, scales.shape[-1])
-    rows, end = as_words(arrived.x.reshape(-1, hidden)), 0
-    packed = as_words(into.x)
-    for expert, count in enumerate(found.experts.tolist()):
-        start, end = end, end + count
-        if not count:
-            continue
-        index = found.rows[start:end]
-        torch.index_select(rows, 0, index, out=packed[expert, :count])
-        into.src_info[expert, :count] = tokens[index]
-        if scales is not None and into.scales is not None:
-            into.scales[expert, :count] = scales[index]
-    into.counts.copy_(found.experts)
-    begins = found.by_source.cumsum(1) - found.by_source
-    into.layout_range.copy_(begins << COUNT_BITS | found.by_source)
-    return found
+    major = expert_major(handle.row_ids, experts)
+    counts, starts = major.counts, major.offsets
+    if counts.max(initial=0) > room:
+        raise RangeError(
+            f"{counts.max()} rows for one expert where there is room for {room}", hint="name an expert once for a token"
+        )
+    owners = np.repeat(np.arange(experts), counts)
+    places = np.arange(len(owners)) + (np.arange(experts) * room - starts[:-1])[owners]
+    _copy(arrived.x.reshape(-1, hidden), handle.slot_rows[major.rows], into.x, starts.tolist(), native)
+    into.src_info.view(-1).numpy()[places] = handle.tokens[major.rows]
+    if into.scales is not None:
+        _scatter(
+            arrived.scales.reshape(-1, arrived.scales.shape[-1]), handle.slot_rows[major.rows], into.scales, places
+        )
+    world = into.layout_range.shape[1]
+    by_source = np.bincount(owners * world + arrived.sources.numpy()[major.rows], minlength=experts * world)
+    by_source = by_source.reshape(experts, world)
+    begins = by_source.cumsum(1) - by_source
+    into.layout_range.numpy()[:] = begins << COUNT_BITS | by_source
+    into.counts.numpy()[:] = counts
+    return _placed(handle, major, places, experts * room)
 
 
-def as_words(rows: Tensor) -> Tensor:
-    """Return rows as integers as wide as they allow: copying needs no more, and keeps every bit of a NaN."""
-    nbytes = rows.shape[-1] * rows.element_size()
-    return rows.view(torch.int64 if nbytes % 8 == 0 else torch.uint8)
+def _copy(rows: Tensor, index: Any, into: Tensor, starts: list[int], native: Any) -> None:
+    nbytes = rows.shape[1] * rows.element_size()
+    stride = rows.stride(0) * rows.element_size()
+    target, block = into.data_ptr(), into.shape[1] * nbytes
+    for expert, (start, end) in enumerate(itertools.pairwise(starts)):
+        if end > start:
+            part = index[start:end]
+            native.put_rows(rows.data_ptr(), stride, nbytes, part, target + expert * block, (), end - start)
 
 
-def _tokens(arrived: Any) -> Tensor:
-    """Return by row of the slots which token of its source it is, 0 where there is none."""
-    world, room, _ = arrived.topk_idx.shape
-    sources = arrived.sources.long()
-    counts = torch.bincount(sources, minlength=world)
-    within = torch.arange(len(sources)) - (counts.cumsum(0) - counts)[sources]
-    tokens = torch.zeros(world * room, dtype=torch.int32)
-    tokens[sources * room + within] = arrived.tokens
-    return tokens
+def _scatter(scales: Tensor, index: Any, into: Tensor, places: Any) -> None:
+    found = scales[torch.from_numpy(index).long()]
+    if into.dtype == torch.int32:
+        found = pack_scales(found)
+    room = into.shape[1]
+    into.transpose(1, 2).numpy()[places // room, :, places % room] = found.numpy()
+
+
+def _placed(handle: Any, major: Major, places: Any, count: int) -> Any:
+    """Return the handle for a y whose pairs lie at their places among `count` rows."""
+    positions = places[major.positions].astype(np.int32)
+    blank = np.broadcast_to(np.int32(-1), (count,))
+    at_places = dataclasses.replace(major, rows=blank, slots_k=blank, positions=positions)
+    return dataclasses.replace(handle, layout="experts", major=at_places)

@@ -69,8 +69,8 @@ def pack_scales(scales: Tensor) -> Tensor:
             f"{scales.shape[-1]} scales a row do not pack by four",
             hint=f"give rows of a multiple of {4 * COLUMNS} columns",
         )
-    exponents = (scales.view(torch.int32) >> _MANTISSA_BITS & _BYTE).unflatten(-1, (-1, 4))
-    return (exponents << _SHIFTS).sum(-1, dtype=torch.int32)
+    exponents = (scales.view(torch.int32) >> _MANTISSA_BITS & _BYTE).reshape(*scales.shape[:-1], -1, 4)
+    return torch.sum(exponents << _SHIFTS, -1, dtype=torch.int32)
 
 
 def unpack_scales(packed: Tensor) -> Tensor:
