@@ -57,10 +57,10 @@ class PackedWay:
         self._counts: list[int] = []
         self._received: Received | None = None
 
-    def with_reduce(self, reduce: Reduce) -> PackedWay:
-        """Return one that sums in another way, with the same buffers."""
+    def variant(self, exchange: Exchange, reduce: Reduce) -> PackedWay:
+        """Return one that exchanges or sums in another way, with the same buffers."""
         other = copy.copy(self)
-        other._reduce = reduce
+        other._exchange, other._reduce = exchange, reduce
         return other
 
     def dispatch(self, tokens: Tokens) -> None:

@@ -44,7 +44,7 @@ class Way(Protocol):
 class MoeRank:
     """Does what the measuring side asks: one method for each request, JSON values in and out."""
 
-    def __init__(self, exchanges: Mapping[str, Callable[[], Exchange]]) -> None:
+    def __init__(self, exchanges: Mapping[str, Exchange]) -> None:
         self._stack = ExitStack()
         self._exchanges = exchanges
         self._agent: Agent | None = None
@@ -164,11 +164,12 @@ class MoeRank:
     def _make_way(self, impl: str) -> Way:
         if impl == "raynixl":
             return OwnWay(self._group, self._load, self._buffer)
-        name, _, variant = impl.partition("-")
-        reduce: Reduce = sum_by_index_add if variant == "index-add" else Sum(self._load)
-        if variant and isinstance(first := self._ways.get(name), PackedWay):
-            return first.with_reduce(reduce)
-        return PackedWay(self._exchanges[name](), self._load, self._rank, reduce, buffer=self._buffer)
+        name = impl.removesuffix("-index-add")
+        reduce: Reduce = Sum(self._load) if name == impl else sum_by_index_add
+        for first in self._ways.values():
+            if isinstance(first, PackedWay):
+                return first.variant(self._exchanges[name], reduce)
+        return PackedWay(self._exchanges[name], self._load, self._rank, reduce, buffer=self._buffer)
 
     def _clear(self) -> None:
         """Let go of the present load."""
@@ -187,4 +188,4 @@ def _most(before: list[int], after: list[int]) -> int:
 if __name__ == "__main__":
     from raynixl.bench.moe_gloo import GlooExchange
 
-    answer_requests(MoeRank({"gloo": GlooExchange}))
+    answer_requests(MoeRank({"gloo": GlooExchange()}))
