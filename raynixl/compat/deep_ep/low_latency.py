@@ -14,8 +14,9 @@ from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import local_experts
 from raynixl.compat.deep_ep.packing import Form, Packed, pack
 from raynixl.compat.deep_ep.reuse import Reuse
-from raynixl.compat.deep_ep.utils import COLUMNS, quantise
+from raynixl.compat.deep_ep.utils import quantise
 from raynixl.errors import ConfigError, RangeError
+from raynixl.weights.conversion import BLOCK
 
 Hook = Callable[[], None]
 NANOSECONDS = 1e9
@@ -218,7 +219,7 @@ def _form(x: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Fo
         raise ConfigError("use_ue8m0 needs scales that are powers of 2", hint="set use_fp8 and round_scale too")
     if not use_fp8:
         return Form(x.dtype)
-    step = 4 * COLUMNS if use_ue8m0 else COLUMNS
+    step = 4 * BLOCK if use_ue8m0 else BLOCK
     if x.shape[1] % step:
         raise ConfigError(f"rows of {x.shape[1]} columns cannot be cast so", hint=f"give multiples of {step}")
     return Form(torch.float8_e4m3fn, x.shape[1] // step, torch.int32 if use_ue8m0 else torch.float32)

@@ -8,17 +8,15 @@ from torch import Tensor
 from raynixl.compat.deep_ep.config import align
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap
 from raynixl.errors import ConfigError
+from raynixl.moe.quantise import SMALLEST, dequantise
+from raynixl.moe.quantise import quantise as moe_quantise
+from raynixl.weights.conversion import BLOCK, FP8_MAX
 
 __all__ = [
     "EventHandle", "EventOverlap", "align", "calc_diff", "ceil_div", "check_nvlink_connections", "pack_scales",
     "per_token_cast_back", "per_token_cast_to_fp8", "quantise", "unpack_scales",
 ]  # fmt: skip
 
-COLUMNS = 128
-"""Columns of a row that share one scale."""
-
-_LARGEST = 448.0
-_SMALLEST_AMAX = 1e-4
 _MANTISSA_BITS = 23
 _BYTE = 0xFF
 _SHIFTS = torch.arange(0, 32, 8, dtype=torch.int32)
@@ -29,37 +27,27 @@ def quantise(x: Tensor, *, round_scale: bool = False) -> tuple[Tensor, Tensor]:
 
     A scale is the largest magnitude among its columns, 1e-4 at least, by 448.
     """
+    if not round_scale:
+        return moe_quantise(x)
     rows, hidden = x.shape
-    if hidden % COLUMNS:
-        raise ConfigError(f"rows of {hidden} columns cannot be cast", hint=f"give multiples of {COLUMNS}")
-    wide = x.detach().float().view(rows, hidden // COLUMNS, COLUMNS)
-    amax = wide.abs().amax(2).clamp(min=_SMALLEST_AMAX)
-    if round_scale:
-        exponents = _ceil_log2(amax * (1 / _LARGEST))
-        scales, factors = _power_of_2(exponents), _power_of_2(-exponents)
-    else:
-        scales, factors = amax / _LARGEST, _LARGEST / amax
-    return (wide * factors.unsqueeze(2)).to(torch.float8_e4m3fn).view(rows, hidden), scales
+    if hidden % BLOCK:
+        raise ConfigError(f"rows of {hidden} columns have no rounded scales", hint=f"give multiples of {BLOCK}")
+    wide = x.detach().float().view(rows, hidden // BLOCK, BLOCK)
+    amax = wide.abs().amax(2).clamp(min=SMALLEST)
+    exponents = _ceil_log2(amax * (1 / FP8_MAX))
+    cast = (wide * _power_of_2(-exponents).unsqueeze(2)).to(torch.float8_e4m3fn)
+    return cast.view(rows, hidden), _power_of_2(exponents)
 
 
 def per_token_cast_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows in eight bits and their scales; columns beyond a multiple of 128 share the last scale."""
-    hidden = x.shape[1]
-    full = align(hidden, COLUMNS)
-    padded = x if full == hidden else torch.nn.functional.pad(x, (0, full - hidden))
-    cast, scales = quantise(padded)
-    return cast[:, :hidden].contiguous(), scales
+    return moe_quantise(x)
 
 
 def per_token_cast_back(x_fp8: Tensor, x_scales: Tensor) -> Tensor:
     """Return eight-bit rows as bfloat16; scales are float32, or int32 of four exponents each."""
-    rows, hidden = x_fp8.shape
-    if rows == 0:
-        return x_fp8.to(torch.bfloat16)
     scales = unpack_scales(x_scales) if x_scales.dtype == torch.int32 else x_scales
-    wide = torch.nn.functional.pad(x_fp8.float(), (0, align(hidden, COLUMNS) - hidden)).view(rows, -1, COLUMNS)
-    back = (wide * scales.reshape(rows, -1, 1)).view(rows, -1)[:, :hidden]
-    return back.to(torch.bfloat16).contiguous()
+    return dequantise(x_fp8, scales, torch.bfloat16)
 
 
 def pack_scales(scales: Tensor) -> Tensor:
@@ -67,7 +55,7 @@ def pack_scales(scales: Tensor) -> Tensor:
     if scales.shape[-1] % 4:
         raise ConfigError(
             f"{scales.shape[-1]} scales a row do not pack by four",
-            hint=f"give rows of a multiple of {4 * COLUMNS} columns",
+            hint=f"give rows of a multiple of {4 * BLOCK} columns",
         )
     exponents = (scales.view(torch.int32) >> _MANTISSA_BITS & _BYTE).reshape(*scales.shape[:-1], -1, 4)
     return torch.sum(exponents << _SHIFTS, -1, dtype=torch.int32)
