@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raynixl.moe import reference
+from raynixl.moe.quantise import quantise
 
 Packed = tuple[str, tuple[int, ...], bytes]
 """A tensor: dtype, shape, bytes."""
@@ -59,7 +59,7 @@ def draw_rows(
     wide = torch.from_numpy(rng.standard_normal((count, 2 * hidden)))
     part = wide[:, ::2] if kind == "strided" else wide[:, :hidden].contiguous()
     if dtype == torch.float8_e4m3fn:
-        x, scales = reference.quantise(part.to(torch.bfloat16))
+        x, scales = quantise(part.to(torch.bfloat16))
         return (x.t().contiguous().t(), scales.t().contiguous().t()) if kind == "strided" else (x, scales)
     converted = (wide * 40).clamp(-128, 127).to(dtype) if dtype == torch.int8 else wide.to(dtype)
     return (converted[:, ::2] if kind == "strided" else converted[:, :hidden].contiguous()), None

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from raynixl.moe.grid import Grid
-
-QUANTISED_COLUMNS = 128
-"""Columns of a row that share one scale where rows come in eight bits."""
+from raynixl.moe.quantise import dequantise
 
 Expert = Callable[[int, Tensor], Tensor]
 """expert(physical id, rows) -> rows of what it computes."""
@@ -165,18 +163,9 @@ def dense(setting: Setting, given: Tokens, expert: Expert) -> Tensor:
     return out
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows in float8_e4m3fn and their scales [tokens, columns / 128]: the largest of each 128 columns is 448."""
-    groups = x.float().reshape(len(x), x.shape[1] // QUANTISED_COLUMNS, QUANTISED_COLUMNS)
-    scales = groups.abs().amax(-1).clamp(min=1e-4) / 448.0
-    return (groups / scales[..., None]).reshape(x.shape).to(torch.float8_e4m3fn), scales
-
-
 def as_rows(x: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return rows as numbers of `dtype`, by their scales if they have any."""
-    if scales is None:
-        return x.to(dtype)
-    return (x.float() * scales.repeat_interleave(x.shape[-1] // scales.shape[-1], -1)).to(dtype)
+    return x.to(dtype) if scales is None else dequantise(x, scales, dtype)
 
 
 def _route(setting: Setting, tokens: Sequence[Tokens], rank: int) -> list[_Row]:
@@ -272,16 +261,10 @@ def _by_slot(setting: Setting, plain: Arrived, rows: Sequence[_Row]) -> Arrived:
             out[places] = tensor.view(torch.uint8)
         return out.view(tensor.dtype).reshape(*shape, tensor.shape[1])
 
-    return Arrived(
-        spread(plain.x, 0),
-        None if plain.scales is None else spread(plain.scales, 0),
-        spread(plain.topk_idx, 255),
-        None if plain.topk_weights is None else spread(plain.topk_weights, 0),
-        plain.counts,
-        None,
-        plain.sources,
-        plain.tokens,
-    )
+    scales = None if plain.scales is None else spread(plain.scales, 0)
+    weights = None if plain.topk_weights is None else spread(plain.topk_weights, 0)
+    ids = spread(plain.topk_idx, 255)
+    return Arrived(spread(plain.x, 0), scales, ids, weights, plain.counts, None, plain.sources, plain.tokens)
 
 
 def _slot_places(setting: Setting, rows: Sequence[_Row]) -> Iterator[tuple[int, _Row]]:

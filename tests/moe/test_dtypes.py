@@ -7,7 +7,7 @@ import torch
 from moe_programs import Combine, Dispatch, Program, even
 from moe_rows import draw_rows
 
-from raynixl.moe import reference
+from raynixl.moe.quantise import quantise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int8]
 WAYS = [("tokens", "holder"), ("experts", "holder"), ("experts", "source"), ("slots", "source")]
@@ -39,13 +39,13 @@ def test_rows_in_float8_are_those_of_quantising_here(crew, hidden):
     ids = torch.arange(5)[:, None] % 3
 
     def work(rank, ep):
-        return ep.dispatch(reference.quantise(x[rank]), ids)
+        return ep.dispatch(quantise(x[rank]), ids)
 
     options = {"experts": 3, "hidden": hidden, "topk": 1, "max_tokens": 5, "dtype": torch.float8_e4m3fn}
     with crew.experts(3, **options) as layer:
         for rank, made in enumerate(layer.run(work)):
             tokens = [token for token in range(5) if token % 3 == rank]
-            rows, scales = zip(*(reference.quantise(each[tokens]) for each in x), strict=True)
+            rows, scales = zip(*(quantise(each[tokens]) for each in x), strict=True)
             assert made.x.dtype == torch.float8_e4m3fn
             assert torch.equal(made.x.view(torch.uint8), torch.cat(rows).view(torch.uint8))
             assert torch.equal(made.scales, torch.cat(scales))
