@@ -11,6 +11,7 @@ import torch
 
 from raynixl.moe.calls import DispatchCall
 from raynixl.moe.landing import Landing, Piece, collect
+from raynixl.moe.lines import Heard
 from raynixl.moe.major import expert_major
 from raynixl.moe.result import Dispatched, Handle, sources_of
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.dispatching import Scene
-    from raynixl.moe.pool import Slot
+    from raynixl.moe.slot import Slot
     from raynixl.moe.routing import Routing
 
 
@@ -28,8 +29,7 @@ class Arrival:
 
     landing: Landing
     pieces: list[Piece]
-    lines: np.ndarray[Any, Any]
-    came: list[int]
+    heard: dict[int, Heard]
     offsets: npt.NDArray[np.int64]
     extent: npt.NDArray[np.int64]
     total: int
@@ -71,46 +71,64 @@ class _Arranging:
 
     def result(self) -> Dispatched:
         call, handle = self.call, self.call.handle
-        is_slots = call.layout == "slots"
-        most = self.scene.max_tokens
+        is_slots, most = call.layout == "slots", self.scene.max_tokens
         begins = np.concatenate([[0], np.cumsum(self.counts)])
         targets = [piece.source * most if is_slots else int(begins[piece.source]) for piece in self.arrival.pieces]
         total = self.scene.world * most if is_slots else self.rows
         slot, shift = collect(self.landing, self.arrival.pieces, targets, total)
-        fields = self._fields(slot, shift, total)
-        self._blank_holes(fields, begins)
-        rows_at = self._rows_at(begins) if is_slots else slice(0, total)
-        columns, meta = fields[: len(call.columns)], fields[len(call.columns) :]
-        if handle is None:
-            row_ids = meta[0].numpy()[rows_at].copy()
-            tokens = meta[-1].numpy()[rows_at].reshape(-1).copy()
-        else:
-            row_ids, tokens = handle.row_ids, handle.tokens
-        row_weights = meta[1 if handle is None else 0].numpy()[rows_at].copy() if call.sends_weights else None
+        if slot is None and total:
+            slot = self.landing.take(total)
+        rows_at = self._rows_at(begins) if is_slots else None
+        meta = self._meta(slot, shift, rows_at)
+        row_ids, tokens = (meta.pop(0), meta.pop().reshape(-1)) if handle is None else (handle.row_ids, handle.tokens)
+        row_weights = meta.pop() if call.sends_weights else None
         if row_weights is None and handle is not None and call.weights is None:
             row_weights = handle.row_weights
+        columns = self._columns(slot, shift, total)
+        self._blank_holes(columns, begins)
         self.landing.release()
         return self._dispatched(columns, row_ids, row_weights, tokens)
 
-    def _fields(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
-        """Return each field of the rows as a tensor: views of the slot, which they lease."""
-        call, form = self.call, self.landing.form
-        shapes = [(column.tensor.dtype, tuple(column.tensor.shape[1:])) for column in call.columns]
+    def _meta(self, slot: Slot | None, shift: int, rows_at: npt.NDArray[np.int64] | None) -> list[npt.NDArray[Any]]:
+        """Return copies of the fields behind the columns: ids, weights and tokens, as far as they came."""
+        call, topk, skipped = self.call, self.scene.topk, len(self.call.columns)
+        kinds: list[tuple[type, int]] = []
         if call.handle is None:
-            shapes.append((torch.int32, (self.scene.topk,)))
+            kinds.append((np.int32, topk))
         if call.sends_weights:
-            shapes.append((torch.float32, (self.scene.topk,)))
+            kinds.append((np.float32, topk))
         if call.handle is None:
-            shapes.append((torch.int32, (1,)))
+            kinds.append((np.int32, 1))
         if slot is None:
-            if call.layout != "slots":
-                return [torch.zeros((total, *shape), dtype=dtype) for dtype, shape in shapes]
-            slot = self.landing.take(total)
-        starts = form.layout(slot.nbytes).starts
+            return [np.zeros((0, width), kind) for kind, width in kinds]
+        found = []
+        for (kind, width), start in zip(kinds, self.landing.form.layout(slot.nbytes).starts[skipped:], strict=True):
+            first, last = (
+                (shift, shift + self.rows) if rows_at is None else (0, self.scene.world * self.scene.max_tokens)
+            )
+            rows = slot.bytes[start + first * 4 * width : start + last * 4 * width].view(kind).reshape(-1, width)
+            found.append(rows.copy() if rows_at is None else rows[rows_at])
+        if call.handle is not None:
+            self._blank_weights(found)
+        return found
+
+    def _blank_weights(self, found: list[npt.NDArray[Any]]) -> None:
+        begins, here = np.concatenate([[0], np.cumsum(self.counts)]), {piece.source for piece in self.arrival.pieces}
+        for source in np.flatnonzero(self.counts).tolist():
+            if source not in here:
+                for rows in found:
+                    rows[int(begins[source]) : int(begins[source + 1])] = 0
+
+    def _columns(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
+        """Return x, its scales and what came beside as tensors: views of the slot, which they lease."""
+        shapes = [(column.tensor.dtype, tuple(column.tensor.shape[1:])) for column in self.call.columns]
+        if slot is None:
+            return [torch.zeros((total, *shape), dtype=dtype) for dtype, shape in shapes]
+        form = self.landing.form
         lease = self.session.pool.lease(slot)
         return [
             lease.tensor(dtype, (total, *shape), start + shift * nbytes)
-            for (dtype, shape), start, nbytes in zip(shapes, starts, form.fields, strict=True)
+            for (dtype, shape), start, nbytes in zip(shapes, form.layout(slot.nbytes).starts, form.fields, strict=False)
         ]
 
     def _blank_holes(self, fields: list[Tensor], begins: npt.NDArray[np.int64]) -> None:
@@ -146,7 +164,7 @@ class _Arranging:
             major = expert_major(row_ids, scene.local_experts, call.alignment)
             columns = [self._by_expert(column, major) for column in columns]
             offsets = torch.from_numpy(major.offsets)
-            weights = None if row_weights is None else torch.from_numpy(_by_pair(row_weights, major))
+            weights = None if row_weights is None else torch.from_numpy(major.weights(row_weights))
         elif call.layout == "slots":
             ids, weights = self._in_slots(ids, -1), None if weights is None else self._in_slots(weights, 0)
             columns = [column.view(scene.world, scene.max_tokens, *column.shape[1:]) for column in columns]
@@ -188,17 +206,11 @@ class _Arranging:
                 major=major, lost=self._lost(),
             )  # fmt: skip
         backs, totals = np.zeros(members.limit, np.int64), np.zeros(members.limit, np.int64)
-        backs[arrival.came] = arrival.lines["back"][arrival.came]
-        totals[arrival.came] = arrival.lines["total"][arrival.came]
+        for rank, line in arrival.heard.items():
+            backs[rank], totals[rank] = line.back, line.total
         totals[members.me] = arrival.total
         return Handle(
             call.layout, call.weights_at, call.alignment, self.routing, call.weights, self.scene.placement,
             self.scene.topk, arrival.offsets, arrival.extent, backs, totals, self.counts, row_ids, row_weights, tokens,
             major, call.ids_dtype, self.chosen, self.scene.world, self.scene.max_tokens, self._lost(),
         )  # fmt: skip
-
-
-def _by_pair(row_weights: npt.NDArray[np.float32], major: Any) -> npt.NDArray[np.float32]:
-    """Return the weight of each row in expert order, 0 for padding."""
-    rows, ks = major.rows, major.slots_k
-    return np.where(rows >= 0, row_weights[np.maximum(rows, 0), np.maximum(ks, 0)], np.float32(0)).astype(np.float32)

@@ -12,7 +12,7 @@ from raynixl.errors import RaynixlError
 from raynixl.host import has_ended
 from raynixl.moe.board import cell_offset
 from raynixl.moe.fields import RowFormat
-from raynixl.moe.lines import Cell
+from raynixl.moe.lines import Cell, Line, LineForm
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -59,7 +59,7 @@ class Channel(Protocol):
     def is_direct(self) -> bool:
         """Whether the peer's memory is mapped here, so that rows are there when `put` returns."""
 
-    def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
+    def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board, behind all rows that were put before."""
 
     def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
@@ -90,15 +90,14 @@ class MappedChannel:
         self._directions = directions
         self._bell = board.address
         self._gates = board.gates
-        self._cells = {cell: board.address + cell_offset(ranks, me, cell) for cell in Cell}
+        self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), me, cell) for cell in Cell}
         self._slots: dict[int, Window | None] = {}
         self.lines = 0
         self.puts = 0
 
-    def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
+    def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board."""
-        data = line.tobytes()
-        if self._native.post_line(self._cells[cell], data[8:], int(line["number"]), self._bell, self._gates):
+        if self._native.post_line(self._cells[cell], line.payload, line.number, self._bell, self._gates):
             return False
         self.lines += 1
         return True

@@ -14,9 +14,10 @@ from raynixl.errors import RaynixlError
 from raynixl.moe.channel import Place
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
+from raynixl.moe.lines import Line
 from raynixl.moe.outgoing import Outgoing, outgoing
 from raynixl.moe.result import Combined, Handle
-from raynixl.moe.session import ANY, Session, status_of
+from raynixl.moe.session import ANY, Session
 from raynixl.moe.summing import Terms, lost_scale, pair_table, sum_terms, terms_of
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Combine:
             Masked: the others go on without us.
         """
         session, call = self.session, self.call
-        landing = Landing(session, call.form(), self.signature, session.phase + 1, session.turn(), 1 << 30)
+        landing = Landing(session, call.form(), session.phase + 1, session.turn(), 1 << 30)
         try:
             sent = outgoing(landing, call.y, call.handle, call.weights)
             pieces = self._exchange(landing, sent)
@@ -88,82 +89,80 @@ class Combine:
             landing.release()
 
     def _exchange(self, landing: Landing, sent: Outgoing) -> list[Piece]:
-        session, handle = self.session, self.call.handle
+        session, handle, signature = self.session, self.call.handle, self.signature
         expected = int(handle.totals[session.members.me])
         if expected > landing.capacity() and self.error is None:
-            landing.enlarge(expected, self._starts_here())
-        asked, is_done = [], set()
-        for rank in session.members.in_turn if self.error is None else ():
-            if not sent.counts[rank]:
+            landing.shared_for(expected, self._starts_here())
+        line = session.line(signature, self.error)
+        counts, asked = sent.counts.tolist(), []
+        for rank in session.members.in_turn:
+            if not counts[rank]:
+                self._post(line, rank, None, 0)
                 continue
             slot = int(session.slots[rank])
             if session.channels[rank].capacity(landing.form, slot) < handle.totals[rank]:
-                landing.ask(rank, int(sent.counts[rank]))
+                landing.ask(rank, counts[rank])
                 asked.append(rank)
-            elif self._put(landing, rank, Place(slot, int(handle.backs[rank])), sent):
-                is_done.add(rank)
+            else:
+                self._put(landing, line, rank, Place(slot, int(handle.backs[rank])), sent)
         for rank in asked:
             place = landing.wait_place(rank, self.deadline)
-            if place is not None and self._put(landing, rank, place, sent):
-                is_done.add(rank)
-        for rank in session.members.in_turn:
-            if rank not in is_done:
-                self._post(landing, rank, None, 0)
-        lines, came, _ = session.gather(self.signature, self.deadline, landing=landing, error=self.error)
-        return landing.pieces(lines, came, None)
+            if place is not None:
+                self._put(landing, line, rank, place, sent)
+        heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error)
+        return landing.pieces(heard, None)
 
     def _starts_here(self) -> I64:
         """Return by holder where what it sends back begins here."""
         routing = self.call.handle.routing
-        if self.call.handle.weights_at == "holder":
-            return routing.begins[:-1]
-        pairs = routing.pair_counts
-        return np.cumsum(pairs) - pairs
+        return (routing.begins if self.call.handle.weights_at == "holder" else routing.pair_begins)[:-1]
 
-    def _put(self, landing: Landing, rank: int, place: Place, sent: Outgoing) -> bool:
+    def _put(self, landing: Landing, line: Line, rank: int, place: Place, sent: Outgoing) -> None:
         """Send a source its rows, and the line behind them."""
         count = int(sent.counts[rank])
-        if not landing.put(rank, place, sent.sources(rank), count, self.deadline):
-            return False
-        self._post(landing, rank, place, count)
-        return True
+        if landing.put(rank, place, sent.sources(rank), count, self.deadline):
+            self._post(line, rank, place, count)
 
-    def _post(self, landing: Landing, rank: int, place: Place | None, count: int) -> None:
-        line = self.session.line(self.signature)
-        if place is not None:
-            line["place"], line["offset"], line["count"] = place.slot, place.offset, count
-        if self.error is not None:
-            line["status"] = status_of(self.error)
-            line["text"] = str(self.error).encode()[:200]
+    def _post(self, line: Line, rank: int, place: Place | None, count: int) -> None:
+        slot = self.session.landing.number
+        if place is None:
+            line.rows(slot)
+        else:
+            line.rows(slot, place=place.slot, offset=place.offset, count=count)
         self.session.post(rank, line)
 
-    def _came(self, landing: Landing, pieces: list[Piece], sent: Outgoing, field: int) -> _Came:
+    def _came(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> _Came:
         """Return where each item that came back lies, and which did not come."""
-        begins, nbytes = self._starts_here(), landing.form.fields[field]
+        begins, nbytes = self._starts_here(), landing.form.fields[0]
         total, me = int(self.call.handle.totals[self.session.members.me]), self.session.members.me
-        at, is_there = np.zeros(total, np.uint64), np.zeros(total, np.bool_)
+        own = slice(int(begins[me]), int(begins[me]) + int(sent.counts[me]))
+        at = np.arange(total, dtype=np.uint64) * np.uint64(nbytes)
+        first = {piece.slot.address + (piece.offset - int(begins[piece.source])) * nbytes for piece in pieces}
+        if sum(piece.count for piece in pieces) + own.stop - own.start == total and len(first) < 2:
+            at += np.uint64(first.pop() + landing.form.layout(pieces[0].slot.nbytes).starts[0] if first else 0)
+            at[own] = sent.addresses(me)
+            return _Came(at, None)
+        is_there = np.zeros(total, np.bool_)
         for piece in pieces:
-            start = landing.form.layout(piece.slot.nbytes).starts[field]
             begin = int(begins[piece.source])
-            first = piece.slot.address + start + piece.offset * nbytes
-            at[begin : begin + piece.count] = first + np.arange(piece.count, dtype=np.uint64) * np.uint64(nbytes)
+            start = landing.form.layout(piece.slot.nbytes).starts[0]
+            at[begin : begin + piece.count] = (
+                piece.slot.address + start + piece.offset * nbytes
+                + np.arange(piece.count, dtype=np.uint64) * np.uint64(nbytes)
+            )  # fmt: skip
             is_there[begin : begin + piece.count] = True
-        begin, count = int(begins[me]), int(sent.counts[me])
-        if field == 0:
-            at[begin : begin + count] = sent.addresses(me)
-        is_there[begin : begin + count] = True
-        return _Came(at, is_there)
+        at[own], is_there[own] = sent.addresses(me), True
+        return _Came(at, None if is_there.all() else is_there)
 
     def _add_up(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> Tensor:
         call = self.call
-        came = self._came(landing, pieces, sent, 0)
+        came = self._came(landing, pieces, sent)
         if not call.is_summed:
             return self._pairs(came)
         terms, scale = terms_of(call.handle), None
-        is_whole = bool(came.is_there.all())
-        if call.renormalises and not (is_whole and call.handle.is_whole):
+        if call.renormalises and not (came.is_there is None and call.handle.is_whole):
             scale = lost_scale(call.handle, came.is_there)
-        if not is_whole:
+        if came.is_there is not None:
             terms = terms.only(came.is_there)
         sum_terms(self.session.agent.native, terms, came.at, call.y, call.out, call.biases, scale)
         return call.out
@@ -171,12 +170,11 @@ class Combine:
     def _pairs(self, came: _Came) -> Tensor:
         """Return the pairs of our tokens in (token, k) order, as they came; zeros for those that did not."""
         terms = terms_of(self.call.handle)
-        there = came.is_there[terms.items]
+        there = np.ones(len(terms.items), np.bool_) if came.is_there is None else came.is_there[terms.items]
         starts = np.concatenate([[0], np.cumsum(there)]).astype(np.int64)
         out = self.call.y.new_empty((len(terms.items), self.call.y.shape[-1]))
-        sum_terms(
-            self.session.agent.native, Terms(starts, terms.items[there], None), came.at, self.call.y, out, (), None
-        )
+        pairs = Terms(starts, terms.items[there], None)
+        sum_terms(self.session.agent.native, pairs, came.at, self.call.y, out, (), None)
         return out
 
     def _weights_back(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> Tensor:
@@ -208,4 +206,5 @@ class _Came:
     """By item that is to come back: where it lies, and whether it came."""
 
     at: npt.NDArray[np.uint64]
-    is_there: npt.NDArray[np.bool_]
+    is_there: npt.NDArray[np.bool_] | None
+    """None if all came."""

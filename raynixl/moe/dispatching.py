@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from raynixl.moe.arrival import Arrival, arrange
 from raynixl.moe.calls import DispatchCall
 from raynixl.moe.channel import Place, Source
 from raynixl.moe.landing import Landing, Piece
+from raynixl.moe.lines import Line
 from raynixl.moe.result import Dispatched
 from raynixl.moe.routing import Routing
-from raynixl.moe.session import ANY, GRACE, Session, status_of
+from raynixl.moe.session import ANY, GRACE, Session
 
 if TYPE_CHECKING:
     from raynixl.moe.fields import RowFormat
@@ -73,9 +74,9 @@ class Dispatch:
         form = call.form(self.scene.topk)
         signature = ANY if self.error is not None else call.signature(self.scene.placement)
         places = self._exchange_counts(signature) if self.needs_counts else self._known_places()
-        landing = Landing(session, form, signature, session.phase + 1, session.turn(), self.scene.max_tokens)
+        landing = Landing(session, form, session.phase + 1, session.turn(), self.scene.max_tokens)
         try:
-            arrival = self._exchange_rows(landing, places)
+            arrival = self._exchange_rows(landing, places, signature)
             return arrange(arrival, self.scene, call, self.routing)
         except BaseException:
             landing.release()
@@ -89,14 +90,14 @@ class Dispatch:
     def _exchange_counts(self, signature: int) -> Places:
         """Tell all ranks our counts, and hear theirs."""
         session, me = self.session, self.session.members.me
-        line = session.line(signature)
-        line["counts"] = self.routing.counts
-        self._say(line)
+        line = session.line(signature, self.error)
+        line.counts(self.routing.counts)
         for rank in session.members.in_turn:
             session.post(rank, line)
-        lines, came, is_whole = session.gather(signature, self.deadline, error=self.error)
+        heard, is_whole = session.gather(signature, self.deadline, error=self.error)
         counts = np.zeros((session.members.limit, session.members.limit), np.int64)
-        counts[came] = lines["counts"][came]
+        for rank in heard:
+            counts[rank] = session.board.counts(rank, session.phase & 1)
         counts[me] = self.routing.counts
         arriving = np.cumsum(counts[:, me]) - counts[:, me]
         return Places(counts[:me].sum(axis=0), counts.sum(axis=0), arriving, is_whole)
@@ -113,60 +114,42 @@ class Dispatch:
         assert handle is not None
         return Places(handle.offsets, handle.extent, handle.begins[:-1], True)
 
-    def _exchange_rows(self, landing: Landing, places_of: Places) -> Arrival:
-        session, routing, me = self.session, self.routing, self.session.members.me
-        rows = [(rank, int(routing.counts[rank])) for rank in [*session.members.in_turn, me]]
-        own_slot = self._own_slot(landing, places_of)
-        sources = self._sources()
-        places: dict[int, Place] = {}
-        asked = []
-        for rank, count in rows if self.error is None else ():
-            if not count:
-                continue
-            place = (
-                self._own_place(landing, places_of, own_slot) if rank == me else self._place(landing, rank, places_of)
-            )
-            if place is None:
-                landing.ask(rank, count)
-                asked.append((rank, count))
-            elif landing.put(rank, place, self._cut(sources, rank), count, self.deadline):
-                places[rank] = place
-                if rank != me:
-                    self._post(landing, rank, place)
-        for rank, count in asked:
-            place = landing.wait_place(rank, self._late(landing.form))
-            if place is not None and landing.put(rank, place, self._cut(sources, rank), count, self.deadline):
-                places[rank] = place
-                self._post(landing, rank, place)
+    def _exchange_rows(self, landing: Landing, places: Places, signature: int) -> Arrival:
+        session, me = self.session, self.session.members.me
+        counts = self.routing.counts.tolist() if self.error is None else [0] * session.members.limit
+        own = self._own_place(landing, places) if counts[me] else None
+        packed = self._packed()
+        line = session.line(signature, self.error)
+        asked, is_done = [], set()
         for rank in session.members.in_turn:
-            if rank not in places:
-                self._post(landing, rank, None)
-        lines, came, _ = session.gather(landing.signature, self._late(landing.form), landing=landing, error=self.error)
-        own = None
-        if me in places:
-            own = Piece(me, landing.slots[places[me].slot], places[me].offset, rows[-1][1])
-        return Arrival(
-            landing,
-            landing.pieces(lines, came, own),
-            lines,
-            came,
-            places_of.offsets,
-            places_of.extent,
-            self._back(me)[1],
-        )
+            place = self._place(landing, rank, places) if counts[rank] else None
+            if not counts[rank]:
+                self._post(line, rank, None, 0)
+            elif place is None:
+                landing.ask(rank, counts[rank])
+                asked.append(rank)
+            elif landing.put(rank, place, self._rows(packed, rank), counts[rank], self.deadline):
+                self._post(line, rank, place, counts[rank])
+        if own is not None:
+            landing.put_here(own, self._rows(packed, me), counts[me])
+        for rank in asked:
+            place = landing.wait_place(rank, self._late(landing.form))
+            if place is not None and landing.put(rank, place, self._rows(packed, rank), counts[rank], self.deadline):
+                self._post(line, rank, place, counts[rank])
+        heard, _ = session.gather(signature, self._late(landing.form), landing=landing, error=self.error)
+        piece = None if own is None else Piece(me, landing.slots[own.slot], own.offset, counts[me])
+        offsets = places.offsets if places.is_exact else np.full(session.members.limit, -1)
+        return Arrival(landing, landing.pieces(heard, piece), heard, offsets, places.extent, self._backs()[1])
 
-    def _own_slot(self, landing: Landing, places: Places) -> int:
-        """Return the slot in which our own rows lie: a larger one if the announced one does not hold what comes."""
-        rows = int(places.extent[self.session.members.me])
-        if places.is_exact and rows > landing.capacity():
-            return landing.enlarge(rows, places.arriving).number
-        return landing.announced.number
-
-    def _own_place(self, landing: Landing, places: Places, slot: int) -> Place:
+    def _own_place(self, landing: Landing, places: Places) -> Place:
+        """Return where our own rows lie: in a larger slot if the announced one does not hold what comes."""
         offset = int(places.offsets[self.session.members.me])
-        if places.is_exact and offset >= 0:
-            return Place(slot, offset)
-        return Place(landing.take(self.scene.max_tokens).number, 0)
+        rows = int(places.extent[self.session.members.me])
+        if not places.is_exact or offset < 0:
+            return Place(landing.take(self.scene.max_tokens).number, 0)
+        if rows > landing.capacity():
+            return Place(landing.shared_for(rows, places.arriving).number, offset)
+        return Place(landing.announced.number, offset)
 
     def _place(self, landing: Landing, rank: int, places: Places) -> Place | None:
         """Return where our rows go at a rank, if we can tell."""
@@ -176,50 +159,43 @@ class Dispatch:
         capacity = self.session.channels[rank].capacity(landing.form, slot)
         return Place(slot, offset) if capacity >= places.extent[rank] else None
 
-    def _sources(self) -> list[Source]:
-        """Return where the fields of all our rows come from, in row order."""
+    def _packed(self) -> list[Source]:
+        """Return where the fields lie that are in row order already: ids, weights and tokens."""
         call, routing = self.call, self.routing
-        sources = [column.source(routing.order) for column in call.columns]
+        found = []
         if call.handle is None:
-            sources.append(_packed(routing.row_ids))
+            found.append(_source(routing.row_ids))
         if call.sends_weights:
             assert routing.row_weights is not None
-            sources.append(_packed(routing.row_weights))
+            found.append(_source(routing.row_weights))
         if call.handle is None:
-            sources.append(_packed(routing.order))
+            found.append(_source(routing.order))
+        return found
+
+    def _rows(self, packed: list[Source], rank: int) -> list[Source]:
+        """Return where the rows come from that go to one rank."""
+        rows = self.routing.rows_of(rank)
+        index = self.routing.order[rows]
+        sources = [column.source(index) for column in self.call.columns]
+        for source in packed:
+            sources.append(Source(source.address + rows.start * source.nbytes, source.nbytes, source.nbytes))
         return sources
 
-    def _cut(self, sources: list[Source], rank: int) -> list[Source]:
-        """Return the sources of the rows that go to one rank."""
-        rows = self.routing.rows_of(rank)
-        return [
-            replace(source, index=source.index[rows]) if source.index is not None
-            else replace(source, address=source.address + rows.start * source.stride)
-            for source in sources
-        ]  # fmt: skip
-
-    def _post(self, landing: Landing, rank: int, place: Place | None) -> None:
+    def _post(self, line: Line, rank: int, place: Place | None, count: int) -> None:
         """Write the line behind the rows that a rank has got."""
-        session, routing = self.session, self.routing
-        line = session.line(landing.signature)
-        back, total = self._back(rank)
-        line["back"], line["total"] = back, total
-        if place is not None:
-            line["place"], line["offset"], line["count"] = place.slot, place.offset, routing.counts[rank]
-        self._say(line)
-        session.post(rank, line)
+        backs, total = self._backs()
+        slot = self.session.landing.number
+        if place is None:
+            line.rows(slot, back=int(backs[rank]), total=total)
+        else:
+            line.rows(slot, place=place.slot, offset=place.offset, count=count, back=int(backs[rank]), total=total)
+        self.session.post(rank, line)
 
-    def _back(self, rank: int) -> tuple[int, int]:
-        """Return where what comes back from a rank begins, and how much comes back in all."""
-        if self.call.weights_at == "holder":
-            return int(self.routing.begins[rank]), int(self.routing.begins[-1])
-        pairs = self.routing.pair_counts
-        return int(pairs[:rank].sum()), int(pairs.sum())
-
-    def _say(self, line: Any) -> None:
-        if self.error is not None:
-            line["status"] = status_of(self.error)
-            line["text"] = str(self.error).encode()[:200]
+    def _backs(self) -> tuple[I64, int]:
+        """Return where what comes back from each rank begins, and how much comes back in all."""
+        by_pair = self.call.weights_at == "source"
+        begins = self.routing.pair_begins if by_pair else self.routing.begins
+        return begins, int(begins[-1])
 
     def _late(self, form: RowFormat) -> float:
         """Return the deadline of the rows: those of a step whose counts came late are given time to come."""
@@ -227,6 +203,6 @@ class Dispatch:
         return max(self.deadline, time.monotonic() + GRACE + nbytes / COPY_RATE)
 
 
-def _packed(array: npt.NDArray[Any]) -> Source:
+def _source(array: npt.NDArray[Any]) -> Source:
     nbytes = array.strides[0]
     return Source(array.ctypes.data, nbytes, nbytes)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Final
 
 from raynixl.errors import RaynixlError
 from raynixl.host import has_ended
 from raynixl.moe.channel import Directions, Place, Source
 from raynixl.moe.fields import RowFormat
-from raynixl.moe.lines import Cell
+from raynixl.moe.lines import Cell, Line
 from raynixl.moe.remote_channel import Put, RemoteRows
 
 if TYPE_CHECKING:
@@ -68,11 +66,11 @@ class FarChannel:
         is_here = record is not None and record.incarnation == self.incarnation and record.host == agent.host
         self._pid = hello.pid if is_here else 0
 
-    def post(self, cell: Cell, line: np.ndarray[Any, Any]) -> bool:
+    def post(self, cell: Cell, line: Line) -> bool:
         """Send a line: now, or as soon as the rows are there that were put before."""
         if self._board.error is not None or any(put.error is not None for put in self._started):
             return False
-        message = pack_line(self._token, self._me, cell, line.tobytes())
+        message = pack_line(self._token, self._me, cell, bytes(line.data))
         self.lines += 1
         if self._started:
             self._rows.follow(self._started[-1], self._topic, message)

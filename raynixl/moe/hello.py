@@ -60,8 +60,6 @@ class Hello(Wire):
     rank: Number
     token: Token
     """Of this session of the rank: another one comes with each time that it joins."""
-    ordinal: Number
-    """The how-manyth object of this name in its process: founders make theirs alike."""
     ranks: Number
     scene: str = Field(max_length=2000)
     """What all ranks must have alike, for people to read."""

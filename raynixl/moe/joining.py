@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from raynixl.errors import TransferTimeout
-from raynixl.moe.lines import Cell, from_words, ranks_of
+from raynixl.moe.lines import Cell, ranks_of
 
 if TYPE_CHECKING:
     from raynixl.moe.channel import Channel
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from raynixl.moe.meeting import Meeting
     from raynixl.moe.session import Session
 
-STEP = 0.01
+PAUSE: Final = 0.002
+"""Seconds between two attempts to meet those who are not there yet; they double up to MOST."""
+
+MOST: Final = 0.05
+STEP: Final = 0.01
 Met = dict[int, "tuple[Channel, Hello]"]
 
 
@@ -30,17 +34,21 @@ def start(session: Session, meeting: Meeting, deadline: float) -> None:
     me = session.members.me
     others = [rank for rank in session.members.names if rank != me]
     session.pool.announce(session.landing, sum(1 << rank for rank in others))
-    met = meeting.meet(others, deadline, _has_running)
-    if _has_running(met):
-        _join(session, meeting, met, deadline)
-        return
-    _take_in(session, met)
-    session.members.mask &= ~sum(1 << rank for rank in [*others, me])
+    pause = PAUSE
+    while True:
+        met = meeting.meet(others)
+        _take_in(session, met)
+        is_running = any(hello.is_running for _, hello in met.values())
+        if not is_running and len(met) == len(others):
+            session.members.mask &= ~sum(1 << rank for rank in [*others, me])
+            break
+        if is_running and _welcome(session, met):
+            break
+        if time.monotonic() > deadline:
+            raise _late(session, meeting, is_running)
+        pause = STEP if is_running else min(MOST, 2 * pause)
+        session.board.wait(Cell.WELCOME, np.array([me]), 1, timeout=pause, spin=0.0)
     meeting.run({rank: hello.token for rank, (_, hello) in met.items()})
-
-
-def _has_running(met: Met) -> bool:
-    return any(hello.is_running for _, hello in met.values())
 
 
 def _take_in(session: Session, met: Met) -> None:
@@ -49,52 +57,41 @@ def _take_in(session: Session, met: Met) -> None:
         session.slots[rank] = hello.slot
 
 
-def _join(session: Session, meeting: Meeting, met: Met, deadline: float) -> None:
-    """Wait to be let in: by all that run, at the same phase, with the same ranks."""
-    meeting.is_joining = True
-    me = session.members.me
-    while True:
-        _take_in(session, met)
-        welcomed = _welcome(session)
-        if welcomed and all(rank in met for rank in session.members.others.tolist()):
-            break
-        session.members.mask = (1 << session.members.limit) - 1
-        if time.monotonic() > deadline:
-            raise TransferTimeout(
-                f"rank {me} ({session.members.names[me]!r}) was not let in in time",
-                hint="the active ranks let others in between two operations: they must call dispatch or combine, "
-                "and join() or unmask() for ranks that are new or were masked by hand",
-            )
-        missing = [rank for rank in session.members.names if rank != me and rank not in met]
-        met |= meeting.meet(missing, time.monotonic(), lambda _: True) if missing else {}
-        cells = session.board.cells["number"][:, Cell.WELCOME]
-        number = int(cells.max()) + 1
-        session.board.wait(Cell.WELCOME, np.array([me]), number, timeout=STEP, spin=0.0)
-    meeting.run({rank: hello.token for rank, (_, hello) in met.items()})
+def _late(session: Session, meeting: Meeting, is_running: bool) -> TransferTimeout:
+    me, names = session.members.me, session.members.names
+    if is_running:
+        return TransferTimeout(
+            f"rank {me} ({names[me]!r}) was not let in in time",
+            hint="the active ranks let others in between two operations: they must call dispatch or combine, "
+            "and join() or unmask() for ranks that are new or were masked by hand",
+        )
+    missing = {names[rank]: why for rank, why in meeting.missing.items()}
+    return TransferTimeout(
+        f"not all ranks of {meeting.name!r} came: {missing}",
+        hint="make ExpertParallel on every member at the same time, with the same group",
+    )
 
 
-def _welcome(session: Session) -> bool:
+def _welcome(session: Session, met: Met) -> bool:
     """Take the place that we were given, if all that run have given the same one."""
-    cells = session.board.cells[:, Cell.WELCOME]
-    number = int(cells["number"].max())
-    if not number:
+    members, board = session.members, session.board
+    lines = {rank: line for rank in met if (line := board.read(rank, Cell.WELCOME)).number}
+    if not lines:
         return False
-    first = cells[int(cells["number"].argmax())]
-    mask, new, phase = from_words(first["mask"]), from_words(first["ready"]), int(first["phase"])
-    members = session.members
-    running = [rank for rank in ranks_of(~mask & ~new & ((1 << members.limit) - 1))]
-    if mask >> members.me & 1 or not new >> members.me & 1:
+    first = max(lines.values(), key=lambda line: line.number)
+    if first.mask >> members.me & 1 or not first.ready >> members.me & 1:
         return False
+    active = ranks_of(~first.mask & ((1 << members.limit) - 1))
+    running = [rank for rank in active if not first.ready >> rank & 1]
     for rank in running:
-        if (
-            int(cells["phase"][rank]) != phase
-            or from_words(cells["mask"][rank]) != mask
-            or rank not in session.channels
-        ):
+        if rank not in lines or (lines[rank].phase, lines[rank].mask) != (first.phase, first.mask):
             return False
-    members.mask = mask
-    session.phase = phase - 1
-    session.slots[running] = cells["slot"][running]
+    if any(rank not in met for rank in active if rank != members.me):
+        return False
+    members.mask = first.mask
+    session.phase = first.phase - 1
+    for rank in running:
+        session.slots[rank] = lines[rank].slot
     for rank in members.names:
         if rank != members.me and not members.is_active(rank):
             session.pool.gone(rank)  # it was never told of a slot of ours
@@ -109,7 +106,7 @@ def let_in(session: Session, meeting: Meeting) -> None:
             members.lose(rank, "it has started anew")
         session.channels[rank] = channel
         session.slots[rank] = slot
-        session.board.cells[rank] = np.zeros((), session.board.cells.dtype)
+        session.board.clear(rank)
         session.pool.gone(rank)  # a session that begins anew writes for the former one no more
         members.renewed |= 1 << rank
         if not members.barred >> rank & 1:

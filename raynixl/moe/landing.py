@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from raynixl.errors import IntegrityError
 from raynixl.moe.channel import Place, Source
 from raynixl.moe.fields import RowFormat
-from raynixl.moe.lines import NOWHERE, Cell
+from raynixl.moe.lines import NOWHERE, Cell, Heard
 
 if TYPE_CHECKING:
-    from raynixl.moe.pool import Slot
+    from raynixl.moe.slot import Slot
     from raynixl.moe.session import Session
 
 
@@ -33,7 +34,6 @@ class Landing:
 
     session: Session
     form: RowFormat
-    signature: int
     number: int
     """The phase whose lines stand behind the rows."""
     announced: Slot
@@ -51,8 +51,10 @@ class Landing:
         """Return how many rows our announced slot holds."""
         return self.form.layout(self.announced.nbytes).capacity
 
-    def enlarge(self, rows: int, offsets: np.ndarray[Any, Any]) -> Slot:
-        """Take a slot for all rows, and remember to announce such slots from now on."""
+    def shared_for(self, rows: int, offsets: np.ndarray[Any, Any]) -> Slot:
+        """Return a slot for all rows, taken now if there is none yet; such slots are announced from now on."""
+        if self.shared is not None:
+            return self.shared[0]
         slot = self.take(rows)
         self.shared = (slot, offsets)
         self.session.pool.nbytes = max(self.session.pool.nbytes, slot.nbytes)
@@ -67,10 +69,10 @@ class Landing:
     def serve(self) -> None:
         """Answer those who ask where to put their rows: in a slot that holds all, or else in one of each one's own."""
         session = self.session
-        for rank in session.members.others.tolist():
-            if rank in self.placed or not session.board.has(rank, Cell.WANT, self.number):
+        for rank in session.members.ranks:
+            if rank in self.placed or session.board.number(rank, Cell.WANT) < self.number:
                 continue
-            count = int(session.board.cells["count"][rank, Cell.WANT])
+            count = session.board.read(rank, Cell.WANT).count
             if self.shared is not None:
                 slot, offset = self.shared[0], int(self.shared[1][rank])
             else:
@@ -79,23 +81,17 @@ class Landing:
             self._tell(rank, Place(slot.number, offset))
 
     def _tell(self, rank: int, place: Place) -> None:
-        line = self.session.line(self.signature, phase=self.number)
-        line["place"], line["offset"] = place.slot, place.offset
         self.placed.add(rank)
-        self.session.tell(rank, Cell.PLACE, line)
+        self.session.tell(rank, Cell.PLACE, self.number, place=place.slot, offset=place.offset)
 
     def ask(self, rank: int, count: int) -> None:
         """Ask a rank where our rows go."""
-        line = self.session.line(self.signature, phase=self.number)
-        line["count"] = count
-        self.session.tell(rank, Cell.WANT, line)
+        self.session.tell(rank, Cell.WANT, self.number, count=count)
 
     def wait_place(self, rank: int, deadline: float) -> Place | None:
         """Wait for the answer; None if the rank is lost."""
         line = self.session.wait_place(rank, self.number, deadline, self.serve)
-        if line is None or int(line["place"]) == NOWHERE:
-            return None
-        return Place(int(line["place"]), int(line["offset"]))
+        return None if line is None or line.place == NOWHERE else Place(line.place, line.offset)
 
     def put(self, rank: int, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
         """Put rows at a rank, which may be ourselves; masks it if that fails."""
@@ -113,18 +109,18 @@ class Landing:
         slot = self.slots[place.slot]
         copy_rows(self.session.agent.native, self.form, slot, place.offset, sources, count)
 
-    def pieces(self, lines: np.ndarray[Any, Any], came: list[int], own: Piece | None) -> list[Piece]:
+    def pieces(self, heard: dict[int, Heard], own: Piece | None) -> list[Piece]:
         """Return what the lines say has come, by source.
 
         Raises:
             IntegrityError: a line names rows where none can be.
         """
         found = []
-        for rank in came:
-            count, offset = int(lines["count"][rank]), int(lines["offset"][rank])
+        for rank, line in heard.items():
+            count, offset = line.count, line.offset
             if not count:
                 continue
-            slot = self.slots.get(int(lines["place"][rank]))
+            slot = self.slots.get(line.place)
             if slot is None or count > self.limit or offset + count > self.form.layout(slot.nbytes).capacity:
                 name = self.session.members.names.get(rank, "")
                 raise IntegrityError(
@@ -136,7 +132,7 @@ class Landing:
             found.append(own)
         return sorted(found, key=lambda piece: piece.source)
 
-    def answered(self, came: list[int]) -> None:
+    def answered(self, came: Iterable[int]) -> None:
         """Note who has answered: those that have not may still write into the slots that they know of."""
         for slot in self.slots.values():
             for rank in came:
@@ -146,6 +142,7 @@ class Landing:
         """Give up our hold on all slots; those that are leased belong to their tensors."""
         for slot in self.slots.values():
             self.session.pool.put_back(slot)
+        self.slots.clear()
 
 
 def copy_rows(native: Any, form: RowFormat, slot: Slot, offset: int, sources: list[Source], count: int) -> None:
@@ -158,7 +155,8 @@ def copy_rows(native: Any, form: RowFormat, slot: Slot, offset: int, sources: li
 def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int) -> tuple[Slot | None, int]:
     """Return the slot in which all pieces lie at their targets, and the row from which those count.
 
-    That is the announced slot in the usual course. Else they are copied together.
+    That is the announced slot in the usual course. Else they are copied together, also where a rank that was lost may
+    still write into that slot.
     """
     if not pieces:
         return None, 0

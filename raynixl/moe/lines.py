@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from functools import lru_cache
-from typing import Any, Final
+import struct
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ class Cell(enum.IntEnum):
     WANT = 2
     """A source asks for a place: it cannot tell by itself where its rows go."""
     PLACE = 3
-    """The answer, which also comes unasked where the receiver's slot is too small."""
+    """The answer."""
     NOTICE = 4
     """A rank tells that it is waiting for somebody else, or that the reader is masked."""
     WELCOME = 5
@@ -40,40 +41,127 @@ class Status(enum.IntEnum):
     CONFIG = 2
 
 
-@lru_cache(16)
-def line_dtype(ranks: int) -> np.dtype[Any]:
-    """Return the form of a line for so many ranks at most. The number comes first, and is written last."""
-    words = mask_words(ranks)
-    form = np.dtype([
-        ("number", "<u8"), ("posted", "<f8"), ("signature", "<u4"), ("status", "<u4"), ("slot", "<u4"),
-        ("place", "<u4"), ("count", "<u4"), ("offset", "<u4"), ("back", "<u4"), ("total", "<u4"),
-        ("remaining", "<f8"), ("phase", "<u8"), ("mask", "<u8", (words,)), ("ready", "<u8", (words,)),
-        ("text", f"S{TEXT_NBYTES}"), ("counts", "<u4", (ranks,)),
-    ])  # fmt: skip
-    itemsize = -(-form.itemsize // 64) * 64
-    names = form.names or ()
-    fields = form.fields or {}
-    return np.dtype({
-        "names": list(names), "formats": [fields[name][0] for name in names],
-        "offsets": [fields[name][1] for name in names], "itemsize": itemsize,
-    })  # fmt: skip
+_HEAD = struct.Struct("<QdQdII")  # number, posted, phase, remaining, signature, status
+_ROWS = struct.Struct("<IIIIII")  # slot, place, offset, count, back, total
+_ROWS_AT = _HEAD.size
+_MASK_AT = _HEAD.size + _ROWS.size
+_NUMBER = struct.Struct("<Q")
 
 
-def mask_words(ranks: int) -> int:
-    """Return how many words of 64 bits hold a bit for each rank."""
-    return -(-ranks // 64)
+@dataclass(frozen=True, slots=True)
+class LineForm:
+    """Where a line's parts lie, for so many ranks at most. The number comes first, and is written last."""
+
+    ranks: int
+    mask_nbytes: int
+    text_at: int
+    counts_at: int
+    nbytes: int
+
+    @staticmethod
+    def of(ranks: int) -> LineForm:
+        """Return the form for so many ranks."""
+        mask_nbytes = -(-ranks // 64) * 8
+        text_at = _MASK_AT + 2 * mask_nbytes
+        counts_at = text_at + TEXT_NBYTES
+        return LineForm(ranks, mask_nbytes, text_at, counts_at, -(-(counts_at + 4 * ranks) // 64) * 64)
 
 
-def to_words(mask: int, words: int) -> npt.NDArray[np.uint64]:
-    """Return a set of ranks, bits of an integer, as words."""
-    return np.frombuffer(mask.to_bytes(8 * words, "little"), np.uint64)
+class Line:
+    """A line to be written, again and again: what all ranks are told alike, then what one is told of its rows."""
+
+    __slots__ = ("_form", "data", "number", "payload")
+
+    def __init__(self, form: LineForm) -> None:
+        self._form = form
+        self.number = 0
+        self.data = bytearray(form.nbytes)
+        self.payload = np.frombuffer(self.data, np.uint8)[8:]
+        """All but the number, which is written behind it."""
+
+    def fill(  # noqa: PLR0913 - the parts of a line
+        self,
+        number: int,
+        *,
+        posted: float = 0.0,
+        signature: int = 0,
+        slot: int = NOWHERE,
+        mask: int = 0,
+        ready: int = 0,
+        phase: int = 0,
+        remaining: float = 0.0,
+    ) -> None:
+        """Begin anew, with what all ranks are told, and no rows."""
+        data, size = self.data, self._form.mask_nbytes
+        self.number = number
+        _HEAD.pack_into(data, 0, number, posted, phase, remaining, signature, Status.FINE)
+        _ROWS.pack_into(data, _ROWS_AT, slot, NOWHERE, 0, 0, 0, 0)
+        data[_MASK_AT : _MASK_AT + size] = mask.to_bytes(size, "little")
+        data[_MASK_AT + size : _MASK_AT + 2 * size] = ready.to_bytes(size, "little")
+
+    def rows(
+        self, slot: int, *, place: int = NOWHERE, offset: int = 0, count: int = 0, back: int = 0, total: int = 0
+    ) -> None:
+        """Say what one rank is told of its rows."""
+        _ROWS.pack_into(self.data, _ROWS_AT, slot, place, offset, count, back, total)
+
+    def counts(self, counts: npt.NDArray[np.int64]) -> None:
+        """Say how many rows go to each rank."""
+        at = self._form.counts_at
+        self.data[at : at + 4 * len(counts)] = counts.astype("<u4").tobytes()
+
+    def refuse(self, status: Status, text: str) -> None:
+        """Say what is wrong with our call."""
+        struct.pack_into("<I", self.data, _HEAD.size - 4, status)
+        self.data[self._form.text_at : self._form.counts_at] = text.encode()[:TEXT_NBYTES].ljust(TEXT_NBYTES, b"\0")
 
 
-def from_words(words: npt.NDArray[np.uint64]) -> int:
-    """Return words as a set of ranks."""
-    return int.from_bytes(words.tobytes(), "little")
+@dataclass(slots=True)
+class Heard:
+    """A line as it was read."""
+
+    number: int
+    posted: float
+    phase: int
+    remaining: float
+    signature: int
+    status: int
+    slot: int
+    place: int
+    offset: int
+    count: int
+    back: int
+    total: int
+    mask: int
+    ready: int
+
+
+def read_line(form: LineForm, memory: memoryview, at: int) -> Heard:
+    """Read the line that begins at a byte of a board."""
+    size, mask_at = form.mask_nbytes, at + _MASK_AT
+    return Heard(
+        *_HEAD.unpack_from(memory, at),
+        *_ROWS.unpack_from(memory, at + _ROWS_AT),
+        int.from_bytes(memory[mask_at : mask_at + size], "little"),
+        int.from_bytes(memory[mask_at + size : mask_at + 2 * size], "little"),
+    )
+
+
+def read_number(memory: memoryview, at: int) -> int:
+    """Read a line's number alone."""
+    return int(_NUMBER.unpack_from(memory, at)[0])
+
+
+def read_text(form: LineForm, memory: memoryview, at: int) -> str:
+    """Read what a line says is wrong."""
+    return bytes(memory[at + form.text_at : at + form.counts_at]).rstrip(b"\0").decode(errors="replace")
+
+
+def read_counts(form: LineForm, memory: memoryview, at: int) -> npt.NDArray[np.uint32]:
+    """Read how many rows go to each rank: a view of the board."""
+    return np.frombuffer(memory, "<u4", form.ranks, at + form.counts_at)
 
 
 def ranks_of(mask: int) -> tuple[int, ...]:
-    """Return the ranks of a set, ascending."""
+    """Return the ranks of a set, bits of an integer, ascending."""
     return tuple(rank for rank in range(mask.bit_length()) if mask >> rank & 1)

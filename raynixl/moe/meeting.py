@@ -6,7 +6,6 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
@@ -21,10 +20,11 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.moe.pool import Pool, Slot
 
-RETRY: Final = 0.01
-"""Seconds between two attempts to meet a rank that is not there yet; they double up to MOST."""
+PATIENCE: Final = 0.3
+"""Seconds that a rank has to answer a hello."""
 
-MOST: Final = 0.1
+LATE: Final = 1.0
+"""Seconds after which a rank that did not is asked again."""
 
 
 class Meeting:
@@ -32,17 +32,20 @@ class Meeting:
 
     def __init__(
         self, agent: Agent, name: str, *, rank: int, names: dict[int, str], board: Board, pool: Pool, first: Slot,
-        ordinal: int, scene: str,
+        scene: str,
     ) -> None:  # fmt: skip
         self.agent, self.name, self.rank, self.names = agent, name, rank, names
         self.token = secrets.token_hex(16)
         self.is_running = False
-        self.is_joining = False
+        self.missing: dict[int, str] = {}
+        """Who did not answer the last time, and why."""
+        self._asked_late: dict[int, float] = {}  # by rank that let us wait, until when it is not asked again
+        self._channels: dict[int, tuple[Channel, Hello]] = {}
         self._founders: dict[int, str] = {}
         self._board, self._pool = board, pool
         self._rows = RemoteRows(agent)
         self._hello = Hello(
-            rank=rank, token=self.token, ordinal=ordinal, ranks=board.ranks, scene=scene, pid=os.getpid(),
+            rank=rank, token=self.token, ranks=board.ranks, scene=scene, pid=os.getpid(),
             is_running=False, board=Arena.of(board.region), slot=first.number, arena=Arena.of(first.region),
         )  # fmt: skip
         self._lock = threading.Lock()  # protects _known, _founders and _arrivals
@@ -64,8 +67,6 @@ class Meeting:
         if not self._is_like(hello):
             return self._hello.to_bytes()  # the other side says what differs
         if not self.is_running:
-            if hello.ordinal != self._hello.ordinal and not self.is_joining:
-                raise ConfigError(f"{self.agent.name!r} has not made its ExpertParallel {self.name!r} yet")
             return self._hello.to_bytes()
         with self._lock:
             is_known = self._known.get(hello.rank) == hello.token
@@ -128,42 +129,34 @@ class Meeting:
 
     # Meeting
 
-    def meet(
-        self, ranks: list[int], deadline: float, is_enough: Callable[[dict[int, tuple[Channel, Hello]]], bool]
-    ) -> dict[int, tuple[Channel, Hello]]:
-        """Meet these ranks until all have answered, or it is enough.
+    def meet(self, ranks: list[int]) -> dict[int, tuple[Channel, Hello]]:
+        """Ask these ranks once who they are; return those that answered, with the way to each.
 
         Raises:
             ConfigError: one was made otherwise.
-            TransferTimeout: some did not answer in time; named.
         """
-        met: dict[int, tuple[Channel, Hello]] = {}
-        pause, last = RETRY, dict.fromkeys(ranks, "it was not there")
-        while True:
-            for rank in [rank for rank in ranks if rank not in met]:
-                try:
-                    hello = self._ask(rank, deadline)
-                    channel = self._open(hello)
-                except RaynixlError as exc:
-                    last[rank] = str(exc)
-                    continue
-                self._check_like(self.names[rank], hello)
-                met[rank] = (channel, hello)
-            if len(met) == len(ranks) or is_enough(met):
-                return met
-            if time.monotonic() + pause > deadline:
-                missing = {self.names[rank]: why for rank, why in last.items() if rank not in met}
-                raise TransferTimeout(
-                    f"not all ranks of {self.name!r} came: {missing}",
-                    hint="make ExpertParallel on every member at the same time, with the same group",
-                )
-            time.sleep(pause)
-            pause = min(MOST, 2 * pause)
+        self.missing = {}
+        for rank in ranks:
+            if time.monotonic() < self._asked_late.get(rank, 0.0):
+                self.missing[rank] = "it does not answer"
+                continue
+            try:
+                hello = self._ask(rank)
+                known = self._channels.get(rank)
+                channel = self._open(hello) if known is None or known[1].token != hello.token else known[0]
+            except RaynixlError as exc:
+                self._channels.pop(rank, None)
+                self.missing[rank] = str(exc)
+                if isinstance(exc, TransferTimeout):
+                    self._asked_late[rank] = time.monotonic() + LATE
+                continue
+            self._check_like(self.names[rank], hello)
+            self._channels[rank] = (channel, hello)
+        return {rank: self._channels[rank] for rank in ranks if rank in self._channels}
 
-    def _ask(self, rank: int, deadline: float) -> Hello:
-        left = max(0.05, min(1.0, deadline - time.monotonic()))
-        peer = self.agent.peer(self.names[rank], timeout=left)
-        hello = Hello.from_bytes(peer.ask(self._topic("hello"), self._hello.to_bytes(), timeout=left).wait())
+    def _ask(self, rank: int) -> Hello:
+        peer = self.agent.peer(self.names[rank])
+        hello = Hello.from_bytes(peer.ask(self._topic("hello"), self._hello.to_bytes(), timeout=PATIENCE).wait())
         self._check_member(peer.name, hello)
         return hello
 
@@ -193,3 +186,4 @@ class Meeting:
         self.agent.control.unserve(self._topic("slot"))
         self.agent.undeliver(self._topic("line"))
         self._rows.close()
+        self._channels.clear()  # they hold on to us: without this, arenas stay mapped until Python collects its garbage

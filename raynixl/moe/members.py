@@ -28,7 +28,7 @@ class Members:
     """Ranks that every active rank would admit, as of the last phase: they take part in the next operation."""
     lost: dict[int, str] = field(default_factory=dict)
     """Ranks that were lost in this operation, and why."""
-    _others: tuple[int, npt.NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+    _others: tuple[int, npt.NDArray[np.int64], list[int], list[int]] = (-1, np.zeros(0, np.int64), [], [])
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -36,18 +36,31 @@ class Members:
         return ranks_of(~self.mask & ((1 << self.limit) - 1))
 
     @property
+    def others_mask(self) -> int:
+        """Return the active ranks but ours, 1 bit each."""
+        return ~self.mask & ((1 << self.limit) - 1) & ~(1 << self.me)
+
+    @property
     def others(self) -> npt.NDArray[np.int64]:
-        """Return the active ranks but ours."""
-        if self._others[0] != self.mask:
-            ranks = np.array([rank for rank in self.active if rank != self.me], np.int64)
-            self._others = (self.mask, ranks)
-        return self._others[1]
+        """Return the active ranks but ours, ascending."""
+        return self._known()[1]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Return the same as a list, which nobody changes."""
+        return self._known()[2]
 
     @property
     def in_turn(self) -> list[int]:
         """Return the other active ranks in the order in which we write to them: all start with another one."""
-        ranks = self.others.tolist()
-        return [rank for rank in ranks if rank > self.me] + [rank for rank in ranks if rank < self.me]
+        return self._known()[3]
+
+    def _known(self) -> tuple[int, npt.NDArray[np.int64], list[int], list[int]]:
+        if self._others[0] != self.mask:
+            ranks = [rank for rank in self.active if rank != self.me]
+            turn = [rank for rank in ranks if rank > self.me] + [rank for rank in ranks if rank < self.me]
+            self._others = (self.mask, np.array(ranks, np.int64), ranks, turn)
+        return self._others
 
     def is_active(self, rank: int) -> bool:
         """Whether a rank takes part."""
@@ -60,11 +73,3 @@ class Members:
         self.renewed &= ~(1 << rank)
         self.admitted &= ~(1 << rank)
         self.lost.setdefault(rank, why)
-
-    def merge(self, masks: list[int]) -> bool:
-        """Take over what others have masked; return whether all agreed with us."""
-        agreed = all(mask == self.mask for mask in masks)
-        for mask in masks:
-            for rank in ranks_of(mask & ~self.mask & ~(1 << self.me)):
-                self.lose(rank, "others have masked it")
-        return agreed

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.landing import Landing
-    from raynixl.moe.pool import Slot
+    from raynixl.moe.slot import Slot
     from raynixl.moe.result import Handle
 
 I64 = npt.NDArray[np.int64]

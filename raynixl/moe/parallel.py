@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from raynixl.collectives import Group
 
 T = TypeVar("T")
+_NO_DISPATCH: dict[str, Any] = {
+    "x": None, "topk_idx": None, "topk_weights": None, "handle": None, "layout": None, "alignment": 1,
+    "weights_at": None, "extra": (),
+}  # fmt: skip
+_NO_COMBINE: dict[str, Any] = {
+    "y": None, "handle": None, "weights": None, "bias": None, "out": None, "summed": True,
+}  # fmt: skip
 
 
 class OnLost(enum.Enum):
@@ -91,10 +98,9 @@ class ExpertParallel:
         self._is_closed = False
         self._masked: Masked | None = None
         self._counts = {"dispatches": 0, "combines": 0, "rows": 0}
-        self._ordinal = self.agent.control.count(f"moe/{self.name}")
         given = Placement.even(self.experts, len(group.members)) if placement is None else placement
         self.placement = given if isinstance(given, Placement) else Placement(given)
-        self.placement.check(experts=self.experts, ranks=self._limit)
+        self.placement.check(experts=self.experts, ranks=len(group.members))
         self._open()
 
     def __repr__(self) -> str:
@@ -179,13 +185,13 @@ class ExpertParallel:
 
     def combine_weights(
         self, y: Tensor, weights: Tensor, handle: Handle, *, bias: Any = None, out: Tensor | None = None,
-        async_: bool = False, deadline: float | None = None,
+        summed: bool = True, async_: bool = False, deadline: float | None = None,
     ) -> Any:  # fmt: skip
         """Combine, and bring back beside what the holders say of each row's weights, [rows, topk] here.
 
         Returns (out, [tokens, topk]): for each token and expert what its holder said.
         """
-        arguments = dict(y=y, handle=handle, weights=weights, bias=bias, out=out, summed=True)
+        arguments = dict(y=y, handle=handle, weights=weights, bias=bias, out=out, summed=summed)
 
         def both() -> tuple[Tensor, Tensor]:
             combined = self._combine(arguments, deadline, None)
@@ -193,6 +199,23 @@ class ExpertParallel:
             return combined.out, combined.topk_weights
 
         return self._submit(both, async_)
+
+    def fail(self, error: RaynixlError, *, is_combine: bool = False, deadline: float | None = None) -> None:
+        """Take part in the next dispatch, or combine, with nothing but an error, which all other ranks raise."""
+        with self._turn:
+            self._begin()
+            until = time.monotonic() + (self.deadline if deadline is None else deadline)
+            try:
+                if is_combine:
+                    back, _ = combine_call(self._limit, renormalises=False, hidden=self.hidden, **_NO_COMBINE)
+                    self._guarded(lambda: Combine(self._session, back, error, until).run())
+                else:
+                    out, _ = dispatch_call(self.topk, self.max_tokens, hidden=self.hidden, placement=0, **_NO_DISPATCH)
+                    nothing = _no_routing(self._limit, self.topk)
+                    self._guarded(lambda: Dispatch(self._session, self._scene(), out, nothing, error, until).run())
+            except type(error) as exc:
+                if exc is not error:
+                    raise
 
     # Who takes part
 
@@ -204,7 +227,7 @@ class ExpertParallel:
         """
         with self._turn:
             given = placement if isinstance(placement, Placement) else Placement(placement)
-            given.check(experts=self.experts, ranks=self._limit)
+            given.check(experts=self.experts, ranks=self.world)
             self.placement = given
 
     def mask(self, rank: int) -> None:
@@ -223,7 +246,7 @@ class ExpertParallel:
             self._check_rank(rank)
             members = self._session.members
             members.barred &= ~(1 << rank)
-            if rank in self._session.channels and not members.is_active(rank) and rank in self._met:
+            if members.renewed >> rank & 1 and not members.is_active(rank):
                 members.ready |= 1 << rank
 
     def join(self, members: Sequence[str]) -> tuple[int, ...]:
@@ -259,6 +282,7 @@ class ExpertParallel:
                     members.barred |= 1 << rank
                     members.mask |= 1 << rank
                     members.ready &= ~(1 << rank)
+                    members.renewed &= ~(1 << rank)
             if self.rank in ranks:
                 self.close()
 
@@ -298,7 +322,7 @@ class ExpertParallel:
         self._session = Session(self.agent, members, board, pool)
         self._meeting = Meeting(
             self.agent, self.name, rank=self.rank, names=self._names, board=board, pool=pool,
-            first=self._session.landing, ordinal=self._ordinal, scene=self._scene_text(),
+            first=self._session.landing, scene=self._scene_text(),
         )  # fmt: skip
         try:
             start(self._session, self._meeting, until)
@@ -398,10 +422,6 @@ class ExpertParallel:
 
     def _scene(self) -> Scene:
         return Scene(self.topk, self.max_tokens, self.world, self.placement.digest, len(self.local_experts))
-
-    @property
-    def _met(self) -> dict[int, Any]:
-        return self._session.channels
 
     def _check_rank(self, rank: int) -> None:
         self._check_open()

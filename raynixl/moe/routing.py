@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """The rows that a source sends: one for each (token, rank that holds one of its experts), by rank, then token."""
 
@@ -40,11 +41,12 @@ class Routing:
         """Return the rows that go to a rank."""
         return slice(int(self.begins[rank]), int(self.begins[rank + 1]))
 
-    @property
-    def pair_counts(self) -> I64:
-        """Return by rank how many (row, k) pairs it gets."""
-        pairs = np.concatenate([[0], np.cumsum((self.row_ids >= 0).sum(axis=1))])
-        return pairs[self.begins[1:]] - pairs[self.begins[:-1]]  # type: ignore[no-any-return]
+    @cached_property
+    def pair_begins(self) -> I64:
+        """By rank: its first (row, k) pair; one more at the end."""
+        pairs = np.zeros(len(self.order) + 1, np.int64)
+        np.cumsum((self.row_ids >= 0).sum(axis=1), out=pairs[1:])
+        return pairs[self.begins]
 
     def weights_by_row(self, weights: F32) -> F32:
         """Return each row's weights, 0 where the expert is elsewhere."""

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from raynixl.errors import ConfigError, Masked, RangeError, RaynixlError
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel
-from raynixl.moe.lines import Cell, Status, from_words, line_dtype, mask_words, ranks_of, to_words
+from raynixl.moe.lines import NOWHERE, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.moe.landing import Landing
-    from raynixl.moe.pool import Pool, Slot
+    from raynixl.moe.pool import Pool
+    from raynixl.moe.slot import Slot
 
 SLICE: Final = 0.005
 """Seconds after which who waits looks whether anybody is gone; nothing of the usual course depends on it."""
@@ -29,7 +30,7 @@ GRACE: Final = 0.04
 ANY: Final = 0
 """The signature of a call that is wrong."""
 
-_ERRORS = {Status.RANGE: RangeError, Status.CONFIG: ConfigError}
+_ERRORS: dict[int, type[RaynixlError]] = {Status.RANGE: RangeError, Status.CONFIG: ConfigError}
 
 
 class Session:
@@ -48,41 +49,45 @@ class Session:
         """By rank, the slot that it announced for the next phase."""
         self.waited = np.zeros(members.limit)
         """By rank, the seconds that we have waited for it."""
-        self._dtype = line_dtype(members.limit)
-        self._words = mask_words(members.limit)
+        self._line, self._aside = Line(board.form), Line(board.form)
         self._notices = 0
         self._ready_sent = 0
         self._mask_sent = 0
         self._patience: dict[int, tuple[int, float]] = {}
+        self._spin: tuple[int, float] = (-1, 0.0)
 
     def turn(self) -> Slot:
         """Return the slot that was announced for the coming phase, and announce another one for that after it."""
         landing, self.landing = self.landing, self.pool.take()
-        self.pool.announce(self.landing, ~self.members.mask & ((1 << self.members.limit) - 1) & ~(1 << self.members.me))
+        self.pool.announce(self.landing, self.members.others_mask)
         return landing
 
     # Lines
 
-    def line(self, signature: int, *, phase: int | None = None) -> np.ndarray[Any, Any]:
-        """Return a line of the next phase with what every line says."""
-        line = np.zeros((), self._dtype)
-        line["number"] = self.phase + 1 if phase is None else phase
-        line["signature"] = signature
-        line["slot"] = self.landing.number
-        line["posted"] = time.monotonic()
-        line["mask"] = to_words(self.members.mask, self._words)
-        line["ready"] = to_words(self.members.ready, self._words)
-        self._mask_sent, self._ready_sent = self.members.mask, self.members.ready
+    def line(self, signature: int, error: RaynixlError | None) -> Line:
+        """Return the line of the next phase with what all ranks are told; it is one object, filled anew each time."""
+        members, line = self.members, self._line
+        self._mask_sent, self._ready_sent = members.mask, members.ready
+        line.fill(
+            self.phase + 1, posted=time.monotonic(), signature=signature, slot=self.landing.number, mask=members.mask,
+            ready=members.ready,
+        )  # fmt: skip
+        if error is not None:
+            line.refuse(status_of(error), str(error))
         return line
 
-    def post(self, rank: int, line: np.ndarray[Any, Any]) -> None:
+    def post(self, rank: int, line: Line) -> None:
         """Write this phase's line to a rank, which is masked if it is gone."""
-        if not self.channels[rank].post(Cell(int(line["number"]) & 1), line):
+        if not self.channels[rank].post(Cell(line.number & 1), line):
             self.lose(rank, "its process has ended")
 
-    def tell(self, rank: int, cell: Cell, line: np.ndarray[Any, Any]) -> None:
-        """Write a line into another cell."""
-        if not self.channels[rank].post(cell, line):
+    def tell(
+        self, rank: int, cell: Cell, number: int, *, place: int = NOWHERE, offset: int = 0, count: int = 0
+    ) -> None:
+        """Write a line of rows into another cell."""
+        self._aside.fill(number)
+        self._aside.rows(self.landing.number, place=place, offset=offset, count=count)
+        if not self.channels[rank].post(cell, self._aside):
             self.lose(rank, "its process has ended")
 
     def lose(self, rank: int, why: str) -> None:
@@ -109,49 +114,47 @@ class Session:
 
     def welcome(self, admitted: int) -> None:
         """Tell ranks that they take part in the next operation, and with whom."""
+        line, number = self._aside, self.phase + 1
+        line.fill(number, phase=number, slot=self.landing.number, mask=self.members.mask, ready=admitted)
         for rank in ranks_of(admitted):
-            line = self.line(0)
-            line["phase"] = self.phase + 1
-            line["ready"] = to_words(admitted, self._words)
-            self.tell(rank, Cell.WELCOME, line)
+            if not self.channels[rank].post(Cell.WELCOME, line):
+                self.lose(rank, "its process has ended")
 
     # Waiting
 
     def gather(
         self, signature: int, deadline: float, *, landing: Landing | None = None, error: RaynixlError | None = None
-    ) -> tuple[np.ndarray[Any, Any], list[int], bool]:
+    ) -> tuple[dict[int, Heard], bool]:
         """End a phase: wait for its lines, and learn from them; with a landing, of whose rows the lines tell.
 
-        Returns a copy of the lines by rank, the ranks whose lines came, and whether all did and all masks agree.
+        Returns by rank the lines that came, and whether all did and all masks agree.
 
         Raises:
             Masked: the others have gone on without us.
             RangeError, ConfigError: a rank's call was wrong; all ranks raise it.
         """
-        for rank in self.members.others.tolist():
+        for rank in self.members.ranks:
             if not self.channels[rank].is_direct and not self.channels[rank].finish(deadline):
                 self.lose(rank, "rows could not be put into its memory")
         self.phase += 1
-        number, cell = self.phase, Cell(self.phase & 1)
-        expected = self.members.others
+        number, cell = self.phase, self.phase & 1
+        expected, ranks = self.members.others, self.members.ranks
         began = time.monotonic()
-        if len(expected) and not self.board.wait(cell, expected, number, timeout=SLICE, spin=SPIN):
+        if ranks and not self.board.wait(cell, expected, number, timeout=SLICE, spin=self._spin_for(len(ranks))):
             self._wait_on(cell, number, deadline, None if landing is None else landing.serve)
-        lines: np.ndarray[Any, Any] = self.board.cells[:, cell].copy()
-        came = [rank for rank in expected.tolist() if lines["number"][rank] >= number]
-        self.waited[came] += np.maximum(0.0, lines["posted"][came] - began)
-        agreed = self._learn(lines, came, number, len(came) == len(expected))
+        heard = {rank: line for rank in ranks if (line := self.board.read(rank, cell)).number >= number}
+        agreed = self._learn(heard, number, began, len(heard) == len(ranks))
         if landing is not None:
-            landing.answered(came)
+            landing.answered(heard)
         if error is not None:
             raise error
-        self._refuse(lines, came, signature)
-        return lines, came, agreed
+        self._refuse(heard, cell, signature)
+        return heard, agreed
 
-    def wait_place(self, rank: int, number: int, deadline: float, idle: Callable[[], None]) -> Any:
+    def wait_place(self, rank: int, number: int, deadline: float, idle: Callable[[], None]) -> Heard | None:
         """Wait for a rank's answer where rows go; None if it is lost meanwhile."""
         ranks = np.array([rank])
-        while not self.board.wait(Cell.PLACE, ranks, number, timeout=SLICE, spin=SPIN):
+        while not self.board.wait(Cell.PLACE, ranks, number, timeout=SLICE, spin=0.0):
             idle()
             self._check_notices()
             if not self.members.is_active(rank):
@@ -160,91 +163,87 @@ class Session:
                 self.lose(rank, "its process has ended")
             elif time.monotonic() > deadline:
                 self.lose(rank, "it gave no place in time")
-        return self.board.cells[rank, Cell.PLACE].copy()
+        return self.board.read(rank, Cell.PLACE)
 
-    def _wait_on(self, cell: Cell, number: int, deadline: float, idle: Callable[[], None] | None) -> None:
+    def _wait_on(self, cell: int, number: int, deadline: float, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
         began, has_noticed = time.monotonic(), False
         while True:
             if idle is not None:
                 idle()
-            missing = [rank for rank in self.members.others.tolist() if self.board.cells["number"][rank, cell] < number]
             self._take_masks(cell, number)
             now = time.monotonic()
-            for rank in missing:
-                if not self.members.is_active(rank):
-                    continue
+            for rank in self._missing(cell, number):
                 if self.is_gone(rank):
                     self.lose(rank, "its process has ended")
                 elif now > self._deadline_of(rank, number, deadline, now):
                     self.lose(rank, "it did not come in time")
-            missing = [rank for rank in missing if self.members.is_active(rank)]
+            missing = self._missing(cell, number)
             if not missing:
                 return
             if not has_noticed and now - began > NOTICE_AFTER:
                 has_noticed = True
                 self._notice(number, deadline - now)
-            self.board.wait(
-                cell, np.array(missing), number, timeout=max(0.0, min(SLICE, deadline - now + 1e-4)), spin=SPIN
-            )
+            self.board.wait(cell, np.array(missing), number, timeout=max(1e-3, min(SLICE, deadline - now)), spin=0.0)
+
+    def _missing(self, cell: int, number: int) -> list[int]:
+        return [rank for rank in self.members.ranks if self.board.number(rank, cell) < number]
 
     def _deadline_of(self, rank: int, number: int, deadline: float, now: float) -> float:
-        """Return until when we wait for a rank: longer if it told that it waits for somebody else in an earlier phase."""
-        cell = self.board.cells[rank, Cell.NOTICE]
-        told = int(cell["number"])
-        if told and int(cell["phase"]) < number:
-            seen, until = self._patience.get(rank, (0, 0.0))
-            if seen != told:
-                until = now + min(max(float(cell["remaining"]), 0.0), 1e4) + max(0.0, deadline - now)
-                self._patience[rank] = (told, until)
-            return max(deadline, until)
-        return deadline
+        """Return until when we wait for a rank: longer if it told that it waits for somebody else a phase earlier."""
+        notice = self.board.read(rank, Cell.NOTICE)
+        if not notice.number or notice.phase != number - 1:
+            return deadline
+        seen, until = self._patience.get(rank, (0, 0.0))
+        if seen != notice.number:
+            until = now + min(max(notice.remaining, 0.0), 1e4) + max(0.0, deadline - now)
+            self._patience[rank] = (notice.number, until)
+        return max(deadline, until)
 
-    def _take_masks(self, cell: Cell, number: int) -> None:
+    def _take_masks(self, cell: int, number: int) -> None:
         """Learn from lines that came early whom others have masked: those need not be waited for."""
-        heads = self.board.cells
-        for rank in self.members.others.tolist():
-            line = heads[rank, cell]
-            if int(line["number"]) >= number:
-                self._heed(from_words(line["mask"]))
+        for rank in self.members.ranks:
+            line = self.board.read(rank, cell)
+            if line.number >= number:
+                self._heed(line.mask)
         self._check_notices()
 
     def _check_notices(self) -> None:
         """Raise if a rank has told that we are masked."""
-        for rank in self.members.others.tolist():
-            notice = self.board.cells[rank, Cell.NOTICE]
-            if int(notice["number"]) and from_words(notice["mask"]) >> self.members.me & 1:
+        for rank in self.members.ranks:
+            notice = self.board.read(rank, Cell.NOTICE)
+            if notice.number and notice.mask >> self.members.me & 1:
                 raise self._masked(rank)
 
     def _heed(self, mask: int) -> None:
-        for rank in range(self.members.limit):
-            if mask >> rank & 1 and rank != self.members.me and self.members.is_active(rank):
-                self.members.lose(rank, "others have masked it")
+        for rank in ranks_of(mask & ~self.members.mask & ~(1 << self.members.me)):
+            self.members.lose(rank, "others have masked it")
 
-    def _learn(self, lines: np.ndarray[Any, Any], came: list[int], number: int, is_whole: bool) -> bool:
-        masks = [from_words(lines["mask"][rank]) for rank in came]
-        for rank, mask in zip(came, masks, strict=True):
-            if mask >> self.members.me & 1 or int(lines["number"][rank]) > number:
+    def _learn(self, heard: dict[int, Heard], number: int, began: float, is_whole: bool) -> bool:
+        members, agreed, ready = self.members, is_whole, self._ready_sent
+        for rank, line in heard.items():
+            if line.mask >> members.me & 1 or line.number > number:
                 raise self._masked(rank)
-        agreed = all(mask == self._mask_sent for mask in masks) and is_whole
-        self.members.merge(masks)
-        ready = self._ready_sent
-        for rank in came:
-            ready &= from_words(lines["ready"][rank])
-        self.members.admitted = ready & self.members.mask if agreed else 0
-        self.slots[came] = lines["slot"][came]
+            agreed = agreed and line.mask == self._mask_sent
+            ready &= line.ready
+            self.slots[rank] = line.slot
+            if line.posted > began:
+                self.waited[rank] += line.posted - began
+        if not agreed:
+            for line in heard.values():
+                self._heed(line.mask)
+        members.admitted = ready & members.mask if agreed else 0
         return agreed
 
-    def _refuse(self, lines: np.ndarray[Any, Any], came: list[int], signature: int) -> None:
+    def _refuse(self, heard: dict[int, Heard], cell: int, signature: int) -> None:
         """Raise what a rank says that is wrong with its call, or that it called something else."""
-        for rank in came:
-            status = int(lines["status"][rank])
-            if status:
-                text = bytes(lines["text"][rank]).decode(errors="replace")
-                kind = _ERRORS.get(status, RaynixlError)  # type: ignore[call-overload]
-                raise kind(f"rank {rank} ({self.members.names.get(rank)!r}): {text}", hint="mend that rank's call")
-        for rank in came:
-            if signature != ANY and int(lines["signature"][rank]) != signature:
+        for rank, line in heard.items():
+            if line.status:
+                kind = _ERRORS.get(line.status, RaynixlError)
+                text = f"rank {rank} ({self.members.names.get(rank)!r}): {self.board.text(rank, cell)}"
+                raise kind(text, hint="mend that rank's call")
+        for rank, line in heard.items():
+            if signature not in (ANY, line.signature):
                 raise ConfigError(
                     f"rank {rank} ({self.members.names.get(rank)!r}) calls something else than rank {self.members.me}",
                     hint="call the same operations with the same options, dtypes and placement on every rank",
@@ -257,28 +256,26 @@ class Session:
             hint="rejoin() brings it back",
         )
 
+    def _spin_for(self, ranks: int) -> float:
+        """Return for how long looking pays before sleeping: not at all where ranks share cores."""
+        if self._spin[0] != ranks:
+            here = 1 + sum(channel.is_direct for channel in self.channels.values())
+            self._spin = (ranks, SPIN if here <= len(os.sched_getaffinity(0)) else 0.0)
+        return self._spin[1]
+
     # Notices
 
     def _notice(self, number: int, remaining: float) -> None:
-        for rank in self.members.others.tolist():
-            if self.board.cells["number"][rank, number & 1] >= number:
+        for rank in self.members.ranks:
+            if self.board.number(rank, number & 1) >= number:
                 self._notify(rank, number, remaining)
 
     def _notify(self, rank: int, number: int = 0, remaining: float = 0.0) -> None:
         self._notices += 1
-        line = np.zeros((), self._dtype)
-        line["number"] = self._notices
-        line["phase"] = number
-        line["remaining"] = remaining
-        line["mask"] = to_words(self.members.mask, self._words)
-        self.channels[rank].post(Cell.NOTICE, line)
+        self._aside.fill(self._notices, phase=number, remaining=remaining, mask=self.members.mask)
+        self.channels[rank].post(Cell.NOTICE, self._aside)
 
 
 def status_of(error: RaynixlError) -> Status:
     """Return how a line names an error."""
     return Status.RANGE if isinstance(error, RangeError) else Status.CONFIG
-
-
-def spin_seconds(ranks: int) -> float:
-    """Return for how long looking pays before sleeping: not at all where ranks share cores."""
-    return SPIN if ranks <= len(os.sched_getaffinity(0)) else SPIN / 2

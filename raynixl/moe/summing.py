@@ -80,14 +80,15 @@ def sum_terms(
     )  # fmt: skip
 
 
-def lost_scale(handle: Handle, is_there: npt.NDArray[np.bool_]) -> F32:
+def lost_scale(handle: Handle, is_there: npt.NDArray[np.bool_] | None) -> F32:
     """Return by token what makes up for the terms that are missing: all weights over those that count."""
     routing = handle.routing
     weights = np.ones((routing.tokens, handle.topk), np.float32) if handle.weights is None else handle.weights
     items = pair_table(handle)
     came = items >= 0
-    by_pair = is_there if handle.weights_at == "source" else is_there[np.nonzero(routing.row_ids >= 0)[0]]
-    came[came] = by_pair[items[came]]
+    if is_there is not None:
+        by_pair = is_there if handle.weights_at == "source" else is_there[np.nonzero(routing.row_ids >= 0)[0]]
+        came[came] = by_pair[items[came]]
     whole = np.where(handle.chosen, weights, np.float32(0)).sum(axis=1, dtype=np.float32)
     rest = np.where(came, weights, np.float32(0)).sum(axis=1, dtype=np.float32)
     return np.divide(whole, rest, out=np.ones_like(whole), where=rest != 0)

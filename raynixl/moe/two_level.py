@@ -36,7 +36,7 @@ from raynixl.moe.pending import Pending
 from raynixl.moe.placement import NOBODY, Placement
 from raynixl.moe.result import Dispatched
 from raynixl.moe.staging import Returning, Sending, Shares, TwoLevelHandle
-from raynixl.moe.topology import hosts_of
+from raynixl.moe.whereabouts import hosts_of
 
 if TYPE_CHECKING:
     from torch import Tensor

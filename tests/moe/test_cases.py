@@ -103,6 +103,13 @@ def test_a_result_goes_where_it_shall(plays, way, out):
 
 
 @every_way
+@pytest.mark.parametrize("out", ["", "given"])
+def test_y_and_the_result_lie_within_wider_tensors(plays, way, out):
+    plays(once(way, (3, 0, 4), steps=(Combine("a", out=out, is_strided=True),)))
+    plays(once(way, (3, 0, 4), hidden=1, steps=(Combine("a", out=out, is_strided=True),)))
+
+
+@every_way
 def test_steps_that_are_waited_for_later(plays, way):
     plays(
         once(

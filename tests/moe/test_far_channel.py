@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
 from agent_tools import make_agent
@@ -15,7 +14,7 @@ from moe_tools import Processes, Threads
 
 from raynixl import ConfigError, Masked
 from raynixl.moe.far_channel import pack_line
-from raynixl.moe.lines import Cell, line_dtype
+from raynixl.moe.lines import Cell, Line
 
 SEEDS = range(7000, 7010)
 WORLD = 3
@@ -68,15 +67,15 @@ def test_lines_of_another_session_and_nonsense_change_nothing(crew: Threads) -> 
     with crew.experts(4, experts=8, hidden=64, topk=2, max_tokens=16) as layer:
         program = Program(4, even(4, 8), 64, 2, (Dispatch("a", (3, 4, 5, 6)), Combine("a")), max_tokens=16)
         topic = f"moe/{layer.eps[0].name}/line"
-        line = np.zeros((), line_dtype(layer.eps[0]._meeting._board.ranks))
-        line["number"], line["mask"] = 1 << 40, 1  # rank 0 is masked, says
+        line = Line(layer.eps[0]._meeting._board.form)
+        line.fill(1 << 40, mask=1)  # rank 0 is masked, says
         token = layer.eps[0]._meeting.token
-        strange = [pack_line("0" * 32, 3, cell, line.tobytes()) for cell in Cell]
+        strange = [pack_line("0" * 32, 3, cell, bytes(line.data)) for cell in Cell]
         wrong = [
             b"", b"x", bytes.fromhex(token), pack_line(token, 3, Cell.NOTICE, b""),
-            pack_line(token, 3, 99, line.tobytes()),
-            pack_line(token, 3, Cell.NOTICE, line.tobytes()[:-1]), pack_line(token, 2, Cell.NOTICE, line.tobytes()),
-            pack_line(token, 1 << 30, Cell.EVEN, line.tobytes()),
+            pack_line(token, 3, 99, bytes(line.data)),
+            pack_line(token, 3, Cell.NOTICE, bytes(line.data)[:-1]), pack_line(token, 2, Cell.NOTICE, bytes(line.data)),
+            pack_line(token, 1 << 30, Cell.EVEN, bytes(line.data)),
         ]  # fmt: skip
         for message in [*strange, *wrong]:
             crew.agents[3].send("rank0", topic, message)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from moe_programs import (
+    FLOATS,
     Cached,
     Combine,
     CombineWeights,
@@ -249,3 +252,63 @@ def test_members_are_asked_for_their_hosts(crew):
 
     with crew.experts(4, kind=TwoLevel, experts=4, hidden=8, topk=2, max_tokens=4) as layer:
         assert layer.run(work) == [make_grid(4)] * 4  # all are on one host: a square
+
+
+@pytest.mark.parametrize(("grid", "silent"), [(EVEN, 3), (UNEVEN, 0), (UNEVEN, 3)], ids=str)
+def test_who_does_not_come_is_lost_and_nobody_else(crew, grid, silent):
+    seconds = 1.5
+
+    def work(rank, ep):
+        if rank == silent:
+            return None
+        ids = torch.arange(grid.world)[None]
+        begin = time.monotonic()
+        r = ep.dispatch(torch.ones(1, 8), ids)
+        first = time.monotonic() - begin
+        ep.combine(r.x, r.handle)
+        begin = time.monotonic()
+        again = ep.dispatch(torch.ones(1, 8), ids)
+        return r.lost, ep.active, again.lost, first, time.monotonic() - begin
+
+    options = {"experts": grid.world, "hidden": 8, "topk": grid.world, "max_tokens": 4, "deadline": seconds}
+    with crew.experts(grid.world, kind=TwoLevel, grid=grid, **options) as layer:
+        results = layer.run(work)
+    others = tuple(rank for rank in range(grid.world) if rank != silent)
+    assert all(lost in ((), (silent,)) for lost, *_ in (results[rank] for rank in others))
+    for rank in others:
+        lost, active, again, first, second = results[rank]
+        peers = {
+            *grid.groups[grid.group_of()[rank]],
+            *(one for each in grid.columns_of(rank) for one in grid.column(each)),
+        }
+        assert lost == ((silent,) if silent in peers else ())
+        assert active == (others if silent in peers else tuple(range(grid.world)))
+        assert again == ()
+        assert first < seconds + 1
+        assert second < seconds / 2, "nobody waits for it a second time"
+
+
+def random_program(seed):
+    rng = np.random.default_rng(seed)
+    world = int(rng.integers(1, 9))
+    order, cuts = rng.permutation(world), np.sort(rng.choice(np.arange(1, max(2, world)), rng.integers(0, world), True))
+    groups = tuple(tuple(sorted(part.tolist())) for part in np.split(order, np.unique(cuts)) if len(part))
+    grid = Grid(groups) if rng.random() < 0.7 else make_grid(world)
+    layout, at = WAYS[rng.integers(4)]
+    counts = tuple(rng.integers(0, 9, world).tolist())
+    topk, experts = int(rng.integers(1, 7)), int(rng.integers(6, 17))
+    first = Dispatch(
+        "a", counts, layout, int(rng.integers(1, 5)), at, is_weighted=bool(rng.random() < 0.8),
+        missing=float(rng.choice([0, 0.3])), has_duplicates=bool(rng.random() < 0.3),
+    )  # fmt: skip
+    steps = [first, Combine("a", biases=int(rng.integers(3))), Cached("b", "a"), Combine("b"), CombineWeights("a")]
+    return Program(
+        world=world, holders=tuple(rng.integers(0, world, experts).tolist()), hidden=int(rng.choice([1, 40, 264])),
+        topk=topk, steps=tuple(steps[: rng.integers(2, 6)]), seed=seed, grid=grid,
+        dtype=FLOATS[rng.integers(len(FLOATS))], capacity=None if rng.random() < 0.7 else 2,
+    )  # fmt: skip
+
+
+def test_random_grids_and_calls(plays):
+    for seed in range(60):
+        plays(random_program(seed))

@@ -1,4 +1,4 @@
-"""How the members of a group are spread over hosts, and which way of sending rows suits them."""
+"""How the members of a group are spread over hosts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raynixl.moe.cost import Choice, Fabric, Shape, choose
-from raynixl.moe.grid import by_host, make_grid
+from raynixl.moe.grid import by_host
 
 if TYPE_CHECKING:
     from raynixl.collectives import Group
@@ -25,9 +24,3 @@ def hosts_of(group: Group) -> list[int]:
     group.allgather(mine, every)
     numbers = {rank: number for number, ranks in enumerate(by_host(every.tolist())) for rank in ranks}
     return [numbers[rank] for rank in range(group.world)]
-
-
-def choose_for(group: Group, shape: Shape, fabric: Fabric | None = None) -> Choice:
-    """Choose how a group should send rows, by where its members are. All members call it alike and choose alike."""
-    hosts = hosts_of(group)
-    return choose(make_grid(group.world, hosts), shape, hosts, fabric)
