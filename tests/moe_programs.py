@@ -63,6 +63,8 @@ class Combine:
     out: str = ""
     """'' for none given, 'given', or 'float32'."""
     is_async: bool = False
+    is_strided: bool = False
+    """Whether y and what is given for the result lie within wider tensors."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,8 @@ def _combine(program: Program, number: int, result: Any, state: State, rank: int
     given = state.tokens[step.key][rank]
     biases, out = _biases(program, number, rank, given.x.shape), _out(program, step, given.x.shape)
     bias = None if not biases else biases[0] if len(biases) == 1 else tuple(biases)
+    if step.is_strided:
+        y = torch.stack([y, y + 1], -1)[..., 0]
     made = ep.combine(y, result.handle, bias=bias, out=out, async_=step.is_async)
     made = made.wait() if step.is_async else made
     assert out is None or made.data_ptr() == out.data_ptr(), "combine has not used out="
@@ -319,7 +323,10 @@ def _biases(program: Program, number: int, rank: int, shape: Sequence[int]) -> l
 
 def _out(program: Program, step: Combine, shape: Sequence[int]) -> torch.Tensor | None:
     dtype = {"": None, "given": program.y_dtype, "float32": torch.float32}[step.out]
-    return None if dtype is None else torch.full(tuple(shape), float("nan"), dtype=dtype)
+    if dtype is None:
+        return None
+    width = shape[1] * (2 if step.is_strided else 1)
+    return torch.full((shape[0], width), float("nan"), dtype=dtype)[:, : shape[1]]
 
 
 def _layout_of(program: Program, step: Cached) -> str:

@@ -76,7 +76,7 @@ class Draw:
         if kind == "weights" and not self.is_slots(key):
             return [CombineWeights(key)]
         out = self.pick(("", "", "given", "given" if self.dtype == torch.float64 else "float32"))
-        return [Combine(key, self.pick((0, 0, 1, 2)), out, self.is_so(0.2))]
+        return [Combine(key, self.pick((0, 0, 1, 2)), out, self.is_so(0.2), self.is_so(0.2))]
 
     def dispatch(self) -> Dispatch:
         """A dispatch of new tokens."""
