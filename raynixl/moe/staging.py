@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +12,13 @@ import torch
 from raynixl.errors import ConfigError
 from raynixl.moe.checks import combine_call
 from raynixl.moe.local import expert_places
+from raynixl.moe.result import Dispatched
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.parallel import ExpertParallel
-    from raynixl.moe.result import Dispatched, Handle
+    from raynixl.moe.result import Handle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,24 @@ class TwoLevelHandle:
     def plain(self) -> TwoLevelHandle:
         """Return the same layout without weights: combine adds up what it is given."""
         return replace(self, across=tuple(handle.plain() for handle in self.across), inside=self.inside.plain())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TwoLevelDispatched(Dispatched):
+    """The rows that came to this rank through two stages; `origins` has the source of each."""
+
+    origins: Tensor
+
+    @property
+    def sources(self) -> Tensor:
+        """By row: the rank that it came from."""
+        return self.origins
+
+    @staticmethod
+    def of(r: Dispatched, **changes: Any) -> TwoLevelDispatched:
+        """Return what the last stage has brought, with what is known of both."""
+        given = {one.name: getattr(r, one.name) for one in fields(r)}
+        return TwoLevelDispatched(**{**given, **changes})
 
 
 @dataclass(slots=True)

@@ -20,9 +20,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from raynixl.moe.parallel import ExpertParallel
 from raynixl.moe.pending import Pending
 from raynixl.moe.placement import NOBODY, Placement
 from raynixl.moe.result import Dispatched
-from raynixl.moe.staging import Returning, Sending, Shares, TwoLevelHandle
+from raynixl.moe.staging import Returning, Sending, Shares, TwoLevelDispatched, TwoLevelHandle
 from raynixl.moe.whereabouts import hosts_of
 
 if TYPE_CHECKING:
@@ -75,6 +74,7 @@ class TwoLevel:
         self._worker: ThreadPoolExecutor | None = None
         self._stack = ExitStack()
         self._across: list[ExpertParallel] = []
+        self._barred: set[int] = set()
         self._set_placement(Placement.even(self.experts, self.world) if placement is None else placement)
         try:
             self._open(capacity)
@@ -98,7 +98,9 @@ class TwoLevel:
     @property
     def active(self) -> tuple[int, ...]:
         """The ranks that take part, ascending, as far as this one has to do with them."""
-        gone = {ranks[rank] for ep, ranks in self._parts() for rank in set(range(len(ranks))) - set(ep.active)}
+        gone = self._barred | {
+            ranks[rank] for ep, ranks in self._parts() for rank in set(range(len(ranks))) - set(ep.active)
+        }
         return tuple(rank for rank in range(self.world) if rank not in gone)
 
     @property
@@ -157,6 +159,7 @@ class TwoLevel:
         if rank == self.rank or not 0 <= rank < self.world:
             raise ConfigError(f"rank {self.rank} cannot mask rank {rank}", hint="name another rank of the group")
         with self._turn:
+            self._barred.add(rank)
             for ep, ranks in self._parts():
                 if rank in ranks:
                     ep.mask(ranks.index(rank))
@@ -182,6 +185,9 @@ class TwoLevel:
         self._inside = self._meet(
             self._mates, f"group{self._group}", self._of_mates, max_tokens=most, capacity=arriving
         )
+        every = [*self._across, self._inside]
+        for ep in every:
+            ep.beside([other for other in every if other is not ep])
 
     def _meet(self, ranks: Sequence[int], label: str, placement: Placement, **sizes: Any) -> ExpertParallel:
         name = f"{self.name}.{label}"
@@ -251,7 +257,7 @@ class TwoLevel:
             handle = TwoLevelHandle(across, r.handle, self.placement.digest, sources, tokens)
             extra = r.extra if sending.handle is not None else r.extra[:-1]
             lost = self._lost([*(one.lost for one in came), r.lost])
-            return replace(r, sources=sources, tokens=tokens, extra=extra, lost=lost, handle=cast(Any, handle))
+            return TwoLevelDispatched.of(r, origins=sources, tokens=tokens, extra=extra, lost=lost, handle=handle)
 
     def _combine(self, returning: Returning, shares: Shares, stats: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with self._turn, self._alike([self._inside, *self._across], is_combine=True) as left:
