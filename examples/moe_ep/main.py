@@ -42,7 +42,9 @@ def main(steps: int = 200, kill_at: int = 100, out: Path = Path("experts.png")) 
         progress.add(losses, loads)
 
     progress.save_picture(out)
-    if different := ranks.differences(single.state(steps), steps):
+    different = ranks.differences(single.state(steps), steps)
+    ranks.leave()
+    if different:
         sys.exit(f"FAILED: other bits than in a single process: {', '.join(different)}")
     if len(progress.replaced) != (kill_at < steps):
         sys.exit(f"FAILED: a worker was replaced in the steps {progress.replaced}")

@@ -54,6 +54,10 @@ class Ranks:
         names = ours.keys() | expected.keys()
         return sorted(name for name in names if not _is_equal(ours.get(name), expected.get(name)))
 
+    def leave(self) -> None:
+        """Have all ranks part."""
+        _get_all([worker.leave.remote() for worker in self.workers])
+
     def _start(self, rank: int) -> ActorHandle:
         return ExpertWorker.options(name=f"rank-{rank}-{self.generation}").remote()
 

@@ -30,8 +30,7 @@ class ExpertWorker:
 
     def join(self, members: Sequence[str], generation: int, step: int) -> None:
         """Work with these members from now on, beginning with a step. Who is new gets its state from its neighbour."""
-        for each in self.open:
-            each.close()
+        self.leave()
         self.rank = members.index(rx.agent().name)
         self.neighbour = rx.agent().peer(members[(self.rank + 1) % len(members)], timeout=SECONDS)
         self.group = rx.Group(rx.agent(), members, name=f"generation-{generation}", timeout=SECONDS)
@@ -43,6 +42,12 @@ class ExpertWorker:
             layer.ep = ep
         self.group.barrier()  # now everybody has its state, and memory for its neighbour's
         self._write_to_neighbour(step)
+
+    def leave(self) -> None:
+        """Work with nobody any more."""
+        for each in self.open:
+            each.close()
+        self.open = []
 
     def step(self, step: int) -> tuple[list[float], list[dict[int, int]]]:
         """Do one step; return this rank's loss, and for each layer how many tokens each expert here has seen."""

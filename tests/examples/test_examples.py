@@ -64,7 +64,7 @@ def test_real_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
 def test_experts_on_workers_train_as_in_one_process_although_one_of_them_is_killed(
     tmp_path: Path, nothing_left: Callable[[], list[str]]
 ) -> None:
-    done = _run("moe_ep/main.py", "--steps", "30", "--kill-at", "12", cwd=tmp_path)
+    done = _run("moe_ep/main.py", "--steps", "20", "--kill-at", "8", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "ActorDiedError; rank 2 is replaced, and the step is done again" in done.stdout
     last = done.stdout.splitlines()[-1]
