@@ -109,10 +109,10 @@ class Layer:
 class Processes:
     """Ranks in processes of their own, which are told what to run by the name of a function: 'module:function'."""
 
-    def __init__(self, world: int, *, backends: tuple[str, ...] = ("shm",)) -> None:
+    def __init__(self, world: int, *, backends: tuple[str, ...] = ("shm",), nursery: Any = None) -> None:
         self.names = [f"rank{rank}" for rank in range(world)]
         self._label = "+" + ",".join(backends)
-        self._nursery = Nursery(CHILD)
+        self._nursery = Nursery(CHILD) if nursery is None else nursery
         self.children: list[Any] = []
         try:
             self.children = [self._nursery.child(name + self._label) for name in self.names]
@@ -132,9 +132,10 @@ class Processes:
         finally:
             self._nursery.close()
 
-    def tell(self, rank: int, function: str, *args: Any) -> None:
-        """Have a rank run function(member, *args); `hear` it later."""
-        self.children[rank].send("call", function=function, rank=rank, args=pickle.dumps(args).hex())
+    def tell(self, rank: int, function: str, *args: Any, **options: Any) -> None:
+        """Have a rank run function(member, *args, **options); `hear` it later."""
+        packed = pickle.dumps((args, options)).hex()
+        self.children[rank].send("call", function=function, rank=rank, args=packed)
 
     def hear(self, rank: int) -> Any:
         """Return what a rank's function has returned, or raise what it has raised."""
@@ -144,11 +145,11 @@ class Processes:
             raise error
         return value
 
-    def call(self, function: str, *args: Any, ranks: Sequence[int] | None = None) -> list[Any]:
+    def call(self, function: str, *args: Any, ranks: Sequence[int] | None = None, **options: Any) -> list[Any]:
         """Run a function on all ranks, or on these, at the same time; return what each returns, or raise the first."""
         chosen = range(len(self.children)) if ranks is None else ranks
         for rank in chosen:
-            self.tell(rank, function, *args)
+            self.tell(rank, function, *args, **options)
         heard, errors = [], []
         for rank in chosen:
             try:
@@ -196,9 +197,10 @@ class Processes:
 
 def make_experts(member: Any, names: list[str], options: dict[str, Any]) -> None:
     """On a member: make an `ExpertParallel`."""
+    kind = options.pop("kind", ExpertParallel)
     group = Group(member.agent, names, name=options["name"], timeout=DEADLINE)
     member.groups[options["name"]] = group
-    member.eps[options["name"]] = ExpertParallel(group, **options)
+    member.eps[options["name"]] = kind(group, **options)
 
 
 def drop_experts(member: Any, name: str) -> None:

@@ -14,16 +14,15 @@ SECONDS = 60.0
 
 
 class Nursery:
-    """Runs a script whose main loop is `serve`. Close it, which ends its children too."""
+    """Runs a script whose main loop is `serve`, by `launch`, here or elsewhere. Close it, which ends its children too."""
 
-    def __init__(self, script):
+    def __init__(self, script, *, launch=subprocess.Popen, environment=os.environ):
         here, there = socket.socketpair()
         self._control = here
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
+        self._process = launch(
             [sys.executable, "-W", "error", str(script), str(there.fileno())],
             pass_fds=[there.fileno()],
-            env=environment,
+            env={**environment, "OMP_NUM_THREADS": "1"},
         )
         there.close()
         self._control.settimeout(SECONDS)
@@ -34,9 +33,19 @@ class Nursery:
         here, there = socket.socketpair()
         socket.send_fds(self._control, [name.encode()], [there.fileno()])
         there.close()
-        child = Forked(name, here, int(self._control.recv(32)))
+        child = Forked(name, here, self._as_seen_here(int(self._control.recv(32))))
         self._children.append(child)
         return child
+
+    def _as_seen_here(self, pid):
+        """Return the process id that a child, which the nursery knows by this one, has here."""
+        with open(f"/proc/{self._process.pid}/task/{self._process.pid}/children", encoding="ascii") as file:
+            for one in file.read().split():
+                with open(f"/proc/{one}/status", encoding="ascii") as status:
+                    spaces = next(line for line in status if line.startswith("NSpid:"))
+                if int(spaces.split()[-1]) == pid:
+                    return int(one)
+        raise AssertionError(f"the nursery has no child {pid}")
 
     def close(self):
         for child in self._children:

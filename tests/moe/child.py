@@ -40,7 +40,8 @@ class Child:
         module, _, name = function.partition(":")
         try:
             work = getattr(importlib.import_module(module), name)
-            return pickle.dumps((work(self, *pickle.loads(bytes.fromhex(args))), None)).hex()
+            given, options = pickle.loads(bytes.fromhex(args))
+            return pickle.dumps((work(self, *given, **options), None)).hex()
         except Exception as error:  # noqa: BLE001 - the edge of the process: the parent raises it
             return pickle.dumps((traceback.format_exc(), error)).hex()
 
