@@ -266,8 +266,9 @@ def test_who_does_not_come_is_lost_and_nobody_else(crew, grid, silent):
         r = ep.dispatch(torch.ones(1, 8), ids)
         first = time.monotonic() - begin
         ep.combine(r.x, r.handle)
+        again = ep.dispatch(torch.ones(1, 8), ids)  # here those meet again that have waited for different times
         begin = time.monotonic()
-        again = ep.dispatch(torch.ones(1, 8), ids)
+        ep.combine(again.x, again.handle)
         return r.lost, ep.active, again.lost, first, time.monotonic() - begin
 
     options = {"experts": grid.world, "hidden": 8, "topk": grid.world, "max_tokens": 4, "deadline": seconds}
