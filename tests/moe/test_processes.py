@@ -43,6 +43,6 @@ def test_rows_as_wide_as_those_of_models_between_processes(crew):
     steps = []
     for number, (layout, weights_at) in enumerate([("tokens", "holder"), ("experts", "source"), ("slots", "holder")]):
         key = str(number)
-        steps += [Dispatch(key, (64, 3, 0, 50), layout, 8, weights_at), Combine(key, 1), Cached(key + "c", key)]
+        steps += [Dispatch(key, (16, 3, 0, 12), layout, 8, weights_at), Combine(key, 1), Cached(key + "c", key)]
     steps += [Combine("0c"), Combine("2c"), Mask(1), Dispatch("z", (9, 9, 9, 9)), Combine("z")]
-    run(crew, Program(4, even(4, 32), 2048, 6, tuple(steps), max_tokens=64))
+    run(crew, Program(4, even(4, 32), 2048, 6, tuple(steps), max_tokens=16))
