@@ -1,6 +1,6 @@
 """A thousand random programs with all ranks in one process: each returns the bits of the reference.
 
-A program that fails is printed with its seed, by which it is drawn again. The core's twin plays the first of each batch.
+A program that fails is printed with its seed, by which it is drawn again. The twin plays the first of each batch.
 """
 
 from __future__ import annotations
