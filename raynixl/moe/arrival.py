@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raynixl.errors import IntegrityError
 from raynixl.moe.calls import DispatchCall
 from raynixl.moe.landing import Landing, Piece, collect
 from raynixl.moe.lines import Heard
@@ -158,8 +159,8 @@ class _Arranging:
         ids = torch.from_numpy(row_ids).to(call.ids_dtype)
         weights = None if row_weights is None else torch.from_numpy(row_weights)
         offsets = None
-        valid = row_ids[row_ids >= 0]
-        counts = np.bincount(valid, minlength=scene.local_experts)[: scene.local_experts]
+        self._check_ids(row_ids)
+        counts = np.bincount(row_ids.ravel() + 1, minlength=scene.local_experts + 1)[1 : scene.local_experts + 1]
         if call.layout == "experts":
             major = expert_major(row_ids, scene.local_experts, call.alignment)
             columns = [self._by_expert(column, major) for column in columns]
@@ -170,10 +171,17 @@ class _Arranging:
             columns = [column.view(scene.world, scene.max_tokens, *column.shape[1:]) for column in columns]
         scales, extra = (columns[1], columns[2:]) if call.has_scales else (None, columns[1:])
         return Dispatched(
-            columns[0], scales, ids, weights, torch.from_numpy(counts.astype(np.int64)), offsets,
-            torch.from_numpy(sources_of(self.counts)), torch.from_numpy(tokens), tuple(extra), self._lost(),
+            columns[0], scales, ids, weights, torch.from_numpy(counts), offsets,
+            torch.from_numpy(tokens), tuple(extra), self._lost(),
             self._handle(row_ids, row_weights, tokens, major),
         )  # fmt: skip
+
+    def _check_ids(self, row_ids: npt.NDArray[np.int32]) -> None:
+        if row_ids.size and not (row_ids.min() >= -1 and row_ids.max() < self.scene.local_experts):
+            raise IntegrityError(
+                f"rows came for the local experts {row_ids.min()} to {row_ids.max()} of {self.scene.local_experts}",
+                hint="the ranks run different versions of raynixl, or one's memory is damaged",
+            )
 
     def _lost(self) -> tuple[int, ...]:
         return tuple(sorted(self.session.members.lost))

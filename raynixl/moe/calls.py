@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -34,11 +36,12 @@ class Columns:
 
     tensor: Tensor
     nbytes: int
+    address: int
+    stride: int
 
     def source(self, index: Index | None) -> Source:
         """Return where rows are taken from."""
-        stride = self.tensor.stride(0) * self.tensor.element_size() if len(self.tensor) else self.nbytes
-        return Source(self.tensor.data_ptr(), stride, self.nbytes, index)
+        return Source(self.address, self.stride, self.nbytes, index)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,12 +77,17 @@ class DispatchCall:
 
     def signature(self, placement: int) -> int:
         """Return what must be alike on all ranks, as a number."""
-        kinds = tuple((str(column.tensor.dtype), tuple(column.tensor.shape[1:])) for column in self.columns)
-        text = (
-            "dispatch", kinds, str(self.ids_dtype), self.sends_weights, self.handle is None, self.layout, self.alignment,
+        kinds = tuple((column.tensor.dtype, column.tensor.shape[1:]) for column in self.columns)
+        return number_of((
+            "dispatch", kinds, self.ids_dtype, self.sends_weights, self.handle is None, self.layout, self.alignment,
             self.weights_at, placement,
-        )  # fmt: skip
-        return zlib.crc32(repr(text).encode())
+        ))  # fmt: skip
+
+
+@lru_cache(256)
+def number_of(call: tuple[object, ...]) -> int:
+    """Return a number for what must be alike on all ranks, the same in every process; never 0."""
+    return zlib.crc32(repr(call).encode()) or 1
 
 
 def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | None = None) -> Columns:
@@ -94,15 +102,20 @@ def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | N
         raise ConfigError(
             f"{what} is on {tensor.device}", hint="expert parallelism takes CPU tensors so far: pass x.cpu()"
         )
-    if tokens is not None and len(tensor) != tokens:
-        raise ConfigError(f"{what} has {len(tensor)} rows for {tokens} tokens", hint="give a row for each token")
+    if tokens is not None and tensor.shape[0] != tokens:
+        raise ConfigError(f"{what} has {tensor.shape[0]} rows for {tokens} tokens", hint="give a row for each token")
     if width is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
         raise ConfigError(f"{what} has the shape {list(tensor.shape)}", hint=f"give [tokens, {width}]")
-    tensor = tensor.detach()
-    row = tensor[0] if len(tensor) else None
-    if row is not None and not row.is_contiguous():
+    shape, tensor = tensor.shape, tensor.detach()
+    if len(shape) == 2:
+        is_plain, items = shape[1] < 2 or tensor.stride(1) == 1, shape[1]
+    else:
+        is_plain, items = shape[0] == 0 or tensor[0].is_contiguous(), math.prod(shape[1:])
+    if not is_plain:
         tensor = tensor.contiguous()
-    return Columns(tensor, int(np.prod(tensor.shape[1:], dtype=np.int64)) * tensor.element_size())
+    itemsize = tensor.element_size()
+    stride = tensor.stride(0) * itemsize if shape[0] else items * itemsize
+    return Columns(tensor, items * itemsize, tensor.data_ptr(), stride)
 
 
 def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
@@ -117,7 +130,7 @@ def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
         raise ConfigError(
             f"topk_idx has the shape {list(topk_idx.shape)} for {tokens} tokens", hint=f"give [tokens, {topk}]"
         )
-    return np.ascontiguousarray(topk_idx.detach().cpu().numpy(), np.int64)
+    return np.ascontiguousarray(topk_idx.cpu().numpy(), np.int64)
 
 
 def weights_of(topk_weights: Any, tokens: int, topk: int) -> npt.NDArray[np.float32] | None:

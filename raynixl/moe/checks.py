@@ -67,6 +67,8 @@ def _dispatch_call(
         raise ConfigError(f"{type(handle).__name__} is no handle", hint="give r.handle of an earlier dispatch")
     layout = check_choice(layout or (handle.layout if handle else "tokens"), LAYOUTS, "layout")
     weights_at = check_choice(weights_at or (handle.weights_at if handle else "holder"), WEIGHTS_AT, "place of weights")
+    if alignment is None:
+        alignment = handle.alignment if handle else 1
     rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     columns = [columns_of(rows, "x", width=hidden)]
     tokens = len(columns[0].tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from raynixl.errors import RaynixlError
+from raynixl.moe.calls import number_of
 from raynixl.moe.channel import Place
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
@@ -49,11 +49,10 @@ class CombineCall:
     def signature(self) -> int:
         """Return what must be alike on all ranks, as a number."""
         handle = self.handle
-        text = (
-            "combine", str(self.y.dtype), self.y.shape[-1], handle.layout, handle.weights_at, handle.alignment,
+        return number_of((
+            "combine", self.y.dtype, self.y.shape[-1], handle.layout, handle.weights_at, handle.alignment,
             handle.placement, self.weights is None, self.is_summed,
-        )  # fmt: skip
-        return zlib.crc32(repr(text).encode())
+        ))  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -76,10 +76,9 @@ class LocalParallel:
         rows = x[handle.tokens]
         if layout == "experts":
             rows, weights = self._by_expert(rows, weights, handle)
-        sources, tokens = torch.zeros(len(ids), dtype=torch.int32), handle.tokens.int()
         offsets = handle.offsets if layout == "experts" else None
         return Dispatched(
-            rows, None, ids, weights, counts, offsets, sources, tokens, extra=(), lost=(), handle=cast(Any, handle)
+            rows, None, ids, weights, counts, offsets, handle.tokens.int(), extra=(), lost=(), handle=cast(Any, handle)
         )
 
     def combine(self, y: Tensor, handle: LocalHandle) -> Tensor:

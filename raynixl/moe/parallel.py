@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _NO_DISPATCH: dict[str, Any] = {
-    "x": None, "topk_idx": None, "topk_weights": None, "handle": None, "layout": None, "alignment": 1,
+    "x": None, "topk_idx": None, "topk_weights": None, "handle": None, "layout": None, "alignment": None,
     "weights_at": None, "extra": (),
 }  # fmt: skip
 _NO_COMBINE: dict[str, Any] = {
@@ -97,6 +97,7 @@ class ExpertParallel:
         self._worker: ThreadPoolExecutor | None = None
         self._is_closed = False
         self._masked: Masked | None = None
+        self._held: tuple[tuple[int, int], np.ndarray[Any, Any]] = ((-1, -1), np.zeros(0, np.int32))
         self._counts = {"dispatches": 0, "combines": 0, "rows": 0}
         given = Placement.even(self.experts, len(group.members)) if placement is None else placement
         self.placement = given if isinstance(given, Placement) else Placement(given)
@@ -135,7 +136,8 @@ class ExpertParallel:
 
     def dispatch(
         self, x: Any, topk_idx: Tensor | None = None, topk_weights: Tensor | None = None, *,
-        handle: Handle | None = None, layout: str | None = None, alignment: int = 1, weights_at: str | None = None,
+        handle: Handle | None = None, layout: str | None = None, alignment: int | None = None,
+        weights_at: str | None = None,
         extra: Sequence[Tensor] = (), async_: bool = False, deadline: float | None = None, stats: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Send each token's row to the ranks that hold its experts, once to each; return the rows that came here.
@@ -216,6 +218,10 @@ class ExpertParallel:
             except type(error) as exc:
                 if exc is not error:
                     raise
+
+    def beside(self, others: Sequence[ExpertParallel]) -> None:
+        """Know in which other groups this rank takes part by turns: while it waits in one, nobody gives it up in these."""
+        self._session.siblings = tuple(other._session for other in others)
 
     # Who takes part
 
@@ -382,7 +388,7 @@ class ExpertParallel:
                     error = exc
             result = self._guarded(lambda: Dispatch(self._session, self._scene(), call, routing, error, until).run())
             self._counts["dispatches"] += 1
-            self._counts["rows"] += len(result.sources)
+            self._counts["rows"] += result.handle.rows
             if stats is not None:
                 stats += result.counts
             return result
@@ -411,14 +417,20 @@ class ExpertParallel:
     def _route(self, call: Any) -> Routing:
         if call.handle is not None:
             return call.handle.routing_with(call.weights if call.sends_weights else None)
-        holders = self.placement.holders
-        gone = [rank for rank in range(self._limit) if not self._session.members.is_active(rank)]
-        if np.isin(holders, gone).any():
-            holders = np.where(np.isin(holders, gone), np.int32(-1), holders)
+        holders = self._holders()
         weights = call.weights if call.sends_weights else None
         return route(
             self.agent.native, call.ids, weights, holders=holders, local=self.placement.local, ranks=self._limit
         )
+
+    def _holders(self) -> np.ndarray[Any, Any]:
+        """Return by expert the rank that holds it and takes part, or -1."""
+        key = (self.placement.digest, self._session.members.mask)
+        if self._held[0] != key:
+            holders = self.placement.holders
+            gone = [rank for rank in range(self._limit) if not self._session.members.is_active(rank)]
+            self._held = (key, np.where(np.isin(holders, gone), np.int32(-1), holders))
+        return self._held[1]
 
     def _scene(self) -> Scene:
         return Scene(self.topk, self.max_tokens, self.world, self.placement.digest, len(self.local_experts))

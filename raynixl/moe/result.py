@@ -106,11 +106,17 @@ class Dispatched:
     topk_weights: Tensor | None
     counts: Tensor
     offsets: Tensor | None
-    sources: Tensor
     tokens: Tensor
     extra: tuple[Tensor, ...]
     lost: tuple[int, ...]
     handle: Handle
+
+    @property
+    def sources(self) -> Tensor:
+        """By row: the rank that it came from."""
+        import torch
+
+        return torch.from_numpy(sources_of(self.handle.counts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

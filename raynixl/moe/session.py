@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
 SLICE: Final = 0.005
 """Seconds after which who waits looks whether anybody is gone; nothing of the usual course depends on it."""
 
-SPIN: Final = 5e-5
+SPIN: Final = 1e-4
+"""Seconds for which who waits looks before it sleeps; it yields at each look, which pays also where ranks share cores."""
+
 NOTICE_AFTER: Final = 0.02
 GRACE: Final = 0.04
 ANY: Final = 0
@@ -54,7 +55,8 @@ class Session:
         self._ready_sent = 0
         self._mask_sent = 0
         self._patience: dict[int, tuple[int, float]] = {}
-        self._spin: tuple[int, float] = (-1, 0.0)
+        self.siblings: tuple[Session, ...] = ()
+        """Those of other groups in which this rank takes part by turns: who waits for it there must hear why."""
 
     def turn(self) -> Slot:
         """Return the slot that was announced for the coming phase, and announce another one for that after it."""
@@ -140,7 +142,7 @@ class Session:
         number, cell = self.phase, self.phase & 1
         expected, ranks = self.members.others, self.members.ranks
         began = time.monotonic()
-        if ranks and not self.board.wait(cell, expected, number, timeout=SLICE, spin=self._spin_for(len(ranks))):
+        if ranks and not self.board.wait(cell, expected, number, timeout=SLICE, spin=SPIN):
             self._wait_on(cell, number, deadline, None if landing is None else landing.serve)
         heard = {rank: line for rank in ranks if (line := self.board.read(rank, cell)).number >= number}
         agreed = self._learn(heard, number, began, len(heard) == len(ranks))
@@ -256,19 +258,19 @@ class Session:
             hint="rejoin() brings it back",
         )
 
-    def _spin_for(self, ranks: int) -> float:
-        """Return for how long looking pays before sleeping: not at all where ranks share cores."""
-        if self._spin[0] != ranks:
-            here = 1 + sum(channel.is_direct for channel in self.channels.values())
-            self._spin = (ranks, SPIN if here <= len(os.sched_getaffinity(0)) else 0.0)
-        return self._spin[1]
-
     # Notices
 
     def _notice(self, number: int, remaining: float) -> None:
         for rank in self.members.ranks:
             if self.board.number(rank, number & 1) >= number:
                 self._notify(rank, number, remaining)
+        for sibling in self.siblings:
+            sibling._excuse(remaining)
+
+    def _excuse(self, remaining: float) -> None:
+        """Tell all that we come later: we wait for somebody in another group."""
+        for rank in self.members.ranks:
+            self._notify(rank, self.phase, remaining)
 
     def _notify(self, rank: int, number: int = 0, remaining: float = 0.0) -> None:
         self._notices += 1
