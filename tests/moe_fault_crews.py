@@ -1,0 +1,91 @@
+"""Crews for the tests of faults: processes with a layer that is in use, of which nothing is left afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from agent_tools import eventually
+from moe_faults import OPTIONS, Report, Where
+from moe_tools import Processes
+
+from raynixl.host import process_state
+
+WORLD, VICTIM, REST = 4, 2, (0, 1, 3)
+LONG = 20.0
+"""A deadline that is never reached where all is well: who comes by far earlier has not waited for it."""
+
+SOON = 8.0
+"""Seconds within which what needs no waiting is done, on a busy machine."""
+
+
+def alive(crew: Processes) -> list[int]:
+    """The ranks whose processes live."""
+    return [rank for rank, child in enumerate(crew.children) if child.is_alive]
+
+
+@contextlib.contextmanager
+def layer(crew: Processes, ranks: Sequence[int] | None = None, **options: Any) -> Iterator[Processes]:
+    """The crew with a layer that it has used; nothing is left of it afterwards, and who was killed is replaced."""
+    try:
+        before = crew.call("moe_faults:footprint")
+        crew.make("layer", ranks=ranks, **{**OPTIONS, **options})
+        check(crew.call("moe_faults:steps", "layer", 3, ranks=ranks))
+        yield crew
+        left = alive(crew)
+        crew.call("moe_faults:drop", "layer", ranks=left)
+        eventually(lambda: not left_behind(crew, left, before), f"nothing is left of {before}")
+    except BaseException:
+        for rank in alive(crew):  # what they are amid nobody knows
+            crew.kill(rank)
+        raise
+    finally:
+        for rank in set(range(len(crew.children))) - set(alive(crew)):
+            crew.restart(rank)
+
+
+def left_behind(crew: Processes, ranks: Sequence[int], before: list[Any]) -> list[Any]:
+    """Return what ranks hold beyond what they held before."""
+    now = crew.call("moe_faults:footprint", ranks=ranks)
+    pairs = [(held, before[rank]) for rank, held in zip(ranks, now, strict=True)]
+    return [held for held, former in pairs if held[0] or held[1] > former[1] or held[2] > former[2]]
+
+
+def check(found: Sequence[Sequence[Report]], *, gone: Sequence[int] = ()) -> None:
+    """Fail unless steps were whole, but for the ranks that were gone before."""
+    for reports in found:
+        for report in reports:
+            assert report.lost == ()
+            assert set(report.missing) == set(gone)
+            assert set(report.unheard) == set(gone)
+
+
+def check_harmed(report: Report, where: Where, victims: Sequence[int] = (VICTIM,)) -> None:
+    """Fail unless a step in which ranks came to harm lacks at most what is theirs, and says so."""
+    assert set(report.missing) <= set(victims)
+    assert set(report.unheard) <= set(victims)
+    assert set(report.lost) <= set(victims)
+    assert not set(report.active) & set(report.missing)
+    assert set(report.unheard) <= set(report.lost)
+    if where.operation == "dispatch":
+        assert set(report.missing) == set(victims)  # nothing was sent back
+    else:
+        assert report.unheard == ()
+
+
+def harm(
+    crew: Processes, where: Where, number: int, *, deadline: float = LONG, rest: Sequence[int] = REST, **options: Any
+) -> list[Report]:
+    """Have the victim come to harm at a place of a step; return what the others say of that step, which they keep."""
+    crew.call("moe_faults:harm", where, number, ranks=[VICTIM])
+    crew.tell(VICTIM, "moe_faults:step", "layer", LONG, **options)
+    for rank in rest:
+        crew.tell(rank, "moe_faults:step", "layer", deadline, True, **options)
+    found = [crew.hear(rank) for rank in rest]
+    if number == signal.SIGKILL:
+        crew.children[VICTIM].wait_ended()
+    else:
+        eventually(lambda: process_state(crew.children[VICTIM].pid) == "T", "the victim stands")
+    return found

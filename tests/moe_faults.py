@@ -1,0 +1,300 @@
+"""What ranks do in the tests of faults: steps whose every number is checked, and harm at a chosen place of one.
+
+Numbers are small and whole, so that sums are exact, and drawn from rank and phase: each rank knows what others send.
+A step reports which rows came, and which holders' terms are in the sums: there is one set of them that explains all.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import mapped_arenas, open_fds
+
+from raynixl.moe.lines import Cell
+
+HIDDEN, TOPK, TOKENS = 32, 3, 12
+EXPERTS = 10
+OPTIONS: dict[str, Any] = {
+    "experts": EXPERTS, "hidden": HIDDEN, "topk": TOPK, "max_tokens": TOKENS, "dtype": torch.float32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place in an operation, at the n-th put of rows or the n-th line to a rank."""
+
+    operation: str
+    kind: str
+    number: int
+    when: str
+    """'before' it, 'amid' it (half of the rows are put), or 'after' it."""
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.kind} {self.number} of {self.operation}"
+
+
+DISPATCH = (
+    Where("dispatch", "line", 0, "before"), Where("dispatch", "line", 1, "before"),
+    Where("dispatch", "put", 0, "before"), Where("dispatch", "put", 0, "amid"), Where("dispatch", "put", 0, "after"),
+    Where("dispatch", "put", 1, "before"), Where("dispatch", "put", 2, "amid"), Where("dispatch", "line", 5, "after"),
+)  # fmt: skip
+COMBINE = (
+    Where("combine", "put", 0, "before"), Where("combine", "put", 0, "amid"), Where("combine", "put", 0, "after"),
+    Where("combine", "put", 1, "before"), Where("combine", "put", 2, "amid"), Where("combine", "line", 2, "after"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one rank gives to the dispatch of one phase."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a step."""
+
+    seconds: float
+    phase: int
+    lost: tuple[int, ...]
+    active: tuple[int, ...]
+    unheard: tuple[int, ...]
+    """Sources whose rows for us have not come."""
+    missing: tuple[int, ...]
+    """Holders without whose terms our sums are."""
+
+
+@dataclass
+class Harm:
+    """Ends or freezes this process at a place of its next operation."""
+
+    where: Where
+    number: int
+    """Of the signal."""
+    counts: dict[str, int] = field(default_factory=lambda: {"put": 0, "line": 0})
+
+    def at(self, kind: str, when: str) -> bool:
+        """Whether this is the place."""
+        return (kind, self.counts[kind], when) == (self.where.kind, self.where.number, self.where.when)
+
+    def do(self) -> None:
+        """SIGKILL ends us here; behind SIGSTOP we go on here when we are resumed."""
+        os.kill(os.getpid(), self.number)
+
+    def arm(self, ep: Any) -> None:
+        """Have the ways to all other ranks look out for the place."""
+        for channel in ep._session.channels.values():
+            self._arm(channel)
+
+    def _arm(self, channel: Any) -> None:
+        put, post = channel.put, channel.post
+
+        def put_and_see(form: Any, place: Any, sources: Any, count: int, deadline: float) -> bool:
+            if self.at("put", "before"):
+                self.do()
+            if self.at("put", "amid"):
+                put(form, place, sources, count // 2, deadline)
+                self.do()
+            done = put(form, place, sources, count, deadline)
+            if self.at("put", "after"):
+                self.do()
+            self.counts["put"] += 1
+            return bool(done)
+
+        def post_and_see(cell: Any, line: Any) -> bool:
+            if cell not in (Cell.EVEN, Cell.ODD):
+                return bool(post(cell, line))
+            if self.at("line", "before"):
+                self.do()
+            done = post(cell, line)
+            if self.at("line", "after"):
+                self.do()
+            self.counts["line"] += 1
+            return bool(done)
+
+        channel.put, channel.post = put_and_see, post_and_see
+
+
+def given(rank: int, phase: int) -> Given:
+    """Draw what a rank gives; every rank names every other one's experts."""
+    rng = np.random.default_rng([rank, phase])
+    tokens = int(rng.integers(6, TOKENS + 1))
+    ids = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :TOPK]
+    ids[rng.random(ids.shape) < 0.1] = -1
+    ids[:, 0] = (np.arange(tokens) * 2 + rank) % EXPERTS
+    x = rng.integers(0, 64, (tokens, HIDDEN)).astype(np.float32)
+    weights = rng.integers(1, 5, (tokens, TOPK)).astype(np.float32)
+    return Given(torch.from_numpy(x), torch.from_numpy(ids), torch.from_numpy(weights))
+
+
+def terms(one: Given, holders: Any) -> dict[int, torch.Tensor]:
+    """Return by holder what it adds to each token: expert e multiplies by e + 1."""
+    found = {}
+    for rank in set(holders) - {-1}:
+        is_here = torch.from_numpy(np.isin(one.ids.numpy(), np.flatnonzero(np.array(holders) == rank)))
+        factors = torch.where(is_here, one.weights * (one.ids + 1), 0).sum(1, keepdim=True)
+        found[rank] = one.x * factors
+    return found
+
+
+def step(member: Any, layer: str, deadline: float = 20.0, keep: bool = False, **options: Any) -> Report:
+    """Dispatch and combine once; everything that comes is as it must be, but for what the report says."""
+    ep = member.eps[layer]
+    harm = member.kept.pop("harm", None)
+    if harm is not None and harm.where.operation == "dispatch":
+        harm.arm(ep)
+    phase, began = ep._session.phase, time.monotonic()
+    one = given(ep.rank, phase)
+    made = ep.dispatch(one.x, one.ids, one.weights, deadline=deadline, **options)
+    seconds = time.monotonic() - began
+    unheard = check_rows(ep, made, phase)
+    if harm is not None and harm.where.operation == "combine":
+        harm.arm(ep)
+    began = time.monotonic()
+    out = ep.combine(run_experts(ep, made), made.handle, deadline=deadline)
+    seconds = max(seconds, time.monotonic() - began)
+    missing = explain(out, one, ep)
+    if keep:
+        held = [each for each in (made.x, made.topk_idx, made.topk_weights, out) if each is not None]
+        member.kept.setdefault("held", []).extend((each, each.clone()) for each in held)
+    return Report(seconds, phase, made.lost, ep.active, unheard, missing)
+
+
+def check_rows(ep: Any, made: Any, phase: int) -> tuple[int, ...]:
+    """Fail unless every row is that of its token, and a source's rows are all there or none; return whose are not."""
+    layout = made.handle.layout
+    holders = np.array(ep.placement.holders)
+    mine = np.flatnonzero(holders == ep.rank)
+    if layout == "slots":
+        x = made.x[(made.topk_idx >= 0).any(-1)]
+    elif layout == "experts":
+        x = None
+    else:
+        x = made.x
+    sources, tokens = made.sources.numpy(), made.tokens.numpy()
+    unheard = []
+    for source in range(ep.world):
+        theirs = given(source, phase)
+        wanted = np.flatnonzero(np.isin(theirs.ids.numpy(), mine).any(1))
+        here = sources == source
+        if not here.any():
+            if len(wanted):
+                unheard.append(source)
+            continue
+        assert tokens[here].tolist() == wanted.tolist(), f"rank {ep.rank}: tokens of {source} in phase {phase}"
+        if x is not None:
+            assert torch.equal(x[torch.from_numpy(here)], theirs.x[wanted]), f"rank {ep.rank}: rows of {source}"
+    assert np.all(np.diff(sources) >= 0)
+    return tuple(unheard)
+
+
+def run_experts(ep: Any, made: Any) -> torch.Tensor:
+    """Multiply as the experts here do."""
+    names = torch.tensor([*ep.local_experts, 0], dtype=torch.float32)
+    if made.handle.layout == "experts":
+        y = torch.zeros_like(made.x)
+        for local in range(len(ep.local_experts)):
+            begin = int(made.offsets[local])
+            end = begin + int(made.counts[local])
+            y[begin:end] = made.x[begin:end] * (names[local] + 1)
+        return y
+    factors = torch.where(made.topk_idx >= 0, names[made.topk_idx] + 1, 0)
+    if made.handle.weights_at == "source":
+        pairs = made.topk_idx >= 0
+        return (made.x.unsqueeze(-2) * factors.unsqueeze(-1))[pairs]
+    is_row = (made.topk_idx >= 0).any(-1, keepdim=True)
+    scaled = made.x * (factors * made.topk_weights).sum(-1, keepdim=True)
+    return torch.where(is_row, scaled, torch.nan)
+
+
+def explain(out: torch.Tensor, one: Given, ep: Any) -> tuple[int, ...]:
+    """Return the fewest holders without whose terms the sums are these, to the bit."""
+    by_holder = terms(one, ep.placement.holders)
+    for count in range(len(by_holder) + 1):
+        for gone in itertools.combinations(sorted(by_holder), count):
+            if torch.equal(out, total(one, by_holder, gone, ep)):
+                return gone
+    raise AssertionError(f"rank {ep.rank} of {ep.active}: no holders' terms add up to {out}")
+
+
+def total(one: Given, by_holder: dict[int, torch.Tensor], gone: Any, ep: Any) -> torch.Tensor:
+    """Add up the terms of all holders but those; where an option says so, the others make up for them."""
+    sums = torch.zeros_like(one.x)
+    for rank, term in by_holder.items():
+        if rank not in gone:
+            sums = sums + term
+    if ep.on_lost.value == "renormalise" and gone:
+        holders = np.array([*ep.placement.holders, -1])[one.ids.numpy()]
+        is_left = torch.from_numpy((holders >= 0) & ~np.isin(holders, gone))
+        named = torch.where(one.ids >= 0, one.weights, 0).sum(1)
+        left = torch.where(is_left, one.weights, 0).sum(1)
+        is_touched = (named != left) & (left > 0)
+        scale = torch.where(is_touched, named / left, 1.0)
+        sums = torch.where(is_touched[:, None], sums * scale[:, None], sums)
+    return sums
+
+
+def steps(member: Any, layer: str, count: int, **options: Any) -> list[Report]:
+    """Take so many steps."""
+    return [step(member, layer, **options) for _ in range(count)]
+
+
+def steps_until(member: Any, layer: str, active: tuple[int, ...], most: int = 4000, **options: Any) -> list[Report]:
+    """Take steps until these ranks, and no others, are active; all ranks find it so behind the same step."""
+    reports = []
+    while member.eps[layer].active != active:
+        reports.append(step(member, layer, **options))
+        assert len(reports) < most, f"{member.eps[layer].active} are active, not {active}"
+    return reports
+
+
+def harm(member: Any, where: Where, number: int = signal.SIGKILL) -> None:
+    """Come to harm in the next step."""
+    member.kept["harm"] = Harm(where, number)
+
+
+def held_is_as_it_was(member: Any) -> int:
+    """Fail if what steps kept has changed; return how much that is."""
+    held = member.kept.pop("held", [])
+    for tensor, copy in held:
+        assert torch.equal(tensor.contiguous().view(torch.uint8), copy.contiguous().view(torch.uint8))
+    return len(held)
+
+
+def drop(member: Any, layer: str) -> None:
+    """Close a layer, if there is one here, and forget what was kept."""
+    member.kept.clear()
+    for made in (member.eps, member.groups):
+        if layer in made:
+            made.pop(layer).close()
+
+
+def rejoin(member: Any, layer: str, deadline: float = 20.0) -> float:
+    """Come back; return the seconds that it took."""
+    began = time.monotonic()
+    member.eps[layer].rejoin(deadline=deadline)
+    return time.monotonic() - began
+
+
+def quarantined(member: Any, layer: str) -> int:
+    """How many slots wait for a rank that may still write into them."""
+    return len(member.eps[layer]._session.pool.quarantined)
+
+
+def footprint(member: Any) -> tuple[list[str], int, int]:
+    """What this process holds: threads of expert parallelism, descriptors of arenas, and mapped bytes of arenas."""
+    gc.collect()
+    threads = sorted(one.name for one in threading.enumerate() if one.name.startswith("raynixl-moe"))
+    return threads, sum("memfd:raynixl" in target for _, target in open_fds()), mapped_arenas()
