@@ -71,8 +71,8 @@ def test_few_tokens_make_as_many_puts_as_are_drawn():
 
 def test_an_exchange_takes_as_long_as_its_busiest_resource():
     fabric = Fabric(
-        call_seconds=0, message_seconds=1e-6, network_message_seconds=1e-5, latency=1e-4, network_latency=1e-3, rank_gbps=10.0,
-        host_gbps=20.0, rank_network_gbps=2.0, host_network_gbps=3.0,
+        call_seconds=0, message_seconds=1e-6, network_message_seconds=1e-5, latency=1e-4, network_latency=1e-3,
+        rank_gbps=10.0, host_gbps=20.0, rank_network_gbps=2.0, host_network_gbps=3.0,
     )  # fmt: skip
     linked = ~np.eye(4, dtype=bool)
     hosts = np.array([0, 0, 1, 1])
