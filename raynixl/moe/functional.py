@@ -31,6 +31,9 @@ from raynixl.errors import ConfigError
 from raynixl.moe.local import expert_places
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from raynixl.moe.local import LocalParallel
     from raynixl.moe.parallel import ExpertParallel
     from raynixl.moe.result import Dispatched
@@ -58,6 +61,12 @@ class TracedHandle:
     """r.topk_weights, with their gradients."""
     link: Tensor
     """Ties combine to dispatch in the graph, and brings it the gradients of weights that stayed at the source."""
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """By source: how many rows came from there."""
+        counts: npt.NDArray[np.int64] = self.handle.counts
+        return counts
 
 
 def dispatch(

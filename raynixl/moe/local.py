@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ class LocalHandle:
     """Where each pair [rows, topk] lies among the pairs in the order of `layout`; -1 for none."""
     offsets: Tensor
     """Where each expert's rows start in layout "experts"."""
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """By source, of which there is one: how many rows came from there."""
+        return np.array([len(self.tokens)])
 
     def plain(self) -> LocalHandle:
         """Return the same without weights: combine adds up what it gets as it is."""

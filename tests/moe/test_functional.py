@@ -250,6 +250,16 @@ def test_two_layers_go_back_in_the_reverse_order(crew: Threads) -> None:
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_the_result_says_where_rows_came_from(crew: Threads) -> None:
+    def work(rank: int, ep: Any) -> tuple[list[int], list[int]]:
+        x, _, _ = tokens_of(rank, 2, **SIZES)
+        r = dispatch(ep, x, torch.full((2, TOPK), EXPERTS - 1))
+        return r.sources.tolist(), r.tokens.tolist()
+
+    with crew.experts(2, **SIZES, max_tokens=16, dtype=torch.float64) as layer:
+        assert layer.run(work) == [([], []), ([0, 0, 1, 1], [0, 1, 0, 1])]
+
+
 def test_without_gradients_no_graph_is_made() -> None:
     ep = LocalParallel(**SIZES)
     x, idx, weights = tokens_of(0, 4, **SIZES)
