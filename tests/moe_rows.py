@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raynixl.moe.quantise import quantise
+from raynixl.moe.quantising import quantise
 
 Packed = tuple[str, tuple[int, ...], bytes]
 """A tensor: dtype, shape, bytes."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from raynixl.moe.grid import Grid
-from raynixl.moe.quantise import dequantise
+from raynixl.moe.quantising import dequantise
 
 Expert = Callable[[int, Tensor], Tensor]
 """expert(physical id, rows) -> rows of what it computes."""

@@ -7,7 +7,7 @@ import torch
 from moe_programs import Combine, Dispatch, Program, even
 from moe_rows import draw_rows
 
-from raynixl.moe.quantise import quantise
+from raynixl.moe.quantising import quantise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int8]
 WAYS = [("tokens", "holder"), ("experts", "holder"), ("experts", "source"), ("slots", "source")]

@@ -9,7 +9,7 @@ from moe_programs import Combine, Dispatch, Program, even, expected, tokens_of
 from moe_rows import draw_rows, unpacked
 
 from raynixl.moe import reference
-from raynixl.moe.quantise import quantise
+from raynixl.moe.quantising import quantise
 from raynixl.moe.reference import Setting, Tokens
 
 WAYS = [

@@ -8,8 +8,8 @@ from torch import Tensor
 from raynixl.compat.deep_ep.config import align
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap
 from raynixl.errors import ConfigError
-from raynixl.moe.quantise import SMALLEST, dequantise
-from raynixl.moe.quantise import quantise as moe_quantise
+from raynixl.moe.quantising import SMALLEST, dequantise
+from raynixl.moe.quantising import quantise as moe_quantise
 from raynixl.weights.conversion import BLOCK, FP8_MAX
 
 __all__ = [

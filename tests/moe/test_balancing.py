@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl.errors import ConfigError, RangeError
-from raynixl.moe.balance import Replicas, balance
+from raynixl.moe.balancing import Replicas, balance
 from raynixl.moe.placement import Placement
 
 pytestmark = pytest.mark.pure

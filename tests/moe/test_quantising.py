@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raynixl.errors import ConfigError
-from raynixl.moe import quantise as module
-from raynixl.moe.quantise import dequantise, quantise, scale_columns
+from raynixl.moe import quantising as module
+from raynixl.moe.quantising import dequantise, quantise, scale_columns
 
 pytestmark = pytest.mark.pure
 HIDDENS = [1, 127, 128, 129, 1024, 2880, 3584, 7168]
