@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from raynixl.moe.layer import MoELayer, Router, Scores
     from raynixl.moe.local import LocalParallel
     from raynixl.moe.making import expert_parallel
-    from raynixl.moe.parallel import ExpertParallel, OnLost
+    from raynixl.moe.parallel import ExpertParallel
     from raynixl.moe.pending import Pending
     from raynixl.moe.placement import Placement
     from raynixl.moe.quantising import dequantise, quantise
+    from raynixl.moe.rank import OnLost
     from raynixl.moe.result import Dispatched, Handle
     from raynixl.moe.two_level import TwoLevel
 
@@ -27,7 +28,8 @@ _HOMES = {  # no name may be that of a module of this package: importing that mo
     "raynixl.moe.layer": ("MoELayer", "Router", "Scores"),
     "raynixl.moe.local": ("LocalParallel",),
     "raynixl.moe.making": ("expert_parallel",),
-    "raynixl.moe.parallel": ("ExpertParallel", "OnLost"),
+    "raynixl.moe.parallel": ("ExpertParallel",),
+    "raynixl.moe.rank": ("OnLost",),
     "raynixl.moe.pending": ("Pending",),
     "raynixl.moe.placement": ("Placement",),
     "raynixl.moe.quantising": ("dequantise", "quantise"),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.dispatching import Scene
-    from raynixl.moe.slot import Slot
     from raynixl.moe.routing import Routing
+    from raynixl.moe.slot import Slot
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +107,9 @@ class _Arranging:
             first, last = (
                 (shift, shift + self.rows) if rows_at is None else (0, self.scene.world * self.scene.max_tokens)
             )
-            rows = slot.bytes[start + first * 4 * width : start + last * 4 * width].view(kind).reshape(-1, width)
+            rows: npt.NDArray[Any] = (
+                slot.bytes[start + first * 4 * width : start + last * 4 * width].view(kind).reshape(-1, width)
+            )
             found.append(rows.copy() if rows_at is None else rows[rows_at])
         if call.handle is not None:
             self._blank_weights(found)

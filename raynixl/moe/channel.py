@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from raynixl.errors import RaynixlError
+from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.host import has_ended
 from raynixl.moe.board import cell_offset
 from raynixl.moe.fields import RowFormat
@@ -42,8 +43,13 @@ class Place:
 class Directions(Protocol):
     """What a channel needs to know of a peer's slots beside those that it knows already."""
 
-    def __call__(self, slot: int) -> RemoteRegion:
+    def __call__(self, slot: int, timeout: float) -> RemoteRegion:
         """Ask the peer for the descriptor of a slot; raises RaynixlError."""
+
+
+def share_of(deadline: float) -> float:
+    """Return for how long a peer may be waited for alone, while others wait for us: half of the time that is left."""
+    return max(1e-3, (deadline - time.monotonic()) / 2)
 
 
 class Channel(Protocol):
@@ -68,7 +74,7 @@ class Channel(Protocol):
     def finish(self, deadline: float) -> bool:
         """Wait until all rows that were put are at the peer."""
 
-    def capacity(self, form: RowFormat, slot: int) -> int:
+    def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds; 0 if the peer cannot be asked."""
 
     def has_ended(self) -> bool:
@@ -102,11 +108,14 @@ class MappedChannel:
         self.lines += 1
         return True
 
-    def window(self, slot: int) -> Window | None:
+    def window(self, slot: int, deadline: float) -> Window | None:
         """Return a slot of the peer's, mapped; None if it cannot be had any more."""
         if slot not in self._slots:
             try:
-                window = self._agent.window(self._directions(slot))
+                remote = self._directions(slot, share_of(deadline))
+                window = self._agent.window(remote, timeout=share_of(deadline))
+            except TransferTimeout:
+                return None
             except RaynixlError:
                 self._slots[slot] = None
             else:
@@ -115,7 +124,7 @@ class MappedChannel:
 
     def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
         """Copy rows straight into the peer's slot."""
-        window = self.window(place.slot)
+        window = self.window(place.slot, deadline)
         if window is None:
             return False
         layout = form.layout(window.remote.nbytes)
@@ -135,9 +144,9 @@ class MappedChannel:
         """Nothing is under way."""
         return True
 
-    def capacity(self, form: RowFormat, slot: int) -> int:
+    def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds."""
-        window = self.window(slot)
+        window = self.window(slot, deadline)
         return 0 if window is None else form.layout(window.remote.nbytes).capacity
 
     def has_ended(self) -> bool:

@@ -1,7 +1,8 @@
-"""Checks: what callers give, turned into calls; what is wrong with it is kept, since the other ranks must hear of it."""
+"""Checks: what callers give, turned into calls; what is wrong is kept, since the other ranks must hear of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,41 +48,77 @@ def dtype_of(dtype: Any) -> torch.dtype:
     return dtype
 
 
-def dispatch_call(
-    topk: int, max_tokens: int, *, hidden: int, placement: int, **given: Any
-) -> tuple[DispatchCall, RaynixlError | None]:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a dispatch is checked against."""
+
+    topk: int
+    max_tokens: int
+    hidden: int
+    placement: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchArguments:
+    """What a caller gives for a dispatch."""
+
+    x: Any = None
+    topk_idx: Any = None
+    topk_weights: Any = None
+    handle: Any = None
+    layout: Any = None
+    alignment: Any = None
+    weights_at: Any = None
+    extra: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineArguments:
+    """What a caller gives for a combine."""
+
+    y: Any = None
+    handle: Any = None
+    weights: Any = None
+    bias: Any = None
+    out: Any = None
+    summed: bool = True
+
+
+def dispatch_call(given: DispatchArguments, sizes: Sizes) -> tuple[DispatchCall, RaynixlError | None]:
     """Return the call, and what is wrong with it; then the call says only how many exchanges it has."""
     try:
-        return _dispatch_call(topk, max_tokens, hidden=hidden, placement=placement, **given), None
+        return _dispatch_call(given, sizes), None
     except RaynixlError as exc:
-        handle = given["handle"] if isinstance(given["handle"], Handle) else None
-        layout = given["layout"] if given["layout"] in LAYOUTS else "tokens"
+        handle = given.handle if isinstance(given.handle, Handle) else None
+        layout = given.layout if given.layout in LAYOUTS else "tokens"
         return DispatchCall((), False, 0, None, torch.int64, None, handle, layout, 1, "holder"), exc
 
 
-def _dispatch_call(
-    topk: int, max_tokens: int, *, hidden: int, placement: int, x: Any, topk_idx: Any, topk_weights: Any, handle: Any,
-    layout: Any, alignment: Any, weights_at: Any, extra: tuple[Any, ...],
-) -> DispatchCall:  # fmt: skip
+def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
+    handle = given.handle
     if handle is not None and not isinstance(handle, Handle):
         raise ConfigError(f"{type(handle).__name__} is no handle", hint="give r.handle of an earlier dispatch")
-    layout = check_choice(layout or (handle.layout if handle else "tokens"), LAYOUTS, "layout")
-    weights_at = check_choice(weights_at or (handle.weights_at if handle else "holder"), WEIGHTS_AT, "place of weights")
+    layout = check_choice(given.layout or (handle.layout if handle else "tokens"), LAYOUTS, "layout")
+    weights_at = check_choice(
+        given.weights_at or (handle.weights_at if handle else "holder"), WEIGHTS_AT, "place of weights"
+    )
+    alignment = given.alignment
     if alignment is None:
         alignment = handle.alignment if handle else 1
+    x = given.x
     rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-    columns = [columns_of(rows, "x", width=hidden)]
+    columns = [columns_of(rows, "x", width=sizes.hidden)]
     tokens = len(columns[0].tensor)
-    check_tokens(tokens, max_tokens)
+    check_tokens(tokens, sizes.max_tokens)
     if scales is not None:
         columns.append(columns_of(scales, "scales", tokens))
-    columns += [columns_of(one, "extra", tokens) for one in extra]
-    weights = weights_of(topk_weights, tokens, topk)
+    columns += [columns_of(one, "extra", tokens) for one in given.extra]
+    weights = weights_of(given.topk_weights, tokens, sizes.topk)
     ids, ids_dtype = None, torch.int64
     if handle is None:
-        ids, ids_dtype = ids_of(topk_idx, tokens, topk), topk_idx.dtype
+        ids, ids_dtype = ids_of(given.topk_idx, tokens, sizes.topk), given.topk_idx.dtype
     else:
-        _check_cached(handle, topk_idx, tokens, placement)
+        _check_cached(handle, given.topk_idx, tokens, sizes.placement)
         ids_dtype = handle.ids_dtype
     return DispatchCall(
         tuple(columns), scales is not None, tokens, ids, ids_dtype, weights, handle, layout,
@@ -101,34 +138,29 @@ def _check_cached(handle: Handle, topk_idx: Any, tokens: int, placement: int) ->
 
 
 def combine_call(
-    limit: int, *, renormalises: bool, hidden: int, y: Any, handle: Any, weights: Any, bias: Any, out: Any,
-    summed: bool,
-) -> tuple[CombineCall, RaynixlError | None]:  # fmt: skip
+    given: CombineArguments, *, limit: int, hidden: int, renormalises: bool
+) -> tuple[CombineCall, RaynixlError | None]:
     """Return the call, and what is wrong with it; then the call takes part with nothing."""
     try:
-        return _combine_call(
-            renormalises=renormalises, hidden=hidden, y=y, handle=handle, weights=weights, bias=bias, out=out,
-            summed=summed,
-        ), None  # fmt: skip
+        return _combine_call(given, hidden, renormalises), None
     except RaynixlError as exc:
         empty = torch.zeros(0, hidden)
         return CombineCall(empty, no_handle(limit), None, (), empty, True, False), exc
 
 
-def _combine_call(
-    *, renormalises: bool, hidden: int, y: Any, handle: Any, weights: Any, bias: Any, out: Any, summed: bool
-) -> CombineCall:
+def _combine_call(given: CombineArguments, hidden: int, renormalises: bool) -> CombineCall:
+    handle, weights, out = given.handle, given.weights, given.out
     if not isinstance(handle, Handle):
         raise ConfigError(f"{type(handle).__name__} is no handle", hint="give r.handle of the dispatch")
-    if not summed and handle.weights_at != "source":
+    if not given.summed and handle.weights_at != "source":
         raise ConfigError(
             "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"
         )
-    y = _rows_of(y, "y", expected_shape(handle), hidden)
+    y = _rows_of(given.y, "y", expected_shape(handle), hidden)
     tokens = handle.routing.tokens
     if weights is not None:
         weights = columns_of(weights, "weights", handle.rows, handle.topk).tensor.float().contiguous()
-    biases = _biases(bias, tokens, hidden)
+    biases = _biases(given.bias, tokens, hidden)
     if out is None:
         out = torch.empty((tokens, hidden), dtype=y.dtype)
     elif not isinstance(out, torch.Tensor) or tuple(out.shape) != (tokens, hidden) or out.dtype not in CODES:
@@ -137,7 +169,7 @@ def _combine_call(
         raise ConfigError("out is not of contiguous rows on the CPU", hint="leave out= away, and copy the result")
     if (y.dtype == torch.float64) != (out.dtype == torch.float64):
         raise ConfigError(f"y is {y.dtype} and out {out.dtype}", hint="float64 goes with float64 only")
-    return CombineCall(y, handle, weights, biases, out.detach(), summed, renormalises)
+    return CombineCall(y, handle, weights, biases, out.detach(), given.summed, renormalises)
 
 
 def expected_shape(handle: Handle) -> tuple[int, ...]:
@@ -159,10 +191,10 @@ def _rows_of(y: Any, what: str, shape: tuple[int, ...], hidden: int) -> Tensor:
         raise ConfigError(f"{what} has the shape {list(y.shape)}", hint=f"the handle wants {[*shape, hidden]}")
     if y.device.type != "cpu":
         raise ConfigError(f"{what} is on {y.device}", hint="expert parallelism takes CPU tensors so far: pass y.cpu()")
-    y = y.detach()
+    rows: Tensor = y.detach()
     if len(shape) > 1:
-        y = y.reshape(-1, hidden)
-    return y if hidden == 1 or y.numel() == 0 or y.stride(-1) == 1 else y.contiguous()
+        rows = rows.reshape(-1, hidden)
+    return rows if hidden == 1 or rows.numel() == 0 or rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _biases(bias: Any, tokens: int, hidden: int) -> tuple[Tensor, ...]:

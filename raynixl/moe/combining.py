@@ -99,7 +99,7 @@ class Combine:
                 self._post(line, rank, None, 0)
                 continue
             slot = int(session.slots[rank])
-            if session.channels[rank].capacity(landing.form, slot) < handle.totals[rank]:
+            if session.channels[rank].capacity(landing.form, slot, self.deadline) < handle.totals[rank]:
                 landing.ask(rank, counts[rank])
                 asked.append(rank)
             else:

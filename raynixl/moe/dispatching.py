@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from raynixl.moe.fields import RowFormat
 
 I64 = npt.NDArray[np.int64]
+LEAST = 0.04
 COPY_RATE = 5e8
-"""Bytes a second at which rows come at the very least, for how long those of ranks that came late are waited for."""
+"""Seconds, and bytes a second, within which rows come at the very least. Where less is left, ranks came late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Dispatch:
         own = self._own_place(landing, places) if counts[me] else None
         packed = self._packed()
         line = session.line(signature, self.error)
-        asked, is_done = [], set()
+        asked = []
         for rank in session.members.in_turn:
             place = self._place(landing, rank, places) if counts[rank] else None
             if not counts[rank]:
@@ -156,7 +157,7 @@ class Dispatch:
         slot, offset = int(self.session.slots[rank]), int(places.offsets[rank])
         if not places.is_exact or offset < 0:
             return None
-        capacity = self.session.channels[rank].capacity(landing.form, slot)
+        capacity = self.session.channels[rank].capacity(landing.form, slot, self.deadline)
         return Place(slot, offset) if capacity >= places.extent[rank] else None
 
     def _packed(self) -> list[Source]:
@@ -177,8 +178,8 @@ class Dispatch:
         rows = self.routing.rows_of(rank)
         index = self.routing.order[rows]
         sources = [column.source(index) for column in self.call.columns]
-        for source in packed:
-            sources.append(Source(source.address + rows.start * source.nbytes, source.nbytes, source.nbytes))
+        first = rows.start
+        sources += [Source(one.address + first * one.nbytes, one.nbytes, one.nbytes) for one in packed]
         return sources
 
     def _post(self, line: Line, rank: int, place: Place | None, count: int) -> None:
@@ -200,7 +201,8 @@ class Dispatch:
     def _late(self, form: RowFormat) -> float:
         """Return the deadline of the rows: those of a step whose counts came late are given time to come."""
         nbytes = sum(form.fields) * self.scene.max_tokens * self.scene.world
-        return max(self.deadline, time.monotonic() + GRACE + nbytes / COPY_RATE)
+        now, needed = time.monotonic(), LEAST + nbytes / COPY_RATE
+        return self.deadline if now + needed < self.deadline else now + needed + GRACE
 
 
 def _source(array: npt.NDArray[Any]) -> Source:

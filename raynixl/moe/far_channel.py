@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from raynixl.errors import RaynixlError
+from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.host import has_ended
-from raynixl.moe.channel import Directions, Place, Source
+from raynixl.moe.channel import Directions, Place, Source, share_of
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import Cell, Line
 from raynixl.moe.remote_channel import Put, RemoteRows
@@ -81,18 +81,21 @@ class FarChannel:
             return False
         return True
 
-    def window(self, slot: int) -> Window | None:
+    def window(self, slot: int, deadline: float) -> Window | None:
         """Return a slot of the peer's, bound; None if it cannot be had any more."""
         if slot not in self._slots:
             try:
-                self._slots[slot] = self._agent.window(self._directions(slot))
+                remote = self._directions(slot, share_of(deadline))
+                self._slots[slot] = self._agent.window(remote, timeout=share_of(deadline))
+            except TransferTimeout:
+                return None
             except RaynixlError:
                 self._slots[slot] = None
         return self._slots[slot]
 
     def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
         """Gather rows and begin to write them into the peer's slot."""
-        window = self.window(place.slot)
+        window = self.window(place.slot, deadline)
         if window is None:
             return False
         layout = form.layout(window.remote.nbytes)
@@ -112,9 +115,9 @@ class FarChannel:
         started, self._started = self._started, []
         return not started or not self._rows.finish(deadline, started)
 
-    def capacity(self, form: RowFormat, slot: int) -> int:
+    def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds."""
-        window = self.window(slot)
+        window = self.window(slot, deadline)
         return 0 if window is None else form.layout(window.remote.nbytes).capacity
 
     def has_ended(self) -> bool:

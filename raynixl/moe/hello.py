@@ -63,6 +63,8 @@ class Hello(Wire):
     ranks: Number
     scene: str = Field(max_length=2000)
     """What all ranks must have alike, for people to read."""
+    members: tuple[Name, ...] = Field(max_length=1 << 16)
+    """By rank."""
     pid: Number
     is_running: bool
     """Whether it has met all others already: who asks and is unknown to it joins later."""

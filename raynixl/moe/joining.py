@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -24,31 +25,40 @@ STEP: Final = 0.01
 Met = dict[int, "tuple[Channel, Hello]"]
 
 
-def start(session: Session, meeting: Meeting, deadline: float) -> None:
-    """Begin with all others that begin, or join those that run.
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """How a rank was let in: who runs, and under which placement."""
+
+    running: tuple[int, ...]
+    placement: int
+
+
+def start(session: Session, meeting: Meeting, deadline: float) -> Welcome | None:
+    """Begin with all others that begin, or join those that run: then return how they let us in.
 
     Raises:
         ConfigError: another rank was made otherwise.
         TransferTimeout: not all came, or we were not let in, in time.
     """
-    me = session.members.me
-    others = [rank for rank in session.members.names if rank != me]
-    session.pool.announce(session.landing, sum(1 << rank for rank in others))
-    pause = PAUSE
+    me, limit = session.members.me, session.members.limit
+    session.pool.announce(session.landing, ((1 << limit) - 1) & ~(1 << me))
+    pause, welcome = PAUSE, None
     while True:
+        others = [rank for rank in session.members.names if rank != me]  # they tell of more
         met = meeting.meet(others)
         _take_in(session, met)
         is_running = any(hello.is_running for _, hello in met.values())
         if not is_running and len(met) == len(others):
             session.members.mask &= ~sum(1 << rank for rank in [*others, me])
             break
-        if is_running and _welcome(session, met):
+        if is_running and (welcome := _welcome(session, met)) is not None:
             break
         if time.monotonic() > deadline:
             raise _late(session, meeting, is_running)
         pause = STEP if is_running else min(MOST, 2 * pause)
         session.board.wait(Cell.WELCOME, np.array([me]), 1, timeout=pause, spin=0.0)
     meeting.run({rank: hello.token for rank, (_, hello) in met.items()})
+    return welcome
 
 
 def _take_in(session: Session, met: Met) -> None:
@@ -72,34 +82,40 @@ def _late(session: Session, meeting: Meeting, is_running: bool) -> TransferTimeo
     )
 
 
-def _welcome(session: Session, met: Met) -> bool:
-    """Take the place that we were given, if all that run have given the same one."""
+def _welcome(session: Session, met: Met) -> Welcome | None:
+    """Take the place that we were given, if all that run have given the same one; those that ended since need not."""
     members, board = session.members, session.board
     lines = {rank: line for rank in met if (line := board.read(rank, Cell.WELCOME)).number}
     if not lines:
-        return False
+        return None
     first = max(lines.values(), key=lambda line: line.number)
     if first.mask >> members.me & 1 or not first.ready >> members.me & 1:
-        return False
+        return None
     active = ranks_of(~first.mask & ((1 << members.limit) - 1))
     running = [rank for rank in active if not first.ready >> rank & 1]
-    for rank in running:
-        if rank not in lines or (lines[rank].phase, lines[rank].mask) != (first.phase, first.mask):
-            return False
-    if any(rank not in met for rank in active if rank != members.me):
-        return False
+    alike = [
+        rank for rank in running
+        if rank in lines and (lines[rank].phase, lines[rank].mask) == (first.phase, first.mask)
+    ]  # fmt: skip
+    ended = [rank for rank in active if rank != members.me and rank not in alike and session.is_gone(rank)]
+    if any(rank not in [*alike, *ended] for rank in running):
+        return None
+    if any(rank not in met for rank in active if rank not in [members.me, *ended]):
+        return None
     members.mask = first.mask
     session.phase = first.phase - 1
-    for rank in running:
+    for rank in alike:
         session.slots[rank] = lines[rank].slot
-    for rank in members.names:
+    for rank in ended:
+        members.lose(rank, "its process has ended")
+    for rank in range(members.limit):
         if rank != members.me and not members.is_active(rank):
             session.pool.gone(rank)  # it was never told of a slot of ours
-    return True
+    return Welcome(tuple(alike), first.signature)
 
 
 def let_in(session: Session, meeting: Meeting) -> None:
-    """Between two operations: hear of those who want to join, and let in those whom all would."""
+    """Between two operations: hear of those who want to join."""
     members = session.members
     for rank, (channel, slot) in meeting.arrivals().items():
         if members.is_active(rank):
@@ -108,14 +124,20 @@ def let_in(session: Session, meeting: Meeting) -> None:
         session.slots[rank] = slot
         session.board.clear(rank)
         session.pool.gone(rank)  # a session that begins anew writes for the former one no more
-        members.renewed |= 1 << rank
-        if not members.barred >> rank & 1:
-            members.ready |= 1 << rank
-    admitted, members.admitted = members.admitted, 0
-    admitted &= ~members.barred
+        members.admit_later(rank)
+    waiting = members.mask & ~members.renewed
+    for rank in members.names:
+        is_known = rank in session.channels and waiting >> rank & 1
+        if is_known and meeting.asks_since(rank, members.lost_at.get(rank, 0.0)):
+            members.admit_later(rank)
+
+
+def admit(session: Session, placement: int) -> None:
+    """Before a dispatch: let those take part whom all would let in."""
+    members = session.members
+    admitted = members.admitted & ~members.barred
     if not admitted:
         return
-    members.mask &= ~admitted
-    members.ready &= ~admitted
+    members.admit(admitted)
     session.pool.announce(session.landing, admitted)
-    session.welcome(admitted)
+    session.welcome(admitted, placement)

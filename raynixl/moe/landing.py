@@ -14,8 +14,8 @@ from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import NOWHERE, Cell, Heard
 
 if TYPE_CHECKING:
-    from raynixl.moe.slot import Slot
     from raynixl.moe.session import Session
+    from raynixl.moe.slot import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +156,15 @@ def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int
     """Return the slot in which all pieces lie at their targets, and the row from which those count.
 
     That is the announced slot in the usual course. Else they are copied together, also where a rank that was lost may
-    still write into that slot.
+    still write between them.
     """
     if not pieces:
         return None, 0
     first = pieces[0]
     shift = first.offset - targets[0]
     layout = landing.form.layout(first.slot.nbytes)
-    fits = shift >= 0 and shift + rows <= layout.capacity
+    has_holes = rows > sum(piece.count for piece in pieces)
+    fits = shift >= 0 and shift + rows <= layout.capacity and not (has_holes and first.slot.writers)
     if fits and all(p.slot is first.slot and p.offset - t == shift for p, t in zip(pieces, targets, strict=True)):
         return first.slot, shift
     slot = landing.take(rows)

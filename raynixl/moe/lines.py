@@ -79,7 +79,7 @@ class Line:
         self.payload = np.frombuffer(self.data, np.uint8)[8:]
         """All but the number, which is written behind it."""
 
-    def fill(  # noqa: PLR0913 - the parts of a line
+    def fill(
         self,
         number: int,
         *,
@@ -139,9 +139,11 @@ class Heard:
 def read_line(form: LineForm, memory: memoryview, at: int) -> Heard:
     """Read the line that begins at a byte of a board."""
     size, mask_at = form.mask_nbytes, at + _MASK_AT
+    head: tuple[int, float, int, float, int, int] = _HEAD.unpack_from(memory, at)
+    rows: tuple[int, int, int, int, int, int] = _ROWS.unpack_from(memory, at + _ROWS_AT)
     return Heard(
-        *_HEAD.unpack_from(memory, at),
-        *_ROWS.unpack_from(memory, at + _ROWS_AT),
+        *head,
+        *rows,
         int.from_bytes(memory[mask_at : mask_at + size], "little"),
         int.from_bytes(memory[mask_at + size : mask_at + 2 * size], "little"),
     )

@@ -6,19 +6,24 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, MappedChannel
 from raynixl.moe.far_channel import FarChannel, unpack_line
 from raynixl.moe.hello import Arena, Hello
+from raynixl.moe.placement import Placement
 from raynixl.moe.remote_channel import RemoteRows
 from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
-    from raynixl.moe.pool import Pool, Slot
+    from raynixl.moe.pool import Pool
+    from raynixl.moe.slot import Slot
 
 PATIENCE: Final = 0.3
 """Seconds that a rank has to answer a hello."""
@@ -30,9 +35,9 @@ LATE: Final = 1.0
 class Meeting:
     """Answers those who want to meet this rank, and meets the others."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what all ranks must know
         self, agent: Agent, name: str, *, rank: int, names: dict[int, str], board: Board, pool: Pool, first: Slot,
-        scene: str,
+        scene: str, placement: Callable[[], Placement],
     ) -> None:  # fmt: skip
         self.agent, self.name, self.rank, self.names = agent, name, rank, names
         self.token = secrets.token_hex(16)
@@ -45,15 +50,18 @@ class Meeting:
         self._board, self._pool = board, pool
         self._rows = RemoteRows(agent)
         self._hello = Hello(
-            rank=rank, token=self.token, ranks=board.ranks, scene=scene, pid=os.getpid(),
+            rank=rank, token=self.token, ranks=board.ranks, scene=scene, members=(), pid=os.getpid(),
             is_running=False, board=Arena.of(board.region), slot=first.number, arena=Arena.of(first.region),
         )  # fmt: skip
-        self._lock = threading.Lock()  # protects _known, _founders and _arrivals
+        self._placement = placement
+        self._lock = threading.Lock()  # protects _known, _founders, _arrivals and _asking
         self._known: dict[int, str] = {}  # by rank, the token of the session that we have met
         self._arrivals: dict[int, tuple[Channel, int]] = {}
+        self._asking: dict[int, float] = {}  # by rank that we know, when it has asked us the last time
         agent.deliver(self._topic("line"), self._take_line)
         agent.serve(self._topic("hello"), self._answer)
         agent.serve(self._topic("slot"), self._answer_slot)
+        agent.serve(self._topic("placement"), self._answer_placement)
 
     def _topic(self, what: str) -> str:
         return f"moe/{self.name}/{what}"
@@ -76,8 +84,10 @@ class Meeting:
                 self._known[hello.rank] = hello.token
                 self._arrivals[hello.rank] = (channel, hello.slot)
         with self._lock:
+            self._asking[hello.rank] = time.monotonic()
             is_founder = self._founders.get(hello.rank) == hello.token
-        return self._hello.model_copy(update={"is_running": not is_founder}).to_bytes()
+        members = tuple(name for _, name in sorted(self.names.items()))
+        return self._hello.model_copy(update={"is_running": not is_founder, "members": members}).to_bytes()
 
     def run(self, founders: dict[int, str]) -> None:
         """Take those who come from now on for ones who join, but for these sessions, which we have met."""
@@ -113,6 +123,10 @@ class Meeting:
             raise ConfigError(f"{self.agent.name!r} has no slot {payload[:20]!r}", peer=peer)
         return slot.region.describe().to_bytes()
 
+    def _answer_placement(self, _peer: str, _payload: bytes) -> bytes:
+        """Tell who joins where experts are."""
+        return self._placement().holders.astype("<i4").tobytes()
+
     def _take_line(self, peer: str, payload: bytes) -> None:
         """Write a line that came as a message where a mapped peer would have written it."""
         found = unpack_line(self.token, payload)
@@ -127,7 +141,32 @@ class Meeting:
             arrivals, self._arrivals = self._arrivals, {}
         return arrivals
 
+    def asks_since(self, rank: int, moment: float) -> bool:
+        """Whether a rank that we had met has asked us later than that: it has not begun, and still wants to."""
+        with self._lock:
+            asks = self._asking.pop(rank, 0.0) > moment
+            if asks:
+                self._founders.pop(rank, None)
+        return asks
+
     # Meeting
+
+    def placement_at(self, ranks: Sequence[int], digest: int, deadline: float) -> Placement:
+        """Ask ranks that run where experts are; one answer of this digest is enough.
+
+        Raises:
+            TransferTimeout: there is none.
+        """
+        for rank in ranks:
+            timeout = max(PATIENCE, deadline - time.monotonic())
+            try:
+                answer = self.agent.peer(self.names[rank]).ask(self._topic("placement"), timeout=timeout).wait()
+            except RaynixlError:
+                continue  # it is lost, as the first operation will find
+            placement = Placement(np.frombuffer(answer[: len(answer) // 4 * 4], "<i4"))
+            if placement.digest == digest:
+                return placement
+        raise TransferTimeout(f"no rank of {self.name!r} tells where experts are", hint="make it anew")
 
     def meet(self, ranks: list[int]) -> dict[int, tuple[Channel, Hello]]:
         """Ask these ranks once who they are; return those that answered, with the way to each.
@@ -151,8 +190,23 @@ class Meeting:
                     self._asked_late[rank] = time.monotonic() + LATE
                 continue
             self._check_like(self.names[rank], hello)
+            self._hear_of(hello)
             self._channels[rank] = (channel, hello)
         return {rank: self._channels[rank] for rank in ranks if rank in self._channels}
+
+    def _hear_of(self, hello: Hello) -> None:
+        """Learn of members who have come since we were made.
+
+        Raises:
+            ConfigError: the others are not who we were told.
+        """
+        told = dict(enumerate(hello.members[: self._board.ranks]))
+        if any(self.names.get(rank, name) != name for rank, name in told.items()):
+            raise ConfigError(
+                f"{hello.board.owner!r} knows {list(hello.members)}, we {[*self.names.values()]}",
+                hint="give the same members in the same order everywhere; join() adds new ones",
+            )
+        self.names.update(told)
 
     def _ask(self, rank: int) -> Hello:
         peer = self.agent.peer(self.names[rank])
@@ -164,10 +218,10 @@ class Meeting:
         board = self.agent.window(hello.board.remote)
         name = hello.board.owner
 
-        def directions(slot: int) -> RemoteRegion:
+        def directions(slot: int, timeout: float) -> RemoteRegion:
             if slot == hello.slot:
                 return hello.arena.remote
-            reply = self.agent.peer(name).ask(self._topic("slot"), str(slot).encode())
+            reply = self.agent.peer(name).ask(self._topic("slot"), str(slot).encode(), timeout=timeout)
             return RemoteRegion.from_bytes(reply.wait())
 
         topic = self._topic("line")
@@ -184,6 +238,7 @@ class Meeting:
         """Answer no more."""
         self.agent.control.unserve(self._topic("hello"))
         self.agent.control.unserve(self._topic("slot"))
+        self.agent.control.unserve(self._topic("placement"))
         self.agent.undeliver(self._topic("line"))
         self._rows.close()
         self._channels.clear()  # they hold on to us: without this, arenas stay mapped until Python collects its garbage

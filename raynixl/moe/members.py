@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,9 +26,13 @@ class Members:
     barred: int = 0
     """Ranks that only `unmask` lets in again."""
     admitted: int = 0
-    """Ranks that every active rank would admit, as of the last phase: they take part in the next operation."""
+    """Ranks that every active rank would admit, as of the last phase: they take part in the next dispatch."""
+    fresh: int = 0
+    """Ranks that we have let in, and have not heard since: perhaps not all did, and they have not begun."""
     lost: dict[int, str] = field(default_factory=dict)
     """Ranks that were lost in this operation, and why."""
+    lost_at: dict[int, float] = field(default_factory=dict)
+    """By rank, when it was lost the last time."""
     _others: tuple[int, npt.NDArray[np.int64], list[int], list[int]] = (-1, np.zeros(0, np.int64), [], [])
 
     @property
@@ -72,4 +77,24 @@ class Members:
         self.ready &= ~(1 << rank)
         self.renewed &= ~(1 << rank)
         self.admitted &= ~(1 << rank)
+        self.fresh &= ~(1 << rank)
         self.lost.setdefault(rank, why)
+        self.lost_at[rank] = time.monotonic()
+
+    def admit(self, ranks: int) -> None:
+        """Let ranks in, 1 bit each."""
+        self.mask &= ~ranks
+        self.ready &= ~ranks
+        self.fresh |= ranks
+
+    def put_off(self, rank: int) -> None:
+        """Take back that a rank was let in: others have not, so that it waits still."""
+        self.mask |= 1 << rank
+        self.fresh &= ~(1 << rank)
+        self.admit_later(rank)
+
+    def admit_later(self, rank: int) -> None:
+        """Note that a rank wants to take part, and would be let in here, unless that needs an `unmask`."""
+        self.renewed |= 1 << rank
+        if not self.barred >> rank & 1:
+            self.ready |= 1 << rank

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.landing import Landing
-    from raynixl.moe.slot import Slot
     from raynixl.moe.result import Handle
+    from raynixl.moe.slot import Slot
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]

@@ -99,6 +99,13 @@ class Pool:
             for slot in self._slots.values():
                 self._answer(slot, rank)
 
+    def begun(self, rank: int, told: Slot) -> None:
+        """Note that a rank has begun, and writes into none of the slots that it was told of before `told`."""
+        with self._lock:
+            for slot in self._slots.values():
+                if slot is not told:
+                    self._answer(slot, rank)
+
     # What the taker does with it
 
     def lease(self, slot: Slot) -> Lease:

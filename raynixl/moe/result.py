@@ -93,7 +93,7 @@ class Dispatched:
         expert's rows together, at `offsets`; padding is zero. "slots": [world, max_tokens, hidden], by source.
     scales: float32 [.., hidden / 128] if x came with scales.
     topk_idx: local ids [rows, topk], -1 where the expert is elsewhere or none; "slots": [world, max_tokens, topk].
-    topk_weights: float32 of the same form, 0 where there is no id; "experts": [padded rows]. None if there are none here.
+    topk_weights: float32 of the same form, 0 where there is no id; "experts": [padded rows]. None if none came.
     counts: int64 [local experts], the (row, k) pairs of each.
     sources, tokens: int32 [rows], where each row came from.
     extra: what was sent beside, by row.

@@ -24,10 +24,15 @@ SLICE: Final = 0.005
 """Seconds after which who waits looks whether anybody is gone; nothing of the usual course depends on it."""
 
 SPIN: Final = 1e-4
-"""Seconds for which who waits looks before it sleeps; it yields at each look, which pays also where ranks share cores."""
+"""Seconds for which who waits looks before it sleeps; it yields each time, which pays where ranks share cores, too."""
+
+STOOD_STILL: Final = 0.5
+"""Seconds between two looks after which we were frozen ourselves, and that time does not count against the others."""
 
 NOTICE_AFTER: Final = 0.02
-GRACE: Final = 0.04
+GRACE: Final = 1.0
+"""Seconds that the others have for their rows where counts were waited for until the deadline: they were, too."""
+
 ANY: Final = 0
 """The signature of a call that is wrong."""
 
@@ -114,10 +119,12 @@ class Session:
         connection = self.agent.connector.current(channel.name)
         return connection is not None and (connection.lost is not None or connection.incarnation != channel.incarnation)
 
-    def welcome(self, admitted: int) -> None:
-        """Tell ranks that they take part in the next operation, and with whom."""
+    def welcome(self, admitted: int, placement: int) -> None:
+        """Tell ranks that they take part in the next operation, with whom, and under which placement."""
         line, number = self._aside, self.phase + 1
-        line.fill(number, phase=number, slot=self.landing.number, mask=self.members.mask, ready=admitted)
+        line.fill(
+            number, phase=number, slot=self.landing.number, mask=self.members.mask, ready=admitted, signature=placement
+        )
         for rank in ranks_of(admitted):
             if not self.channels[rank].post(Cell.WELCOME, line):
                 self.lose(rank, "its process has ended")
@@ -163,18 +170,21 @@ class Session:
                 return None
             if self.is_gone(rank):
                 self.lose(rank, "its process has ended")
-            elif time.monotonic() > deadline:
+            elif (now := time.monotonic()) > self._deadline_of(rank, number, deadline, now):
                 self.lose(rank, "it gave no place in time")
         return self.board.read(rank, Cell.PLACE)
 
     def _wait_on(self, cell: int, number: int, deadline: float, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
         began, has_noticed = time.monotonic(), False
+        now = began
         while True:
             if idle is not None:
                 idle()
             self._take_masks(cell, number)
-            now = time.monotonic()
+            last, now = now, time.monotonic()
+            if now - last > STOOD_STILL:
+                deadline += now - last
             for rank in self._missing(cell, number):
                 if self.is_gone(rank):
                     self.lose(rank, "its process has ended")
@@ -219,7 +229,10 @@ class Session:
 
     def _heed(self, mask: int) -> None:
         for rank in ranks_of(mask & ~self.members.mask & ~(1 << self.members.me)):
-            self.members.lose(rank, "others have masked it")
+            if self.members.fresh >> rank & 1:
+                self.members.put_off(rank)
+            else:
+                self.members.lose(rank, "others have masked it")
 
     def _learn(self, heard: dict[int, Heard], number: int, began: float, is_whole: bool) -> bool:
         members, agreed, ready = self.members, is_whole, self._ready_sent
@@ -231,6 +244,9 @@ class Session:
             self.slots[rank] = line.slot
             if line.posted > began:
                 self.waited[rank] += line.posted - began
+            if members.fresh >> rank & 1:  # what it was told of before it began, it has not used
+                members.fresh &= ~(1 << rank)
+                self.pool.begun(rank, self.landing)
         if not agreed:
             for line in heard.values():
                 self._heed(line.mask)

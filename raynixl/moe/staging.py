@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raynixl.errors import ConfigError
-from raynixl.moe.checks import combine_call
+from raynixl.moe.checks import CombineArguments, combine_call
 from raynixl.moe.local import expert_places
 from raynixl.moe.result import Dispatched
 
@@ -188,8 +188,8 @@ class Returning:
         if not isinstance(self.y, torch.Tensor) or (self.bias is None and self.out is None):
             return
         y = torch.zeros((1, hidden), dtype=self.y.dtype).expand(self._items()[0], hidden)
-        given = {"y": y, "handle": self.handle.across[0], "weights": None, "bias": self.bias, "out": self.out}
-        _, error = combine_call(1, renormalises=False, hidden=hidden, summed=self.summed, **given)
+        given = CombineArguments(y, self.handle.across[0], None, self.bias, self.out, self.summed)
+        _, error = combine_call(given, limit=1, hidden=hidden, renormalises=False)
         if error is not None:
             raise error
 

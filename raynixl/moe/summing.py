@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,13 @@ class Terms:
     """By token, the items that are added, in order: items[starts[t] : starts[t + 1]], with their weights if any."""
 
     starts: I64
-    items: npt.NDArray[np.int64]
+    items: npt.NDArray[np.signedinteger[Any]]
     weights: F32 | None
 
     def only(self, is_there: npt.NDArray[np.bool_]) -> Terms:
         """Return the terms without the items that did not come."""
         keep = is_there[self.items]
-        starts = np.concatenate([[0], np.cumsum(keep)])[self.starts]
+        starts = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)[self.starts]
         return Terms(starts, self.items[keep], None if self.weights is None else self.weights[keep])
 
 
@@ -91,4 +91,5 @@ def lost_scale(handle: Handle, is_there: npt.NDArray[np.bool_] | None) -> F32:
         came[came] = by_pair[items[came]]
     whole = np.where(handle.chosen, weights, np.float32(0)).sum(axis=1, dtype=np.float32)
     rest = np.where(came, weights, np.float32(0)).sum(axis=1, dtype=np.float32)
-    return np.divide(whole, rest, out=np.ones_like(whole), where=rest != 0)
+    scale: F32 = np.divide(whole, rest, out=np.ones_like(whole), where=rest != 0)
+    return scale

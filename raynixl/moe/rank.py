@@ -1,0 +1,267 @@
+"""Ranks: one rank of an expert-parallel group, its session, and who takes part beside it."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from raynixl.errors import ConfigError, Masked
+from raynixl.moe.board import Board
+from raynixl.moe.checks import dtype_of, positive
+from raynixl.moe.fields import RowFormat
+from raynixl.moe.joining import admit, let_in, start
+from raynixl.moe.meeting import Meeting
+from raynixl.moe.members import Members
+from raynixl.moe.placement import Placement
+from raynixl.moe.pool import Pool
+from raynixl.moe.session import Session
+from raynixl.moe.statistics import MoEStatistics, statistics_of
+from raynixl.record import check_name
+
+if TYPE_CHECKING:
+    from raynixl.collectives import Group
+
+
+class OnLost(enum.Enum):
+    """What becomes of a token when an expert of its is out of reach: a term is missing, or the rest makes up for it."""
+
+    DROP = "drop"
+    RENORMALISE = "renormalise"
+
+
+class Rank:
+    """One rank of a group: its sizes, its session with the others, and who takes part. Operations are built on it."""
+
+    def __init__(  # noqa: PLR0913 - the sizes of a layer
+        self, group: Group, *, experts: int, hidden: int, topk: int, max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16, placement: Placement | Sequence[int] | None = None, name: str = "moe",
+        capacity: int | None = None, deadline: float | None = None, on_lost: OnLost = OnLost.DROP,
+        max_ranks: int | None = None,
+    ) -> None:  # fmt: skip
+        self.agent = group.agent
+        self.name = check_name(name, "name of an expert-parallel group")
+        self.rank = group.rank
+        self.experts, self.hidden = positive(experts, "experts"), positive(hidden, "hidden")
+        self.topk, self.max_tokens = positive(topk, "topk"), positive(max_tokens, "max_tokens")
+        self.dtype = dtype_of(dtype)
+        self.on_lost = OnLost(on_lost)
+        self.deadline = self.agent.config.transfer_timeout if deadline is None else deadline
+        self._limit = _limit(len(group.members)) if max_ranks is None else positive(max_ranks, "max_ranks")
+        if len(group.members) > self._limit:
+            raise ConfigError(f"{len(group.members)} members with max_ranks={max_ranks}", hint="raise max_ranks")
+        self._names = dict(enumerate(group.members))
+        self._capacity = capacity
+        self._turn = threading.RLock()  # held through each operation: they are carried out one after another
+        self._worker: ThreadPoolExecutor | None = None
+        self._is_closed = False
+        self._masked: Masked | None = None
+        self._counts = {"dispatches": 0, "combines": 0, "rows": 0}
+        given = Placement.even(self.experts, len(group.members)) if placement is None else placement
+        self.placement = given if isinstance(given, Placement) else Placement(given)
+        self.placement.check(experts=self.experts, ranks=len(group.members))
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, rank {self.rank}, active {self.active}, {self.experts} experts)"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What it is
+
+    @property
+    def world(self) -> int:
+        """How many members there are, masked ones among them."""
+        return max(self._names) + 1
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The ranks that take part, ascending."""
+        return self._session.members.active
+
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        """The physical experts that this rank holds; their place here is their local id."""
+        return self.placement.experts_of(self.rank)
+
+    # Who takes part
+
+    def place(self, placement: Placement | Sequence[int]) -> None:
+        """Use another placement from the next dispatch on; every rank calls it between the same two operations.
+
+        Raises:
+            ConfigError: another number of experts, or ranks that cannot be.
+        """
+        with self._turn:
+            given = placement if isinstance(placement, Placement) else Placement(placement)
+            given.check(experts=self.experts, ranks=self.world)
+            self.placement = given
+
+    def mask(self, rank: int) -> None:
+        """Go on without a rank until `unmask`. What one rank masks, all do one phase later."""
+        with self._turn:
+            self._check_rank(rank)
+            if rank == self.rank:
+                raise ConfigError("a rank cannot mask itself", hint="leave() takes this rank out")
+            self._session.members.barred |= 1 << rank
+            if self._session.members.is_active(rank):
+                self._session.lose(rank, "it was masked by hand")
+
+    def unmask(self, rank: int) -> None:
+        """Let a rank in again once it has rejoined, and all active ranks have met it."""
+        with self._turn:
+            self._check_rank(rank)
+            members = self._session.members
+            members.barred &= ~(1 << rank)
+            if members.renewed >> rank & 1 and not members.is_active(rank):
+                members.ready |= 1 << rank
+
+    def join(self, members: Sequence[str]) -> tuple[int, ...]:
+        """Expect new members, whose ranks are returned; they are let in before a dispatch, once all have met them.
+
+        The new ones make their ExpertParallel with a group that has all members in order of their ranks.
+
+        Raises:
+            ConfigError: a member is there already, or there would be more than max_ranks.
+        """
+        with self._turn:
+            ranks = []
+            for member in members:
+                check_name(member, "member")
+                if member in self._names.values() or len(self._names) >= self._limit:
+                    raise ConfigError(
+                        f"{member!r} cannot join {sorted(self._names.values())}",
+                        hint="join() takes new names; who was masked calls rejoin(); max_ranks is for good",
+                    )
+                rank = self.world
+                self._names[rank] = member
+                ranks.append(rank)
+            return tuple(ranks)
+
+    def leave(self, ranks: Sequence[int]) -> None:
+        """Take ranks out, ours perhaps among them; every rank calls it between the same two operations."""
+        with self._turn:
+            for rank in ranks:
+                self._check_rank(rank)
+            members = self._session.members
+            for rank in ranks:
+                if rank != self.rank:
+                    if members.is_active(rank):
+                        self._session.pool.gone(rank)  # it has done what it was told, and does nothing more
+                    members.barred |= 1 << rank
+                    members.mask |= 1 << rank
+                    members.ready &= ~(1 << rank)
+                    members.renewed &= ~(1 << rank)
+            if self.rank in ranks:
+                self.close()
+
+    def rejoin(self, *, deadline: float | None = None) -> None:
+        """Come back after having been masked: begin anew, and wait until the active ranks let this one in.
+
+        Raises:
+            TransferTimeout: they did not.
+        """
+        with self._turn:
+            self._check_open()
+            self._shut()
+            self._masked = None
+            self._open(deadline)
+
+    def beside(self, others: Sequence[Rank]) -> None:
+        """Know the other groups in which this rank takes part by turns: while it waits in one, none gives it up."""
+        self._session.siblings = tuple(other._session for other in others)
+
+    def statistics(self) -> MoEStatistics:
+        """Return what was counted so far."""
+        return statistics_of(self._session, **self._counts)
+
+    def close(self) -> None:
+        """Withdraw this rank's memory; idempotent. Results that live keep theirs."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown()
+        with self._turn:
+            if not self._is_closed:
+                self._is_closed = True
+                self._shut()
+
+    # Within
+
+    def _open(self, deadline: float | None = None) -> None:
+        until = time.monotonic() + (self.deadline if deadline is None else deadline)
+        members = Members(me=self.rank, limit=self._limit, mask=(1 << self._limit) - 1, names=self._names)
+        board = Board(self.agent, self._limit)
+        pool = Pool(self.agent, self._slot_nbytes(), name=self.name)
+        self._session = Session(self.agent, members, board, pool)
+        self._meeting = Meeting(
+            self.agent, self.name, rank=self.rank, names=self._names, board=board, pool=pool,
+            first=self._session.landing, scene=self._scene_text(), placement=lambda: self.placement,
+        )  # fmt: skip
+        try:
+            welcome = start(self._session, self._meeting, until)
+            if welcome is not None and welcome.placement != self.placement.digest:
+                self.placement = self._meeting.placement_at(welcome.running, welcome.placement, until)
+        except BaseException:
+            self._shut()
+            raise
+
+    def _scene_text(self) -> str:
+        return (
+            f"experts={self.experts}, hidden={self.hidden}, topk={self.topk}, max_tokens={self.max_tokens}, "
+            f"dtype={self.dtype}, on_lost={self.on_lost.value}"
+        )
+
+    def _slot_nbytes(self) -> int:
+        """Return the size of a slot: what even routing needs and a quarter more, or what can come if that is less."""
+        world = len(self._names)
+        spread = self.topk * self.max_tokens
+        rows = self._capacity or min(world * self.max_tokens, max(spread + spread // 4, self.max_tokens))
+        form = RowFormat((self.hidden * self.dtype.itemsize, 4 * self.topk, 4 * self.topk, 4))
+        return form.slot_nbytes(rows)
+
+    def _shut(self) -> None:
+        self._meeting.close()
+        self._session.pool.close()
+        self._session.board.close()
+
+    def _begin(self, *, is_start: bool) -> None:
+        """Begin an operation. Where it may be the first of ranks that join, a dispatch of tokens, let them in."""
+        self._check_open()
+        if self._masked is not None:
+            raise self._masked.afresh()
+        session = self._session
+        session.members.lost.clear()
+        let_in(session, self._meeting)
+        if is_start:
+            admit(session, self.placement.digest)
+        if session.members.mask and session.pool.quarantined:
+            session.sweep()
+
+    def _check_rank(self, rank: int) -> None:
+        self._check_open()
+        if rank not in self._names:
+            raise ConfigError(f"there is no rank {rank}", hint=f"members are {self._names}")
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError(f"the ExpertParallel {self.name!r} is closed", hint="make a new one on every rank")
+
+
+def _limit(members: int) -> int:
+    """Return how many ranks there may be by default: some more than there are."""
+    limit = 16
+    while limit < members + 4:
+        limit *= 2
+    return limit
