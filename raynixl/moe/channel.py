@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from raynixl.agents.window import Window
     from raynixl.moe.hello import Hello
     from raynixl.region import RemoteRegion
+
+
+MOMENT: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,11 @@ class Directions(Protocol):
 
 
 def share_of(deadline: float) -> float:
-    """Return for how long a peer may be waited for alone, while others wait for us: half of the time that is left."""
-    return max(1e-3, (deadline - time.monotonic()) / 2)
+    """Return for how long a peer may be waited for alone, while others wait for us: half of the time that is left.
+
+    A moment is given in any case: those that answer at once are not to suffer for one that has used up the time.
+    """
+    return max(MOMENT, (deadline - time.monotonic()) / 2)
 
 
 class Channel(Protocol):

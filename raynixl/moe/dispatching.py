@@ -74,7 +74,7 @@ class Dispatch:
         session, call = self.session, self.call
         form = call.form(self.scene.topk)
         signature = ANY if self.error is not None else call.signature(self.scene.placement)
-        places = self._exchange_counts(signature) if self.needs_counts else self._known_places()
+        places = self._exchange_counts(_of_counts(signature)) if self.needs_counts else self._known_places()
         landing = Landing(session, form, session.phase + 1, session.turn(), self.scene.max_tokens)
         try:
             arrival = self._exchange_rows(landing, places, signature)
@@ -208,3 +208,8 @@ class Dispatch:
 def _source(array: npt.NDArray[Any]) -> Source:
     nbytes = array.strides[0]
     return Source(array.ctypes.data, nbytes, nbytes)
+
+
+def _of_counts(signature: int) -> int:
+    """Return what the lines of counts are signed with, lest a rank take them for those behind rows."""
+    return ANY if signature == ANY else signature ^ 1 or 2

@@ -57,6 +57,9 @@ def start(session: Session, meeting: Meeting, deadline: float) -> Welcome | None
             raise _late(session, meeting, is_running)
         pause = STEP if is_running else min(MOST, 2 * pause)
         session.board.wait(Cell.WELCOME, np.array([me]), 1, timeout=pause, spin=0.0)
+    for rank in range(limit):
+        if not session.members.is_active(rank):
+            session.pool.gone(rank)  # nobody has come, or was told that we take part
     meeting.run({rank: hello.token for rank, (_, hello) in met.items()})
     return welcome
 
@@ -108,9 +111,6 @@ def _welcome(session: Session, met: Met) -> Welcome | None:
         session.slots[rank] = lines[rank].slot
     for rank in ended:
         members.lose(rank, "its process has ended")
-    for rank in range(members.limit):
-        if rank != members.me and not members.is_active(rank):
-            session.pool.gone(rank)  # it was never told of a slot of ours
     return Welcome(tuple(alike), first.signature)
 
 

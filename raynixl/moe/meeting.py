@@ -63,8 +63,13 @@ class Meeting:
         agent.serve(self._topic("slot"), self._answer_slot)
         agent.serve(self._topic("placement"), self._answer_placement)
 
+    @staticmethod
+    def topic(name: str, what: str = "hello") -> str:
+        """Return the topic under which the ranks of a group are asked."""
+        return f"moe/{name}/{what}"
+
     def _topic(self, what: str) -> str:
-        return f"moe/{self.name}/{what}"
+        return self.topic(self.name, what)
 
     # Answering
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from raynixl.errors import Masked, RaynixlError
+from raynixl.config import check_timeout
+from raynixl.errors import ConfigError, Masked, RaynixlError
 from raynixl.moe.checks import CombineArguments, DispatchArguments, Sizes, combine_call, dispatch_call
 from raynixl.moe.combining import Combine
 from raynixl.moe.dispatching import Dispatch, Scene
-from raynixl.moe.pending import Pending
 from raynixl.moe.rank import OnLost, Rank
 from raynixl.moe.result import Combined, Dispatched, Handle
 from raynixl.moe.routing import Routing, route
@@ -118,38 +117,33 @@ class ExpertParallel(Rank):
 
     def fail(self, error: RaynixlError, *, is_combine: bool = False, deadline: float | None = None) -> None:
         """Take part in the next dispatch, or combine, with nothing but an error, which all other ranks raise."""
-        with self._turn:
-            self._begin(is_start=not is_combine)
-            until = time.monotonic() + (self.deadline if deadline is None else deadline)
+
+        def fail() -> None:
             try:
                 if is_combine:
-                    back, _ = combine_call(
-                        CombineArguments(), limit=self._limit, hidden=self.hidden, renormalises=False
-                    )
-                    self._guarded(lambda: Combine(self._session, back, error, until).run())
+                    self._combine(CombineArguments(), deadline, None, error)
                 else:
-                    out, _ = dispatch_call(DispatchArguments(), self._sizes())
-                    nothing = _no_routing(self._limit, self.topk)
-                    self._guarded(lambda: Dispatch(self._session, self._scene(), out, nothing, error, until).run())
+                    self._dispatch(DispatchArguments(), deadline, None, error)
             except type(error) as exc:
                 if exc is not error:
                     raise
 
+        self._submit(fail)
+
     # Within
 
-    def _submit(self, operation: Callable[[], T], async_: bool) -> T | Pending[T]:
-        if self._worker is None and not async_:
-            return operation()
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="raynixl-moe")
-        pending = Pending(self._worker.submit(operation))
-        return pending if async_ else pending.wait()
-
-    def _dispatch(self, arguments: DispatchArguments, deadline: float | None, stats: Tensor | None) -> Dispatched:
+    def _dispatch(
+        self,
+        arguments: DispatchArguments,
+        deadline: float | None,
+        stats: Tensor | None,
+        failed: RaynixlError | None = None,
+    ) -> Dispatched:
         with self._turn:
             self._begin(is_start=arguments.handle is None)
-            until = time.monotonic() + (self.deadline if deadline is None else deadline)
             call, error = dispatch_call(arguments, self._sizes())
+            until, late = self._until(deadline)
+            error = failed or error or late
             routing = _no_routing(self._limit, self.topk)
             if error is None:
                 try:
@@ -163,24 +157,49 @@ class ExpertParallel(Rank):
                 stats += result.counts
             return result
 
-    def _combine(self, arguments: CombineArguments, deadline: float | None, stats: Tensor | None) -> Combined:
+    def _combine(
+        self,
+        arguments: CombineArguments,
+        deadline: float | None,
+        stats: Tensor | None,
+        failed: RaynixlError | None = None,
+    ) -> Combined:
         with self._turn:
             self._begin(is_start=False)
-            until = time.monotonic() + (self.deadline if deadline is None else deadline)
             before = self._session.waited.copy()
             renormalises = self.on_lost is OnLost.RENORMALISE
             call, error = combine_call(arguments, limit=self._limit, hidden=self.hidden, renormalises=renormalises)
+            until, late = self._until(deadline)
+            error = failed or error or late
             combined = self._guarded(lambda: Combine(self._session, call, error, until).run())
             self._counts["combines"] += 1
             if stats is not None:
                 stats += torch.from_numpy((self._session.waited - before)[: len(stats)])
             return combined
 
+    def _until(self, deadline: float | None) -> tuple[float, RaynixlError | None]:
+        """Return when an operation's time is up, and what is wrong with what was asked for."""
+        now = time.monotonic()
+        try:
+            return now + check_timeout(deadline, self.deadline, what="deadline"), None
+        except ConfigError as exc:
+            return now + self.deadline, exc
+
     def _guarded(self, operation: Callable[[], T]) -> T:
+        """Carry out an operation. If it ends here alone, amid its exchanges, this rank is out of step for good."""
+        session = self._session
+        session.is_amid = True
         try:
             return operation()
         except Masked as exc:
             self._masked = exc
+            raise
+        except BaseException as exc:
+            if session.is_amid:
+                self._masked = Masked(
+                    f"rank {self.rank} ({self.agent.name!r}) has left an operation amid its exchanges: {exc!r:.200}",
+                    hint="the other ranks mask it by their deadline; rejoin() brings it back",
+                )
             raise
 
     def _route(self, call: DispatchCall) -> Routing:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, overload
 
 import torch
 
+from raynixl.config import check_timeout
 from raynixl.errors import ConfigError, Masked
 from raynixl.moe.board import Board
 from raynixl.moe.checks import dtype_of, positive
@@ -19,6 +20,7 @@ from raynixl.moe.fields import RowFormat
 from raynixl.moe.joining import admit, let_in, start
 from raynixl.moe.meeting import Meeting
 from raynixl.moe.members import Members
+from raynixl.moe.pending import Pending
 from raynixl.moe.placement import Placement
 from raynixl.moe.pool import Pool
 from raynixl.moe.session import Session
@@ -27,6 +29,8 @@ from raynixl.record import check_name
 
 if TYPE_CHECKING:
     from raynixl.collectives import Group
+
+T = TypeVar("T")
 
 
 class OnLost(enum.Enum):
@@ -52,7 +56,7 @@ class Rank:
         self.topk, self.max_tokens = positive(topk, "topk"), positive(max_tokens, "max_tokens")
         self.dtype = dtype_of(dtype)
         self.on_lost = OnLost(on_lost)
-        self.deadline = self.agent.config.transfer_timeout if deadline is None else deadline
+        self.deadline = check_timeout(deadline, self.agent.config.transfer_timeout, what="deadline")
         self._limit = _limit(len(group.members)) if max_ranks is None else positive(max_ranks, "max_ranks")
         if len(group.members) > self._limit:
             raise ConfigError(f"{len(group.members)} members with max_ranks={max_ranks}", hint="raise max_ranks")
@@ -66,7 +70,7 @@ class Rank:
         given = Placement.even(self.experts, len(group.members)) if placement is None else placement
         self.placement = given if isinstance(given, Placement) else Placement(given)
         self.placement.check(experts=self.experts, ranks=len(group.members))
-        self._open()
+        self._open(self.deadline)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, rank {self.rank}, active {self.active}, {self.experts} experts)"
@@ -104,29 +108,41 @@ class Rank:
         Raises:
             ConfigError: another number of experts, or ranks that cannot be.
         """
-        with self._turn:
-            given = placement if isinstance(placement, Placement) else Placement(placement)
+        given = placement if isinstance(placement, Placement) else Placement(placement)
+
+        def place() -> None:
             given.check(experts=self.experts, ranks=self.world)
             self.placement = given
 
+        self._submit(place)
+
     def mask(self, rank: int) -> None:
-        """Go on without a rank until `unmask`. What one rank masks, all do one phase later."""
-        with self._turn:
-            self._check_rank(rank)
-            if rank == self.rank:
-                raise ConfigError("a rank cannot mask itself", hint="leave() takes this rank out")
+        """Go on without a rank until `unmask`. What one rank masks, all do one phase later.
+
+        A rank that is amid an operation may raise `Masked` there: have all ranks call it between the same two.
+        """
+        self._check_rank(rank)
+        if rank == self.rank:
+            raise ConfigError("a rank cannot mask itself", hint="leave() takes this rank out")
+
+        def mask() -> None:
             self._session.members.barred |= 1 << rank
             if self._session.members.is_active(rank):
                 self._session.lose(rank, "it was masked by hand")
 
+        self._submit(mask)
+
     def unmask(self, rank: int) -> None:
         """Let a rank in again once it has rejoined, and all active ranks have met it."""
-        with self._turn:
-            self._check_rank(rank)
+        self._check_rank(rank)
+
+        def unmask() -> None:
             members = self._session.members
             members.barred &= ~(1 << rank)
             if members.renewed >> rank & 1 and not members.is_active(rank):
                 members.ready |= 1 << rank
+
+        self._submit(unmask)
 
     def join(self, members: Sequence[str]) -> tuple[int, ...]:
         """Expect new members, whose ranks are returned; they are let in before a dispatch, once all have met them.
@@ -136,36 +152,39 @@ class Rank:
         Raises:
             ConfigError: a member is there already, or there would be more than max_ranks.
         """
-        with self._turn:
-            ranks = []
-            for member in members:
-                check_name(member, "member")
-                if member in self._names.values() or len(self._names) >= self._limit:
-                    raise ConfigError(
-                        f"{member!r} cannot join {sorted(self._names.values())}",
-                        hint="join() takes new names; who was masked calls rejoin(); max_ranks is for good",
-                    )
-                rank = self.world
-                self._names[rank] = member
-                ranks.append(rank)
-            return tuple(ranks)
+        return self._submit(lambda: tuple(self._expect(member) for member in members))
+
+    def _expect(self, member: str) -> int:
+        check_name(member, "member")
+        if member in self._names.values() or len(self._names) >= self._limit:
+            raise ConfigError(
+                f"{member!r} cannot join {sorted(self._names.values())}",
+                hint="join() takes new names; who was masked calls rejoin(); max_ranks is for good",
+            )
+        rank = self.world
+        self._names[rank] = member
+        return rank
 
     def leave(self, ranks: Sequence[int]) -> None:
         """Take ranks out, ours perhaps among them; every rank calls it between the same two operations."""
-        with self._turn:
-            for rank in ranks:
-                self._check_rank(rank)
+        for rank in ranks:
+            self._check_rank(rank)
+
+        def leave() -> None:
             members = self._session.members
             for rank in ranks:
-                if rank != self.rank:
-                    if members.is_active(rank):
-                        self._session.pool.gone(rank)  # it has done what it was told, and does nothing more
-                    members.barred |= 1 << rank
-                    members.mask |= 1 << rank
-                    members.ready &= ~(1 << rank)
-                    members.renewed &= ~(1 << rank)
-            if self.rank in ranks:
-                self.close()
+                if rank == self.rank:
+                    continue
+                if members.is_active(rank):
+                    self._session.pool.gone(rank)  # it has done what it was told, and does nothing more
+                members.barred |= 1 << rank
+                members.mask |= 1 << rank
+                members.ready &= ~(1 << rank)
+                members.renewed &= ~(1 << rank)
+
+        self._submit(leave)
+        if self.rank in ranks:
+            self.close()
 
     def rejoin(self, *, deadline: float | None = None) -> None:
         """Come back after having been masked: begin anew, and wait until the active ranks let this one in.
@@ -173,11 +192,14 @@ class Rank:
         Raises:
             TransferTimeout: they did not.
         """
-        with self._turn:
+
+        def rejoin() -> None:
             self._check_open()
             self._shut()
             self._masked = None
-            self._open(deadline)
+            self._open(check_timeout(deadline, self.deadline, what="deadline"))
+
+        self._submit(rejoin)
 
     def beside(self, others: Sequence[Rank]) -> None:
         """Know the other groups in which this rank takes part by turns: while it waits in one, none gives it up."""
@@ -199,8 +221,28 @@ class Rank:
 
     # Within
 
-    def _open(self, deadline: float | None = None) -> None:
-        until = time.monotonic() + (self.deadline if deadline is None else deadline)
+    @overload
+    def _submit(self, operation: Callable[[], T], async_: Literal[False] = False) -> T: ...
+    @overload
+    def _submit(self, operation: Callable[[], T], async_: bool) -> T | Pending[T]: ...
+    def _submit(self, operation: Callable[[], T], async_: bool = False) -> T | Pending[T]:
+        """Carry out an operation behind all that were called before; in this thread if none is asynchronous."""
+        self._check_open()
+        if self._worker is None and not async_:
+            with self._turn:
+                return operation()
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="raynixl-moe")
+        pending = Pending(self._worker.submit(operation))
+        return pending if async_ else pending.wait()
+
+    def _open(self, deadline: float) -> None:
+        until = time.monotonic() + deadline
+        if self.agent.control.serves(Meeting.topic(self.name)):
+            raise ConfigError(
+                f"agent {self.agent.name!r} takes part in a group {self.name!r} already",
+                hint="give each layer a name= of its own, or close the former one",
+            )
         members = Members(me=self.rank, limit=self._limit, mask=(1 << self._limit) - 1, names=self._names)
         board = Board(self.agent, self._limit)
         pool = Pool(self.agent, self._slot_nbytes(), name=self.name)

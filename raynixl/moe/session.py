@@ -49,6 +49,8 @@ class Session:
         self.pool = pool
         self.channels: dict[int, Channel] = {}
         self.phase = 0
+        self.is_amid = False
+        """Whether an operation is under way: what ends it now ends it here alone, and other ranks go on."""
         self.landing: Slot = pool.take()
         """The slot that was announced for the next phase."""
         self.slots = np.full(members.limit, -1, np.int64)
@@ -155,9 +157,11 @@ class Session:
         agreed = self._learn(heard, number, began, len(heard) == len(ranks))
         if landing is not None:
             landing.answered(heard)
+        self.is_amid = False  # what is raised from here on all ranks raise, and all begin the next operation together
         if error is not None:
             raise error
         self._refuse(heard, cell, signature)
+        self.is_amid = landing is None  # behind counts come rows
         return heard, agreed
 
     def wait_place(self, rank: int, number: int, deadline: float, idle: Callable[[], None]) -> Heard | None:
@@ -176,8 +180,8 @@ class Session:
 
     def _wait_on(self, cell: int, number: int, deadline: float, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
-        began, has_noticed = time.monotonic(), False
-        now = began
+        began = now = time.monotonic()
+        told: set[int] = set()
         while True:
             if idle is not None:
                 idle()
@@ -193,9 +197,8 @@ class Session:
             missing = self._missing(cell, number)
             if not missing:
                 return
-            if not has_noticed and now - began > NOTICE_AFTER:
-                has_noticed = True
-                self._notice(number, deadline - now)
+            if now - began > NOTICE_AFTER:
+                self._notice(number, deadline - now, told)
             self.board.wait(cell, np.array(missing), number, timeout=max(1e-3, min(SLICE, deadline - now)), spin=0.0)
 
     def _missing(self, cell: int, number: int) -> list[int]:
@@ -276,12 +279,16 @@ class Session:
 
     # Notices
 
-    def _notice(self, number: int, remaining: float) -> None:
+    def _notice(self, number: int, remaining: float, told: set[int]) -> None:
+        """Tell that we wait those who may soon wait for us, once their line is there, and once only."""
         for rank in self.members.ranks:
-            if self.board.number(rank, number & 1) >= number:
+            if rank not in told and self.board.number(rank, number & 1) >= number:
                 self._notify(rank, number, remaining)
-        for sibling in self.siblings:
-            sibling._excuse(remaining)
+                told.add(rank)
+        if self.members.me not in told:
+            told.add(self.members.me)
+            for sibling in self.siblings:
+                sibling._excuse(remaining)
 
     def _excuse(self, remaining: float) -> None:
         """Tell all that we come later: we wait for somebody in another group."""
