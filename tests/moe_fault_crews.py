@@ -56,8 +56,8 @@ def left_behind(crew: Processes, ranks: Sequence[int], before: list[Any]) -> lis
 def check(found: Sequence[Sequence[Report]], *, gone: Sequence[int] = ()) -> None:
     """Fail unless steps were whole, but for the ranks that were gone before."""
     for reports in found:
-        for report in reports:
-            assert report.lost == ()
+        for number, report in enumerate(reports):
+            assert set(report.lost) <= (set(gone) if number == 0 else set())  # some hear of it in the next step
             assert set(report.missing) == set(gone)
             assert set(report.unheard) == set(gone)
 
@@ -73,6 +73,20 @@ def check_harmed(report: Report, where: Where, victims: Sequence[int] = (VICTIM,
         assert set(report.missing) == set(victims)  # nothing was sent back
     else:
         assert report.unheard == ()
+
+
+def come_back(crew: Processes, rank: int, rest: Sequence[int] = REST) -> float:
+    """Have a rank rejoin beside others that go on; all steps are whole. Return the seconds that it took."""
+    crew.tell(rank, "moe_faults:rejoin", "layer")
+    everybody = tuple(sorted([rank, *rest]))
+    for other in rest:
+        crew.tell(other, "moe_faults:steps_until", "layer", everybody)
+    found = [crew.hear(other) for other in rest]
+    seconds, report = crew.hear(rank)
+    check([each[:-1] for each in found], gone=[rank])
+    check([[report], *(each[-1:] for each in found)])
+    check(crew.call("moe_faults:steps", "layer", 3, ranks=everybody))
+    return float(seconds)
 
 
 def harm(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import mapped_arenas, open_fds
+from moe_tools import make_experts
 
 from raynixl.moe.lines import Cell
 
@@ -149,8 +150,13 @@ def terms(one: Given, holders: Any) -> dict[int, torch.Tensor]:
     return found
 
 
-def step(member: Any, layer: str, deadline: float = 20.0, keep: bool = False, **options: Any) -> Report:
-    """Dispatch and combine once; everything that comes is as it must be, but for what the report says."""
+def step(
+    member: Any, layer: str, deadline: float = 20.0, keep: bool = False, moves: bool = False, **options: Any
+) -> Report:
+    """Dispatch and combine once; everything that comes is as it must be, but for what the report says.
+
+    With `moves`, experts are spread over the active ranks anew once those have changed.
+    """
     ep = member.eps[layer]
     harm = member.kept.pop("harm", None)
     if harm is not None and harm.where.operation == "dispatch":
@@ -169,6 +175,9 @@ def step(member: Any, layer: str, deadline: float = 20.0, keep: bool = False, **
     if keep:
         held = [each for each in (made.x, made.topk_idx, made.topk_weights, out) if each is not None]
         member.kept.setdefault("held", []).extend((each, each.clone()) for each in held)
+    if moves and member.kept.get("placed") != ep.active:
+        member.kept["placed"] = ep.active
+        ep.place([ep.active[expert % len(ep.active)] for expert in range(EXPERTS)])
     return Report(seconds, phase, made.lost, ep.active, unheard, missing)
 
 
@@ -281,16 +290,49 @@ def drop(member: Any, layer: str) -> None:
             made.pop(layer).close()
 
 
-def rejoin(member: Any, layer: str, deadline: float = 20.0) -> float:
-    """Come back; return the seconds that it took."""
+def expect(member: Any, layer: str, names: list[str]) -> None:
+    """Expect those of these members who are not known yet."""
+    ep = member.eps[layer]
+    ep.join(names[ep.world :])
+
+
+def join(member: Any, names: list[str], options: dict[str, Any], active: tuple[int, ...]) -> list[Report]:
+    """Make a layer beside others that run, and take steps until these ranks are active."""
+    make_experts(member, names, options)
+    ep = member.eps[options["name"]]
+    assert ep.rank in ep.active
+    return [step(member, options["name"], moves=True), *steps_until(member, options["name"], active, moves=True)]
+
+
+def leave(member: Any, layer: str, ranks: list[int]) -> None:
+    """Take ranks out; ours forgets the layer."""
+    ep = member.eps[layer]
+    ep.leave(ranks)
+    if ep.rank in ranks:
+        drop(member, layer)
+
+
+def mask(member: Any, layer: str, rank: int) -> None:
+    """Go on without a rank."""
+    member.eps[layer].mask(rank)
+
+
+def unmask(member: Any, layer: str, rank: int) -> None:
+    """Let a rank in again."""
+    member.eps[layer].unmask(rank)
+
+
+def rejoin(member: Any, layer: str, **options: Any) -> tuple[float, Report]:
+    """Come back and take a step; return the seconds that coming back took, and what came of the step."""
+    member.kept.pop("placed", None)
     began = time.monotonic()
-    member.eps[layer].rejoin(deadline=deadline)
-    return time.monotonic() - began
+    member.eps[layer].rejoin(deadline=20.0)
+    return time.monotonic() - began, step(member, layer, **options)
 
 
-def quarantined(member: Any, layer: str) -> int:
-    """How many slots wait for a rank that may still write into them."""
-    return len(member.eps[layer]._session.pool.quarantined)
+def quarantined(member: Any, layer: str) -> list[str]:
+    """The slots that wait for a rank that may still write into them."""
+    return [str(slot) for slot in member.eps[layer]._session.pool.quarantined]
 
 
 def footprint(member: Any) -> tuple[list[str], int, int]:

@@ -32,4 +32,4 @@ def test_survivors_return_at_once_and_lack_its_terms_alone(crew: Processes, on_l
             check_harmed(report, where)
         check(ranks.call("moe_faults:steps", "layer", 5, ranks=REST), gone=[VICTIM])
         assert min(ranks.call("moe_faults:held_is_as_it_was", ranks=REST)) > 0
-        assert ranks.call("moe_faults:quarantined", "layer", ranks=REST) == [0] * len(REST)
+        assert ranks.call("moe_faults:quarantined", "layer", ranks=REST) == [[]] * len(REST)
