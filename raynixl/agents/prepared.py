@@ -82,20 +82,35 @@ class Prepared:
     )  # fmt: skip
 
     def __init__(self, agent: Agent, op: Op, src: Selections, dst: Selections) -> None:
-        self.agent = agent
-        self.op = op
         mine, theirs = (dst, src) if op is Op.READ else (src, dst)
         ours = [as_blocks(item, Region, op, "local") for item in as_list(mine)]
         remotes = [as_blocks(item, RemoteRegion, op, "peer's") for item in as_list(theirs)]
-        self.local: list[Region]
-        self._remote: list[RemoteRegion]
-        self.local, ours_table = distinct(ours)
-        self._remote, remote_table = distinct(remotes)
-        self._check_regions()
+        local, ours_table = distinct(ours)
+        remote, remote_table = distinct(remotes)
+        self._begin(agent, op, local, remote)
         source, target = (remote_table, ours_table) if op is Op.READ else (ours_table, remote_table)
-        self.segments: Segments = match(source, target)
-        self.nbytes = self.segments.total
-        self.count = len(self.segments)
+        self._move(match(source, target))
+
+    @classmethod
+    def of_segments(cls, agent: Agent, op: Op, segments: Segments, *, local: Region, remote: RemoteRegion) -> Prepared:
+        """Make one between two regions whose pieces are known to lie inside of them, and to be matched and disjoint."""
+        made = cls.__new__(cls)
+        made._begin(agent, op, [local], [remote])
+        made._move(segments)
+        return made
+
+    def _move(self, segments: Segments) -> None:
+        self.segments = segments
+        self.nbytes = segments.total
+        self.count = len(segments)
+
+    def _begin(self, agent: Agent, op: Op, local: list[Region], remote: list[RemoteRegion]) -> None:
+        """Begin with the regions, which must be fit for it."""
+        self.agent = agent
+        self.op = op
+        self.local = local
+        self._remote = remote
+        self._check_regions()
         self.peer = self._remote[0].owner
         self.incarnation = self._remote[0].incarnation
         self.backend = ""

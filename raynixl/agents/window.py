@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raynixl.agents.prepared import Prepared
 from raynixl.backends.base import Binding, Op
-from raynixl.blocks import Blocks, make_table
+from raynixl.blocks import Blocks, Segments, make_table
 from raynixl.config import check_timeout
-from raynixl.errors import AgentClosed, ConfigError, PeerLost, PeerRestarted, RangeError, RaynixlError, RegionStale
+from raynixl.errors import (
+    AgentClosed,
+    BackendUnavailable,
+    ConfigError,
+    PeerLost,
+    PeerRestarted,
+    RangeError,
+    RaynixlError,
+    RegionStale,
+)
 from raynixl.memory import MemoryKind
 from raynixl.native import CLOSED, LOST, STALE, Gate
 from raynixl.region import Region, RemoteRegion
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
     from raynixl.agents.transfer import Transfer
 
 Table = np.ndarray[Any, np.dtype[np.uint64]]
+_FEW = 32
+"""Blocks that are looked at one by one in less time than numpy takes for so many."""
 
 
 class Window:
@@ -96,9 +108,35 @@ class Window:
         rows = np.asarray(table)
         if rows.ndim != 2 or rows.shape[1] != 3:
             raise RangeError("what a window writes is not an (N, 3) table", hint="give (ours, theirs, nbytes) rows")
-        source = Blocks(local, make_table(rows[:, 0], rows[:, 2]))
-        target = Blocks(self.remote, make_table(rows[:, 1], rows[:, 2]))
-        return Prepared(self._agent, Op.WRITE, source, target).post(timeout=timeout)
+        return self._prepare(local, rows).post(timeout=timeout)
+
+    def _prepare(self, local: Region, rows: Table) -> Prepared:
+        """Compile a write for what is bound already; a table that is not plain goes the way of all others."""
+        if not _is_plain(local, rows, self.remote.nbytes):
+            source = Blocks(local, make_table(rows[:, 0], rows[:, 2]))
+            target = Blocks(self.remote, make_table(rows[:, 1], rows[:, 2]))
+            return Prepared(self._agent, Op.WRITE, source, target)
+        only = np.zeros(len(rows), np.int64)
+        segments = Segments(only, rows[:, 0], only, rows[:, 1], rows[:, 2])
+        prepared = Prepared.of_segments(self._agent, Op.WRITE, segments, local=local, remote=self.remote)
+        if self._binding.is_usable:
+            with suppress(PeerLost, BackendUnavailable):  # meanwhile: the post binds anew
+                prepared.bind([self._binding])
+        return prepared
+
+
+def _is_plain(local: Region, rows: Table, limit: int) -> bool:
+    """Whether these are a few blocks of host memory, none of them empty, inside of both regions and ascending there."""
+    if rows.dtype != np.uint64 or not 0 < len(rows) <= _FEW or not isinstance(local, Region):
+        return False
+    if local.kind is not MemoryKind.DRAM:
+        return False
+    room, end = local.nbytes, 0
+    for ours, theirs, nbytes in rows.tolist():
+        if not nbytes or ours + nbytes > room or theirs < end:
+            return False
+        end = theirs + nbytes
+    return end <= limit
 
 
 class _Claim:

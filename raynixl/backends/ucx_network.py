@@ -186,7 +186,9 @@ class Network:
         return staging.program(request, Legs(rows, paths))
 
     def _is_staged(self, local: Region, bindings: Sequence[UcxBinding]) -> bool:
-        """Whether our memory goes through buffers because a lane does not reach it."""
+        """Whether our memory goes through buffers because a lane does not reach it: only a GPU's does."""
+        if local.kind is MemoryKind.DRAM:
+            return False
         lanes = [
             one.lane.lanes.reaching(one.remote.kind, one.slow, local.kind) for one in bindings if one.lane is not None
         ]

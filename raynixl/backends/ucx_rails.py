@@ -72,6 +72,9 @@ def cut(table: Rows, rails: Sequence[int]) -> tuple[Rows, NDArray[np.int64]]:
     Returns rows of (path, our address, the peer's address, nbytes) and the paths as rows of (our region, the peer's,
     rail); each path is used. Every byte goes once; less than STRIPE_NBYTES for each rail stays together.
     """
+    if len(rails) == 1 and not table[:, :2].any():  # the most common: one region on each side
+        rows = table[:, 1:].copy()
+        return rows, np.array([[0, 0, rails[0]]], np.int64)
     if len(rails) > 1:
         # Small transfers would all take the first rail: they are spread by where their memory lies.
         first = int(table[0, 2] // STRIPE_ALIGN) % len(rails)
