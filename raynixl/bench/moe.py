@@ -20,7 +20,7 @@ from raynixl.memory import available_nbytes
 
 Row = dict[str, Any]
 Seconds = NDArray[np.float64]
-BASELINES = ("gloo", "gloo-index-add", "mpi", "mpi-whole", "mpi-index-add")
+BASELINES = ("gloo", "gloo-index-add", "mpi", "mpi-split", "mpi-index-add")
 LAYOUTS = ("tokens", "experts", "slots")
 DTYPES = ("bfloat16", "float16", "float32")
 _ROUND_SECONDS = 0.15

@@ -176,7 +176,7 @@ def moe(  # noqa: PLR0913 - a command's options
     layout: Annotated[str, typer.Option(help="How rows lie after a dispatch: tokens, experts or slots.")] = "tokens",
     rounds: Rounds = 7,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="gloo, gloo-index-add, mpi, mpi-whole or mpi-index-add; repeatable.")
+        list[str] | None, typer.Option(help="gloo, gloo-index-add, mpi, mpi-split or mpi-index-add; repeatable.")
     ] = None,
     simulate: Annotated[
         str, typer.Option(metavar="RANKS", help="Simulate so many ranks instead, flat and in two stages; as 64,1024.")
