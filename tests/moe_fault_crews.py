@@ -7,10 +7,12 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 from agent_tools import eventually
 from moe_faults import OPTIONS, Report, Where
 from moe_tools import Processes
 
+from raynixl import Masked
 from raynixl.host import process_state
 
 WORLD, VICTIM, REST = 4, 2, (0, 1, 3)
@@ -87,6 +89,14 @@ def come_back(crew: Processes, rank: int, rest: Sequence[int] = REST) -> float:
     check([[report], *(each[-1:] for each in found)])
     check(crew.call("moe_faults:steps", "layer", 3, ranks=everybody))
     return float(seconds)
+
+
+def hear_masked(crew: Processes, rank: int) -> None:
+    """Have a rank learn that it is masked: in its step, or in the next if all others did their part in that one."""
+    with contextlib.suppress(Masked):
+        crew.hear(rank)
+    with pytest.raises(Masked, match="rejoin"):
+        crew.call("moe_faults:step", "layer", ranks=[rank])
 
 
 def harm(

@@ -24,6 +24,9 @@ from raynixl.moe.lines import Cell
 
 HIDDEN, TOPK, TOKENS = 32, 3, 12
 EXPERTS = 10
+ROUND = 3 * 20
+"""Phases of a round: a step has three."""
+
 OPTIONS: dict[str, Any] = {
     "experts": EXPERTS, "hidden": HIDDEN, "topk": TOPK, "max_tokens": TOKENS, "dtype": torch.float32,
 }  # fmt: skip
@@ -79,16 +82,25 @@ class Report:
 
 @dataclass
 class Harm:
-    """Ends or freezes this process at a place of its next operation."""
+    """Ends or freezes this process at a place of its next operation, or of the first beside one that joins."""
 
     where: Where
     number: int
     """Of the signal."""
+    waits: bool = False
+    """Whether it waits for one that joins."""
+    beside: int = 99
     counts: dict[str, int] = field(default_factory=lambda: {"put": 0, "line": 0})
 
     def at(self, kind: str, when: str) -> bool:
         """Whether this is the place."""
         return (kind, self.counts[kind], when) == (self.where.kind, self.where.number, self.where.when)
+
+    def is_time(self, ep: Any, operation: str) -> bool:
+        """Whether the next operation is the one."""
+        members = ep._session.members
+        is_joined = members.ready or members.admitted or len(members.active) > self.beside
+        return operation == self.where.operation and bool(is_joined or not self.waits)
 
     def do(self) -> None:
         """SIGKILL ends us here; behind SIGSTOP we go on here when we are resumed."""
@@ -158,16 +170,13 @@ def step(
     With `moves`, experts are spread over the active ranks anew once those have changed.
     """
     ep = member.eps[layer]
-    harm = member.kept.pop("harm", None)
-    if harm is not None and harm.where.operation == "dispatch":
-        harm.arm(ep)
+    look_out(member, ep, "dispatch")
     phase, began = ep._session.phase, time.monotonic()
     one = given(ep.rank, phase)
     made = ep.dispatch(one.x, one.ids, one.weights, deadline=deadline, **options)
     seconds = time.monotonic() - began
     unheard = check_rows(ep, made, phase)
-    if harm is not None and harm.where.operation == "combine":
-        harm.arm(ep)
+    look_out(member, ep, "combine")
     began = time.monotonic()
     out = ep.combine(run_experts(ep, made), made.handle, deadline=deadline)
     seconds = max(seconds, time.monotonic() - began)
@@ -179,6 +188,14 @@ def step(
         member.kept["placed"] = ep.active
         ep.place([ep.active[expert % len(ep.active)] for expert in range(EXPERTS)])
     return Report(seconds, phase, made.lost, ep.active, unheard, missing)
+
+
+def look_out(member: Any, ep: Any, operation: str) -> None:
+    """Come to harm in the next operation, if it is the one."""
+    harm = member.kept.get("harm")
+    if harm is not None and harm.is_time(ep, operation):
+        del member.kept["harm"]
+        harm.arm(ep)
 
 
 def check_rows(ep: Any, made: Any, phase: int) -> tuple[int, ...]:
@@ -269,9 +286,63 @@ def steps_until(member: Any, layer: str, active: tuple[int, ...], most: int = 40
     return reports
 
 
-def harm(member: Any, where: Where, number: int = signal.SIGKILL) -> None:
-    """Come to harm in the next step."""
-    member.kept["harm"] = Harm(where, number)
+def harm(member: Any, where: Where, number: int = signal.SIGKILL, waits: bool = False) -> None:
+    """Come to harm in the next step, or in the first beside one that joins."""
+    beside = len(next(iter(member.eps.values())).active)
+    member.kept["harm"] = Harm(where, number, waits, beside)
+
+
+def one_round(member: Any, layer: str, **options: Any) -> list[Report]:
+    """Take steps until all have taken so many since the layer began: all stop behind the same one."""
+    session, reports = member.eps[layer]._session, []
+    while not reports or session.phase % ROUND:
+        reports.append(step(member, layer, **options))
+    return reports
+
+
+def join_round(member: Any, names: list[str], options: dict[str, Any]) -> list[Report]:
+    """Make a layer beside others that run, and take the rest of the steps of their round."""
+    make_experts(member, names, options)
+    return one_round(member, options["name"])
+
+
+def first_handle(member: Any, layer: str, layout: str) -> None:
+    """Dispatch, and keep the handle."""
+    ep = member.eps[layer]
+    one = given(ep.rank, ep._session.phase)
+    phase = ep._session.phase
+    made = ep.dispatch(one.x, one.ids, one.weights, layout=layout)
+    member.kept["cached"] = (phase, made.handle, made.sources, made.tokens)
+
+
+def step_again(member: Any, layer: str, lost: tuple[int, ...]) -> Report:
+    """Dispatch other rows by that handle, and combine: rows of those that were lost since are zero."""
+    ep = member.eps[layer]
+    phase, handle, sources, tokens = member.kept["cached"]
+    began, one = time.monotonic(), given(ep.rank, phase)
+    made = ep.dispatch(one.x + 1, handle=handle, layout=handle.layout)
+    x = made.x[(made.topk_idx >= 0).any(-1)] if handle.layout == "slots" else made.x
+    for row, source, token in zip(x, sources.tolist(), tokens.tolist(), strict=True):
+        wanted = torch.zeros(HIDDEN) if source in lost else given(source, phase).x[token] + 1
+        assert torch.equal(row, wanted), f"rank {ep.rank}: row of token {token} of {source}"
+    y = run_experts(ep, made)
+    out = ep.combine(y, made.handle)
+    missing = explain(out, Given(one.x + 1, one.ids, one.weights), ep)
+    return Report(time.monotonic() - began, phase, made.lost, ep.active, (), missing)
+
+
+def step_behind(member: Any, layer: str, deadline: float = 20.0) -> Report:
+    """Take a step of which both operations go on behind our back."""
+    ep, began = member.eps[layer], time.monotonic()
+    look_out(member, ep, "dispatch")
+    look_out(member, ep, "combine")
+    phase = ep._session.phase
+    one = given(ep.rank, phase)
+    made = ep.dispatch(one.x, one.ids, one.weights, async_=True, deadline=deadline).wait(60.0)
+    unheard = check_rows(ep, made, phase)
+    out = ep.combine(run_experts(ep, made), made.handle, async_=True, deadline=deadline).wait(60.0)
+    missing = explain(out, one, ep)
+    return Report(time.monotonic() - began, phase, made.lost, ep.active, unheard, missing)
 
 
 def held_is_as_it_was(member: Any) -> int:

@@ -141,8 +141,9 @@ class _Arranging:
         here = {piece.source for piece in self.arrival.pieces}
         for source in np.flatnonzero(self.counts).tolist():
             if source not in here:
+                begin = source * self.scene.max_tokens if self.call.layout == "slots" else int(begins[source])
                 for field in fields:
-                    field[int(begins[source]) : int(begins[source + 1])].zero_()
+                    field[begin : begin + int(self.counts[source])].zero_()
 
     def _rows_at(self, begins: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return at which row of fixed slots each row that came lies."""

@@ -284,7 +284,7 @@ class Rank:
         if self._masked is not None:
             raise self._masked.afresh()
         session = self._session
-        session.members.lost.clear()
+        session.begin()
         let_in(session, self._meeting)
         if is_start:
             admit(session, self.placement.digest)

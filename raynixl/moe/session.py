@@ -61,6 +61,7 @@ class Session:
         self._notices = 0
         self._ready_sent = 0
         self._mask_sent = 0
+        self._looked, self._stood = 0.0, 0.0  # when we looked last, and for how long this operation stood still
         self._patience: dict[int, tuple[int, float]] = {}
         self.siblings: tuple[Session, ...] = ()
         """Those of other groups in which this rank takes part by turns: who waits for it there must hear why."""
@@ -70,6 +71,11 @@ class Session:
         landing, self.landing = self.landing, self.pool.take()
         self.pool.announce(self.landing, self.members.others_mask)
         return landing
+
+    def begin(self) -> None:
+        """Begin an operation, in which nobody was lost yet."""
+        self.members.lost.clear()
+        self._looked, self._stood = time.monotonic(), 0.0
 
     # Lines
 
@@ -150,7 +156,7 @@ class Session:
         self.phase += 1
         number, cell = self.phase, self.phase & 1
         expected, ranks = self.members.others, self.members.ranks
-        began = time.monotonic()
+        began = self._look()
         if ranks and not self.board.wait(cell, expected, number, timeout=SLICE, spin=SPIN):
             self._wait_on(cell, number, deadline, None if landing is None else landing.serve)
         heard = {rank: line for rank in ranks if (line := self.board.read(rank, cell)).number >= number}
@@ -174,32 +180,39 @@ class Session:
                 return None
             if self.is_gone(rank):
                 self.lose(rank, "its process has ended")
-            elif (now := time.monotonic()) > self._deadline_of(rank, number, deadline, now):
+            elif (now := self._look()) > self._deadline_of(rank, number, deadline + self._stood, now):
                 self.lose(rank, "it gave no place in time")
         return self.board.read(rank, Cell.PLACE)
 
     def _wait_on(self, cell: int, number: int, deadline: float, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
-        began = now = time.monotonic()
+        began = self._look()
         told: set[int] = set()
         while True:
             if idle is not None:
                 idle()
             self._take_masks(cell, number)
-            last, now = now, time.monotonic()
-            if now - last > STOOD_STILL:
-                deadline += now - last
+            now = self._look()
+            left = deadline + self._stood - now
             for rank in self._missing(cell, number):
                 if self.is_gone(rank):
                     self.lose(rank, "its process has ended")
-                elif now > self._deadline_of(rank, number, deadline, now):
+                elif now > self._deadline_of(rank, number, now + left, now):
                     self.lose(rank, "it did not come in time")
             missing = self._missing(cell, number)
             if not missing:
                 return
             if now - began > NOTICE_AFTER:
-                self._notice(number, deadline - now, told)
-            self.board.wait(cell, np.array(missing), number, timeout=max(1e-3, min(SLICE, deadline - now)), spin=0.0)
+                self._notice(number, left, told)
+            self.board.wait(cell, np.array(missing), number, timeout=max(1e-3, min(SLICE, left)), spin=0.0)
+
+    def _look(self) -> float:
+        """Return the time, and note whether we were frozen since we looked last."""
+        now = time.monotonic()
+        if now - self._looked > STOOD_STILL:
+            self._stood += now - self._looked
+        self._looked = now
+        return now
 
     def _missing(self, cell: int, number: int) -> list[int]:
         return [rank for rank in self.members.ranks if self.board.number(rank, cell) < number]
