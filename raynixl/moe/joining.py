@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -51,7 +52,7 @@ def start(session: Session, meeting: Meeting, deadline: float) -> Welcome | None
         if not is_running and len(met) == len(others):
             session.members.mask &= ~sum(1 << rank for rank in [*others, me])
             break
-        if is_running and (welcome := _welcome(session, met)) is not None:
+        if is_running and (welcome := _welcome(session, met, meeting.gone)) is not None:
             break
         if time.monotonic() > deadline:
             raise _late(session, meeting, is_running)
@@ -85,7 +86,7 @@ def _late(session: Session, meeting: Meeting, is_running: bool) -> TransferTimeo
     )
 
 
-def _welcome(session: Session, met: Met) -> Welcome | None:
+def _welcome(session: Session, met: Met, gone: Set[int]) -> Welcome | None:
     """Take the place that we were given, if all that run have given the same one; those that ended since need not."""
     members, board = session.members, session.board
     lines = {rank: line for rank in met if (line := board.read(rank, Cell.WELCOME)).number}
@@ -100,7 +101,8 @@ def _welcome(session: Session, met: Met) -> Welcome | None:
         rank for rank in running
         if rank in lines and (lines[rank].phase, lines[rank].mask) == (first.phase, first.mask)
     ]  # fmt: skip
-    ended = [rank for rank in active if rank != members.me and rank not in alike and session.is_gone(rank)]
+    others = [rank for rank in active if rank != members.me and rank not in alike]
+    ended = [rank for rank in others if rank in gone or (rank in session.channels and session.is_gone(rank))]
     if any(rank not in [*alike, *ended] for rank in running):
         return None
     if any(rank not in met for rank in active if rank not in [members.me, *ended]):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
+from raynixl.errors import ConfigError, PeerLost, PeerUnknown, RaynixlError, TransferTimeout
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, MappedChannel
 from raynixl.moe.far_channel import FarChannel, unpack_line
 from raynixl.moe.hello import Arena, Hello
+from raynixl.moe.lines import Cell
 from raynixl.moe.placement import Placement
 from raynixl.moe.remote_channel import RemoteRows
 from raynixl.region import RemoteRegion
@@ -44,6 +45,8 @@ class Meeting:
         self.is_running = False
         self.missing: dict[int, str] = {}
         """Who did not answer the last time, and why."""
+        self.gone: set[int] = set()
+        """Who had ended when we asked the last time; who is merely slow, as UCX is when it starts, is not."""
         self._asked_late: dict[int, float] = {}  # by rank that let us wait, until when it is not asked again
         self._channels: dict[int, tuple[Channel, Hello]] = {}
         self._founders: dict[int, str] = {}
@@ -181,9 +184,11 @@ class Meeting:
         """
         self.missing = {}
         for rank in ranks:
-            if time.monotonic() < self._asked_late.get(rank, 0.0):
+            is_heard = self._board.number(rank, Cell.WELCOME) > 0  # it lives: it has let us in
+            if time.monotonic() < self._asked_late.get(rank, 0.0) and not is_heard:
                 self.missing[rank] = "it does not answer"
                 continue
+            self.gone.discard(rank)
             try:
                 hello = self._ask(rank)
                 known = self._channels.get(rank)
@@ -193,6 +198,8 @@ class Meeting:
                 self.missing[rank] = str(exc)
                 if isinstance(exc, TransferTimeout):
                     self._asked_late[rank] = time.monotonic() + LATE
+                if isinstance(exc, PeerLost | PeerUnknown):
+                    self.gone.add(rank)
                 continue
             self._check_like(self.names[rank], hello)
             self._hear_of(hello)
