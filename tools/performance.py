@@ -1,7 +1,7 @@
 """Measure what docs/performance.md says, and print its tables: one section for each command, in Markdown.
 
 .venv/bin/python tools/performance.py ucx peers          # only the sections with one of these words in their titles
-.venv/bin/python tools/performance.py > tables.md        # about 10 minutes, on an idle machine
+.venv/bin/python tools/performance.py > tables.md        # about 12 minutes, on an idle machine
 """
 
 from __future__ import annotations
@@ -219,6 +219,40 @@ def weights() -> Iterator[str]:
     yield from table(("receivers", "raynixl GB/s, all together", "bare transfer", "ratio"), cells)
 
 
+def experts() -> Iterator[str]:
+    """Tokens to their experts and back, beside the same over gloo and MPI; and what many ranks would send."""
+    for options, names in (
+        ("--tokens 8,128,1024,4096", ("gloo", "gloo-index-add", "mpi", "mpi-split")),
+        ("--tokens 128 --ranks 8", ("gloo", "mpi")),
+        ("--tokens 8,128 --layout slots", ()),
+    ):
+        command = " ".join(["moe", options, *(f"--baseline {name}" for name in names)])
+        rows = bench(command)
+        assert all(row["verified"] for row in rows)
+        cells = [
+            (
+                f"{row['tokens']:,}", row["impl"], f"{row['dispatch_ms']:.2f}", f"{row['combine_ms']:.2f}",
+                f"{row['both_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['floor_ms']:.2f}",
+                "-" if row["dispatch_messages"] is None else f"{row['dispatch_messages']}; {row['combine_messages']}",
+            )
+            for row in rows
+        ]  # fmt: skip
+        yield f"`raynixl bench {command}`\n"
+        heads = ("tokens of each rank", "", "dispatch ms", "combine ms", "both ms", "both p99 ms", "the bare copy ms")
+        yield from table((*heads, "messages of a pair"), cells)
+        yield ""
+    command = "moe --simulate 64,1024 --hosts 128"
+    cells = [
+        (
+            f"{row['ranks']:,} on {row['hosts']} hosts, {row['impl']}", f"{row['peers']:,}", f"{row['messages']:,}",
+            f"{row['dispatch_ms']:.1f}; {row['combine_ms']:.1f}",
+        )
+        for row in bench(command)
+    ]  # fmt: skip
+    yield f"`raynixl bench {command}`\n"
+    yield from table(("ranks", "peers of each", "messages of a step", "dispatch; combine ms, predicted"), cells)
+
+
 def footprint() -> Iterator[str]:
     """What an agent costs."""
     (row,) = bench("agent")
@@ -256,6 +290,7 @@ SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "Notifications": notify,
     "Broadcast": broadcast,
     "Weights": weights,
+    "Expert parallel": experts,
     "An agent": footprint,
 }
 
