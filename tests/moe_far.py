@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_faults import OPTIONS, step, steps_until
 from moe_programs import Program, play
+from moe_tools import make_experts
 
 
 def play_layer(member: Any, program: Program, layer: str) -> list[Any]:
     """Do this rank's part of a program on a layer."""
     return play(program, member.rank, member.eps[layer], member.groups[layer])
+
+
+def make_then_steps(member: Any, layer: str, active: tuple[int, ...]) -> None:
+    """Make the layer of a rank that is new in its process, and take steps until these are active."""
+    make_experts(member, [f"rank{rank}" for rank in active], {"name": layer, "deadline": 20.0, **OPTIONS})
+    _steps_of_one_let_in(member, layer, active)
+
+
+def rejoin_then_steps(member: Any, layer: str, active: tuple[int, ...]) -> None:
+    """Come back, and take steps until these are active."""
+    member.eps[layer].rejoin(deadline=20.0)
+    _steps_of_one_let_in(member, layer, active)
+
+
+def _steps_of_one_let_in(member: Any, layer: str, active: tuple[int, ...]) -> None:
+    step(member, layer)  # the others take it with us
+    steps_until(member, layer, active)

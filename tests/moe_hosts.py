@@ -37,8 +37,9 @@ class Nurseries:
 
 
 class Spread(Processes):
-    """Ranks on the hosts of a bed, `ranks` of them on each, one host after another: shm inside of a host, ucx between."""
+    """Ranks on the hosts of a bed, `ranks` of them on each host in turn: shm inside of a host, ucx between."""
 
     def __init__(self, bed: Bed, ranks: int, **settings: str) -> None:
+        self.bed = bed
         self.homes = [host for host in bed for _ in range(ranks)]
         super().__init__(len(self.homes), backends=("shm", "ucx"), nursery=Nurseries(self.homes, settings))

@@ -14,7 +14,7 @@ SECONDS = 60.0
 
 
 class Nursery:
-    """Runs a script whose main loop is `serve`, by `launch`, here or elsewhere. Close it, which ends its children too."""
+    """Runs a script whose main loop is `serve`; `launch` says where. Close it, which ends its children too."""
 
     def __init__(self, script, *, launch=subprocess.Popen, environment=os.environ):
         here, there = socket.socketpair()
