@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from agent_tools import eventually
 from conftest import mapped_arenas, open_fds
 from moe_tools import make_experts
 
@@ -270,6 +271,13 @@ def total(one: Given, by_holder: dict[int, torch.Tensor], gone: Any, ep: Any) ->
         scale = torch.where(is_touched, named / left, 1.0)
         sums = torch.where(is_touched[:, None], sums * scale[:, None], sums)
     return sums
+
+
+def step_late(member: Any, layer: str, victim: int) -> Report:
+    """Take a step once it is known here that a rank has ended."""
+    session = member.eps[layer]._session
+    eventually(lambda: session.is_gone(victim), "its end is known")
+    return step(member, layer)
 
 
 def steps(member: Any, layer: str, count: int, **options: Any) -> list[Report]:

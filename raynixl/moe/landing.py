@@ -130,7 +130,19 @@ class Landing:
             found.append(Piece(rank, slot, offset, count))
         if own is not None:
             found.append(own)
+        self._check_apart(found)
         return sorted(found, key=lambda piece: piece.source)
+
+    def _check_apart(self, pieces: list[Piece]) -> None:
+        """Refuse pieces of which one lies upon another: then ranks do not reckon alike."""
+        ends: dict[int, int] = {}
+        for piece in sorted(pieces, key=lambda piece: piece.offset):
+            if piece.offset < ends.get(piece.slot.number, 0):
+                raise IntegrityError(
+                    f"rows of rank {piece.source} lie upon those of another rank",
+                    hint="it reckons with other members than the others do: all ranks rejoin()",
+                )
+            ends[piece.slot.number] = piece.offset + piece.count
 
     def answered(self, came: Iterable[int]) -> None:
         """Note who has answered: those that have not may still write into the slots that they know of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -29,7 +30,11 @@ SPIN: Final = 1e-4
 STOOD_STILL: Final = 0.5
 """Seconds between two looks after which we were frozen ourselves, and that time does not count against the others."""
 
+REFUSED: Final = "its memory is out of reach: it has ended, or begun anew, or closed its layer"
 NOTICE_AFTER: Final = 0.02
+HEED_AFTER: Final = 0.1
+"""Seconds for which the line of a rank that another one has masked is waited for."""
+
 GRACE: Final = 1.0
 """Seconds that the others have for their rows where counts were waited for until the deadline: they were, too."""
 
@@ -55,6 +60,8 @@ class Session:
         """The slot that was announced for the next phase."""
         self.slots = np.full(members.limit, -1, np.int64)
         """By rank, the slot that it announced for the next phase."""
+        self.key = secrets.randbits(63)
+        """What handles are known by that were made in this session."""
         self.waited = np.zeros(members.limit)
         """By rank, the seconds that we have waited for it."""
         self._line, self._aside = Line(board.form), Line(board.form)
@@ -94,7 +101,7 @@ class Session:
     def post(self, rank: int, line: Line) -> None:
         """Write this phase's line to a rank, which is masked if it is gone."""
         if not self.channels[rank].post(Cell(line.number & 1), line):
-            self.lose(rank, "its process has ended")
+            self.lose(rank, REFUSED)
 
     def tell(
         self, rank: int, cell: Cell, number: int, *, place: int = NOWHERE, offset: int = 0, count: int = 0
@@ -103,7 +110,7 @@ class Session:
         self._aside.fill(number)
         self._aside.rows(self.landing.number, place=place, offset=offset, count=count)
         if not self.channels[rank].post(cell, self._aside):
-            self.lose(rank, "its process has ended")
+            self.lose(rank, REFUSED)
 
     def lose(self, rank: int, why: str) -> None:
         """Mask a rank, and tell it if it still listens."""
@@ -129,13 +136,11 @@ class Session:
 
     def welcome(self, admitted: int, placement: int) -> None:
         """Tell ranks that they take part in the next operation, with whom, and under which placement."""
-        line, number = self._aside, self.phase + 1
-        line.fill(
-            number, phase=number, slot=self.landing.number, mask=self.members.mask, ready=admitted, signature=placement
-        )
+        line, number, mask = self._aside, self.phase + 1, self.members.mask
         for rank in ranks_of(admitted):
+            line.fill(number, phase=number, slot=self.landing.number, mask=mask, ready=admitted, signature=placement)
             if not self.channels[rank].post(Cell.WELCOME, line):
-                self.lose(rank, "its process has ended")
+                self.lose(rank, REFUSED)
 
     # Waiting
 
@@ -191,8 +196,8 @@ class Session:
         while True:
             if idle is not None:
                 idle()
-            self._take_masks(cell, number)
             now = self._look()
+            self._take_masks(cell, number, is_late=now - began > HEED_AFTER)
             left = deadline + self._stood - now
             for rank in self._missing(cell, number):
                 if self.is_gone(rank):
@@ -228,12 +233,14 @@ class Session:
             self._patience[rank] = (notice.number, until)
         return max(deadline, until)
 
-    def _take_masks(self, cell: int, number: int) -> None:
-        """Learn from lines that came early whom others have masked: those need not be waited for."""
-        for rank in self.members.ranks:
-            line = self.board.read(rank, cell)
-            if line.number >= number:
-                self._heed(line.mask)
+    def _take_masks(self, cell: int, number: int, *, is_late: bool) -> None:
+        """Learn from lines that came early whom others have masked: those need not be waited for.
+
+        But for a moment, in which the line of one comes that has masked the other in turn.
+        """
+        if is_late:
+            lines = {rank: self.board.read(rank, cell) for rank in self.members.ranks}
+            self._settle({rank: line.mask for rank, line in lines.items() if line.number >= number})
         self._check_notices()
 
     def _check_notices(self) -> None:
@@ -248,24 +255,32 @@ class Session:
             if self.members.fresh >> rank & 1:
                 self.members.put_off(rank)
             else:
-                self.members.lose(rank, "others have masked it")
+                self.lose(rank, "others have masked it")
+
+    def _settle(self, masks: dict[int, int]) -> None:
+        """Learn whom others have masked. Of two that have masked each other the lower one stays, on all ranks alike."""
+        for rank, mask in masks.items():
+            spared = sum(1 << other for other, its in masks.items() if other < rank and its >> rank & 1)
+            self._heed(mask & ~spared)
 
     def _learn(self, heard: dict[int, Heard], number: int, began: float, is_whole: bool) -> bool:
-        members, agreed, ready = self.members, is_whole, self._ready_sent
+        members, ready = self.members, self._ready_sent
+        agreed = is_whole and members.mask == self._mask_sent  # else our table is another one than that of the others
+        now = time.monotonic()
         for rank, line in heard.items():
             if line.mask >> members.me & 1 or line.number > number:
                 raise self._masked(rank)
             agreed = agreed and line.mask == self._mask_sent
             ready &= line.ready
             self.slots[rank] = line.slot
-            if line.posted > began:
-                self.waited[rank] += line.posted - began
+            came = line.posted if self.channels[rank].is_direct else now  # another host has another clock
+            if came > began:
+                self.waited[rank] += came - began
             if members.fresh >> rank & 1:  # what it was told of before it began, it has not used
                 members.fresh &= ~(1 << rank)
                 self.pool.begun(rank, self.landing)
         if not agreed:
-            for line in heard.values():
-                self._heed(line.mask)
+            self._settle({rank: line.mask for rank, line in heard.items()})
         members.admitted = ready & members.mask if agreed else 0
         return agreed
 

@@ -24,6 +24,18 @@ def crew() -> Iterator[Processes]:
         yield made
 
 
+def test_rows_lie_apart_where_some_have_heard_its_counts_and_others_could_not_tell_it_theirs(crew: Processes) -> None:
+    with layer(crew) as ranks:
+        ranks.call("moe_faults:harm", Where("dispatch", "line", 2, "after"), ranks=[0])
+        for rank in (0, 1, 3):
+            ranks.tell(rank, "moe_faults:step", "layer")
+        ranks.children[0].wait_ended()
+        ranks.tell(2, "moe_faults:step_late", "layer", 0)
+        for rank in (1, 2, 3):
+            check_harmed(ranks.hear(rank), DISPATCH[2], [0])
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=[1, 2, 3]), gone=[0])
+
+
 @pytest.mark.parametrize(("on_lost", "where"), PLACES, ids=str)
 def test_survivors_return_at_once_and_lack_its_terms_alone(crew: Processes, on_lost: OnLost, where: Where) -> None:
     with layer(crew, on_lost=on_lost) as ranks:
