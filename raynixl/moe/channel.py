@@ -65,6 +65,9 @@ class Channel(Protocol):
     name: str
     incarnation: str
     lines: int
+    """Those of phases; each takes along the rows that were put before it."""
+    asides: int
+    """Lines of other cells: who is late or overflows, and who joins."""
     puts: int
 
     @property
@@ -105,13 +108,17 @@ class MappedChannel:
         self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), me, cell) for cell in Cell}
         self._slots: dict[int, Window | None] = {}
         self.lines = 0
+        self.asides = 0
         self.puts = 0
 
     def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board."""
         if self._native.post_line(self._cells[cell], line.payload, line.number, self._bell, self._gates):
             return False
-        self.lines += 1
+        if cell < Cell.WANT:
+            self.lines += 1
+        else:
+            self.asides += 1
         return True
 
     def window(self, slot: int, deadline: float) -> Window | None:

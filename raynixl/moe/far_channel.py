@@ -52,6 +52,7 @@ class FarChannel:
         self.rank, self.name = hello.rank, board.remote.owner
         self.incarnation = board.remote.incarnation
         self.lines = 0
+        self.asides = 0
         self.puts = 0
         self._agent = agent
         self._rows = rows
@@ -71,7 +72,10 @@ class FarChannel:
         if self._board.error is not None or any(put.error is not None for put in self._started):
             return False
         message = pack_line(self._token, self._me, cell, bytes(line.data))
-        self.lines += 1
+        if cell < Cell.WANT:
+            self.lines += 1
+        else:
+            self.asides += 1
         if self._started:
             self._rows.follow(self._started[-1], self._topic, message)
             return self._started[-1].error is None

@@ -11,11 +11,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PeerCounts:
-    """What went to one rank: lines and puts, as its channel has counted them, and the seconds that we waited for it."""
+    """What went to one rank, as its channel has counted it, and the seconds that we waited for it.
+
+    lines: those of phases, one for each: two of a dispatch (counts; rows), one of a combine, one of a dispatch by a
+    handle or into fixed slots. puts: writes of rows, all fields in one, at most one of an operation; the line of its
+    phase follows it. asides: other lines: who waits for long says so, who overflows asks for room, who joins is told.
+    """
 
     rank: int
     lines: int
     puts: int
+    asides: int
     waited: float
 
 
@@ -37,7 +43,7 @@ def statistics_of(session: Session, *, dispatches: int, combines: int, rows: int
     """Collect what a session has counted."""
     slots = session.pool.slots
     peers = tuple(
-        PeerCounts(rank, channel.lines, channel.puts, float(session.waited[rank]))
+        PeerCounts(rank, channel.lines, channel.puts, channel.asides, float(session.waited[rank]))
         for rank, channel in sorted(session.channels.items())
     )
     return MoEStatistics(
