@@ -59,9 +59,9 @@ def check(found: Sequence[Sequence[Report]], *, gone: Sequence[int] = ()) -> Non
     """Fail unless steps were whole, but for the ranks that were gone before."""
     for reports in found:
         for number, report in enumerate(reports):
-            assert set(report.lost) <= (set(gone) if number == 0 else set())  # some hear of it in the next step
-            assert set(report.missing) == set(gone)
-            assert set(report.unheard) == set(gone)
+            assert set(report.lost) <= (set(gone) if number == 0 else set()), report  # some hear of it in the next step
+            assert set(report.missing) == set(gone), report
+            assert set(report.unheard) == set(gone), report
 
 
 def check_harmed(report: Report, where: Where, victims: Sequence[int] = (VICTIM,)) -> None:

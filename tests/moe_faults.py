@@ -79,6 +79,8 @@ class Report:
     """Sources whose rows for us have not come."""
     missing: tuple[int, ...]
     """Holders without whose terms our sums are."""
+    why: str = ""
+    """Why ranks were lost in the dispatch."""
 
 
 @dataclass
@@ -175,7 +177,7 @@ def step(
     phase, began = ep._session.phase, time.monotonic()
     one = given(ep.rank, phase)
     made = ep.dispatch(one.x, one.ids, one.weights, deadline=deadline, **options)
-    seconds = time.monotonic() - began
+    seconds, why = time.monotonic() - began, str(ep._session.members.lost or "")
     unheard = check_rows(ep, made, phase)
     look_out(member, ep, "combine")
     began = time.monotonic()
@@ -188,7 +190,7 @@ def step(
     if moves and member.kept.get("placed") != ep.active:
         member.kept["placed"] = ep.active
         ep.place([ep.active[expert % len(ep.active)] for expert in range(EXPERTS)])
-    return Report(seconds, phase, made.lost, ep.active, unheard, missing)
+    return Report(seconds, phase, made.lost, ep.active, unheard, missing, why)
 
 
 def look_out(member: Any, ep: Any, operation: str) -> None:
@@ -300,11 +302,12 @@ def harm(member: Any, where: Where, number: int = signal.SIGKILL, waits: bool = 
     member.kept["harm"] = Harm(where, number, waits, beside)
 
 
-def one_round(member: Any, layer: str, **options: Any) -> list[Report]:
-    """Take steps until all have taken so many since the layer began: all stop behind the same one."""
-    session, reports = member.eps[layer]._session, []
-    while not reports or session.phase % ROUND:
-        reports.append(step(member, layer, **options))
+def one_round(member: Any, layer: str, joiner: int = -1, most: int = 4000) -> list[Report]:
+    """Take steps until a multiple of so many since the layer began, and until one has joined: all stop alike."""
+    ep, reports = member.eps[layer], []
+    while not reports or ep._session.phase % ROUND or (joiner >= 0 and joiner not in ep.active):
+        reports.append(step(member, layer))
+        assert len(reports) < most, f"{ep.active} are active, not {joiner}"
     return reports
 
 

@@ -186,8 +186,13 @@ class Processes:
     def restart(self, rank: int) -> None:
         """Start a process in the place of one that was killed, and introduce it to those that live."""
         assert not self.children[rank].is_alive
-        self.children[rank] = self._nursery.child(self.names[rank] + self._label)
+        self.replace(rank)
+
+    def replace(self, rank: int) -> Any:
+        """Start a process in the place of another, whatever that does, which is returned."""
+        former, self.children[rank] = self.children[rank], self._nursery.child(self.names[rank] + self._label)
         self._introduce([child for child in self.children if child.is_alive])
+        return former
 
     def _introduce(self, children: Sequence[Any]) -> None:
         records = [child.record.hex() for child in children]

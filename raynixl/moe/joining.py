@@ -122,10 +122,8 @@ def let_in(session: Session, meeting: Meeting) -> None:
     for rank, (channel, slot) in meeting.arrivals().items():
         if members.is_active(rank):
             members.lose(rank, "it has started anew")
-        session.channels[rank] = channel
+        session.replace(rank, channel)
         session.slots[rank] = slot
-        session.board.clear(rank)
-        session.pool.gone(rank)  # a session that begins anew writes for the former one no more
         members.admit_later(rank)
     waiting = members.mask & ~members.renewed
     for rank in members.names:

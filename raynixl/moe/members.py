@@ -32,7 +32,7 @@ class Members:
     lost: dict[int, str] = field(default_factory=dict)
     """Ranks that were lost in this operation, and why."""
     lost_at: dict[int, float] = field(default_factory=dict)
-    """By rank, when it was lost the last time."""
+    """By rank, when it was lost, or left, the last time: what it asked before says nothing any more."""
     _others: tuple[int, npt.NDArray[np.int64], list[int], list[int]] = (-1, np.zeros(0, np.int64), [], [])
 
     @property
@@ -73,12 +73,20 @@ class Members:
 
     def lose(self, rank: int, why: str) -> None:
         """Mask a rank that was lost in this operation."""
+        self._take_out(rank)
+        self.lost.setdefault(rank, why)
+
+    def dismiss(self, rank: int) -> None:
+        """Mask a rank that leaves."""
+        self._take_out(rank)
+        self.barred |= 1 << rank
+
+    def _take_out(self, rank: int) -> None:
         self.mask |= 1 << rank
         self.ready &= ~(1 << rank)
         self.renewed &= ~(1 << rank)
         self.admitted &= ~(1 << rank)
         self.fresh &= ~(1 << rank)
-        self.lost.setdefault(rank, why)
         self.lost_at[rank] = time.monotonic()
 
     def admit(self, ranks: int) -> None:

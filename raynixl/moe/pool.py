@@ -99,6 +99,13 @@ class Pool:
             for slot in self._slots.values():
                 self._answer(slot, rank)
 
+    def rename(self, rank: int, former: int) -> None:
+        """Note that it is a rank's former process, for which the number `former` stands, that may write into slots."""
+        with self._lock:
+            for slot in self._slots.values():
+                if slot.writers >> rank & 1:
+                    slot.writers ^= 1 << rank | 1 << former
+
     def begun(self, rank: int, told: Slot) -> None:
         """Note that a rank has begun, and writes into none of the slots that it was told of before `told`."""
         with self._lock:

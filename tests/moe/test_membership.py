@@ -38,7 +38,7 @@ def let_join(crew: Processes, present: Sequence[int], new: Sequence[int]) -> Non
 def check_settled(reports: Sequence[Report]) -> None:
     """Fail unless nobody was lost, and nothing is missing but what nobody held."""
     for report in reports:
-        assert report.lost == ()
+        assert report.lost == (), report
 
 
 def check_everybody(crew: Processes, ranks: Sequence[int]) -> None:

@@ -1,0 +1,51 @@
+"""Ranks that lose each other, or are replaced while their former process lives."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+from moe_fault_crews import REST, VICTIM, WORLD, check, harm, layer
+from moe_faults import DISPATCH, OPTIONS
+from moe_tools import Processes, Threads
+
+from raynixl import Masked
+
+
+def test_of_two_ranks_that_mask_each_other_the_lower_one_stays(crew: Threads) -> None:
+    """Such as when the way between them is cut: the others keep one of them, and the other one is told."""
+    x, ids = torch.ones(2, 16, dtype=torch.bfloat16), torch.tensor([[0, 1], [2, 3]])
+    with crew.experts(4, experts=4, hidden=16, topk=2, max_tokens=2) as made:
+        made.run(lambda rank, ep: ep.dispatch(x, ids))
+        made.eps[0]._session.members.lose(1, "cut")
+        made.eps[1]._session.members.lose(0, "cut")
+        errors = made.errors(lambda rank, ep: ep.dispatch(x, ids))
+        assert [type(error) for error in errors] == [type(None), Masked, type(None), type(None)]
+        for rank in (0, 2, 3):
+            assert made.eps[rank].active == (0, 2, 3)
+        sums = made.run(lambda rank, ep: step(ep, x, ids), ranks=[0, 2, 3])
+        for out in sums:
+            assert out[:, 0].tolist() == [1, 2]
+
+
+def step(ep, x, ids):
+    """Experts that return what they get."""
+    made = ep.dispatch(x, ids)
+    return ep.combine(made.x, made.handle)
+
+
+def test_memory_that_a_replaced_process_may_write_is_kept_from_others_while_it_lives() -> None:
+    with Processes(WORLD) as crew, layer(crew) as ranks:
+        harm(ranks, DISPATCH[3], signal.SIGSTOP, deadline=1.0)
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=REST), gone=[VICTIM])
+        former = ranks.replace(VICTIM)
+        ranks.tell(VICTIM, "moe_faults:join_round", ranks.names, {"name": "layer", "deadline": 20.0, **OPTIONS})
+        for rank in REST:
+            ranks.tell(rank, "moe_faults:one_round", "layer", VICTIM)
+        for rank in range(WORLD):
+            check([ranks.hear(rank)[-1:]])
+        check(ranks.call("moe_faults:steps", "layer", 2))
+        assert any(ranks.call("moe_faults:quarantined", "layer", ranks=REST))
+        former.kill()
+        check(ranks.call("moe_faults:steps", "layer", 2))
+        assert ranks.call("moe_faults:quarantined", "layer") == [[]] * WORLD
