@@ -177,10 +177,7 @@ class Rank:
                     continue
                 if members.is_active(rank):
                     self._session.pool.gone(rank)  # it has done what it was told, and does nothing more
-                members.barred |= 1 << rank
-                members.mask |= 1 << rank
-                members.ready &= ~(1 << rank)
-                members.renewed &= ~(1 << rank)
+                members.dismiss(rank)
 
         self._submit(leave)
         if self.rank in ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from raynixl.moe.pool import Pool
     from raynixl.moe.slot import Slot
 
+logger = logging.getLogger(__name__)
 SLICE: Final = 0.005
 """Seconds after which who waits looks whether anybody is gone; nothing of the usual course depends on it."""
 
@@ -68,6 +70,8 @@ class Session:
         self._notices = 0
         self._ready_sent = 0
         self._mask_sent = 0
+        self._former: dict[int, Channel] = {}  # of processes that were replaced while they lived, by number
+        self._replaced = 0
         self._looked, self._stood = 0.0, 0.0  # when we looked last, and for how long this operation stood still
         self._patience: dict[int, tuple[int, float]] = {}
         self.siblings: tuple[Session, ...] = ()
@@ -115,12 +119,32 @@ class Session:
     def lose(self, rank: int, why: str) -> None:
         """Mask a rank, and tell it if it still listens."""
         self.members.lose(rank, why)
+        if not self.members.others_mask:
+            logger.warning("rank %d goes on alone: %s", self.members.me, self.members.lost)
         channel = self.channels.get(rank)
         if channel is not None and not self.is_gone(rank):
             self._notify(rank)
 
+    def replace(self, rank: int, channel: Channel) -> None:
+        """Reach a rank that has begun anew; its former process, if that is another one and lives, may still write."""
+        former = self.channels.get(rank)
+        self.channels[rank] = channel
+        self.board.clear(rank)
+        is_other = former is not None and former.is_direct and former.incarnation != channel.incarnation
+        if former is None or not is_other or former.has_ended():
+            self.pool.gone(rank)  # it writes for its former session no more, or cannot
+            return
+        number = self.members.limit + self._replaced
+        self._replaced += 1
+        self._former[number] = former
+        self.pool.rename(rank, number)
+
     def sweep(self) -> None:
-        """Free the slots of ranks whose processes have ended since they were masked."""
+        """Free the slots of ranks whose processes have ended since they were masked, or replaced."""
+        for number, former in list(self._former.items()):
+            if former.has_ended():
+                self.pool.gone(number)
+                del self._former[number]
         for slot in self.pool.quarantined:
             for rank in ranks_of(slot.writers & self.members.mask):
                 if rank in self.channels and self.channels[rank].has_ended():
