@@ -33,6 +33,7 @@ class Arrival:
     heard: dict[int, Heard]
     offsets: npt.NDArray[np.int64]
     extent: npt.NDArray[np.int64]
+    arriving: npt.NDArray[np.int64]
     total: int
     """How many rows, or pairs, come back to us in all."""
 
@@ -54,6 +55,8 @@ class _Arranging:
         self.arrival, self.scene, self.call, self.routing = arrival, scene, call, routing
         self.landing = arrival.landing
         self.session = arrival.landing.session
+        if call.handle is not None:
+            self._check_counts(call.handle)
         self.counts = self._expected()
         self.rows = int(self.counts.sum())
 
@@ -64,6 +67,18 @@ class _Arranging:
             return self.call.handle.chosen
         assert self.call.ids is not None
         return self.call.ids >= 0
+
+    def _check_counts(self, handle: Handle) -> None:
+        """Refuse other rows than those of the handle, in whose places they lie."""
+        known = handle.counts.tolist()
+        for rank, line in self.arrival.heard.items():
+            if line.count != known[rank]:
+                name = self.session.members.names.get(rank, "")
+                raise IntegrityError(
+                    f"rank {rank} ({name!r}) has put {line.count} rows, where the handle knows of {known[rank]}",
+                    hint="dispatch with ids: that rank was lost when the handle was made, or its memory is damaged",
+                    peer=name,
+                )
 
     def _expected(self) -> npt.NDArray[np.int64]:
         """Return by source how many rows the result has: those of a handle, also where a rank is lost since."""
@@ -83,7 +98,7 @@ class _Arranging:
         meta = self._meta(slot, shift, rows_at)
         row_ids, tokens = (meta.pop(0), meta.pop().reshape(-1)) if handle is None else (handle.row_ids, handle.tokens)
         row_weights = meta.pop() if call.sends_weights else None
-        if row_weights is None and handle is not None and call.weights is None:
+        if handle is not None and call.weights is None and call.weights_at == "holder":
             row_weights = handle.row_weights
         columns = self._columns(slot, shift, total)
         self._blank_holes(columns, begins)
@@ -209,19 +224,34 @@ class _Arranging:
         return out.view(scene.world, scene.max_tokens, *rows.shape[1:])
 
     def _handle(self, row_ids: Any, row_weights: Any, tokens: Any, major: Any) -> Handle:
-        call, arrival, members = self.call, self.arrival, self.session.members
+        call, arrival = self.call, self.arrival
         if call.handle is not None:
-            weights = call.handle.weights if call.weights is None else call.weights
-            return replace(
-                call.handle, layout=call.layout, alignment=call.alignment, weights=weights, row_weights=row_weights,
-                major=major, lost=self._lost(),
-            )  # fmt: skip
-        backs, totals = np.zeros(members.limit, np.int64), np.zeros(members.limit, np.int64)
-        for rank, line in arrival.heard.items():
-            backs[rank], totals[rank] = line.back, line.total
-        totals[members.me] = arrival.total
+            return self._renewed(call.handle, row_weights, major)
+        backs, totals = self._backs()
         return Handle(
             call.layout, call.weights_at, call.alignment, self.routing, call.weights, self.scene.placement,
             self.scene.topk, arrival.offsets, arrival.extent, backs, totals, self.counts, row_ids, row_weights, tokens,
-            major, call.ids_dtype, self.chosen, self.scene.world, self.scene.max_tokens, self._lost(),
+            major, call.ids_dtype, self.chosen, self.scene.world, self.scene.max_tokens, self.session.phase,
+            self.session.key, arrival.arriving, self._lost(),
         )  # fmt: skip
+
+    def _renewed(self, handle: Handle, row_weights: Any, major: Any) -> Handle:
+        """Return the handle of rows that came by another one."""
+        call, scene = self.call, self.scene
+        has_moved = call.weights_at != handle.weights_at
+        backs, totals = self._backs() if has_moved else (handle.backs, handle.totals)
+        return replace(
+            handle, layout=call.layout, weights_at=call.weights_at, alignment=call.alignment,
+            weights=handle.weights if call.weights is None else call.weights, row_weights=row_weights, major=major,
+            backs=backs, totals=totals, world=scene.world, max_tokens=scene.max_tokens, lost=self._lost(),
+            number=self.session.phase if call.sends_weights else handle.number,
+        )  # fmt: skip
+
+    def _backs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return by source where it wants what goes back from here, and how much it gets back in all."""
+        members = self.session.members
+        backs, totals = np.zeros(members.limit, np.int64), np.zeros(members.limit, np.int64)
+        for rank, line in self.arrival.heard.items():
+            backs[rank], totals[rank] = line.back, line.total
+        totals[members.me] = self.arrival.total
+        return backs, totals

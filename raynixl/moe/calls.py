@@ -27,6 +27,12 @@ WEIGHTS_AT: Final = ("holder", "source")
 CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """How the native core names the dtypes that are summed."""
 
+_SPREAD: Final = 0x9E3779B1
+"""Odd, so that no two handles of one layer have the same product modulo 2**32."""
+
+MOST_ALIGNED: Final = 1 << 16
+"""Rows of an alignment: what is beyond would fill a host's memory with padding, on those ranks alone that have rows."""
+
 Index = npt.NDArray[np.int32]
 
 
@@ -78,10 +84,11 @@ class DispatchCall:
     def signature(self, placement: int) -> int:
         """Return what must be alike on all ranks, as a number."""
         kinds = tuple((column.tensor.dtype, column.tensor.shape[1:]) for column in self.columns)
-        return number_of((
+        same = number_of((
             "dispatch", kinds, self.ids_dtype, self.sends_weights, self.handle is None, self.layout, self.alignment,
             self.weights_at, placement,
         ))  # fmt: skip
+        return same if self.handle is None else with_handle(same, self.handle)
 
 
 @lru_cache(256)
@@ -90,13 +97,23 @@ def number_of(call: tuple[object, ...]) -> int:
     return zlib.crc32(repr(call).encode()) or 1
 
 
+def with_handle(call: int, handle: Handle) -> int:
+    """Return the number of a call with a handle: another one for each; never 0."""
+    return (call + handle.number * _SPREAD) & 0xFFFFFFFF or 1
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Return what a tensor shows as it lies in memory, without its gradients: not negated or conjugated when read."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
 def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | None = None) -> Columns:
     """Check a tensor whose rows travel.
 
     Raises:
-        ConfigError: no tensor, another number of rows or columns, or not on the CPU.
+        ConfigError: no tensor, another number of rows or columns, sparse, or not on the CPU.
     """
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.dim() < 1:
         raise ConfigError(f"{what} is no tensor with a row for each token", hint=f"give {what} as [tokens, ...]")
     if tensor.device.type != "cpu":
         raise ConfigError(
@@ -106,7 +123,7 @@ def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | N
         raise ConfigError(f"{what} has {tensor.shape[0]} rows for {tokens} tokens", hint="give a row for each token")
     if width is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
         raise ConfigError(f"{what} has the shape {list(tensor.shape)}", hint=f"give [tokens, {width}]")
-    shape, tensor = tensor.shape, tensor.detach()
+    shape, tensor = tensor.shape, plain(tensor)
     if len(shape) == 2:
         is_plain, items = shape[1] < 2 or tensor.stride(1) == 1, shape[1]
     else:
@@ -134,7 +151,7 @@ def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
 
 
 def weights_of(topk_weights: Any, tokens: int, topk: int) -> npt.NDArray[np.float32] | None:
-    """Check weights and return them as float32.
+    """Check weights and return them as float32: a copy, since handles keep them.
 
     Raises:
         ConfigError: not floating [tokens, topk].
@@ -145,7 +162,7 @@ def weights_of(topk_weights: Any, tokens: int, topk: int) -> npt.NDArray[np.floa
         raise ConfigError("topk_weights is no floating tensor", hint="give a weight for each id, or None")
     if tuple(topk_weights.shape) != (tokens, topk):
         raise ConfigError(f"topk_weights has the shape {list(topk_weights.shape)}", hint=f"give [{tokens}, {topk}]")
-    return np.ascontiguousarray(topk_weights.detach().cpu().float().numpy())
+    return np.array(plain(topk_weights).cpu().float().numpy(), order="C")
 
 
 def check_choice(value: Any, known: Sequence[str], what: str) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raynixl.errors import RaynixlError
-from raynixl.moe.calls import number_of
+from raynixl.errors import IntegrityError, RaynixlError
+from raynixl.moe.calls import number_of, with_handle
 from raynixl.moe.channel import Place
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
-from raynixl.moe.lines import Line
+from raynixl.moe.lines import Heard, Line
 from raynixl.moe.outgoing import Outgoing, outgoing
 from raynixl.moe.result import Combined, Handle
 from raynixl.moe.session import ANY, Session
@@ -49,10 +49,11 @@ class CombineCall:
     def signature(self) -> int:
         """Return what must be alike on all ranks, as a number."""
         handle = self.handle
-        return number_of((
+        same = number_of((
             "combine", self.y.dtype, self.y.shape[-1], handle.layout, handle.weights_at, handle.alignment,
             handle.placement, self.weights is None, self.is_summed,
         ))  # fmt: skip
+        return with_handle(same, handle)
 
 
 @dataclass(slots=True)
@@ -109,12 +110,25 @@ class Combine:
             if place is not None:
                 self._put(landing, line, rank, place, sent)
         heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error)
+        self._check_counts(heard)
         return landing.pieces(heard, None)
 
+    def _check_counts(self, heard: dict[int, Heard]) -> None:
+        """Refuse more or less than what went to a holder: each item that comes back has its place in the sums."""
+        begins = self._starts_here().tolist()
+        for rank, line in heard.items():
+            sent = begins[rank + 1] - begins[rank]
+            if line.count != sent:
+                name = self.session.members.names.get(rank, "")
+                raise IntegrityError(
+                    f"rank {rank} ({name!r}) has sent back {line.count} rows of {sent}",
+                    hint="it was lost when the handle was made, or its memory is damaged", peer=name,
+                )  # fmt: skip
+
     def _starts_here(self) -> I64:
-        """Return by holder where what it sends back begins here."""
+        """Return by holder where what it sends back begins here, and one more at the end."""
         routing = self.call.handle.routing
-        return (routing.begins if self.call.handle.weights_at == "holder" else routing.pair_begins)[:-1]
+        return routing.begins if self.call.handle.weights_at == "holder" else routing.pair_begins
 
     def _put(self, landing: Landing, line: Line, rank: int, place: Place, sent: Outgoing) -> None:
         """Send a source its rows, and the line behind them."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from raynixl.errors import RaynixlError
+from raynixl.errors import IntegrityError, RaynixlError
 from raynixl.moe.arrival import Arrival, arrange
 from raynixl.moe.calls import DispatchCall
 from raynixl.moe.channel import Place, Source
@@ -100,8 +100,18 @@ class Dispatch:
         for rank in heard:
             counts[rank] = session.board.counts(rank, session.phase & 1)
         counts[me] = self.routing.counts
+        if counts.max() > self.scene.max_tokens:
+            raise self._too_many(counts)
         arriving = np.cumsum(counts[:, me]) - counts[:, me]
         return Places(counts[:me].sum(axis=0), counts.sum(axis=0), arriving, is_whole)
+
+    def _too_many(self, counts: I64) -> IntegrityError:
+        rank = int(np.flatnonzero(counts.max(axis=1) > self.scene.max_tokens)[0])
+        name = self.session.members.names.get(rank, "")
+        return IntegrityError(
+            f"rank {rank} ({name!r}) tells of {counts[rank].max()} rows of {self.scene.max_tokens} tokens at most",
+            hint="its memory or its version of raynixl is damaged", peer=name,
+        )  # fmt: skip
 
     def _known_places(self) -> Places:
         """Return the places of a layout that is known: that of a handle, or of fixed slots."""
@@ -113,11 +123,13 @@ class Dispatch:
                 np.full(limit, me * most), np.full(limit, self.scene.world * most), most * np.arange(limit), True
             )
         assert handle is not None
-        return Places(handle.offsets, handle.extent, handle.begins[:-1], True)
+        return Places(handle.offsets, handle.extent, handle.arriving, True)
 
     def _exchange_rows(self, landing: Landing, places: Places, signature: int) -> Arrival:
         session, me = self.session, self.session.members.me
         counts = self.routing.counts.tolist() if self.error is None else [0] * session.members.limit
+        if places.is_exact and int(places.extent[me]) > landing.capacity():
+            landing.shared_for(int(places.extent[me]), places.arriving)
         own = self._own_place(landing, places) if counts[me] else None
         packed = self._packed()
         line = session.line(signature, self.error)
@@ -140,17 +152,15 @@ class Dispatch:
         heard, _ = session.gather(signature, self._late(landing.form), landing=landing, error=self.error)
         piece = None if own is None else Piece(me, landing.slots[own.slot], own.offset, counts[me])
         offsets = places.offsets if places.is_exact else np.full(session.members.limit, -1)
-        return Arrival(landing, landing.pieces(heard, piece), heard, offsets, places.extent, self._backs()[1])
+        pieces, (_, total) = landing.pieces(heard, piece), self._backs()
+        return Arrival(landing, pieces, heard, offsets, places.extent, places.arriving, total)
 
     def _own_place(self, landing: Landing, places: Places) -> Place:
         """Return where our own rows lie: in a larger slot if the announced one does not hold what comes."""
         offset = int(places.offsets[self.session.members.me])
-        rows = int(places.extent[self.session.members.me])
         if not places.is_exact or offset < 0:
             return Place(landing.take(self.scene.max_tokens).number, 0)
-        if rows > landing.capacity():
-            return Place(landing.shared_for(rows, places.arriving).number, offset)
-        return Place(landing.announced.number, offset)
+        return Place((landing.announced if landing.shared is None else landing.shared[0]).number, offset)
 
     def _place(self, landing: Landing, rank: int, places: Places) -> Place | None:
         """Return where our rows go at a rank, if we can tell."""

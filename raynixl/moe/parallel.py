@@ -73,8 +73,8 @@ class ExpertParallel(Rank):
                 arguments, or that differs from other ranks'. All ranks raise alike.
             Masked: the others have gone on without this rank.
         """
-        arguments = DispatchArguments(x, topk_idx, topk_weights, handle, layout, alignment, weights_at, tuple(extra))
-        return self._submit(lambda: self._dispatch(arguments, deadline, stats), async_)
+        arguments = DispatchArguments(x, topk_idx, topk_weights, handle, layout, alignment, weights_at, extra, stats)
+        return self._submit(lambda: self._dispatch(arguments, deadline), async_)
 
     def combine(
         self, y: Tensor, handle: Handle, *, bias: Tensor | Sequence[Tensor] | None = None, out: Tensor | None = None,
@@ -95,8 +95,8 @@ class ExpertParallel(Rank):
         Raises:
             ConfigError: y, bias or out do not fit; all ranks raise it. Masked: see `dispatch`.
         """
-        arguments = CombineArguments(y, handle, None, bias, out, summed)
-        return self._submit(lambda: self._combine(arguments, deadline, stats).out, async_)
+        arguments = CombineArguments(y, handle, None, bias, out, summed, stats)
+        return self._submit(lambda: self._combine(arguments, deadline).out, async_)
 
     def combine_weights(
         self, y: Tensor, weights: Tensor, handle: Handle, *, bias: Any = None, out: Tensor | None = None,
@@ -109,7 +109,7 @@ class ExpertParallel(Rank):
         arguments = CombineArguments(y, handle, weights, bias, out, summed)
 
         def both() -> tuple[Tensor, Tensor]:
-            combined = self._combine(arguments, deadline, None)
+            combined = self._combine(arguments, deadline)
             assert combined.topk_weights is not None
             return combined.out, combined.topk_weights
 
@@ -121,9 +121,9 @@ class ExpertParallel(Rank):
         def fail() -> None:
             try:
                 if is_combine:
-                    self._combine(CombineArguments(), deadline, None, error)
+                    self._combine(CombineArguments(), deadline, error)
                 else:
-                    self._dispatch(DispatchArguments(), deadline, None, error)
+                    self._dispatch(DispatchArguments(), deadline, error)
             except type(error) as exc:
                 if exc is not error:
                     raise
@@ -133,11 +133,7 @@ class ExpertParallel(Rank):
     # Within
 
     def _dispatch(
-        self,
-        arguments: DispatchArguments,
-        deadline: float | None,
-        stats: Tensor | None,
-        failed: RaynixlError | None = None,
+        self, arguments: DispatchArguments, deadline: float | None, failed: RaynixlError | None = None
     ) -> Dispatched:
         with self._turn:
             self._begin(is_start=arguments.handle is None)
@@ -153,28 +149,26 @@ class ExpertParallel(Rank):
             result = self._guarded(lambda: Dispatch(self._session, self._scene(), call, routing, error, until).run())
             self._counts["dispatches"] += 1
             self._counts["rows"] += result.handle.rows
-            if stats is not None:
-                stats += result.counts
+            if arguments.stats is not None:
+                arguments.stats.add_(result.counts)
             return result
 
     def _combine(
-        self,
-        arguments: CombineArguments,
-        deadline: float | None,
-        stats: Tensor | None,
-        failed: RaynixlError | None = None,
+        self, arguments: CombineArguments, deadline: float | None, failed: RaynixlError | None = None
     ) -> Combined:
         with self._turn:
             self._begin(is_start=False)
             before = self._session.waited.copy()
             renormalises = self.on_lost is OnLost.RENORMALISE
-            call, error = combine_call(arguments, limit=self._limit, hidden=self.hidden, renormalises=renormalises)
+            call, error = combine_call(
+                arguments, limit=self._limit, hidden=self.hidden, renormalises=renormalises, session=self._session.key
+            )
             until, late = self._until(deadline)
             error = failed or error or late
             combined = self._guarded(lambda: Combine(self._session, call, error, until).run())
             self._counts["combines"] += 1
-            if stats is not None:
-                stats += torch.from_numpy((self._session.waited - before)[: len(stats)])
+            if arguments.stats is not None:
+                arguments.stats.add_(torch.from_numpy((self._session.waited - before)[: len(arguments.stats)]))
             return combined
 
     def _until(self, deadline: float | None) -> tuple[float, RaynixlError | None]:
@@ -222,7 +216,10 @@ class ExpertParallel(Rank):
         return self._held[1]
 
     def _sizes(self) -> Sizes:
-        return Sizes(self.topk, self.max_tokens, self.hidden, self.placement.digest)
+        placement, local_experts = self.placement.digest, len(self.local_experts)
+        return Sizes(
+            self.topk, self.max_tokens, self.hidden, placement, local_experts, self._limit, self._session.key
+        )  # fmt: skip
 
     def _scene(self) -> Scene:
         return Scene(self.topk, self.max_tokens, self.world, self.placement.digest, len(self.local_experts))

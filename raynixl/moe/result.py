@@ -51,6 +51,12 @@ class Handle:
     """By token and k: whether the source named an expert."""
     world: int
     max_tokens: int
+    number: int
+    """The phase that ended its dispatch, the same on all ranks; or that of the last one that brought other weights."""
+    session: int
+    """The key of the session that it was made in: rows of another layer, or of a former session, lie elsewhere."""
+    arriving: npt.NDArray[np.int64]
+    """By source: the row at which its rows begin here; other than in `begins`, those that were lost have theirs."""
     lost: tuple[int, ...] = ()
 
     @property
@@ -138,7 +144,7 @@ def no_handle(ranks: int) -> Handle:
     routing = Routing(0, rows, none, np.zeros(ranks + 1, np.int64), np.zeros(1, np.int64), rows, ids, None)
     return Handle(
         "tokens", "holder", 1, routing, None, 0, 1, none, none, none, none, none, ids, None, rows, None, torch.int64,
-        np.zeros((0, 1), np.bool_), 1, 1,
+        np.zeros((0, 1), np.bool_), 1, 1, 0, 0, none,
     )  # fmt: skip
 
 
