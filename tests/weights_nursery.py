@@ -39,12 +39,15 @@ class Nursery:
 
     def _as_seen_here(self, pid):
         """Return the process id that a child, which the nursery knows by this one, has here."""
-        with open(f"/proc/{self._process.pid}/task/{self._process.pid}/children", encoding="ascii") as file:
-            for one in file.read().split():
-                with open(f"/proc/{one}/status", encoding="ascii") as status:
-                    spaces = next(line for line in status if line.startswith("NSpid:"))
-                if int(spaces.split()[-1]) == pid:
-                    return int(one)
+        if os.readlink(f"/proc/{self._process.pid}/ns/pid") == os.readlink("/proc/self/ns/pid"):
+            return pid
+        children = f"/proc/{self._process.pid}/task/{self._process.pid}/children"
+        for _ in range(100):  # the kernel may leave one out while another ends
+            with open(children, encoding="ascii") as file:
+                for one in file.read().split():
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                        if _innermost_pid(one) == pid:
+                            return int(one)
         raise AssertionError(f"the nursery has no child {pid}")
 
     def close(self):
@@ -52,6 +55,11 @@ class Nursery:
             child.kill()
         self._control.close()
         self._process.wait(10)
+
+
+def _innermost_pid(pid):
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        return int(next(line for line in status if line.startswith("NSpid:")).split()[-1])
 
 
 class Forked:
