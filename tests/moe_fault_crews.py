@@ -23,6 +23,16 @@ SOON = 8.0
 """Seconds within which what needs no waiting is done, on a busy machine."""
 
 
+def mostly_slow(cases: Sequence[Any], every: int) -> list[Any]:
+    """Return cases for parametrize, of which one in so many is run each time, and all by `make soak`."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=() if number % every == 0 else pytest.mark.slow
+        )
+        for number, case in enumerate(cases)
+    ]
+
+
 def alive(crew: Processes) -> list[int]:
     """The ranks whose processes live."""
     return [rank for rank, child in enumerate(crew.children) if child.is_alive]

@@ -6,7 +6,19 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from moe_fault_crews import REST, SOON, VICTIM, WORLD, check, check_harmed, come_back, harm, hear_masked, layer
+from moe_fault_crews import (
+    REST,
+    SOON,
+    VICTIM,
+    WORLD,
+    check,
+    check_harmed,
+    come_back,
+    harm,
+    hear_masked,
+    layer,
+    mostly_slow,
+)
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Where
 from moe_tools import Processes
 
@@ -22,7 +34,7 @@ def crew() -> Iterator[Processes]:
         yield made
 
 
-@pytest.mark.parametrize("where", PLACES, ids=str)
+@pytest.mark.parametrize("where", mostly_slow(PLACES, 3), ids=str)
 def test_a_killed_rank(crew: Processes, where: Where) -> None:
     with layer(crew) as ranks:
         for report in harm(ranks, where, signal.SIGKILL):
@@ -32,7 +44,7 @@ def test_a_killed_rank(crew: Processes, where: Where) -> None:
         assert min(ranks.call("moe_faults:held_is_as_it_was", ranks=REST)) > 0
 
 
-@pytest.mark.parametrize("where", PLACES, ids=str)
+@pytest.mark.parametrize("where", mostly_slow(PLACES, 3), ids=str)
 def test_a_frozen_rank_wakes_up_changes_nothing_and_comes_back(crew: Processes, where: Where) -> None:
     with layer(crew) as ranks:
         for report in harm(ranks, where, signal.SIGSTOP, deadline=DEADLINE):

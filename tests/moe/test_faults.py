@@ -19,6 +19,7 @@ from moe_fault_crews import (
     harm,
     hear_masked,
     layer,
+    mostly_slow,
 )
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Where
 from moe_tools import Processes
@@ -130,11 +131,10 @@ def test_a_handle_of_before_lacks_what_was_lost_since(crew: Processes, layout: s
 
 
 WAYS = [(layout, at) for layout in ("tokens", "experts", "slots") for at in ("holder", "source")]
-SLOTS = [Where("dispatch", "put", number, "amid") for number in (0, 2)]
+WAYS_AND_PLACES = [(way, where) for way in WAYS for where in (DISPATCH[3], COMBINE[2])]
 
 
-@pytest.mark.parametrize("way", WAYS, ids="-".join)
-@pytest.mark.parametrize("where", [SLOTS[0], COMBINE[2]], ids=str)
+@pytest.mark.parametrize(("way", "where"), mostly_slow(WAYS_AND_PLACES, 3), ids=str)
 def test_layouts_lack_the_terms_of_a_frozen_rank_alone(crew: Processes, way: tuple[str, str], where: Where) -> None:
     options = {"layout": way[0], "weights_at": way[1]}
     with layer(crew, FOUR) as ranks:

@@ -6,7 +6,19 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from moe_fault_crews import REST, SOON, VICTIM, WORLD, check, check_harmed, come_back, harm, hear_masked, layer
+from moe_fault_crews import (
+    REST,
+    SOON,
+    VICTIM,
+    WORLD,
+    check,
+    check_harmed,
+    come_back,
+    harm,
+    hear_masked,
+    layer,
+    mostly_slow,
+)
 from moe_faults import COMBINE, DISPATCH, Where
 from moe_tools import Processes
 
@@ -25,7 +37,7 @@ def crew() -> Iterator[Processes]:
         yield made
 
 
-@pytest.mark.parametrize(("on_lost", "where"), PLACES, ids=str)
+@pytest.mark.parametrize(("on_lost", "where"), mostly_slow(PLACES, 3), ids=str)
 def test_it_is_masked_wakes_up_changes_nothing_and_comes_back(crew: Processes, on_lost: OnLost, where: Where) -> None:
     with layer(crew, on_lost=on_lost) as ranks:
         for report in harm(ranks, where, signal.SIGSTOP, deadline=DEADLINE):

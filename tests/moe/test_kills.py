@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from moe_fault_crews import REST, SOON, VICTIM, WORLD, check, check_harmed, harm, layer
+from moe_fault_crews import REST, SOON, VICTIM, WORLD, check, check_harmed, harm, layer, mostly_slow
 from moe_faults import COMBINE, DISPATCH, Where
 from moe_tools import Processes
 
@@ -36,7 +36,7 @@ def test_rows_lie_apart_where_some_have_heard_its_counts_and_others_could_not_te
         check(ranks.call("moe_faults:steps", "layer", 3, ranks=[1, 2, 3]), gone=[0])
 
 
-@pytest.mark.parametrize(("on_lost", "where"), PLACES, ids=str)
+@pytest.mark.parametrize(("on_lost", "where"), mostly_slow(PLACES, 2), ids=str)
 def test_survivors_return_at_once_and_lack_its_terms_alone(crew: Processes, on_lost: OnLost, where: Where) -> None:
     with layer(crew, on_lost=on_lost) as ranks:
         for report in harm(ranks, where, signal.SIGKILL):
