@@ -104,7 +104,8 @@ def with_handle(call: int, handle: Handle) -> int:
 
 def plain(tensor: Tensor) -> Tensor:
     """Return what a tensor shows as it lies in memory, without its gradients: not negated or conjugated when read."""
-    return tensor.detach().resolve_conj().resolve_neg()
+    tensor = tensor.detach()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | None = None) -> Columns:

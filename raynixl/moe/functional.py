@@ -77,7 +77,7 @@ def dispatch(
     *,
     handle: Any = None,
     layout: str | None = None,
-    alignment: int = 1,
+    alignment: int | None = None,
     weights_at: str | None = None,
 ) -> Dispatched:
     """Dispatch as `ep.dispatch` does; gradients of r.x and r.topk_weights come back to x and topk_weights.
@@ -92,6 +92,7 @@ def dispatch(
         raise ConfigError("rows in eight bits have no gradient", hint="call ep.dispatch, or give x in a floating dtype")
     earlier = None if handle is None else _traced(handle)
     layout = (earlier.layout if earlier else "tokens") if layout is None else layout
+    alignment = (earlier.alignment if earlier else 1) if alignment is None else alignment
     weights_at = (earlier.weights_at if earlier else "holder") if weights_at is None else weights_at
     if layout not in _LAYOUTS:
         raise ConfigError(f"layout {layout!r} has no gradient", hint=f"known here are {', '.join(_LAYOUTS)}")

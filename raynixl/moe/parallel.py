@@ -60,7 +60,8 @@ class ExpertParallel(Rank):
 
         x: [tokens, hidden], or (x in FP8, float32 scales [tokens, hidden / 128]). topk_idx: int32 or int64
         [tokens, topk], -1 for none. topk_weights: [tokens, topk]. With `handle`, of an earlier dispatch of as many
-        tokens, rows go the same way without ids; weights may come along anew.
+        tokens on this layer, rows go the same way without ids; weights may come along anew, and what is not said of
+        layout, alignment and weights_at is as it was.
 
         layout: "tokens" (default), "experts" (each expert's rows together, `alignment` rows at least and a multiple
         of it), "slots" (fixed places by source: one exchange instead of two; what is beyond a source's rows is
@@ -88,7 +89,8 @@ class ExpertParallel(Rank):
         weights at the source, "tokens" and "slots" want one row for each pair, in order of `topk_idx >= 0`.
 
         The sum is made in float32 (float64 of float64), over holders by ascending rank, or over a token's experts in
-        its own order; then `bias`, up to two; then it is rounded once, to nearest even. `out` receives it.
+        its own order; then `bias`, up to two; then it is rounded once, to nearest even. `out` receives it, in memory
+        that nothing it is made of lies in.
         stats: float64 [world], seconds that we waited for each rank are added.
         With summed=False (weights at the source) the pairs come back as they are, [pairs, hidden].
 

@@ -319,7 +319,7 @@ class Session:
             if signature not in (ANY, line.signature):
                 raise ConfigError(
                     f"rank {rank} ({self.members.names.get(rank)!r}) calls something else than rank {self.members.me}",
-                    hint="call the same operations with the same options, dtypes and placement on every rank",
+                    hint="call the same operations with the same options, handles, dtypes and placement on every rank",
                 )
 
     def _masked(self, by: int) -> Masked:

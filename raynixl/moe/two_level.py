@@ -112,7 +112,7 @@ class TwoLevel:
 
     def dispatch(  # noqa: PLR0913 - those of ExpertParallel
         self, x: Any, topk_idx: Tensor | None = None, topk_weights: Tensor | None = None, *,
-        handle: TwoLevelHandle | None = None, layout: str | None = None, alignment: int = 1,
+        handle: TwoLevelHandle | None = None, layout: str | None = None, alignment: int | None = None,
         weights_at: str | None = None, extra: Sequence[Tensor] = (), async_: bool = False,
         deadline: float | None = None, stats: Tensor | None = None,
     ) -> Any:  # fmt: skip

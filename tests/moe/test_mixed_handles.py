@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from raynixl.errors import ConfigError, IntegrityError
+from raynixl.moe import functional
+from raynixl.moe.grid import make_grid
+from raynixl.moe.two_level import TwoLevel
 
 HIDDEN = 8
 OPTIONS = {"experts": 2, "hidden": HIDDEN, "topk": 1, "max_tokens": 16, "dtype": torch.float32}
@@ -218,6 +221,26 @@ def test_layout_and_alignment_are_those_of_the_handle_unless_told_otherwise(pair
     for first, again in pair.run(work):
         assert torch.equal(first.x, again.x)
         assert again.handle.alignment == 16
+
+
+def test_in_two_stages_alignment_is_that_of_the_handle_too(crew):
+    grid = make_grid(4, ["a", "a", "b", "b"])
+    with crew.experts(4, kind=TwoLevel, grid=grid, **{**OPTIONS, "experts": 4}) as layer:
+
+        def work(rank, ep):
+            first = ep.dispatch(rows_of(rank), FIRST, layout="experts", alignment=16)
+            return first.x, ep.dispatch(rows_of(rank), handle=first.handle).x
+
+        assert all(torch.equal(first, again) for first, again in layer.run(work))
+
+
+def test_with_gradients_alignment_is_that_of_the_handle_too(pair):
+    def work(rank, ep):
+        first = functional.dispatch(ep, rows_of(rank), FIRST, layout="experts", alignment=16)
+        again = functional.dispatch(ep, rows_of(rank), handle=first.handle)
+        return first.x.detach(), again.x.detach()
+
+    assert all(torch.equal(first, again) for first, again in pair.run(work))
 
 
 def test_weights_may_be_changed_once_dispatch_has_returned(pair):
