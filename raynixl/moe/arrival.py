@@ -202,7 +202,12 @@ class _Arranging:
             )
 
     def _lost(self) -> tuple[int, ...]:
-        return tuple(sorted(self.session.members.lost))
+        """Return who was lost in this operation, and whose rows of a handle did not come since it was lost before."""
+        lost = set(self.session.members.lost)
+        if self.call.handle is not None:
+            came = {piece.source for piece in self.arrival.pieces}
+            lost.update(source for source in np.flatnonzero(self.counts).tolist() if source not in came)
+        return tuple(sorted(lost))
 
     def _by_expert(self, column: Tensor, major: Any) -> Tensor:
         """Copy rows into expert order, padded with zeros, in memory that was touched before."""

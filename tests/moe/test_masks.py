@@ -177,3 +177,14 @@ def test_ranks_that_there_are_not_cannot_be_masked(layer, rank):
 def test_a_rank_cannot_mask_itself(layer):
     with pytest.raises(ConfigError):
         layer.eps[1].mask(1)
+
+
+def test_a_cached_dispatch_names_whose_rows_are_missing(layer):
+    made = layer.run(dispatch(("tokens", "holder")))
+    mask(layer)
+    again = layer.run(lambda rank, ep: ep.dispatch(GIVEN[rank].x, handle=made[rank].handle), ranks=REST)
+    for rank, each in zip(REST, again, strict=True):
+        gone = (made[rank].sources == GONE).nonzero().flatten()
+        assert each.lost == ((GONE,) if len(gone) else ())
+        assert not each.x[gone].any()
+        assert torch.equal(each.x[made[rank].sources != GONE], made[rank].x[made[rank].sources != GONE])
