@@ -68,10 +68,10 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Agent", "AgentClosed", "AgentConfig", "BackendUnavailable", "ConfigError", "ExpertParallel", "Group",
-    "InMemoryDirectory", "IntegrityError", "Masked", "MemoryKind", "MemorySpan", "Notification", "Peer", "PeerLost", "PeerRestarted",
-    "PeerUnknown", "Prepared", "RangeError", "RaynixlError", "Region", "RegionReadOnly", "RegionStale", "RegionUnknown",
-    "RemoteRegion", "Transfer", "TransferCancelled", "TransferTimeout", "WeightSync", "agent", "attach", "publish",
-    "subscribe", "worker",
+    "InMemoryDirectory", "IntegrityError", "Masked", "MemoryKind", "MemorySpan", "Notification", "Peer", "PeerLost",
+    "PeerRestarted", "PeerUnknown", "Prepared", "RangeError", "RaynixlError", "Region", "RegionReadOnly",
+    "RegionStale", "RegionUnknown", "RemoteRegion", "Transfer", "TransferCancelled", "TransferTimeout", "WeightSync",
+    "agent", "attach", "publish", "subscribe", "worker",
 ]  # fmt: skip
 
 
