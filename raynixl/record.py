@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -152,3 +152,24 @@ def parse(model: type[T], data: Any, *, what: str, limit: int) -> T:
         raise IntegrityError(
             f"{what} is malformed at {where}: {first['msg']}", hint="it is truncated or not from raynixl"
         ) from exc
+
+
+class Wire(BaseModel):
+    """A message that travels as JSON, in at most `LIMIT` bytes, and is never trusted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    LIMIT: ClassVar[int] = 1 << 20
+
+    def to_bytes(self) -> bytes:
+        """Return the wire form."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Parse a message.
+
+        Raises:
+            IntegrityError: it is malformed.
+        """
+        return parse(cls, data, what=cls.__name__, limit=cls.LIMIT)

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from raynixl.bench.layout import digest, fill
+from raynixl.bench.names import check_baselines
 from raynixl.bench.process import TargetProcess
 from raynixl.bench.timing import rounded
-from raynixl.errors import BackendUnavailable, ConfigError, IntegrityError
+from raynixl.errors import BackendUnavailable, IntegrityError
 
 Row = dict[str, Any]
 BASELINES = ("ray", "gloo")
@@ -48,9 +49,7 @@ def run_broadcast(
 
     The bytes begin in plain memory of the source's own and end in plain memory of each receiver's own.
     """
-    for name in baselines:
-        if name not in BASELINES:
-            raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
+    check_baselines(baselines, BASELINES)
     with ExitStack() as stack:
         members = Members(stack, nbytes, receivers)
         ways: list[Way] = [members.way("raynixl")]

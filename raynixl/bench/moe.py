@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from raynixl.bench.crew import Crew, ProcessCrew
 from raynixl.bench.moe_load import Load
+from raynixl.bench.names import check_baselines
 from raynixl.bench.timing import rounded
 from raynixl.errors import ConfigError
 from raynixl.memory import available_nbytes
@@ -59,9 +60,7 @@ class MoeSpec:
         Raises:
             ConfigError: says what and why.
         """
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
+        check_baselines(self.baselines, BASELINES)
         if self.dtype not in DTYPES:
             raise ConfigError(f"rows of {self.dtype!r:.40} are not measured", hint=f"choose of: {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:

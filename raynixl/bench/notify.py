@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from raynixl.agents import Agent
+from raynixl.bench.names import check_baselines
 from raynixl.bench.process import TargetProcess
 from raynixl.bench.timing import Nanoseconds, median_us, percentile_us, quiet, rounded
 from raynixl.config import from_env
-from raynixl.errors import ConfigError, IntegrityError, PeerLost
+from raynixl.errors import IntegrityError, PeerLost
 
 Row = dict[str, Any]
 Bounce = Callable[[bytes], bytes]
@@ -38,9 +39,7 @@ class NotifySpec:
 
     def check(self) -> None:
         """Refuse what cannot be measured."""
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
+        check_baselines(self.baselines, BASELINES)
 
 
 def run_notify(spec: NotifySpec, step: Callable[[], None] = lambda: None) -> Iterator[Row]:

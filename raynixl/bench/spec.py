@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from raynixl.bench.names import check_baselines
 from raynixl.config import default_copy_threads
 from raynixl.errors import ConfigError
 from raynixl.memory import available_nbytes
@@ -63,9 +64,7 @@ class TransferSpec:
         Raises:
             ConfigError: says what and why.
         """
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
+        check_baselines(self.baselines, BASELINES)
         if "process_vm" in self.baselines and self.backend == "loopback":
             raise ConfigError("process_vm moves bytes between processes", hint="leave it out with loopback")
         if self.launch and self.backend == "loopback":

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raynixl.bench.crew import Crew, Fields, ProcessCrew
+from raynixl.bench.names import check_baselines
 from raynixl.bench.shapes import count_nbytes, infos_of
 from raynixl.bench.timing import rounded
 from raynixl.errors import BackendUnavailable, ConfigError
@@ -52,9 +53,7 @@ class WeightsSpec:
         Raises:
             ConfigError: says what and why.
         """
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"there is no baseline {name!r}", hint=f"known are: {', '.join(BASELINES)}")
+        check_baselines(self.baselines, BASELINES)
         if self.memory not in ("dram", "vram"):
             raise ConfigError(f"memory {self.memory!r:.40} is not known", hint="use 'dram' or 'vram'")
         if self.memory == "vram":

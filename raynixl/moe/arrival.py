@@ -59,6 +59,10 @@ class _Arranging:
             self._check_counts(call.handle)
         self.counts = self._expected()
         self.rows = int(self.counts.sum())
+        self.begins: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.counts)])
+        came = {piece.source for piece in arrival.pieces}
+        self.missing = [source for source in np.flatnonzero(self.counts).tolist() if source not in came]
+        """Sources of a handle whose rows did not come: they were lost since."""
 
     @property
     def chosen(self) -> npt.NDArray[np.bool_]:
@@ -88,20 +92,19 @@ class _Arranging:
     def result(self) -> Dispatched:
         call, handle = self.call, self.call.handle
         is_slots, most = call.layout == "slots", self.scene.max_tokens
-        begins = np.concatenate([[0], np.cumsum(self.counts)])
-        targets = [piece.source * most if is_slots else int(begins[piece.source]) for piece in self.arrival.pieces]
+        targets = [piece.source * most if is_slots else int(self.begins[piece.source]) for piece in self.arrival.pieces]
         total = self.scene.world * most if is_slots else self.rows
         slot, shift = collect(self.landing, self.arrival.pieces, targets, total)
         if slot is None and total:
             slot = self.landing.take(total)
-        rows_at = self._rows_at(begins) if is_slots else None
+        rows_at = self._rows_at() if is_slots else None
         meta = self._meta(slot, shift, rows_at)
         row_ids, tokens = (meta.pop(0), meta.pop().reshape(-1)) if handle is None else (handle.row_ids, handle.tokens)
         row_weights = meta.pop() if call.sends_weights else None
         if handle is not None and call.weights is None and call.weights_at == "holder":
             row_weights = handle.row_weights
         columns = self._columns(slot, shift, total)
-        self._blank_holes(columns, begins)
+        self._blank_holes(columns)
         self.landing.release()
         return self._dispatched(columns, row_ids, row_weights, tokens)
 
@@ -126,16 +129,10 @@ class _Arranging:
                 slot.bytes[start + first * 4 * width : start + last * 4 * width].view(kind).reshape(-1, width)
             )
             found.append(rows.copy() if rows_at is None else rows[rows_at])
-        if call.handle is not None:
-            self._blank_weights(found)
+        for source in self.missing:
+            for array in found:
+                array[int(self.begins[source]) : int(self.begins[source + 1])] = 0
         return found
-
-    def _blank_weights(self, found: list[npt.NDArray[Any]]) -> None:
-        begins, here = np.concatenate([[0], np.cumsum(self.counts)]), {piece.source for piece in self.arrival.pieces}
-        for source in np.flatnonzero(self.counts).tolist():
-            if source not in here:
-                for rows in found:
-                    rows[int(begins[source]) : int(begins[source + 1])] = 0
 
     def _columns(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
         """Return x, its scales and what came beside as tensors: views of the slot, which they lease."""
@@ -149,21 +146,17 @@ class _Arranging:
             for (dtype, shape), start, nbytes in zip(shapes, form.layout(slot.nbytes).starts, form.fields, strict=False)
         ]
 
-    def _blank_holes(self, fields: list[Tensor], begins: npt.NDArray[np.int64]) -> None:
-        """Clear what nobody has written: the rows of ranks that are lost, and what is empty of fixed slots."""
-        if self.call.handle is None:
-            return
-        here = {piece.source for piece in self.arrival.pieces}
-        for source in np.flatnonzero(self.counts).tolist():
-            if source not in here:
-                begin = source * self.scene.max_tokens if self.call.layout == "slots" else int(begins[source])
-                for field in fields:
-                    field[begin : begin + int(self.counts[source])].zero_()
+    def _blank_holes(self, fields: list[Tensor]) -> None:
+        """Clear what nobody has written: the rows of sources that are missing."""
+        for source in self.missing:
+            begin = source * self.scene.max_tokens if self.call.layout == "slots" else int(self.begins[source])
+            for field in fields:
+                field[begin : begin + int(self.counts[source])].zero_()
 
-    def _rows_at(self, begins: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _rows_at(self) -> npt.NDArray[np.int64]:
         """Return at which row of fixed slots each row that came lies."""
         sources = sources_of(self.counts)
-        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - begins[sources]
+        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - self.begins[sources]
 
     def _dispatched(
         self,
@@ -203,11 +196,7 @@ class _Arranging:
 
     def _lost(self) -> tuple[int, ...]:
         """Return who was lost in this operation, and whose rows of a handle did not come since it was lost before."""
-        lost = set(self.session.members.lost)
-        if self.call.handle is not None:
-            came = {piece.source for piece in self.arrival.pieces}
-            lost.update(source for source in np.flatnonzero(self.counts).tolist() if source not in came)
-        return tuple(sorted(lost))
+        return tuple(sorted({*self.session.members.lost, *self.missing}))
 
     def _by_expert(self, column: Tensor, major: Any) -> Tensor:
         """Copy rows into expert order, padded with zeros, in memory that was touched before."""
@@ -224,8 +213,7 @@ class _Arranging:
     def _in_slots(self, rows: Tensor, blank: int) -> Tensor:
         scene = self.scene
         out = torch.full((scene.world * scene.max_tokens, *rows.shape[1:]), blank, dtype=rows.dtype)
-        begins = np.concatenate([[0], np.cumsum(self.counts)])
-        out[torch.from_numpy(self._rows_at(begins))] = rows
+        out[torch.from_numpy(self._rows_at())] = rows
         return out.view(scene.world, scene.max_tokens, *rows.shape[1:])
 
     def _handle(self, row_ids: Any, row_weights: Any, tokens: Any, major: Any) -> Handle:

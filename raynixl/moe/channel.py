@@ -90,39 +90,23 @@ class Channel(Protocol):
         """Whether the peer's process is known to have ended: then it writes into nothing any more."""
 
 
-class MappedChannel:
-    """A peer whose board and slots are mapped here: lines and rows are stores."""
+class Reach:
+    """What both kinds of channels know of a peer: its slots by number, and what was sent to it."""
 
-    is_direct = True
+    is_direct: bool
 
-    def __init__(
-        self, agent: Agent, ranks: int, *, me: int, hello: Hello, board: Window, directions: Directions, topic: str
-    ) -> None:
-        self.rank, self.name, self.pid = hello.rank, board.remote.owner, hello.pid
+    def __init__(self, agent: Agent, hello: Hello, board: Window, directions: Directions) -> None:
+        self.rank, self.name = hello.rank, board.remote.owner
         self.incarnation = board.remote.incarnation
-        self._agent = agent
-        self._native = agent.native
-        self._directions = directions
-        self._bell = board.address
-        self._gates = board.gates
-        self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), me, cell) for cell in Cell}
-        self._slots: dict[int, Window | None] = {}
         self.lines = 0
         self.asides = 0
         self.puts = 0
-
-    def post(self, cell: Cell, line: Line) -> bool:
-        """Write a line onto the peer's board."""
-        if self._native.post_line(self._cells[cell], line.payload, line.number, self._bell, self._gates):
-            return False
-        if cell < Cell.WANT:
-            self.lines += 1
-        else:
-            self.asides += 1
-        return True
+        self._agent = agent
+        self._directions = directions
+        self._slots: dict[int, Window | None] = {}
 
     def window(self, slot: int, deadline: float) -> Window | None:
-        """Return a slot of the peer's, mapped; None if it cannot be had any more."""
+        """Return a slot of the peer's, bound; None if it cannot be had any more, or not yet."""
         if slot not in self._slots:
             try:
                 remote = self._directions(slot, share_of(deadline))
@@ -132,19 +116,60 @@ class MappedChannel:
             except RaynixlError:
                 self._slots[slot] = None
             else:
-                self._slots[slot] = window if window.is_mapped else None
+                self._slots[slot] = window if window.is_mapped or not self.is_direct else None
         return self._slots[slot]
+
+    def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
+        """Return how many rows of this form a slot holds."""
+        window = self.window(slot, deadline)
+        return 0 if window is None else form.layout(window.remote.nbytes).capacity
+
+    def room(self, form: RowFormat, place: Place, count: int, deadline: float) -> tuple[Window, tuple[int, ...]] | None:
+        """Return the slot of a place and where its fields begin; None if that many rows do not fit there."""
+        window = self.window(place.slot, deadline)
+        if window is None:
+            return None
+        layout = form.layout(window.remote.nbytes)
+        return (window, layout.starts) if place.offset + count <= layout.capacity else None
+
+    def count(self, cell: Cell) -> None:
+        """Count a line that goes to a cell."""
+        if cell < Cell.WANT:
+            self.lines += 1
+        else:
+            self.asides += 1
+
+
+class MappedChannel(Reach):
+    """A peer whose board and slots are mapped here: lines and rows are stores."""
+
+    is_direct = True
+
+    def __init__(
+        self, agent: Agent, ranks: int, *, me: int, hello: Hello, board: Window, directions: Directions, topic: str
+    ) -> None:
+        super().__init__(agent, hello, board, directions)
+        self.pid = hello.pid
+        self._native = agent.native
+        self._bell = board.address
+        self._gates = board.gates
+        self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), me, cell) for cell in Cell}
+
+    def post(self, cell: Cell, line: Line) -> bool:
+        """Write a line onto the peer's board."""
+        if self._native.post_line(self._cells[cell], line.payload, line.number, self._bell, self._gates):
+            return False
+        self.count(cell)
+        return True
 
     def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
         """Copy rows straight into the peer's slot."""
-        window = self.window(place.slot, deadline)
-        if window is None:
+        room = self.room(form, place, count, deadline)
+        if room is None:
             return False
-        layout = form.layout(window.remote.nbytes)
-        if place.offset + count > layout.capacity:
-            return False
+        window, starts = room
         self.puts += 1
-        for start, source in zip(layout.starts, sources, strict=True):
+        for start, source in zip(starts, sources, strict=True):
             at = window.address + start + place.offset * source.nbytes
             code = self._native.put_rows(
                 source.address, source.stride, source.nbytes, source.index, at, window.gates, count
@@ -156,11 +181,6 @@ class MappedChannel:
     def finish(self, deadline: float) -> bool:
         """Nothing is under way."""
         return True
-
-    def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
-        """Return how many rows of this form a slot holds."""
-        window = self.window(slot, deadline)
-        return 0 if window is None else form.layout(window.remote.nbytes).capacity
 
     def has_ended(self) -> bool:
         """Whether the peer's process has ended: mapped memory means that it is one of this host."""

@@ -97,7 +97,7 @@ class Combine:
         counts, asked = sent.counts.tolist(), []
         for rank in session.members.in_turn:
             if not counts[rank]:
-                self._post(line, rank, None, 0)
+                session.post_rows(rank, line, None, 0)
                 continue
             slot = int(session.slots[rank])
             if session.channels[rank].capacity(landing.form, slot, self.deadline) < handle.totals[rank]:
@@ -134,15 +134,7 @@ class Combine:
         """Send a source its rows, and the line behind them."""
         count = int(sent.counts[rank])
         if landing.put(rank, place, sent.sources(rank), count, self.deadline):
-            self._post(line, rank, place, count)
-
-    def _post(self, line: Line, rank: int, place: Place | None, count: int) -> None:
-        slot = self.session.landing.number
-        if place is None:
-            line.rows(slot)
-        else:
-            line.rows(slot, place=place.slot, offset=place.offset, count=count)
-        self.session.post(rank, line)
+            self.session.post_rows(rank, line, place, count)
 
     def _came(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> _Came:
         """Return where each item that came back lies, and which did not come."""

@@ -195,12 +195,7 @@ class Dispatch:
     def _post(self, line: Line, rank: int, place: Place | None, count: int) -> None:
         """Write the line behind the rows that a rank has got."""
         backs, total = self._backs()
-        slot = self.session.landing.number
-        if place is None:
-            line.rows(slot, back=int(backs[rank]), total=total)
-        else:
-            line.rows(slot, place=place.slot, offset=place.offset, count=count, back=int(backs[rank]), total=total)
-        self.session.post(rank, line)
+        self.session.post_rows(rank, line, place, count, back=int(backs[rank]), total=total)
 
     def _backs(self) -> tuple[I64, int]:
         """Return where what comes back from each rank begins, and how much comes back in all."""

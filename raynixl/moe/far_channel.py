@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from raynixl.errors import RaynixlError, TransferTimeout
+from raynixl.errors import RaynixlError
 from raynixl.host import has_ended
-from raynixl.moe.channel import Directions, Place, Source, share_of
+from raynixl.moe.channel import Directions, Place, Reach, Source
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import Cell, Line
 from raynixl.moe.remote_channel import Put, RemoteRows
@@ -33,7 +33,7 @@ def unpack_line(token: str, message: bytes) -> tuple[int, int, bytes] | None:
     return rank, message[_HEAD_NBYTES - 1], message[_HEAD_NBYTES:]
 
 
-class FarChannel:
+class FarChannel(Reach):
     """A peer over a network: rows are gathered and written one-sided, and lines follow as messages."""
 
     is_direct = False
@@ -49,19 +49,12 @@ class FarChannel:
         directions: Directions,
         topic: str,
     ) -> None:
-        self.rank, self.name = hello.rank, board.remote.owner
-        self.incarnation = board.remote.incarnation
-        self.lines = 0
-        self.asides = 0
-        self.puts = 0
-        self._agent = agent
+        super().__init__(agent, hello, board, directions)
         self._rows = rows
         self._me = me
         self._token = hello.token
         self._board = board
-        self._directions = directions
         self._topic = topic
-        self._slots: dict[int, Window | None] = {}
         self._started: list[Put] = []  # since the last `finish`
         record = agent.find(self.name)
         is_here = record is not None and record.incarnation == self.incarnation and record.host == agent.host
@@ -72,10 +65,7 @@ class FarChannel:
         if self._board.error is not None or any(put.error is not None for put in self._started):
             return False
         message = pack_line(self._token, self._me, cell, bytes(line.data))
-        if cell < Cell.WANT:
-            self.lines += 1
-        else:
-            self.asides += 1
+        self.count(cell)
         if self._started:
             self._rows.follow(self._started[-1], self._topic, message)
             return self._started[-1].error is None
@@ -85,27 +75,13 @@ class FarChannel:
             return False
         return True
 
-    def window(self, slot: int, deadline: float) -> Window | None:
-        """Return a slot of the peer's, bound; None if it cannot be had any more."""
-        if slot not in self._slots:
-            try:
-                remote = self._directions(slot, share_of(deadline))
-                self._slots[slot] = self._agent.window(remote, timeout=share_of(deadline))
-            except TransferTimeout:
-                return None
-            except RaynixlError:
-                self._slots[slot] = None
-        return self._slots[slot]
-
     def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
         """Gather rows and begin to write them into the peer's slot."""
-        window = self.window(place.slot, deadline)
-        if window is None:
+        room = self.room(form, place, count, deadline)
+        if room is None:
             return False
-        layout = form.layout(window.remote.nbytes)
-        if place.offset + count > layout.capacity:
-            return False
-        places = [start + place.offset * source.nbytes for start, source in zip(layout.starts, sources, strict=True)]
+        window, starts = room
+        places = [start + place.offset * source.nbytes for start, source in zip(starts, sources, strict=True)]
         self.puts += 1
         try:
             put = self._rows.start(window, sources, places, count, deadline=deadline)
@@ -118,11 +94,6 @@ class FarChannel:
         """Wait until all rows that were put are at the peer, and the lines behind them sent."""
         started, self._started = self._started, []
         return not started or not self._rows.finish(deadline, started)
-
-    def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
-        """Return how many rows of this form a slot holds."""
-        window = self.window(slot, deadline)
-        return 0 if window is None else form.layout(window.remote.nbytes).capacity
 
     def has_ended(self) -> bool:
         """Whether the peer's process has ended; of one on another host nobody knows."""

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raynixl.moe.lines import NOWHERE
-from raynixl.record import Incarnation, Name, RegionRecord, parse
+from raynixl.record import Incarnation, Name, RegionRecord, Wire
 from raynixl.region import Region, RemoteRegion
 
-LIMIT: Final = 1 << 20
 Number = Annotated[int, Field(ge=0, le=NOWHERE)]
 Token = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-W = TypeVar("W", bound="Wire")
-
-
-class Wire(BaseModel):
-    """A message that travels as JSON and is never trusted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def to_bytes(self) -> bytes:
-        """Return the wire form."""
-        return self.model_dump_json().encode()
-
-    @classmethod
-    def from_bytes(cls: type[W], data: bytes) -> W:
-        """Parse a message.
-
-        Raises:
-            IntegrityError: it is malformed.
-        """
-        return parse(cls, data, what=cls.__name__, limit=LIMIT)
 
 
 class Arena(Wire):

@@ -12,7 +12,7 @@ import numpy as np
 
 from raynixl.errors import ConfigError, Masked, RangeError, RaynixlError
 from raynixl.moe.board import Board
-from raynixl.moe.channel import Channel
+from raynixl.moe.channel import Channel, Place
 from raynixl.moe.lines import NOWHERE, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
 
@@ -106,6 +106,14 @@ class Session:
         """Write this phase's line to a rank, which is masked if it is gone."""
         if not self.channels[rank].post(Cell(line.number & 1), line):
             self.lose(rank, REFUSED)
+
+    def post_rows(
+        self, rank: int, line: Line, place: Place | None, count: int, *, back: int = 0, total: int = 0
+    ) -> None:
+        """Write this phase's line behind the rows that a rank has got at a place, or has not got."""
+        at, offset = (NOWHERE, 0) if place is None else (place.slot, place.offset)
+        line.rows(self.landing.number, place=at, offset=offset, count=count, back=back, total=total)
+        self.post(rank, line)
 
     def tell(
         self, rank: int, cell: Cell, number: int, *, place: int = NOWHERE, offset: int = 0, count: int = 0

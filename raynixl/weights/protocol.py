@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from raynixl import errors
+from raynixl import errors, record
 from raynixl.errors import ConfigError, RaynixlError
-from raynixl.record import Incarnation, Name, RegionRecord, check_name, parse
+from raynixl.record import Incarnation, Name, RegionRecord, check_name
 from raynixl.region import RemoteRegion
 
 LIMIT = 60 << 20
@@ -39,23 +39,10 @@ def printable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-class Wire(BaseModel):
-    """A message that travels as JSON and is never trusted."""
+class Wire(record.Wire):
+    """A message of a push: plans of large models are long."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def to_bytes(self) -> bytes:
-        """Return the wire form."""
-        return self.model_dump_json().encode()
-
-    @classmethod
-    def from_bytes(cls: type[M], data: bytes) -> M:
-        """Parse a message.
-
-        Raises:
-            IntegrityError: it is malformed.
-        """
-        return parse(cls, data, what=cls.__name__, limit=LIMIT)
+    LIMIT: ClassVar[int] = LIMIT
 
 
 class Fault(Wire):
