@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from agent_tools import make_agent
+from moe_pools import NBYTES
 from moe_programs import Program, check, play
 from moe_tools import Threads
+
+from raynixl import Agent
+from raynixl.moe.pool import Pool
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +30,19 @@ def plays(crew: Threads) -> Callable[[Program], None]:
             check(program, layer.run(lambda rank, ep: play(program, rank, ep, layer.groups[rank])))
 
     return run
+
+
+@pytest.fixture
+def agent(nothing_left: object) -> Iterator[Agent]:
+    """An agent whose arenas are closed with it."""
+    one = make_agent("owner", backends=("loopback", "shm"))
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def pool(agent: Agent) -> Iterator[Pool]:
+    """A pool of small slots."""
+    one = Pool(agent, NBYTES, "test")
+    yield one
+    one.close()

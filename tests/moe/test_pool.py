@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from agent_tools import eventually, introduce, make_agent
+from moe_pools import NBYTES, floats
 
 from raynixl.errors import AgentClosed, RangeError
 from raynixl.moe import pool as pools
 from raynixl.moe.pool import Pool
-
-NBYTES = 8192
 
 
 class Clock:
@@ -24,24 +23,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-@pytest.fixture
-def agent(nothing_left):
-    one = make_agent("owner", backends=("loopback", "shm"))
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def pool(agent):
-    one = Pool(agent, NBYTES, "test")
-    yield one
-    one.close()
-
-
-def floats(pool, slot, count=4):
-    return pool.lease(slot).tensor(torch.float32, (count,))
 
 
 def test_a_new_slot_is_registered_zeroed_memory_of_the_size_asked_for(pool):

@@ -12,29 +12,10 @@ import numpy as np
 import pytest
 import torch
 from agent_tools import make_agent
+from moe_pools import NBYTES, floats
 
 from raynixl.errors import RangeError
 from raynixl.moe.pool import Pool
-
-NBYTES = 8192
-
-
-@pytest.fixture
-def agent(nothing_left):
-    one = make_agent("owner", backends=("loopback", "shm"))
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def pool(agent):
-    one = Pool(agent, NBYTES, "test")
-    yield one
-    one.close()
-
-
-def floats(pool, slot, count=4):
-    return pool.lease(slot).tensor(torch.float32, (count,))
 
 
 @pytest.mark.parametrize(
