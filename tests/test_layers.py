@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 
 import raynixl
 
+pytestmark = pytest.mark.pure
+
 ROOT = Path(raynixl.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
+PARTS = sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES})
 LEVELS = {
     name.strip(): int(level)
     for level, names in re.findall(r"^    L(\d)  ([\w, ]+?)(?:  .*)?$", raynixl.__doc__ or "", re.MULTILINE)
@@ -27,28 +31,20 @@ HEAVY = {  # where each may be imported at all
 }
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports, and whether that happens when the file is imported."""
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it."""
     tree = ast.parse(path.read_text())
     typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
     skipped = {id(inner) for node in typing for inner in ast.walk(node)}
-    inside = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) not in inside) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            named = (
-                [f"raynixl.{alias.name}" for alias in node.names] if node.module == "raynixl" else [node.module or ""]
-            )
-            yield from ((name, id(node) not in inside) for name in named)
+            whole = [f"raynixl.{alias.name}" for alias in node.names] if node.module == "raynixl" else []
+            yield from whole or [node.module or ""]
 
 
 def part_of(module: str) -> str:
@@ -57,25 +53,38 @@ def part_of(module: str) -> str:
     return "native" if name == "_native" else name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_its_layer_and_below(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    own_level = LEVELS["raynixl" if own in ("__init__", "__main__") else own]
-    for module, _ in imports(path):
-        if module.split(".")[0] == "raynixl" and part_of(module) in LEVELS:
-            assert LEVELS[part_of(module)] <= own_level, f"{path.name} (L{own_level}) imports {module}"
+@functools.cache
+def files_of(part: str) -> list[tuple[str, list[str]]]:
+    """The files of a part of the package, and the modules that each imports."""
+    paths = [path for path in FILES if path.relative_to(ROOT).parts[0].removesuffix(".py") == part]
+    return [(path.relative_to(ROOT).as_posix(), list(imports(path))) for path in paths]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_heavy_packages_are_imported_only_where_they_belong(path: Path) -> None:
-    name = path.relative_to(ROOT).as_posix()
-    for module, _ in imports(path):
-        homes = HEAVY.get(module.split(".")[0])
-        assert homes is None or name.startswith(homes), f"{name} imports {module}"
+@pytest.mark.parametrize("part", PARTS)
+def test_files_import_only_from_their_layer_and_below(part: str) -> None:
+    own_level = LEVELS["raynixl" if part in ("__init__", "__main__") else part]
+    wrong = [
+        f"{name} (L{own_level}) imports {module}"
+        for name, modules in files_of(part)
+        for module in modules
+        if module.split(".")[0] == "raynixl" and LEVELS.get(part_of(module), 0) > own_level
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_heavy_packages_are_imported_only_where_they_belong(part: str) -> None:
+    wrong = [
+        f"{name} imports {module}"
+        for name, modules in files_of(part)
+        for module in modules
+        if not name.startswith(HEAVY.get(module.split(".")[0], ("",)))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_part_of_the_package_is_on_the_map() -> None:
-    parts = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES} - {"__init__", "__main__"}
+    parts = set(PARTS) - {"__init__", "__main__"}
     assert parts <= set(LEVELS), f"not on the map: {parts - set(LEVELS)}"
 
 
