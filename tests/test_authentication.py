@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from raynixl.authentication import Identity, is_proof, prove
 
+pytestmark = pytest.mark.pure
+
 CLIENT = Identity("alice", "a" * 32, "01" * 16)
 SERVER = Identity("bob", "b" * 32, "02" * 16)
 PROOF = prove(b"secret", "client", CLIENT, SERVER)

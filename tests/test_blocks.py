@@ -19,6 +19,8 @@ from raynixl.blocks import (
     refuse_overlap,
 )
 
+pytestmark = pytest.mark.pure
+
 NBYTES = 64
 REGIONS = 3
 Cut = list[tuple[int, int, int]]

@@ -9,6 +9,8 @@ import pytest
 from raynixl import errors
 from raynixl.errors import RaynixlError
 
+pytestmark = pytest.mark.pure
+
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, RaynixlError)]
 
 

@@ -14,6 +14,8 @@ from agent_tools import PATIENCE, eventually
 
 from raynixl.host import host_identity, is_ending, is_frozen, process_state
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:

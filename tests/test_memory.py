@@ -15,6 +15,8 @@ import torch
 from raynixl import ConfigError, MemoryKind, MemorySpan, RangeError
 from raynixl.memory import PAGE_NBYTES, allocate, available_nbytes, check_sealed, resolve
 
+pytestmark = pytest.mark.pure
+
 
 class _Device:
     def __init__(self, **face: Any) -> None:

@@ -17,6 +17,8 @@ from raynixl.messages import (
     notification_bytes,
 )
 
+pytestmark = pytest.mark.pure
+
 messages = st.builds(
     Message, st.sampled_from(MessageKind), st.integers(0, 2**64 - 1),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.binary(max_size=100),

@@ -14,7 +14,7 @@ from agent_tools import PATIENCE, eventually
 from raynixl.errors import ConfigError
 from raynixl.reactor import Reactor
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.pure, pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.fixture

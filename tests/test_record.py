@@ -12,6 +12,8 @@ from record_strategies import fields, regions, texts
 from raynixl import ConfigError, IntegrityError, MemoryKind
 from raynixl.record import MAX_RECORD_NBYTES, RECORD_VERSION, AgentRecord, RegionRecord, check_labels, check_name
 
+pytestmark = pytest.mark.pure
+
 records = st.builds(
     AgentRecord, name=texts.filter(bool), incarnation=st.binary(min_size=16, max_size=16).map(bytes.hex), host=texts,
     pid=st.integers(0, 2**31), started=st.floats(0, 2e9), expires=st.floats(0, 2e9),

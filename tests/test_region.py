@@ -10,6 +10,8 @@ from record_strategies import regions
 from raynixl import IntegrityError, RemoteRegion
 from raynixl.region import MAX_REGION_NBYTES, check_descriptor
 
+pytestmark = pytest.mark.pure
+
 names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20)
 remotes = st.builds(RemoteRegion, names, st.binary(min_size=16, max_size=16).map(bytes.hex), regions)
 

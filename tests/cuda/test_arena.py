@@ -17,6 +17,8 @@ from raynixl import cuda
 from raynixl.errors import ConfigError, RangeError, TransferTimeout
 from raynixl.memory import MemoryKind, address_of, allocate_on, resolve
 
+pytestmark = pytest.mark.pure
+
 MIB, PAGE = 1 << 20, mmap.PAGESIZE
 
 

@@ -11,6 +11,8 @@ from cuda_fake import PRIMARY, FakeCuda
 from raynixl import cuda
 from raynixl.errors import BackendUnavailable, ConfigError
 
+pytestmark = pytest.mark.pure
+
 
 def test_gpus_are_known_by_what_they_are_whatever_their_numbers_here():
     both = cuda_fake.install(gpus=2)

@@ -16,6 +16,8 @@ from raynixl import cuda
 from raynixl.cuda.library import current_driver
 from raynixl.errors import BackendUnavailable, ConfigError, RangeError, RaynixlError
 
+pytestmark = pytest.mark.pure
+
 GIB = 1 << 30
 
 

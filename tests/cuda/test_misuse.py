@@ -19,6 +19,8 @@ from raynixl.cuda import Origin
 from raynixl.errors import RaynixlError
 from raynixl.memory import address_of
 
+pytestmark = pytest.mark.pure
+
 PAGE = mmap.PAGESIZE
 
 

@@ -16,6 +16,8 @@ from raynixl.cuda import FABRIC, POSIX_FD, Origin
 from raynixl.errors import ConfigError, RangeError
 from raynixl.memory import MemoryKind, address_of, resolve
 
+pytestmark = pytest.mark.pure
+
 MIB = 1 << 20
 
 

@@ -9,6 +9,8 @@ import pytest
 from cuda_fake import FakeCuda
 from cuda_far import FarCuda
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize("scene", cuda_scenes.ALONE, ids=lambda scene: scene.__name__)
 def test_alone(fake_cuda: FakeCuda, nothing_left, scene: Callable[[], None]):

@@ -14,6 +14,8 @@ from raynixl import cuda
 from raynixl.errors import BackendUnavailable, ConfigError
 from raynixl.memory import address_of
 
+pytestmark = pytest.mark.pure
+
 NBYTES = 1000
 
 

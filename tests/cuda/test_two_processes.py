@@ -13,6 +13,8 @@ from cuda_far import FarCuda
 from raynixl import cuda
 from raynixl.errors import BackendUnavailable, RaynixlError
 
+pytestmark = pytest.mark.pure
+
 NBYTES = 5000
 
 

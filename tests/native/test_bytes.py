@@ -19,6 +19,8 @@ from native_tools import INLINE, KIB, MIB, address_of, finish, random_bytes, tab
 
 from raynixl.native import COPY, DONE, VM_READ, VM_WRITE, Engine, Native
 
+pytestmark = pytest.mark.pure
+
 SPACE = 6 * MIB
 EDGES = [1, 7, 8, 15, 31, 63, 64, 127, 4095, 4096, 16 * KIB, 32 * KIB, INLINE, MIB, 4 * MIB]
 

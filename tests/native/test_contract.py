@@ -20,6 +20,8 @@ from native_tools import (
 
 from raynixl.native import CANCELLED, COPY, DONE, LOST, PENDING, STALE, Engine, Native
 
+pytestmark = pytest.mark.pure
+
 MakeEngine = Callable[..., Engine]
 
 

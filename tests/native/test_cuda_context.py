@@ -13,7 +13,10 @@ import pytest
 
 from raynixl.native import load
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed")
+pytestmark = [
+    pytest.mark.pure,
+    pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="ucxx is not installed"),
+]
 
 # In a process of its own, since a context is entered once for the process. The driver is a fake, whose context of a
 # thread is a name in a table; thread ids are those of the kernel.

@@ -10,6 +10,8 @@ from native_tools import MIB, address_of, random_bytes
 
 from raynixl.native import Native
 
+pytestmark = pytest.mark.pure
+
 ITEMSIZES = [1, 2, 4, 8, 16]
 FAR = 1 << 40
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,6 +15,8 @@ from native_tools import MIB, address_of, random_bytes
 from raynixl.native import COPY, DONE, VM_READ, Engine, Native
 from raynixl.native.twin_digest import CONSTANTS, block_factors
 
+pytestmark = pytest.mark.pure
+
 BLOCK = 4096
 EDGES = [0, 1, 2, 3, 4, 5, 31, 32, 33, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
 SPACE = 64 * 1024

@@ -26,6 +26,8 @@ from native_tools import (
 
 from raynixl.native import CANCELLED, CLOSED, COPY, DONE, PENDING, TIMEOUT, Engine, Native
 
+pytestmark = pytest.mark.pure
+
 MakeEngine = Callable[..., Engine]
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from raynixl.native import STALE, Native
 
+pytestmark = pytest.mark.pure
+
 CONTEXT, STREAM, FUNCTION = 0x1000, 0x2000, 0x3000
 NO_ROWS = np.empty((0, 3), np.uint64)
 

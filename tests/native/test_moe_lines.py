@@ -20,6 +20,8 @@ from native_tools import address_of
 from raynixl.native import DONE, STALE, Native
 from raynixl.native.moe import BELL_NBYTES
 
+pytestmark = pytest.mark.pure
+
 LONG = 30.0
 TESTS = Path(__file__).parent.parent
 

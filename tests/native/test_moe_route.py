@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from raynixl.native import Native
 
+pytestmark = pytest.mark.pure
+
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -12,6 +12,8 @@ from native_tools import KIB, MIB, address_of, random_bytes
 
 from raynixl.native import DONE, LOST, STALE, Gate, Native
 
+pytestmark = pytest.mark.pure
+
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GUARD = 192
 

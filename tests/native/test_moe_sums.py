@@ -15,6 +15,8 @@ from native_tools import MIB, address_of
 from raynixl.native import DONE, STALE, Gate, Native, load
 from raynixl.native.moe import BF16, F16, F32, F64
 
+pytestmark = pytest.mark.pure
+
 quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 DTYPES = {F32: torch.float32, BF16: torch.bfloat16, F16: torch.float16, F64: torch.float64}

@@ -13,6 +13,8 @@ import pytest
 
 from raynixl.native import twin_ucp, ucx
 
+pytestmark = pytest.mark.pure
+
 NATIVE = Path(__file__).parent.parent.parent / "native"
 
 # Ours in C++, ours in ctypes, UCX's; and members: ours in C++, ours in ctypes, UCX's.

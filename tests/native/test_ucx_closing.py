@@ -14,7 +14,7 @@ from rail_tools import Side, Target, moving, until
 from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import LOST
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")
+pytestmark = [pytest.mark.pure, pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")]
 
 BLOCK = 16 * MIB
 

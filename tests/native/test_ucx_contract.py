@@ -16,7 +16,7 @@ from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, STALE
 from raynixl.native.ucx import HOST_MEMORY
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")
+pytestmark = [pytest.mark.pure, pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")]
 
 SPACE = 64 * MIB
 

@@ -21,7 +21,7 @@ from rail_tools import Side, Target, Way, moving, until
 from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import CANCELLED, CLOSED, DONE, LOST, PENDING, RESET, STALE, TIMEOUT, Gate, Native
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")
+pytestmark = [pytest.mark.pure, pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")]
 
 MakeSide = Callable[[str], Side]
 MakeTarget = Callable[..., Target]

@@ -13,7 +13,7 @@ from rail_tools import TIMEOUT as PATIENCE
 from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import CLOSED, DONE, LOST, RESET, Gate, Program
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")
+pytestmark = [pytest.mark.pure, pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")]
 
 SPACE = 32 * MIB
 Rails = tuple[list[Side], list[Way], Target]

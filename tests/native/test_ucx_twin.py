@@ -17,6 +17,8 @@ from raynixl.backends.ucx_presence import is_installed
 from raynixl.native import DONE, RESET, load
 from raynixl.native.twin_endpoint import Endpoint
 
+pytestmark = pytest.mark.pure
+
 LONE = """
 import sys
 from raynixl.native import load
