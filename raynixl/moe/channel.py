@@ -146,14 +146,14 @@ class MappedChannel(Reach):
     is_direct = True
 
     def __init__(
-        self, agent: Agent, ranks: int, *, me: int, hello: Hello, board: Window, directions: Directions, topic: str
+        self, agent: Agent, ranks: int, *, hello: Hello, board: Window, directions: Directions, topic: str
     ) -> None:
         super().__init__(agent, hello, board, directions)
         self.pid = hello.pid
         self._native = agent.native
         self._bell = board.address
         self._gates = board.gates
-        self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), me, cell) for cell in Cell}
+        self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), hello.lane, cell) for cell in Cell}
 
     def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board."""

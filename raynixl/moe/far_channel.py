@@ -17,20 +17,19 @@ if TYPE_CHECKING:
     from raynixl.moe.hello import Hello
 
 _TOKEN_NBYTES: Final = 16
-_HEAD_NBYTES: Final = _TOKEN_NBYTES + 5
+_HEAD_NBYTES: Final = 2 * _TOKEN_NBYTES + 1
 
 
-def pack_line(token: str, rank: int, cell: int, line: bytes) -> bytes:
-    """Return a line as it travels: behind the receiver's session, the sender's rank, and the number of its cell."""
-    return b"".join((bytes.fromhex(token), rank.to_bytes(4, "little"), bytes([cell]), line))
+def pack_line(to: str, of: str, cell: int, line: bytes) -> bytes:
+    """Return a line as it travels: behind the receiver's session, the sender's, and the number of its cell."""
+    return b"".join((bytes.fromhex(to), bytes.fromhex(of), bytes([cell]), line))
 
 
-def unpack_line(token: str, message: bytes) -> tuple[int, int, bytes] | None:
-    """Return rank, cell and line; None if they are not for this session: one that a rank had before it joined anew."""
-    if len(message) <= _HEAD_NBYTES or message[:_TOKEN_NBYTES].hex() != token:
+def unpack_line(to: str, message: bytes) -> tuple[str, int, bytes] | None:
+    """Return whose it is, cell and line; None if it is not for this session, but for one that the rank had before."""
+    if len(message) <= _HEAD_NBYTES or message[:_TOKEN_NBYTES].hex() != to:
         return None
-    rank = int.from_bytes(message[_TOKEN_NBYTES : _HEAD_NBYTES - 1], "little")
-    return rank, message[_HEAD_NBYTES - 1], message[_HEAD_NBYTES:]
+    return message[_TOKEN_NBYTES : _HEAD_NBYTES - 1].hex(), message[_HEAD_NBYTES - 1], message[_HEAD_NBYTES:]
 
 
 class FarChannel(Reach):
@@ -43,7 +42,7 @@ class FarChannel(Reach):
         agent: Agent,
         rows: RemoteRows,
         *,
-        me: int,
+        mine: str,
         hello: Hello,
         board: Window,
         directions: Directions,
@@ -51,8 +50,7 @@ class FarChannel(Reach):
     ) -> None:
         super().__init__(agent, hello, board, directions)
         self._rows = rows
-        self._me = me
-        self._token = hello.token
+        self._mine, self._token = mine, hello.token  # the sessions, ours and the peer's
         self._board = board
         self._topic = topic
         self._started: list[Put] = []  # since the last `finish`
@@ -64,7 +62,7 @@ class FarChannel(Reach):
         """Send a line: now, or as soon as the rows are there that were put before."""
         if self._board.error is not None or any(put.error is not None for put in self._started):
             return False
-        message = pack_line(self._token, self._me, cell, bytes(line.data))
+        message = pack_line(self._token, self._mine, cell, bytes(line.data))
         self.count(cell)
         if self._started:
             self._rows.follow(self._started[-1], self._topic, message)

@@ -12,6 +12,7 @@ from raynixl.region import Region, RemoteRegion
 
 Number = Annotated[int, Field(ge=0, le=NOWHERE)]
 Token = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Reader = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 
 
 class Arena(Wire):
@@ -44,9 +45,13 @@ class Hello(Wire):
     """What all ranks must have alike, for people to read."""
     members: tuple[Name, ...] = Field(max_length=1 << 16)
     """By rank."""
+    host: str = Field(max_length=200)
     pid: Number
     is_running: bool
     """Whether it has met all others already: who asks and is unknown to it joins later."""
     board: Arena
+    lane: Number = NOWHERE
+    """The cells of the board into which the session `to`, and no other, writes."""
+    to: Reader = ""
     slot: Number
     arena: Arena

@@ -46,7 +46,7 @@ def start(session: Session, meeting: Meeting, deadline: float) -> Welcome | None
     pause, welcome = PAUSE, None
     while True:
         others = [rank for rank in session.members.names if rank != me]  # they tell of more
-        met = meeting.meet(others)
+        met = meeting.meet(others, deadline)
         _take_in(session, met)
         is_running = any(hello.is_running for _, hello in met.values())
         if not is_running and len(met) == len(others):
@@ -119,11 +119,11 @@ def _welcome(session: Session, met: Met, gone: Set[int]) -> Welcome | None:
 def let_in(session: Session, meeting: Meeting) -> None:
     """Between two operations: hear of those who want to join."""
     members = session.members
-    for rank, (channel, slot) in meeting.arrivals().items():
+    for rank, arrival in meeting.arrivals().items():
         if members.is_active(rank):
             members.lose(rank, "it has started anew")
-        session.replace(rank, channel)
-        session.slots[rank] = slot
+        session.replace(rank, arrival.channel)
+        session.slots[rank] = arrival.slot
         members.admit_later(rank)
     waiting = members.mask & ~members.renewed
     for rank in members.names:

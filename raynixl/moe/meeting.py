@@ -7,15 +7,18 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from raynixl.errors import ConfigError, PeerLost, PeerUnknown, RaynixlError, TransferTimeout
+from raynixl.errors import ConfigError, IntegrityError, PeerLost, PeerUnknown, RaynixlError, TransferTimeout
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, MappedChannel
 from raynixl.moe.far_channel import FarChannel, unpack_line
 from raynixl.moe.hello import Arena, Hello
+from raynixl.moe.lanes import Lanes
 from raynixl.moe.lines import Cell
 from raynixl.moe.placement import Placement
 from raynixl.moe.remote_channel import RemoteRows
@@ -23,6 +26,7 @@ from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
+    from raynixl.agents.reply import Reply
     from raynixl.moe.pool import Pool
     from raynixl.moe.slot import Slot
 
@@ -31,6 +35,15 @@ PATIENCE: Final = 0.3
 
 LATE: Final = 1.0
 """Seconds after which a rank that did not is asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A session that wants to join: the way to it, and the slot that it announces."""
+
+    token: str
+    channel: Channel
+    slot: int
 
 
 class Meeting:
@@ -51,20 +64,26 @@ class Meeting:
         self._channels: dict[int, tuple[Channel, Hello]] = {}
         self._founders: dict[int, str] = {}
         self._board, self._pool = board, pool
+        self._lanes = Lanes(board, agent.host)
         self._rows = RemoteRows(agent)
         self._hello = Hello(
-            rank=rank, token=self.token, ranks=board.ranks, scene=scene, members=(), pid=os.getpid(),
+            rank=rank, token=self.token, ranks=board.ranks, scene=scene, members=(), host=agent.host, pid=os.getpid(),
             is_running=False, board=Arena.of(board.region), slot=first.number, arena=Arena.of(first.region),
         )  # fmt: skip
         self._placement = placement
         self._lock = threading.Lock()  # protects _known, _founders, _arrivals and _asking
         self._known: dict[int, str] = {}  # by rank, the token of the session that we have met
-        self._arrivals: dict[int, tuple[Channel, int]] = {}
+        self._arrivals: dict[int, Arrival] = {}
         self._asking: dict[int, float] = {}  # by rank that we know, when it has asked us the last time
-        agent.deliver(self._topic("line"), self._take_line)
-        agent.serve(self._topic("hello"), self._answer)
-        agent.serve(self._topic("slot"), self._answer_slot)
-        agent.serve(self._topic("placement"), self._answer_placement)
+        self._is_closed = False
+        try:
+            agent.deliver(self._topic("line"), self._take_line)
+            agent.serve(self._topic("hello"), self._answer)
+            agent.serve(self._topic("slot"), self._answer_slot)
+            agent.serve(self._topic("placement"), self._answer_placement)
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def topic(name: str, what: str = "hello") -> str:
@@ -82,20 +101,26 @@ class Meeting:
         self._check_member(peer, hello)
         if not self._is_like(hello):
             return self._hello.to_bytes()  # the other side says what differs
-        if not self.is_running:
-            return self._hello.to_bytes()
+        told: dict[str, object] = {"lane": self._lanes.give(hello), "to": hello.token}
+        if self.is_running:
+            if hello.to == self.token:  # it knows us, and has told where we write to it
+                self._take_arrival(hello)
+            with self._lock:
+                told["is_running"] = self._founders.get(hello.rank) != hello.token
+            told["members"] = tuple(name for _, name in sorted(self.names.items()))
+        return self._hello.model_copy(update=told).to_bytes()
+
+    def _take_arrival(self, hello: Hello) -> None:
+        """Remember who wants to join, and that it does still."""
         with self._lock:
             is_known = self._known.get(hello.rank) == hello.token
         if not is_known:
-            channel = self._open(hello)
+            arrival = Arrival(hello.token, self._open(hello), hello.slot)
             with self._lock:
                 self._known[hello.rank] = hello.token
-                self._arrivals[hello.rank] = (channel, hello.slot)
+                self._arrivals[hello.rank] = arrival
         with self._lock:
             self._asking[hello.rank] = time.monotonic()
-            is_founder = self._founders.get(hello.rank) == hello.token
-        members = tuple(name for _, name in sorted(self.names.items()))
-        return self._hello.model_copy(update={"is_running": not is_founder, "members": members}).to_bytes()
 
     def run(self, founders: dict[int, str]) -> None:
         """Take those who come from now on for ones who join, but for these sessions, which we have met."""
@@ -136,18 +161,19 @@ class Meeting:
         return self._placement().holders.astype("<i4").tobytes()
 
     def _take_line(self, peer: str, payload: bytes) -> None:
-        """Write a line that came as a message where a mapped peer would have written it."""
+        """Write a line that came as a message where that session would have written it, had it mapped our board."""
         found = unpack_line(self.token, payload)
-        if found is not None and self.names.get(found[0]) == peer:
-            self._board.take(*found)
+        if found is not None:
+            token, cell, line = found
+            self._lanes.write(token, peer, lambda lane: self._board.put(lane, cell, line))
 
-    def arrivals(self) -> dict[int, tuple[Channel, int]]:
-        """Take those who want to join, by rank: the way to them, and the slot that they announce."""
+    def arrivals(self) -> dict[int, Arrival]:
+        """Take those who want to join, by rank; their lines are read from now on."""
         if not self._arrivals:
             return {}
         with self._lock:
             arrivals, self._arrivals = self._arrivals, {}
-        return arrivals
+        return {rank: one for rank, one in arrivals.items() if self._lanes.bind(rank, one.token)}
 
     def asks_since(self, rank: int, moment: float) -> bool:
         """Whether a rank that we had met has asked us later than that: it has not begun, and still wants to."""
@@ -165,46 +191,105 @@ class Meeting:
         Raises:
             TransferTimeout: there is none.
         """
-        for rank in ranks:
-            timeout = max(PATIENCE, deadline - time.monotonic())
-            try:
-                answer = self.agent.peer(self.names[rank]).ask(self._topic("placement"), timeout=timeout).wait()
-            except RaynixlError:
-                continue  # it is lost, as the first operation will find
-            placement = Placement(np.frombuffer(answer[: len(answer) // 4 * 4], "<i4"))
-            if placement.digest == digest:
-                return placement
+        until = max(deadline, time.monotonic() + PATIENCE)
+        replies = self._ask_all("placement", dict.fromkeys(ranks, b""), until)
+        while replies:  # whoever is frozen among them holds up nobody
+            for rank, reply in list(replies.items()):
+                if not reply.done and len(replies) > 1:
+                    continue
+                del replies[rank]
+                try:
+                    answer = reply.wait()
+                except RaynixlError:
+                    continue  # it is lost, as the first operation will find
+                placement = Placement(np.frombuffer(answer[: len(answer) // 4 * 4], "<i4"))
+                if placement.digest == digest:
+                    return placement
+            time.sleep(0.001)
         raise TransferTimeout(f"no rank of {self.name!r} tells where experts are", hint="make it anew")
 
-    def meet(self, ranks: list[int]) -> dict[int, tuple[Channel, Hello]]:
-        """Ask these ranks once who they are; return those that answered, with the way to each.
+    def meet(self, ranks: list[int], deadline: float) -> dict[int, tuple[Channel, Hello]]:
+        """Ask these ranks once who they are, until the deadline; return those that answered, with the way to each.
+
+        Those that run are told at once where they may write to us.
 
         Raises:
             ConfigError: one was made otherwise.
         """
         self.missing = {}
-        for rank in ranks:
-            is_heard = self._board.number(rank, Cell.WELCOME) > 0  # it lives: it has let us in
-            if time.monotonic() < self._asked_late.get(rank, 0.0) and not is_heard:
-                self.missing[rank] = "it does not answer"
-                continue
-            self.gone.discard(rank)
-            try:
-                hello = self._ask(rank)
-                known = self._channels.get(rank)
-                channel = self._open(hello) if known is None or known[1].token != hello.token else known[0]
-            except RaynixlError as exc:
-                self._channels.pop(rank, None)
-                self.missing[rank] = str(exc)
-                if isinstance(exc, TransferTimeout):
-                    self._asked_late[rank] = time.monotonic() + LATE
-                if isinstance(exc, PeerLost | PeerUnknown):
-                    self.gone.add(rank)
-                continue
-            self._check_like(self.names[rank], hello)
-            self._hear_of(hello)
-            self._channels[rank] = (channel, hello)
+        untold = self._ask_for_hellos([rank for rank in ranks if self._is_to_be_asked(rank)], deadline)
+        self._ask_for_hellos(untold, deadline)
         return {rank: self._channels[rank] for rank in ranks if rank in self._channels}
+
+    def _is_to_be_asked(self, rank: int) -> bool:
+        is_heard = self._board.number(rank, Cell.WELCOME) > 0  # it lives: it has let us in
+        if time.monotonic() < self._asked_late.get(rank, 0.0) and not is_heard:
+            self.missing[rank] = "it does not answer"
+            return False
+        self.gone.discard(rank)
+        return True
+
+    def _ask_for_hellos(self, ranks: Sequence[int], deadline: float) -> list[int]:
+        """Ask all of them, then hear them; return those that run and have not been told where they write to us."""
+        requests = {rank: self._request(rank) for rank in ranks}
+        asked = {rank: request.to_bytes() for rank, request in requests.items()}
+        replies = self._ask_all("hello", asked, min(deadline, time.monotonic() + PATIENCE))
+        heard = {rank: self._hear(rank, reply) for rank, reply in replies.items()}
+        return [rank for rank, one in heard.items() if one and one.is_running and requests[rank].to != one.token]
+
+    def _request(self, rank: int) -> Hello:
+        """Return our hello for a rank; with its lane here if we know its session."""
+        known = self._channels.get(rank)
+        if known is None:
+            return self._hello
+        return self._hello.model_copy(update={"lane": self._lanes.give(known[1]), "to": known[1].token})
+
+    def _ask_all(self, what: str, requests: dict[int, bytes], until: float) -> dict[int, Reply]:
+        """Ask ranks at the same time; those that cannot be asked are missing."""
+        replies = {}
+        for rank, request in requests.items():
+            left = until - time.monotonic()
+            if left <= 0:
+                self.missing[rank] = "it was not asked yet: others do not let us connect"
+                continue
+            try:
+                replies[rank] = self.agent.ask(self.names[rank], self._topic(what), request, timeout=left)
+            except RaynixlError as exc:
+                self._miss(rank, exc)
+        return replies
+
+    def _hear(self, rank: int, reply: Reply) -> Hello | None:
+        """Take what a rank answers; None if it does not.
+
+        Raises:
+            ConfigError: it was made otherwise.
+        """
+        try:
+            hello = Hello.from_bytes(reply.wait())
+            self._check_member(self.names[rank], hello)
+        except RaynixlError as exc:
+            self._miss(rank, exc)
+            return None
+        self._check_like(self.names[rank], hello)
+        self._hear_of(hello)
+        try:
+            self._lanes.give(hello)
+            known = self._channels.get(rank)
+            channel = self._open(hello) if known is None or known[1].token != hello.token else known[0]
+        except RaynixlError as exc:
+            self._miss(rank, exc)
+            return None
+        self._lanes.bind(rank, hello.token)
+        self._channels[rank] = (channel, hello)
+        return hello
+
+    def _miss(self, rank: int, error: RaynixlError) -> None:
+        self._channels.pop(rank, None)
+        self.missing[rank] = str(error)
+        if isinstance(error, TransferTimeout):
+            self._asked_late[rank] = time.monotonic() + LATE
+        if isinstance(error, PeerLost | PeerUnknown):
+            self.gone.add(rank)
 
     def _hear_of(self, hello: Hello) -> None:
         """Learn of members who have come since we were made.
@@ -220,14 +305,15 @@ class Meeting:
             )
         self.names.update(told)
 
-    def _ask(self, rank: int) -> Hello:
-        peer = self.agent.peer(self.names[rank])
-        hello = Hello.from_bytes(peer.ask(self._topic("hello"), self._hello.to_bytes(), timeout=PATIENCE).wait())
-        self._check_member(peer.name, hello)
-        return hello
-
     def _open(self, hello: Hello) -> Channel:
+        if hello.to != self.token or hello.lane >= self._board.lanes:
+            raise IntegrityError(
+                f"{hello.board.owner!r} does not tell where we may write to it", hint="run the same version everywhere"
+            )
         board = self.agent.window(hello.board.remote)
+        make: Callable[..., Channel] = partial(MappedChannel, self.agent, self._board.ranks)
+        if not board.is_mapped:
+            make = partial(FarChannel, self.agent, self._rows, mine=self.token)
         name = hello.board.owner
 
         def directions(slot: int, timeout: float) -> RemoteRegion:
@@ -236,21 +322,15 @@ class Meeting:
             reply = self.agent.peer(name).ask(self._topic("slot"), str(slot).encode(), timeout=timeout)
             return RemoteRegion.from_bytes(reply.wait())
 
-        topic = self._topic("line")
-        if board.is_mapped:
-            return MappedChannel(
-                self.agent, self._board.ranks, me=self.rank, hello=hello, board=board, directions=directions,
-                topic=topic,
-            )  # fmt: skip
-        return FarChannel(
-            self.agent, self._rows, me=self.rank, hello=hello, board=board, directions=directions, topic=topic
-        )
+        return make(hello=hello, board=board, directions=directions, topic=self._topic("line"))
 
     def close(self) -> None:
-        """Answer no more."""
-        self.agent.control.unserve(self._topic("hello"))
-        self.agent.control.unserve(self._topic("slot"))
-        self.agent.control.unserve(self._topic("placement"))
+        """Answer no more; idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for what in ("hello", "slot", "placement"):
+            self.agent.control.unserve(self._topic(what))
         self.agent.undeliver(self._topic("line"))
         self._rows.close()
         self._channels.clear()  # they hold on to us: without this, arenas stay mapped until Python collects its garbage

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar, overload
 
 import torch
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+EAGER_NBYTES: Final = 4 << 20
+"""Bytes of rows that a rank may get at most for which a copy more costs less than to hear of counts first."""
+
 
 class OnLost(enum.Enum):
     """What becomes of a token when an expert of its is out of reach: a term is missing, or the rest makes up for it."""
@@ -47,7 +51,7 @@ class Rank:
         self, group: Group, *, experts: int, hidden: int, topk: int, max_tokens: int,
         dtype: torch.dtype = torch.bfloat16, placement: Placement | Sequence[int] | None = None, name: str = "moe",
         capacity: int | None = None, deadline: float | None = None, on_lost: OnLost = OnLost.DROP,
-        max_ranks: int | None = None,
+        max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES,
     ) -> None:  # fmt: skip
         self.agent = group.agent
         self.name = check_name(name, "name of an expert-parallel group")
@@ -60,6 +64,9 @@ class Rank:
         self._limit = _limit(len(group.members)) if max_ranks is None else positive(max_ranks, "max_ranks")
         if len(group.members) > self._limit:
             raise ConfigError(f"{len(group.members)} members with max_ranks={max_ranks}", hint="raise max_ranks")
+        row_nbytes = self.hidden * self.dtype.itemsize
+        self.is_eager = self._limit * self.max_tokens * row_nbytes <= eager_nbytes
+        """Whether rows of a dispatch go to fixed places at once, and no counts before them."""
         self._names = dict(enumerate(group.members))
         self._capacity = capacity
         self._turn = threading.RLock()  # held through each operation: they are carried out one after another
@@ -192,9 +199,13 @@ class Rank:
 
         def rejoin() -> None:
             self._check_open()
+            seconds = check_timeout(deadline, self.deadline, what="deadline")
+            self._masked = self._masked or Masked(
+                f"rank {self.rank} ({self.agent.name!r}) has not come back", hint="rejoin() tries again"
+            )
             self._shut()
+            self._open(seconds)
             self._masked = None
-            self._open(check_timeout(deadline, self.deadline, what="deadline"))
 
         self._submit(rejoin)
 
@@ -241,39 +252,40 @@ class Rank:
                 hint="give each layer a name= of its own, or close the former one",
             )
         members = Members(me=self.rank, limit=self._limit, mask=(1 << self._limit) - 1, names=self._names)
-        board = Board(self.agent, self._limit)
-        pool = Pool(self.agent, self._slot_nbytes(), name=self.name)
-        self._session = Session(self.agent, members, board, pool)
-        self._meeting = Meeting(
-            self.agent, self.name, rank=self.rank, names=self._names, board=board, pool=pool,
-            first=self._session.landing, scene=self._scene_text(), placement=lambda: self.placement,
-        )  # fmt: skip
-        try:
-            welcome = start(self._session, self._meeting, until)
+        with contextlib.ExitStack() as made:
+            board = Board(self.agent, self._limit)
+            made.callback(board.close)
+            pool = Pool(self.agent, self._slot_nbytes(), name=self.name)
+            made.callback(pool.close)
+            session = Session(self.agent, members, board, pool)
+            meeting = Meeting(
+                self.agent, self.name, rank=self.rank, names=self._names, board=board, pool=pool,
+                first=session.landing, scene=self._scene_text(), placement=lambda: self.placement,
+            )  # fmt: skip
+            made.callback(meeting.close)
+            welcome = start(session, meeting, until)
             if welcome is not None and welcome.placement != self.placement.digest:
-                self.placement = self._meeting.placement_at(welcome.running, welcome.placement, until)
-        except BaseException:
-            self._shut()
-            raise
+                self.placement = meeting.placement_at(welcome.running, welcome.placement, until)
+            self._session, self._meeting, self._made = session, meeting, made.pop_all()
 
     def _scene_text(self) -> str:
         return (
             f"experts={self.experts}, hidden={self.hidden}, topk={self.topk}, max_tokens={self.max_tokens}, "
-            f"dtype={self.dtype}, on_lost={self.on_lost.value}"
+            f"dtype={self.dtype}, on_lost={self.on_lost.value}, eager={self.is_eager}"
         )
 
     def _slot_nbytes(self) -> int:
-        """Return the size of a slot: what even routing needs and a quarter more, or what can come if that is less."""
+        """Return the size of a slot: what even routing needs and a quarter more, or what can come if that is less, or eager."""
         world = len(self._names)
         spread = self.topk * self.max_tokens
-        rows = self._capacity or min(world * self.max_tokens, max(spread + spread // 4, self.max_tokens))
+        most, likely = world * self.max_tokens, max(spread + spread // 4, self.max_tokens)
+        rows = self._capacity or (most if self.is_eager else min(most, likely))
         form = RowFormat((self.hidden * self.dtype.itemsize, 4 * self.topk, 4 * self.topk, 4))
         return form.slot_nbytes(rows)
 
     def _shut(self) -> None:
-        self._meeting.close()
-        self._session.pool.close()
-        self._session.board.close()
+        """Withdraw what the session has, whatever part of it fails; idempotent."""
+        self._made.close()
 
     def _begin(self, *, is_start: bool) -> None:
         """Begin an operation. Where it may be the first of ranks that join, a dispatch of tokens, let them in."""

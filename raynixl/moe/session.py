@@ -137,7 +137,6 @@ class Session:
         """Reach a rank that has begun anew; its former process, if that is another one and lives, may still write."""
         former = self.channels.get(rank)
         self.channels[rank] = channel
-        self.board.clear(rank)
         is_other = former is not None and former.is_direct and former.incarnation != channel.incarnation
         if former is None or not is_other or former.has_ended():
             self.pool.gone(rank)  # it writes for its former session no more, or cannot

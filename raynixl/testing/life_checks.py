@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -101,6 +102,8 @@ def loses_peers(scene: Scene) -> None:
     scene.far.vanish()
     if request is not None:
         expect_error(request.wait, PeerLost, what="a request to a peer that ended")
+    else:
+        _expect_soon_refused(operation)  # nothing has told us yet
     expect_error(operation.post, PeerLost, PeerUnknown, what="a prepared write to a peer that ended")
     expect_error(lambda: scene.near.read(theirs, mine), PeerLost, PeerUnknown, what="a read of a peer that ended")
 
@@ -141,6 +144,18 @@ def _post_until_refused(operation: Any, ends: list[RaynixlError]) -> None:
             operation.post().wait(PATIENCE)
         except RaynixlError as exc:
             ends.append(exc)
+
+
+def _expect_soon_refused(operation: Any) -> None:
+    """Fail the check unless the end of the peer is known before long: until then posts may go on, or be lost."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            operation.post().wait(PATIENCE)
+        except (PeerLost, PeerUnknown):
+            return
+        expect(time.monotonic() < deadline, "writes to a peer that ended go on")
+        threading.Event().wait(0.001)
 
 
 def _expect_end(transfer: Transfer, kind: type[RaynixlError]) -> None:

@@ -70,12 +70,16 @@ def test_lines_of_another_session_and_nonsense_change_nothing(crew: Threads) -> 
         line = Line(layer.eps[0]._meeting._board.form)
         line.fill(1 << 40, mask=1)  # rank 0 is masked, says
         token = layer.eps[0]._meeting.token
-        strange = [pack_line("0" * 32, 3, cell, bytes(line.data)) for cell in Cell]
+        theirs, others = (layer.eps[rank]._meeting.token for rank in (3, 2))
+        former = "0" * 32
+        strange = [
+            pack_line(*pair, cell, bytes(line.data)) for cell in Cell for pair in ((former, theirs), (token, former))
+        ]
         wrong = [
-            b"", b"x", bytes.fromhex(token), pack_line(token, 3, Cell.NOTICE, b""),
-            pack_line(token, 3, 99, bytes(line.data)),
-            pack_line(token, 3, Cell.NOTICE, bytes(line.data)[:-1]), pack_line(token, 2, Cell.NOTICE, bytes(line.data)),
-            pack_line(token, 1 << 30, Cell.EVEN, bytes(line.data)),
+            b"", b"x", bytes.fromhex(token), bytes.fromhex(token + theirs), pack_line(token, theirs, Cell.NOTICE, b""),
+            pack_line(token, theirs, 99, bytes(line.data)),
+            pack_line(token, theirs, Cell.NOTICE, bytes(line.data)[:-1]),
+            *(pack_line(token, others, cell, bytes(line.data)) for cell in Cell),
         ]  # fmt: skip
         for message in [*strange, *wrong]:
             crew.agents[3].send("rank0", topic, message)
