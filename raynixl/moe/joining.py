@@ -56,6 +56,7 @@ def start(session: Session, meeting: Meeting, deadline: float) -> Welcome | None
             break
         if time.monotonic() > deadline:
             raise _late(session, meeting, is_running)
+        session.watch()
         pause = STEP if is_running else min(MOST, 2 * pause)
         session.board.wait(Cell.WELCOME, np.array([me]), 1, timeout=pause, spin=0.0)
     for rank in range(limit):

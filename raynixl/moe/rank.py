@@ -51,7 +51,7 @@ class Rank:
         self, group: Group, *, experts: int, hidden: int, topk: int, max_tokens: int,
         dtype: torch.dtype = torch.bfloat16, placement: Placement | Sequence[int] | None = None, name: str = "moe",
         capacity: int | None = None, deadline: float | None = None, on_lost: OnLost = OnLost.DROP,
-        max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES,
+        max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES, watch: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.agent = group.agent
         self.name = check_name(name, "name of an expert-parallel group")
@@ -69,6 +69,7 @@ class Rank:
         """Whether rows of a dispatch go to fixed places at once, and no counts before them."""
         self._names = dict(enumerate(group.members))
         self._capacity = capacity
+        self._watch = watch
         self._turn = threading.RLock()  # held through each operation: they are carried out one after another
         self._worker: ThreadPoolExecutor | None = None
         self._is_closed = False
@@ -257,7 +258,7 @@ class Rank:
             made.callback(board.close)
             pool = Pool(self.agent, self._slot_nbytes(), name=self.name)
             made.callback(pool.close)
-            session = Session(self.agent, members, board, pool)
+            session = Session(self.agent, members, board, pool, self._watch)
             meeting = Meeting(
                 self.agent, self.name, rank=self.rank, names=self._names, board=board, pool=pool,
                 first=session.landing, scene=self._scene_text(), placement=lambda: self.placement,

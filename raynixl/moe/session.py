@@ -49,8 +49,12 @@ _ERRORS: dict[int, type[RaynixlError]] = {Status.RANGE: RangeError, Status.CONFI
 class Session:
     """Exchanges lines with the other active ranks, phase by phase, and knows who is gone. One thread at a time."""
 
-    def __init__(self, agent: Agent, members: Members, board: Board, pool: Pool) -> None:
+    def __init__(
+        self, agent: Agent, members: Members, board: Board, pool: Pool, watch: Callable[[], None] | None = None
+    ) -> None:
         self.agent = agent
+        self.watch = watch or (lambda: None)
+        """Called now and then by who waits: what it raises ends the wait."""
         self.members = members
         self.board = board
         self.pool = pool
@@ -276,6 +280,7 @@ class Session:
 
     def _check_notices(self) -> None:
         """Raise if a rank has told that we are masked."""
+        self.watch()
         for rank in self.members.ranks:
             notice = self.board.read(rank, Cell.NOTICE)
             if notice.number and notice.mask >> self.members.me & 1:
