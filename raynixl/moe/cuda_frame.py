@@ -102,7 +102,7 @@ def aligned(nbytes: int, to: int = _ALIGNMENT) -> int:
 
 
 def fields_at(fields: list[int]) -> tuple[list[int], int]:
-    """Return where each field of a row begins, and how long the row is: multiples of 16 bytes, which are moved whole."""
+    """Return where each field of a row begins, and how long the row is: multiples of 16 bytes."""
     starts, end = [], 0
     for nbytes in fields:
         starts.append(end)

@@ -1,7 +1,7 @@
 """Structs that the kernels of kernels.cu share with the host: what stays, what is pinned, and arguments of launches.
 
-Addresses are plain numbers; 0 is none, and `NOWHERE` as an offset in a row means that the field is not there. kernels.cu
-declares the same structs and asserts their sizes.
+Addresses are plain numbers; 0 is none, and `NOWHERE` as an offset in a row means that the field is not there.
+kernels.cu declares the same structs and asserts their sizes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ COLUMNS: Final = 8
 
 LOCAL_EXPERTS: Final = 2048
 """Experts of one rank at most."""
+
+TOPK: Final = 64
+"""Experts of one token at most."""
 
 LINE_NBYTES: Final = 64
 NOWHERE: Final = 0xFFFFFFFF
