@@ -30,6 +30,7 @@ ROUND = 3 * 20
 
 OPTIONS: dict[str, Any] = {
     "experts": EXPERTS, "hidden": HIDDEN, "topk": TOPK, "max_tokens": TOKENS, "dtype": torch.float32,
+    "eager_nbytes": 0,
 }  # fmt: skip
 
 
@@ -280,6 +281,13 @@ def step_late(member: Any, layer: str, victim: int) -> Report:
     session = member.eps[layer]._session
     eventually(lambda: session.is_gone(victim), "its end is known")
     return step(member, layer)
+
+
+def line_is_here(member: Any, layer: str, rank: int) -> None:
+    """Wait until a rank's line of the coming phase is here, and nothing else."""
+    session = member.eps[layer]._session
+    number = session.phase + 1
+    eventually(lambda: session.board.number(rank, number & 1) == number, f"the line of {rank} is here")
 
 
 def steps(member: Any, layer: str, count: int, **options: Any) -> list[Report]:

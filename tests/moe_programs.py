@@ -16,6 +16,7 @@ from moe_rows import draw_ids, draw_rows, packed, same_numbers, unpacked
 
 from raynixl.moe import reference
 from raynixl.moe.grid import Grid
+from raynixl.moe.rank import EAGER_NBYTES
 from raynixl.moe.reference import Setting, Tokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -112,11 +113,15 @@ class Program:
     seed: int = 0
     grid: Grid | None = None
     """For `TwoLevel`."""
+    is_eager: bool = False
+    """Whether rows go out at once, and no counts before them."""
 
     def options(self) -> dict[str, Any]:
         """The arguments of `ExpertParallel`."""
         options = {name: getattr(self, name) for name in ("hidden", "topk", "max_tokens", "dtype")}
-        more = {} if self.capacity is None else {"capacity": self.capacity}
+        more: dict[str, Any] = {} if self.capacity is None else {"capacity": self.capacity}
+        if self.grid is None:
+            more["eager_nbytes"] = EAGER_NBYTES if self.is_eager else 0
         return {"experts": len(self.holders), "placement": self.holders, **options, **more}
 
     @property

@@ -48,6 +48,7 @@ class Draw:
         return Program(
             self.world, holders, hidden, self.topk, tuple(steps), self.max_tokens, self.dtype,
             self.pick((None, None, 1, 3, self.max_tokens)), self.logical, self.seed,
+            is_eager=self.is_so(0.5),
         )  # fmt: skip
 
     def holders(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_tools import eventually, make_agent
-from weights_nursery import Nursery
+from weights_nursery import Brood, Nursery
 
 from raynixl import Group, InMemoryDirectory
 from raynixl.host import process_state
@@ -74,6 +74,8 @@ class Layer:
         self.groups = [Group(agent, names, name=name, timeout=DEADLINE) for agent in crew.agents[:world]]
         settings = {"name": name, "deadline": DEADLINE, **options}
         kind = settings.pop("kind", ExpertParallel)
+        if kind is ExpertParallel:
+            settings.setdefault("eager_nbytes", 0)  # small as the steps of tests are, counts go first
         self.eps: list[ExpertParallel] = []
         try:
             self.eps = crew.run([lambda group=group: kind(group, **settings) for group in self.groups])
@@ -107,12 +109,17 @@ class Layer:
 
 
 class Processes:
-    """Ranks in processes of their own, which are told what to run by the name of a function: 'module:function'."""
+    """Ranks in processes of their own, which are told what to run by the name of a function: 'module:function'.
 
-    def __init__(self, world: int, *, backends: tuple[str, ...] = ("shm",), nursery: Any = None) -> None:
+    A nursery is closed with them, unless it is lent.
+    """
+
+    def __init__(
+        self, world: int, *, backends: tuple[str, ...] = ("shm",), nursery: Any = None, lent: Nursery | None = None
+    ) -> None:
         self.names = [f"rank{rank}" for rank in range(world)]
         self._label = "+" + ",".join(backends)
-        self._nursery = Nursery(CHILD) if nursery is None else nursery
+        self._nursery = (nursery or Nursery(CHILD)) if lent is None else Brood(lent)
         self.children: list[Any] = []
         try:
             self.children = [self._nursery.child(name + self._label) for name in self.names]

@@ -37,6 +37,8 @@ class Scene:
     world: int
     placement: int
     local_experts: int
+    is_eager: bool
+    """Whether rows go to fixed places in every layout, and are copied together where that wants them so."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +88,7 @@ class Dispatch:
     @property
     def needs_counts(self) -> bool:
         """Whether ranks must tell each other first how many rows they send."""
-        return self.call.handle is None and self.call.layout != "slots"
+        return self.call.handle is None and self.call.layout != "slots" and not self.scene.is_eager
 
     def _exchange_counts(self, signature: int) -> Places:
         """Tell all ranks our counts, and hear theirs."""
@@ -117,12 +119,11 @@ class Dispatch:
         """Return the places of a layout that is known: that of a handle, or of fixed slots."""
         limit, me = self.session.members.limit, self.session.members.me
         handle = self.call.handle
-        if self.call.layout == "slots":
+        if handle is None or self.call.layout == "slots":
             most = self.scene.max_tokens
             return Places(
                 np.full(limit, me * most), np.full(limit, self.scene.world * most), most * np.arange(limit), True
             )
-        assert handle is not None
         return Places(handle.offsets, handle.extent, handle.arriving, True)
 
     def _exchange_rows(self, landing: Landing, places: Places, signature: int) -> Arrival:

@@ -41,7 +41,9 @@ class ExpertParallel(Rank):
     experts: how many physical experts there are. placement: by expert its rank, -1 for nobody; even by default.
     hidden, topk, max_tokens: columns of a row, experts of a token, and tokens of one dispatch at most.
     dtype: that of the rows which buffers are made for; any may be sent. capacity: rows of one slot (they grow).
-    max_ranks: so many members there can be, with those that join later.
+    max_ranks: so many members there can be, with those that join later. eager_nbytes: where the rows of all that a
+    rank can get have no more bytes than this, they are sent at once, without an exchange of counts first, and copied
+    together by the receiver; 0 for never.
 
     Raises:
         ConfigError: arguments that make no sense, or that another rank has otherwise.
@@ -224,7 +226,8 @@ class ExpertParallel(Rank):
         )  # fmt: skip
 
     def _scene(self) -> Scene:
-        return Scene(self.topk, self.max_tokens, self.world, self.placement.digest, len(self.local_experts))
+        placement, local_experts = self.placement.digest, len(self.local_experts)
+        return Scene(self.topk, self.max_tokens, self.world, placement, local_experts, self.is_eager)
 
 
 def _no_routing(ranks: int, topk: int) -> Routing:

@@ -1,4 +1,5 @@
-"""What goes between two ranks in the common case: a line of counts, then one write of rows and the line behind it."""
+"""What goes between two ranks in the common case: one write of rows and the line behind it, and a line of counts before
+them in a dispatch, unless it is small."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from moe_tools import Threads
 
 from raynixl import Agent
+from raynixl.moe.rank import EAGER_NBYTES
 
 WORLD, STEPS = 3, 5
 
@@ -35,11 +37,14 @@ def writes(agent: Agent) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "is_cached", "lines"),
-    [("tokens", False, 2), ("experts", False, 2), ("tokens", True, 1), ("slots", False, 1)],
-)
+    ("layout", "is_cached", "is_eager", "lines"),
+    [
+        ("tokens", False, False, 2), ("experts", False, False, 2), ("tokens", True, False, 1),
+        ("slots", False, False, 1), ("tokens", False, True, 1), ("experts", False, True, 1), ("tokens", True, True, 1),
+    ],
+)  # fmt: skip
 def test_a_dispatch_is_two_lines_and_a_write_one_line_if_places_are_known_and_a_combine_one_and_a_write(
-    crew: Threads, layout: str, is_cached: bool, lines: int
+    crew: Threads, layout: str, is_cached: bool, is_eager: bool, lines: int
 ) -> None:
     def work(rank: int, ep: Any) -> None:
         agent, ids = crew.agents[rank], torch.arange(WORLD).repeat(4, 1)  # each token to every rank
@@ -60,7 +65,9 @@ def test_a_dispatch_is_two_lines_and_a_write_one_line_if_places_are_known_and_a_
         assert all(count == 2 * STEPS for count in carried.values())  # all fields of a put are one transfer
         assert len(carried) in (0, WORLD - 1)
 
-    with crew.experts(experts=WORLD, hidden=16, topk=WORLD, max_tokens=8, dtype=torch.float32) as layer:
+    eager_nbytes = EAGER_NBYTES if is_eager else 0
+    options = {"hidden": 16, "max_tokens": 8, "dtype": torch.float32, "eager_nbytes": eager_nbytes}
+    with crew.experts(experts=WORLD, topk=WORLD, **options) as layer:
         layer.run(work)
 
 
