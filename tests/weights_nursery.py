@@ -58,6 +58,21 @@ class Nursery:
         self._process.wait(10)
 
 
+class Brood:
+    """Some children of a nursery that others use, too: closing it ends these alone."""
+
+    def __init__(self, nursery):
+        self._nursery, self._children = nursery, []
+
+    def child(self, name):
+        self._children.append(self._nursery.child(name))
+        return self._children[-1]
+
+    def close(self):
+        for child in self._children:
+            child.kill()
+
+
 def _innermost_pid(pid):
     with open(f"/proc/{pid}/status", encoding="ascii") as status:
         return int(next(line for line in status if line.startswith("NSpid:")).split()[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
 import sys
@@ -12,9 +13,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import moe_programs  # noqa: F401 - what most calls need, imported once in the nursery
 from agent_tools import make_agent
 from weights_nursery import serve
+
+from raynixl.backends.ucx_runtime import load_ucxx
+from raynixl.errors import BackendUnavailable
+
+NEEDED = (
+    "moe_autograd", "moe_far", "moe_programs", "raynixl.backends.shm", "raynixl.backends.ucx",
+    "raynixl.backends.ucx_network",
+)  # fmt: skip
+"""What calls and agents import, once for all children."""
 
 
 class Child:
@@ -53,4 +62,8 @@ class Child:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("raynixl")]
 
 
+for name in NEEDED:
+    importlib.import_module(name)
+with contextlib.suppress(BackendUnavailable):
+    load_ucxx()
 serve(Child)

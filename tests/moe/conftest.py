@@ -1,4 +1,4 @@
-"""Crews for the tests of expert parallelism: agents are made once for each module."""
+"""Crews for the tests of expert parallelism: agents are made once for each module, processes in one nursery."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import pytest
 from agent_tools import make_agent
 from moe_pools import NBYTES
 from moe_programs import Program, check, play
-from moe_tools import Threads
+from moe_tools import CHILD, Threads
+from weights_nursery import Nursery
 
 from raynixl import Agent
 from raynixl.moe.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where the processes of all crews are born, which has imported what they need."""
+    made = Nursery(CHILD)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

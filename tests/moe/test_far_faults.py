@@ -21,6 +21,7 @@ from moe_fault_crews import (
 )
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Where
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 pytest.importorskip("ucxx")
 DEADLINE = 1.5
@@ -28,9 +29,9 @@ PLACES = (DISPATCH[1], DISPATCH[3], DISPATCH[5], DISPATCH[-1], COMBINE[1], COMBI
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Processes]:
+def crew(nursery: Nursery) -> Iterator[Processes]:
     """Four processes; who is killed is replaced."""
-    with Processes(WORLD, backends=("ucx",)) as made:
+    with Processes(WORLD, backends=("ucx",), lent=nursery) as made:
         yield made
 
 

@@ -23,6 +23,7 @@ from moe_fault_crews import (
 )
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Where
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 WORLD = 5
 FOUR, JOINER = [0, 1, 2, 3], 4
@@ -30,9 +31,9 @@ DEADLINE = 1.0
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Processes]:
+def crew(nursery: Nursery) -> Iterator[Processes]:
     """Five processes."""
-    with Processes(WORLD) as made:
+    with Processes(WORLD, lent=nursery) as made:
         yield made
 
 

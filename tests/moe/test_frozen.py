@@ -21,6 +21,7 @@ from moe_fault_crews import (
 )
 from moe_faults import COMBINE, DISPATCH, Where
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 from raynixl.moe import OnLost
 
@@ -31,9 +32,9 @@ PLACES += [(OnLost.RENORMALISE, where) for where in RENORMALISED]
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Processes]:
+def crew(nursery: Nursery) -> Iterator[Processes]:
     """Four processes."""
-    with Processes(WORLD) as made:
+    with Processes(WORLD, lent=nursery) as made:
         yield made
 
 

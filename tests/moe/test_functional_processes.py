@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from moe_autograd import LAYOUTS, dense, matrices, tokens_of
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 COUNTS = (6, 0, 9)
 SIZES = {"experts": 5, "hidden": 8, "topk": 3}
 
 
-def test_gradients_between_processes_are_those_of_the_dense_layer() -> None:
-    with Processes(3) as crew:
+def test_gradients_between_processes_are_those_of_the_dense_layer(nursery: Nursery) -> None:
+    with Processes(3, lent=nursery) as crew:
         crew.make("grads", **SIZES, max_tokens=16, dtype=torch.float64)
         for layout, weights_at in LAYOUTS * 2:
             for rank, count in enumerate(COUNTS):

@@ -8,14 +8,15 @@ import pytest
 from moe_fault_crews import LONG, check, layer
 from moe_faults import OPTIONS, Report
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 WORLD = 5
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Processes]:
+def crew(nursery: Nursery) -> Iterator[Processes]:
     """Five processes; not all are members at first."""
-    with Processes(WORLD) as made:
+    with Processes(WORLD, lent=nursery) as made:
         yield made
 
 

@@ -11,10 +11,10 @@ SEEDS = range(5000, 5012)
 
 
 @pytest.fixture(scope="module", params=["shm", "ucx"])
-def crew(request):
+def crew(request, nursery):
     if request.param == "ucx":
         pytest.importorskip("ucxx")
-    with Processes(4, backends=(request.param,)) as made:
+    with Processes(4, backends=(request.param,), lent=nursery) as made:
         yield made
 
 

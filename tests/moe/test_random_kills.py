@@ -10,6 +10,7 @@ import pytest
 from moe_fault_crews import LONG, SOON, layer
 from moe_faults import OPTIONS, Report
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 WORLD = 5
 STEPS_PER_ROUND = 20
@@ -70,9 +71,9 @@ class Trial:
         return reports
 
 
-def endure(rounds: int, seed: int) -> Trial:
+def endure(nursery: Nursery, rounds: int, seed: int) -> Trial:
     """Go through so many rounds, and let everybody come back."""
-    with Processes(WORLD) as crew, layer(crew, max_ranks=8):
+    with Processes(WORLD, lent=nursery) as crew, layer(crew, max_ranks=8):
         trial = Trial(crew, seed)
         try:
             for _ in range(rounds):
@@ -86,14 +87,14 @@ def endure(rounds: int, seed: int) -> Trial:
         return trial
 
 
-def test_sixty_steps_with_random_kills() -> None:
-    assert endure(3, 1).checked > 100
+def test_sixty_steps_with_random_kills(nursery: Nursery) -> None:
+    assert endure(nursery, 3, 1).checked > 100
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [2, 3])
-def test_a_thousand_steps_with_random_kills(seed: int) -> None:
-    trial = endure(1000 // STEPS_PER_ROUND, seed)
+def test_a_thousand_steps_with_random_kills(nursery: Nursery, seed: int) -> None:
+    trial = endure(nursery, 1000 // STEPS_PER_ROUND, seed)
     assert trial.kills > 20
     assert trial.joins > 20
