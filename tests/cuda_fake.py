@@ -59,6 +59,7 @@ class FakeCuda:
         has_peer_access: bool = True,
         repeats_handles: bool = False,
         delay: float = 0.002,
+        is_host: bool = False,
     ) -> None:
         self.lock = threading.RLock()  # protects everything in all parts
         self.changed = threading.Condition(self.lock)
@@ -70,6 +71,8 @@ class FakeCuda:
         self._said: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self.devices = Devices(self, tuple(range(gpus)) if visible is None else visible, has_peer_access)
+        self.is_host = is_host
+        """Whether addresses of GPUs are those of the host: kernels that were compiled for it take them as they are."""
         self.memory = Memory(self, repeats_handles)
         self.chunks = Chunks(self)
         self.host = Host(self)

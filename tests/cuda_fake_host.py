@@ -57,7 +57,8 @@ class Host:
     def pin(self, address: int, nbytes: int, mapping: mmap.mmap | None = None) -> Range:
         """Pin memory as the driver does, or as the user's program."""
         self._serial += 1
-        made = Range(address, nbytes, self._next + address % mmap.PAGESIZE, self._serial, mapping)
+        seen = address if self._fake.is_host else self._next + address % mmap.PAGESIZE
+        made = Range(address, nbytes, seen, self._serial, mapping)
         self._next += (nbytes // mmap.PAGESIZE + 4) * mmap.PAGESIZE
         self.ranges.append(made)
         return made

@@ -21,6 +21,7 @@ import numpy as np
 from cuda_fake_core import INVALID_VALUE, Misuse, Refused, put
 
 from raynixl.cuda import Origin
+from raynixl.memory import address_of
 
 if TYPE_CHECKING:
     from cuda_fake import FakeCuda
@@ -121,14 +122,15 @@ class Memory:
             > TOTAL_NBYTES
         ):
             raise Refused(OUT_OF_MEMORY)
-        if not block.address:
-            block.address = self.reserve(block.nbytes)
         block.fd = fd
         if fd < 0:
             block.fd = os.memfd_create(f"fakecuda-{block.serial}", os.MFD_CLOEXEC)
             os.ftruncate(block.fd, block.nbytes)
         if block.mapping is None:
-            block.mapping, block.base = mmap.mmap(block.fd, block.nbytes), block.address
+            block.mapping = mmap.mmap(block.fd, block.nbytes)
+            if not block.address:
+                block.address = address_of(block.mapping) if self._fake.is_host else self.reserve(block.nbytes)
+            block.base = block.address
             if fd < 0:  # what CUDA gives is not zero
                 edge = min(block.nbytes, 4096)
                 block.mapping[:edge] = block.mapping[-edge:] = b"\xcd" * edge
@@ -155,7 +157,8 @@ class Memory:
         self._gone[block.address] = (block.nbytes, word)
         if block.origin is not Origin.VIRTUAL:
             unmap(block)
-            self.give_back(block.address, block.nbytes)
+            if not self._fake.is_host:
+                self.give_back(block.address, block.nbytes)
 
     def give_back(self, address: int, nbytes: int) -> None:
         """Have an address be given again."""

@@ -230,10 +230,11 @@ class Agent(Messaging):
             raise ConfigError(f"{op!r} is not an operation", hint="prepare 'read' or 'write'")
         return Prepared(self, Op(op), src, dst)
 
-    def window(self, remote: RemoteRegion, *, timeout: float | None = None) -> Window:
+    def window(self, remote: RemoteRegion, *, timeout: float | None = None, device: int | None = None) -> Window:
         """Return a peer's region as it can be reached from here: by address where its memory is mapped.
 
-        Connects and binds now, so it blocks, at most `timeout` (connect_timeout).
+        Connects and binds now, so it blocks, at most `timeout` (connect_timeout). With `device`, a peer's memory of a
+        GPU as kernels of a GPU of ours reach it.
 
         Raises:
             PeerUnknown, PeerLost, PeerRestarted, RegionStale, BackendUnavailable, TransferTimeout: the peer or the
@@ -241,7 +242,7 @@ class Agent(Messaging):
             IntegrityError: the owner knows another region by that descriptor.
             ConfigError: that is no region of a peer.
         """
-        return open_window(self, remote, timeout)
+        return open_window(self, remote, timeout, device)
 
     def explain(self, src: Selections, dst: Selections) -> Explanation:
         """Say which backend carries src to dst, by which path, and why the others do not. Connects if need be."""

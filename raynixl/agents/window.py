@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raynixl.agents.prepared import Prepared
-from raynixl.backends.base import Binding, Op
+from raynixl.backends.base import Binding, Op, ServesKernels
 from raynixl.blocks import Blocks, Segments, make_table
 from raynixl.config import check_timeout
 from raynixl.errors import (
@@ -44,14 +44,15 @@ class Window:
     Where `is_mapped`, `address` is that of the region's first byte in this process. Whoever loads or stores there
     enters `gates` first and leaves them afterwards (native calls that take gates do): the memory is unmapped once
     the peer is lost or withdraws the region, as soon as nobody is inside. Any thread may use a window.
+    Where it was opened for a GPU, `address` is that for its kernels, which likewise run inside of the gates.
     """
 
     __slots__ = ("_agent", "_binding", "_connection", "address", "gates", "is_mapped", "remote")
 
-    def __init__(self, agent: Agent, connection: Connection, binding: Binding) -> None:
+    def __init__(self, agent: Agent, connection: Connection, binding: Binding, address: int | None = None) -> None:
         self.remote = binding.remote
-        self.is_mapped = binding.is_mapped
-        self.address = binding.address if binding.is_mapped else 0
+        self.is_mapped = binding.is_mapped if address is None else True
+        self.address = address or (binding.address if binding.is_mapped else 0)
         self.gates: list[Gate] = [binding.gate]
         self._agent = agent
         self._connection = connection
@@ -140,30 +141,44 @@ def _is_plain(local: Region, rows: Table, limit: int) -> bool:
 
 
 class _Claim:
-    """What the binder asks of a window: one region of a peer, for memory of the host."""
+    """What the binder asks of a window: one region of a peer, for threads of the host or for kernels of a GPU."""
 
-    def __init__(self, remote: RemoteRegion) -> None:
+    def __init__(self, remote: RemoteRegion, near: MemoryKind) -> None:
         self.remote: Sequence[RemoteRegion] = (remote,)
         self.local: Sequence[Region] = ()
+        self._near = near
         self.peer = remote.owner
         self.incarnation = remote.incarnation
 
     def kinds(self) -> Kinds:
-        """Stores of this process's threads come from the host."""
-        return frozenset({(MemoryKind.DRAM, self.remote[0].kind)})
+        """Stores of this process's threads come from the host, those of kernels from a GPU."""
+        return frozenset({(self._near, self.remote[0].kind)})
 
     def bind(self, bindings: Sequence[Binding]) -> None:
         """Nothing is compiled."""
 
 
-def open_window(agent: Agent, remote: RemoteRegion, timeout: float | None) -> Window:
+def open_window(agent: Agent, remote: RemoteRegion, timeout: float | None, device: int | None) -> Window:
     """Connect a region's owner and bind the region; see `Agent.window`."""
     agent.check_open()
     if not isinstance(remote, RemoteRegion):
         raise ConfigError(f"{type(remote).__name__} is not a peer's region", hint="look it up: agent.peer(name)[name]")
     deadline = time.monotonic() + check_timeout(timeout, agent.config.connect_timeout)
-    (binding,) = agent.connector.bind(_Claim(remote), deadline)
+    near = MemoryKind.DRAM if device is None else MemoryKind.VRAM
+    (binding,) = agent.connector.bind(_Claim(remote, near), deadline)
     connection = agent.connector.by_link(binding.link)
     if connection is None:  # it was lost a moment ago, and the peer has come back as another incarnation
         raise PeerRestarted(f"peer {remote.owner!r} restarted; its regions of before are gone", peer=remote.owner)
-    return Window(agent, connection, binding)
+    address = None if device is None else _reach(agent, binding, device)
+    return Window(agent, connection, binding, address)
+
+
+def _reach(agent: Agent, binding: Binding, device: int) -> int:
+    """Return where kernels of a GPU reach what is bound."""
+    backend = next(one for one in agent.backends if one.name == binding.link.backend)
+    if not isinstance(backend, ServesKernels):
+        raise BackendUnavailable(
+            f"{binding.remote.label} is reached over {backend.name}, by no kernel of a GPU",
+            hint="kernels reach memory of GPUs of this host: see agent.explain()", peer=binding.link.peer,
+        )  # fmt: skip
+    return backend.reach(binding, device)

@@ -247,6 +247,18 @@ class Describes(Protocol):
         """Say for people how bytes go between these two, beyond the binding's path: devices, why these; or ''."""
 
 
+@runtime_checkable
+class ServesKernels(Protocol):
+    """What a backend may offer whose peers' memory a GPU's kernels can load and store, for `agent.window(device=)`."""
+
+    def reach(self, binding: Binding, device: int) -> int:
+        """Return where kernels of a GPU reach a peer's region.
+
+        Raises:
+            BackendUnavailable: they do not.
+        """
+
+
 class TakesTime(Protocol):
     """What a backend offers besides if its `prepare` may take long: the agent then calls that on a thread."""
 

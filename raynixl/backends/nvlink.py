@@ -173,6 +173,21 @@ class NvlinkBackend:
             self._pins.is_settled(region) if region.kind is _DRAM else region.device in self._warm for region in local
         )
 
+    def reach(self, binding: Binding, device: int) -> int:
+        """Return where kernels of a GPU reach a peer's region; see `ServesKernels`."""
+        place = _place(binding)
+        if place.device != device:
+            if place.device < 0:
+                raise BackendUnavailable(f"{binding.remote.label} is in no GPU's memory", peer=binding.link.peer)
+            if place.is_hidden:
+                raise BackendUnavailable(
+                    f"{binding.remote.label} is on a GPU that this process does not see, opened for GPU {place.device}",
+                    hint="have CUDA_VISIBLE_DEVICES name it, too", peer=binding.link.peer,
+                )  # fmt: skip
+            _check_origin(device, binding.address, binding.remote.nbytes)
+            cuda.enable_peer(device, place.device)
+        return binding.address
+
     def describe(self, local: Region, binding: Binding) -> str:
         """Say which GPU works, and what is staged."""
         lines = []

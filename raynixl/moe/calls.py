@@ -7,13 +7,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from raynixl.errors import ConfigError, RangeError
+from raynixl.moe import cuda_device
 from raynixl.moe.channel import Source
 from raynixl.moe.fields import RowFormat
 
@@ -97,7 +98,15 @@ def number_of(call: tuple[object, ...]) -> int:
     return zlib.crc32(repr(call).encode()) or 1
 
 
-def with_handle(call: int, handle: Handle) -> int:
+class Numbered(Protocol):
+    """A handle, as far as its number goes."""
+
+    @property
+    def number(self) -> int:
+        """Another one for each dispatch, the same on all ranks."""
+
+
+def with_handle(call: int, handle: Numbered) -> int:
     """Return the number of a call with a handle: another one for each; never 0."""
     return (call + handle.number * _SPREAD) & 0xFFFFFFFF or 1
 
@@ -108,18 +117,30 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
-def columns_of(tensor: Any, what: str, tokens: int | None = None, width: int | None = None) -> Columns:
+def check_place(tensor: Tensor, what: str, gpu: int | None) -> None:
+    """Refuse a tensor that is not where the others of a call are: on a GPU of that number, or in the host's memory.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if gpu is None:
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"{what} is on {tensor.device}", hint="give all tensors of a call on one device")
+    elif cuda_device.gpu_of(tensor) != gpu:
+        raise ConfigError(f"{what} is on {tensor.device}", hint=f"give all tensors of a call on one device: cuda:{gpu}")
+
+
+def columns_of(
+    tensor: Any, what: str, tokens: int | None = None, width: int | None = None, *, gpu: int | None = None
+) -> Columns:
     """Check a tensor whose rows travel.
 
     Raises:
-        ConfigError: no tensor, another number of rows or columns, sparse, or not on the CPU.
+        ConfigError: no tensor, another number of rows or columns, sparse, or not where it shall be.
     """
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.dim() < 1:
         raise ConfigError(f"{what} is no tensor with a row for each token", hint=f"give {what} as [tokens, ...]")
-    if tensor.device.type != "cpu":
-        raise ConfigError(
-            f"{what} is on {tensor.device}", hint="expert parallelism takes CPU tensors so far: pass x.cpu()"
-        )
+    check_place(tensor, what, gpu)
     if tokens is not None and tensor.shape[0] != tokens:
         raise ConfigError(f"{what} has {tensor.shape[0]} rows for {tokens} tokens", hint="give a row for each token")
     if width is not None and (tensor.dim() != 2 or tensor.shape[1] != width):

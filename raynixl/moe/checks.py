@@ -15,6 +15,7 @@ from raynixl.moe.calls import (
     WEIGHTS_AT,
     DispatchCall,
     check_choice,
+    check_place,
     check_tokens,
     columns_of,
     ids_of,
@@ -101,15 +102,15 @@ def dispatch_call(given: DispatchArguments, sizes: Sizes) -> tuple[DispatchCall,
     except Exception as exc:  # noqa: BLE001 - it is raised on all ranks
         handle = no_handle(sizes.ranks) if isinstance(given.handle, Handle) else None
         layout = given.layout if isinstance(given.layout, str) and given.layout in LAYOUTS else "tokens"
-        return DispatchCall((), False, 0, None, torch.int64, None, handle, layout, 1, "holder"), _said(exc)
+        return DispatchCall((), False, 0, None, torch.int64, None, handle, layout, 1, "holder"), said(exc)
 
 
-def _said(error: Exception) -> RaynixlError:
+def said(error: Exception) -> RaynixlError:
     """Return an error of ours for whatever it was, that all ranks may hear of it."""
     if isinstance(error, RaynixlError):
         return error
     said = ConfigError(
-        f"what is given cannot be used: {type(error).__name__}: {error!s:.100}", hint="give plain tensors on the CPU"
+        f"what is given cannot be used: {type(error).__name__}: {error!s:.100}", hint="give plain tensors"
     )
     said.__cause__ = error
     return said
@@ -119,7 +120,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
     handle = given.handle
     if handle is not None and not isinstance(handle, Handle):
         raise ConfigError(f"{type(handle).__name__} is no handle", hint="give r.handle of an earlier dispatch")
-    layout, alignment, weights_at = _options(given)
+    layout, alignment, weights_at = options(given)
     x = given.x
     rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     columns = [columns_of(rows, "x", width=sizes.hidden)]
@@ -129,7 +130,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
         columns.append(columns_of(scales, "scales", tokens))
     columns += [columns_of(one, "extra", tokens) for one in given.extra]
     if given.stats is not None:
-        _check_stats(given.stats, sizes.local_experts, of_counts=True)
+        check_stats(given.stats, sizes.local_experts, of_counts=True)
     weights = weights_of(given.topk_weights, tokens, sizes.topk)
     ids, ids_dtype = None, torch.int64
     if handle is None:
@@ -145,7 +146,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
     )  # fmt: skip
 
 
-def _options(given: DispatchArguments) -> tuple[str, int, str]:
+def options(given: DispatchArguments) -> tuple[str, int, str]:
     """Return layout, alignment and the place of weights: those of the handle unless told otherwise."""
     handle = given.handle
     usual = ("tokens", 1, "holder") if handle is None else (handle.layout, handle.alignment, handle.weights_at)
@@ -156,17 +157,18 @@ def _options(given: DispatchArguments) -> tuple[str, int, str]:
     return check_choice(layout, LAYOUTS, "layout"), int(alignment), check_choice(weights_at, WEIGHTS_AT, "weights_at")
 
 
-def _check_stats(stats: Any, length: int, *, of_counts: bool) -> None:
+def check_stats(stats: Any, length: int, *, of_counts: bool, gpu: int | None = None) -> None:
     """Refuse what results cannot be added to, before there are any: counts by expert, or seconds by rank."""
     dtypes = (torch.int64, torch.int32, torch.float64, torch.float32) if of_counts else (torch.float64, torch.float32)
     fits = isinstance(stats, torch.Tensor) and stats.dtype in dtypes and stats.dim() == 1
-    if not fits or stats.device.type != "cpu" or stats.layout is not torch.strided or stats.requires_grad:
-        raise ConfigError("stats is no plain tensor", hint=f"give one of {dtypes[0]} with one dimension, on the CPU")
+    if not fits or stats.layout is not torch.strided or stats.requires_grad:
+        raise ConfigError("stats is no plain tensor", hint=f"give one of {dtypes[0]} with one dimension")
+    check_place(stats, "stats", gpu)
     if len(stats) != length if of_counts else len(stats) > length:
         raise ConfigError(f"stats has {len(stats)} items", hint=f"give one for each of {length}")
 
 
-def _check_session(handle: Handle, session: int) -> None:
+def check_session(handle: Handle, session: int) -> None:
     if handle.session != session:
         raise ConfigError(
             "the handle is of another layer, or from before this rank has rejoined",
@@ -175,7 +177,7 @@ def _check_session(handle: Handle, session: int) -> None:
 
 
 def _check_cached(handle: Handle, topk_idx: Any, tokens: int, sizes: Sizes) -> None:
-    _check_session(handle, sizes.session)
+    check_session(handle, sizes.session)
     if topk_idx is not None:
         raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
     if tokens != handle.routing.tokens:
@@ -195,13 +197,13 @@ def combine_call(
     """
     try:
         if session is not None and isinstance(given.handle, Handle):
-            _check_session(given.handle, session)
+            check_session(given.handle, session)
         if given.stats is not None:
-            _check_stats(given.stats, limit, of_counts=False)
+            check_stats(given.stats, limit, of_counts=False)
         return _combine_call(given, hidden, renormalises), None
     except Exception as exc:  # noqa: BLE001 - it is raised on all ranks
         empty = torch.zeros(0, hidden)
-        return CombineCall(empty, no_handle(limit), None, (), empty, True, False), _said(exc)
+        return CombineCall(empty, no_handle(limit), None, (), empty, True, False), said(exc)
 
 
 def _combine_call(given: CombineArguments, hidden: int, renormalises: bool) -> CombineCall:
@@ -212,30 +214,32 @@ def _combine_call(given: CombineArguments, hidden: int, renormalises: bool) -> C
         raise ConfigError(
             "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"
         )
-    y = _rows_of(given.y, "y", expected_shape(handle), hidden)
+    y = rows_of(given.y, "y", expected_shape(handle), hidden)
     tokens = handle.routing.tokens
     if weights is not None:
         weights = columns_of(weights, "weights", handle.rows, handle.topk).tensor.float().contiguous()
-    biases = _biases(given.bias, (tokens, hidden), y.dtype)
+    biases = biases_of(given.bias, (tokens, hidden), y.dtype)
     if out is None:
         out = torch.empty((tokens, hidden), dtype=y.dtype)
     else:
-        _check_out(out, (tokens, hidden), y.dtype)
-        _check_apart(out, y, biases, weights)
+        check_out(out, (tokens, hidden), y.dtype)
+        check_apart(out, y, biases, weights)
     return CombineCall(y, handle, weights, biases, out.detach(), given.summed, renormalises)
 
 
-def _check_out(out: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def check_out(out: Any, shape: tuple[int, int], dtype: torch.dtype, *, gpu: int | None = None) -> None:
+    """Refuse memory for a result that does not fit it."""
     if not isinstance(out, torch.Tensor) or tuple(out.shape) != shape or out.dtype not in CODES:
         raise ConfigError("out does not fit", hint=f"give a float tensor {list(shape)}")
-    is_plain = out.device.type == "cpu" and out.layout is torch.strided and not out.is_neg()
+    check_place(out, "out", gpu)
+    is_plain = out.layout is torch.strided and not out.is_neg()
     if not is_plain or (shape[1] > 1 and out.stride(1) != 1):
-        raise ConfigError("out is not of contiguous rows on the CPU", hint="leave out= away, and copy the result")
+        raise ConfigError("out is not of contiguous rows", hint="leave out= away, and copy the result")
     if (dtype == torch.float64) != (out.dtype == torch.float64):
         raise ConfigError(f"y is {dtype} and out {out.dtype}", hint="float64 goes with float64 only")
 
 
-def _check_apart(out: Tensor, y: Tensor, biases: tuple[Tensor, ...], weights: Tensor | None) -> None:
+def check_apart(out: Tensor, y: Tensor, biases: tuple[Tensor, ...], weights: Tensor | None) -> None:
     """Refuse a result that lies over what it is made of, which is still read while it is written."""
     sources = {"y": y, "weights": weights} | {f"bias {number}": bias for number, bias in enumerate(biases)}
     for name, source in sources.items():
@@ -255,22 +259,23 @@ def expected_shape(handle: Handle) -> tuple[int, ...]:
     return (handle.world, handle.max_tokens) if handle.layout == "slots" else (handle.rows,)
 
 
-def _rows_of(y: Any, what: str, shape: tuple[int, ...], hidden: int) -> Tensor:
+def rows_of(y: Any, what: str, shape: tuple[int | None, ...], hidden: int, *, gpu: int | None = None) -> Tensor:
+    """Check rows that go back; a size that is None is not known here."""
     if not isinstance(y, torch.Tensor) or y.dtype not in CODES or y.layout is not torch.strided:
         raise ConfigError(
             f"{what} is no float tensor", hint=f"give {', '.join(str(dtype).removeprefix('torch.') for dtype in CODES)}"
         )
-    if tuple(y.shape) != (*shape, hidden):
-        raise ConfigError(f"{what} has the shape {list(y.shape)}", hint=f"the handle wants {[*shape, hidden]}")
-    if y.device.type != "cpu":
-        raise ConfigError(f"{what} is on {y.device}", hint="expert parallelism takes CPU tensors so far: pass y.cpu()")
+    wanted = (*shape, hidden)
+    if y.dim() != len(wanted) or any(two not in (None, one) for one, two in zip(y.shape, wanted, strict=True)):
+        raise ConfigError(f"{what} has the shape {list(y.shape)}", hint=f"the handle wants {list(wanted)}")
+    check_place(y, what, gpu)
     rows = plain(y)
     if len(shape) > 1:
         rows = rows.reshape(-1, hidden)
     return rows if hidden == 1 or rows.numel() == 0 or rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _biases(bias: Any, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def biases_of(bias: Any, shape: tuple[int, int], dtype: torch.dtype, *, gpu: int | None = None) -> tuple[Tensor, ...]:
     """Check up to two biases, each of the result's shape or one row, and bring them to one form that y goes with."""
     given = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     given = tuple(one for one in given if one is not None)
@@ -278,8 +283,9 @@ def _biases(bias: Any, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tens
         raise ConfigError(f"{len(given)} biases", hint="give one or two")
     for one in given:
         is_float = isinstance(one, torch.Tensor) and one.dtype in CODES
-        if not is_float or one.device.type != "cpu" or one.layout is not torch.strided:
-            raise ConfigError("a bias is no float tensor on the CPU", hint="give a float tensor")
+        if not is_float or one.layout is not torch.strided:
+            raise ConfigError("a bias is no float tensor", hint="give a float tensor")
+        check_place(one, "a bias", gpu)
         if tuple(one.shape) not in (shape, shape[1:]):
             raise ConfigError(
                 f"a bias has the shape {list(one.shape)}", hint=f"give {list(shape)} or {list(shape[1:])}"

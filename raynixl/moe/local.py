@@ -36,6 +36,11 @@ class LocalHandle:
         """By source, of which there is one: how many rows came from there."""
         return np.array([len(self.tokens)])
 
+    @property
+    def sources(self) -> Tensor:
+        """By row: the rank that it came from."""
+        return torch.zeros(len(self.tokens), dtype=torch.int32, device=self.tokens.device)
+
     def plain(self) -> LocalHandle:
         """Return the same without weights: combine adds up what it gets as it is."""
         return dataclasses.replace(self, weights=None)

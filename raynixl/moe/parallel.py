@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from raynixl.config import check_timeout
-from raynixl.errors import ConfigError, Masked, RaynixlError
-from raynixl.moe.checks import CombineArguments, DispatchArguments, Sizes, combine_call, dispatch_call
+from raynixl.errors import RaynixlError
+from raynixl.moe.checks import CombineArguments, DispatchArguments, combine_call, dispatch_call
 from raynixl.moe.combining import Combine
+from raynixl.moe.cuda_rank import GpuRank
 from raynixl.moe.dispatching import Dispatch, Scene
-from raynixl.moe.rank import OnLost, Rank
+from raynixl.moe.rank import OnLost
 from raynixl.moe.result import Combined, Dispatched, Handle
 from raynixl.moe.routing import Routing, route
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class ExpertParallel(Rank):
+class ExpertParallel(GpuRank):
     """One rank of an expert-parallel group: sends tokens to the ranks that hold their experts, and brings sums back.
 
     Every member of the group makes one, with the same arguments, at the same time; it returns when all have met.
@@ -77,7 +76,7 @@ class ExpertParallel(Rank):
             Masked: the others have gone on without this rank.
         """
         arguments = DispatchArguments(x, topk_idx, topk_weights, handle, layout, alignment, weights_at, extra, stats)
-        return self._submit(lambda: self._dispatch(arguments, deadline), async_)
+        return self._submit(self._within(x, lambda: self._dispatch(arguments, deadline), async_), async_)
 
     def combine(
         self, y: Tensor, handle: Handle, *, bias: Tensor | Sequence[Tensor] | None = None, out: Tensor | None = None,
@@ -100,7 +99,7 @@ class ExpertParallel(Rank):
             ConfigError: y, bias or out do not fit; all ranks raise it. Masked: see `dispatch`.
         """
         arguments = CombineArguments(y, handle, None, bias, out, summed, stats)
-        return self._submit(lambda: self._combine(arguments, deadline).out, async_)
+        return self._submit(self._within(y, lambda: self._combine(arguments, deadline).out, async_), async_)
 
     def combine_weights(
         self, y: Tensor, weights: Tensor, handle: Handle, *, bias: Any = None, out: Tensor | None = None,
@@ -117,7 +116,7 @@ class ExpertParallel(Rank):
             assert combined.topk_weights is not None
             return combined.out, combined.topk_weights
 
-        return self._submit(both, async_)
+        return self._submit(self._within(y, both, async_), async_)
 
     def fail(self, error: RaynixlError, *, is_combine: bool = False, deadline: float | None = None) -> None:
         """Take part in the next dispatch, or combine, with nothing but an error, which all other ranks raise."""
@@ -139,6 +138,22 @@ class ExpertParallel(Rank):
     def _dispatch(
         self, arguments: DispatchArguments, deadline: float | None, failed: RaynixlError | None = None
     ) -> Dispatched:
+        gpu = self._gpu_of(arguments.x, failed)
+        if gpu is not None:
+            return self._dispatch_on_gpu(gpu, arguments, deadline, failed)
+        return self._dispatch_on_host(arguments, deadline, failed)
+
+    def _combine(
+        self, arguments: CombineArguments, deadline: float | None, failed: RaynixlError | None = None
+    ) -> Combined:
+        gpu = self._gpu_of(arguments.y, failed)
+        if gpu is not None:
+            return self._combine_on_gpu(gpu, arguments, deadline, failed)
+        return self._combine_on_host(arguments, deadline, failed)
+
+    def _dispatch_on_host(
+        self, arguments: DispatchArguments, deadline: float | None, failed: RaynixlError | None = None
+    ) -> Dispatched:
         with self._turn:
             self._begin(is_start=arguments.handle is None)
             call, error = dispatch_call(arguments, self._sizes())
@@ -157,7 +172,7 @@ class ExpertParallel(Rank):
                 arguments.stats.add_(result.counts)
             return result
 
-    def _combine(
+    def _combine_on_host(
         self, arguments: CombineArguments, deadline: float | None, failed: RaynixlError | None = None
     ) -> Combined:
         with self._turn:
@@ -174,31 +189,6 @@ class ExpertParallel(Rank):
             if arguments.stats is not None:
                 arguments.stats.add_(torch.from_numpy((self._session.waited - before)[: len(arguments.stats)]))
             return combined
-
-    def _until(self, deadline: float | None) -> tuple[float, RaynixlError | None]:
-        """Return when an operation's time is up, and what is wrong with what was asked for."""
-        now = time.monotonic()
-        try:
-            return now + check_timeout(deadline, self.deadline, what="deadline"), None
-        except ConfigError as exc:
-            return now + self.deadline, exc
-
-    def _guarded(self, operation: Callable[[], T]) -> T:
-        """Carry out an operation. If it ends here alone, amid its exchanges, this rank is out of step for good."""
-        session = self._session
-        session.is_amid = True
-        try:
-            return operation()
-        except Masked as exc:
-            self._masked = exc
-            raise
-        except BaseException as exc:
-            if session.is_amid:
-                self._masked = Masked(
-                    f"rank {self.rank} ({self.agent.name!r}) has left an operation amid its exchanges: {exc!r:.200}",
-                    hint="the other ranks mask it by their deadline; rejoin() brings it back",
-                )
-            raise
 
     def _route(self, call: DispatchCall) -> Routing:
         if call.handle is not None:
@@ -218,12 +208,6 @@ class ExpertParallel(Rank):
             gone = [rank for rank in range(self._limit) if not self._session.members.is_active(rank)]
             self._held = (key, np.where(np.isin(holders, gone), np.int32(-1), holders))
         return self._held[1]
-
-    def _sizes(self) -> Sizes:
-        placement, local_experts = self.placement.digest, len(self.local_experts)
-        return Sizes(
-            self.topk, self.max_tokens, self.hidden, placement, local_experts, self._limit, self._session.key
-        )  # fmt: skip
 
     def _scene(self) -> Scene:
         placement, local_experts = self.placement.digest, len(self.local_experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,13 @@ class Handle:
         """Whether every expert that the source named has a holder that got the row."""
         return int(self.chosen.sum()) == int((self.routing.row_ids >= 0).sum())
 
+    @property
+    def sources(self) -> Tensor:
+        """By row that came: the rank that it came from."""
+        import torch
+
+        return torch.from_numpy(sources_of(self.counts))
+
     def routing_with(self, weights: npt.NDArray[np.float32] | None) -> Routing:
         """Return the routing with these weights [tokens, topk] for the rows to take along."""
         rows = None if weights is None else self.routing.weights_by_row(weights)
@@ -114,15 +122,13 @@ class Dispatched:
     offsets: Tensor | None
     tokens: Tensor
     extra: tuple[Tensor, ...]
-    lost: tuple[int, ...]
+    lost: Sequence[int]
     handle: Handle
 
     @property
     def sources(self) -> Tensor:
         """By row: the rank that it came from."""
-        import torch
-
-        return torch.from_numpy(sources_of(self.handle.counts))
+        return self.handle.sources
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +137,7 @@ class Combined:
 
     out: Tensor
     topk_weights: Tensor | None
-    lost: tuple[int, ...]
+    lost: Sequence[int]
 
 
 def no_handle(ranks: int) -> Handle:

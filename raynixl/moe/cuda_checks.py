@@ -1,0 +1,152 @@
+"""Checks of calls on a GPU: what callers give there; what is wrong is kept, since the other ranks must hear of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raynixl.errors import ConfigError, RaynixlError
+from raynixl.moe.calls import check_place, check_tokens, columns_of, plain
+from raynixl.moe.checks import (
+    CombineArguments,
+    DispatchArguments,
+    Sizes,
+    biases_of,
+    check_apart,
+    check_out,
+    check_stats,
+    options,
+    rows_of,
+    said,
+)
+from raynixl.moe.cuda_calls import CudaCombineCall, CudaDispatchCall
+from raynixl.moe.cuda_result import CudaHandle
+from raynixl.moe.cuda_structs import COLUMNS
+
+
+def cuda_dispatch_call(
+    given: DispatchArguments, sizes: Sizes, gpu: int
+) -> tuple[CudaDispatchCall, RaynixlError | None]:
+    """Return the call, and what is wrong with it; then the call is one of nothing."""
+    try:
+        return _dispatch_call(given, sizes, gpu), None
+    except Exception as exc:  # noqa: BLE001 - the other ranks hear of it, and the caller gets it
+        return CudaDispatchCall((), False, 0, None, None, None, "slots", 1, "holder"), said(exc)
+
+
+def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDispatchCall:
+    handle = given.handle
+    if handle is not None and not isinstance(handle, CudaHandle):
+        raise ConfigError(
+            f"{type(handle).__name__} is no handle of a dispatch on a GPU", hint="give r.handle of an earlier one"
+        )
+    layout, alignment, weights_at = options(given)
+    rows, scales = given.x if isinstance(given.x, tuple) and len(given.x) == 2 else (given.x, None)
+    columns = [columns_of(rows, "x", width=sizes.hidden, gpu=gpu)]
+    tokens = len(columns[0].tensor)
+    check_tokens(tokens, sizes.max_tokens)
+    if scales is not None:
+        columns.append(columns_of(scales, "scales", tokens, gpu=gpu))
+    columns += [columns_of(one, "extra", tokens, gpu=gpu) for one in given.extra]
+    if len(columns) > COLUMNS:
+        raise ConfigError(f"{len(columns)} tensors travel with a row", hint=f"on a GPU {COLUMNS} do: put some together")
+    if given.stats is not None:
+        check_stats(given.stats, sizes.local_experts, of_counts=True, gpu=gpu)
+    weights = _weights(given.topk_weights, (tokens, sizes.topk), gpu)
+    ids: Tensor | None
+    if handle is None:
+        ids = _ids(given.topk_idx, (tokens, sizes.topk), gpu)
+    else:
+        ids = _cached_ids(handle, given.topk_idx, tokens, sizes)
+        weights = handle.weights if weights is None else weights
+    return CudaDispatchCall(
+        tuple(columns), scales is not None, tokens, ids, weights, handle, layout, alignment, weights_at
+    )
+
+
+def _ids(topk_idx: Any, shape: tuple[int, int], gpu: int) -> Tensor:
+    if not isinstance(topk_idx, Tensor) or topk_idx.dtype not in (torch.int32, torch.int64):
+        raise ConfigError("topk_idx is no int32 or int64 tensor", hint="give the experts' ids as [tokens, topk]")
+    if tuple(topk_idx.shape) != shape:
+        raise ConfigError(f"topk_idx has the shape {list(topk_idx.shape)}", hint=f"give {list(shape)}")
+    check_place(topk_idx, "topk_idx", gpu)
+    return topk_idx.contiguous()
+
+
+def _weights(topk_weights: Any, shape: tuple[int, int], gpu: int) -> Tensor | None:
+    if topk_weights is None:
+        return None
+    if not isinstance(topk_weights, Tensor) or not topk_weights.is_floating_point():
+        raise ConfigError("topk_weights is no floating tensor", hint="give a weight for each id, or None")
+    if tuple(topk_weights.shape) != shape:
+        raise ConfigError(f"topk_weights has the shape {list(topk_weights.shape)}", hint=f"give {list(shape)}")
+    check_place(topk_weights, "topk_weights", gpu)
+    return plain(topk_weights).float().contiguous()
+
+
+def _cached_ids(handle: CudaHandle, topk_idx: Any, tokens: int, sizes: Sizes) -> Tensor | None:
+    _check_session(handle, sizes.session)
+    if topk_idx is not None:
+        raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
+    if tokens != handle.call.tokens:
+        raise ConfigError(
+            f"{tokens} tokens with a handle of {handle.call.tokens}", hint="dispatch with ids instead of a handle"
+        )
+    if sizes.placement != handle.placement:
+        raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
+    return handle.call.ids
+
+
+def _check_session(handle: CudaHandle, session: int) -> None:
+    if handle.session != session:
+        raise ConfigError(
+            "the handle is of another layer, or from before this rank has rejoined",
+            hint="give the handle of a dispatch of this layer since then",
+        )
+
+
+def cuda_combine_call(
+    given: CombineArguments, *, hidden: int, session: int, gpu: int
+) -> tuple[CudaCombineCall, RaynixlError | None]:
+    """Return the call, and what is wrong with it; then the call is one of nothing."""
+    try:
+        return _combine_call(given, hidden, session, gpu), None
+    except Exception as exc:  # noqa: BLE001 - the other ranks hear of it, and the caller gets it
+        return CudaCombineCall(None, None, None, (), None, True), said(exc)
+
+
+def _combine_call(given: CombineArguments, hidden: int, session: int, gpu: int) -> CudaCombineCall:
+    handle, weights, out = given.handle, given.weights, given.out
+    if not isinstance(handle, CudaHandle):
+        raise ConfigError(
+            f"{type(handle).__name__} is no handle of a dispatch on a GPU", hint="give r.handle of the dispatch"
+        )
+    _check_session(handle, session)
+    if not given.summed and handle.weights_at != "source":
+        raise ConfigError(
+            "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"
+        )
+    if given.stats is not None:
+        raise ConfigError("stats of a combine on a GPU are not known", hint="leave stats= away")
+    y = rows_of(given.y, "y", expected_shape(handle), hidden, gpu=gpu)
+    shape = (handle.call.tokens, hidden)
+    if weights is not None:
+        rows = weights.flatten(0, -2) if isinstance(weights, Tensor) and weights.dim() == 3 else weights
+        weights = columns_of(rows, "weights", handle.rows, handle.topk, gpu=gpu).tensor.float().contiguous()
+    biases = biases_of(given.bias, shape, y.dtype, gpu=gpu)
+    if out is not None:
+        check_out(out, shape, y.dtype, gpu=gpu)
+        check_apart(out, y, biases, weights)
+        out = out.detach()
+    return CudaCombineCall(y, handle, weights, biases, out, given.summed)
+
+
+def expected_shape(handle: CudaHandle) -> tuple[int | None, ...]:
+    """Return the shape of y but for its columns; None where only the GPU knows."""
+    if handle.layout == "experts":
+        return (handle.padded,)
+    if handle.weights_at == "source":
+        return (None if handle.loads is None else sum(handle.loads),)
+    return (handle.world, handle.max_tokens) if handle.layout == "slots" else (handle.rows,)

@@ -1,0 +1,93 @@
+"""Devices: what expert parallelism asks of torch about a GPU. Tests without one put something else in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Gpu(Protocol):
+    """One GPU, as the thread that calls works with it."""
+
+    number: int
+
+    def stream(self) -> int:
+        """Return CUDA's handle of this thread's current stream."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return fresh memory, used on the current stream."""
+
+    def put(self, array: Any) -> Tensor:
+        """Return a copy of a small array of the host's; this thread waits for it."""
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """Return a copy in memory of the host; this thread waits for it."""
+
+    def bring(self, tensor: Tensor) -> Tensor:
+        """Return a copy of what is in memory of the host, which may be changed from now on."""
+
+    def here(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return what makes the stream that is current now that of another thread, meanwhile."""
+
+
+class TorchGpu:
+    """A GPU as torch knows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._device = torch.device("cuda", number)
+
+    def stream(self) -> int:
+        """See `Gpu`."""
+        return int(torch.cuda.current_stream(self.number).cuda_stream)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Gpu`."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def put(self, array: Any) -> Tensor:
+        """See `Gpu`."""
+        return torch.from_numpy(array.copy()).to(self._device)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """See `Gpu`."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor.detach())
+
+    def bring(self, tensor: Tensor) -> Tensor:
+        """See `Gpu`."""
+        return tensor.to(self._device)
+
+    def here(self) -> Callable[[], AbstractContextManager[Any]]:
+        """See `Gpu`."""
+        stream = torch.cuda.current_stream(self.number)
+        return lambda: torch.cuda.stream(stream)
+
+
+def gpu_of(tensor: Any) -> int | None:
+    """Return the number of the GPU that a tensor is on; None for the host, and for what is no tensor."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_cuda:
+        return None
+    return tensor.device.index or 0
+
+
+@cache
+def _torch_gpu(number: int) -> Gpu:
+    return TorchGpu(number)
+
+
+def gpu(number: int) -> Gpu:
+    """Return a GPU by its number. Tests put something else here."""
+    return _torch_gpu(number)
+
+
+def used_gpu() -> int | None:
+    """Return the number of the GPU that this thread works with; None where CUDA is not in use."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]

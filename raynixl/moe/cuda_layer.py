@@ -1,0 +1,185 @@
+"""Layers on a GPU: what the kernels of one `ExpertParallel` keep there and share with the host, and their launches."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from raynixl import cuda
+from raynixl.errors import TransferTimeout
+from raynixl.moe.cuda_presence import Presence
+from raynixl.moe.cuda_structs import NOWHERE, Layer, Mask, Page
+
+if TYPE_CHECKING:
+    from raynixl.moe.cuda_agreement import Agreed
+    from raynixl.moe.cuda_device import Gpu
+    from raynixl.native import Native
+
+__all__ = ["NOWHERE", "GpuLayer"]
+
+_HANG_SECONDS: Final = 30.0
+_PAUSE: Final = 5e-5
+_SLICE: Final = 2e-3
+_ONE: Final = (1, 1, 1)
+
+
+class GpuLayer:
+    """One agreement's windows, as kernels know them. One thread at a time launches.
+
+    Its memory is given back by `close` once nothing that was launched is left.
+    """
+
+    def __init__(self, gpu: Gpu, agreed: Agreed, core: Native, *, me: int, mask: int, look: Callable[[], None]) -> None:
+        from raynixl.moe.cuda_kernel import load_kernels
+
+        assert agreed.frame is not None
+        assert agreed.own is not None
+        self.gpu, self.frame, self.number = gpu, agreed.frame, agreed.number
+        self.ranks = agreed.frame.ranks
+        self.kernels = load_kernels(gpu.number)
+        self._core = core
+        self._context = cuda.primary(gpu.number)
+        self._memory = cuda.arena(ctypes.sizeof(Layer), gpu.number)
+        self.address = self._memory.address
+        with cuda.current(self._context):
+            self._pinned = cuda.host_alloc(ctypes.sizeof(Page) + ctypes.sizeof(Layer))
+            ctypes.memset(self._pinned, 0, ctypes.sizeof(Page) + ctypes.sizeof(Layer))
+            self.page = Page.from_address(self._pinned)
+            page = cuda.host_device_address(self._pinned)
+        gates = {rank: window.gates[0] for rank, window in agreed.windows.items()}
+        self._known = sum(1 << rank for rank in gates) | 1 << me
+        self.presence = Presence(gpu.number, gates, look, f"raynixl-moe-{me}")
+        self._masked = (mask | ~self._known) & ((1 << 64) - 1)
+        self.tickets = 0
+        addresses = {rank: window.address for rank, window in agreed.windows.items()}
+        self._upload(agreed, {**addresses, me: agreed.own.memory.address}, me, page)
+        self._stream: int | None = None
+
+    def _upload(self, agreed: Agreed, windows: dict[int, int], me: int, page: int) -> None:
+        layer = self.frame.layer(me, windows, page=page, operation=agreed.number << 32, mask=self._masked)
+        ctypes.memmove(self._pinned + ctypes.sizeof(Page), ctypes.addressof(layer), ctypes.sizeof(Layer))
+        with cuda.current(self._context):
+            stream = cuda.stream_create()
+            try:
+                source = self._pinned + ctypes.sizeof(Page)
+                cuda.memcpy_h2d_async(self.address, source, ctypes.sizeof(Layer), stream)
+                deadline = time.monotonic() + _HANG_SECONDS
+                while not cuda.stream_query(stream):
+                    if time.monotonic() > deadline:
+                        raise TransferTimeout(f"GPU {self.gpu.number} does nothing in {_HANG_SECONDS:g} s")
+                    time.sleep(_PAUSE)
+            finally:
+                cuda.stream_destroy(stream)
+
+    # What kernels have told
+
+    @property
+    def lost(self) -> int:
+        """Ranks that did not come in time, 1 bit each."""
+        return int(self.page.lost) & self._known
+
+    @property
+    def masked_by(self) -> int | None:
+        """The rank that goes on without us, if one does."""
+        by = int(self.page.masked)
+        return by - 1 if by else None
+
+    def take_refusal(self) -> tuple[int, int] | None:
+        """Return a rank whose line was refused, and why, once."""
+        ranks = int(self.page.refused)
+        if not ranks:
+            return None
+        self.page.refused = 0
+        rank = (ranks & -ranks).bit_length() - 1
+        return rank, int(self.page.status[rank])
+
+    def excuse(self, ranks: int) -> None:
+        """Have kernels that wait for these ranks wait no longer."""
+        if ranks & ~int(self.page.excused):
+            self.page.excused |= ranks
+
+    # Launches
+
+    def begin(self, mask: int) -> Call:
+        """Begin to put an operation on the current stream, without these ranks."""
+        stream = self.gpu.stream()
+        is_captured = self._is_captured(stream)
+        if stream != self._stream:
+            if not is_captured:
+                self.presence.follow(stream)
+            self._stream = stream
+        gone = mask | self.presence.enter()
+        call = Call(self, stream, is_captured=is_captured)
+        if gone & ~self._masked:
+            self._masked |= gone
+            call.launch("mask", Mask(self.address, self._masked), _ONE)
+            self.excuse(gone)
+        return call
+
+    def _is_captured(self, stream: int) -> bool:
+        with cuda.current(self._context):
+            return cuda.stream_is_capturing(stream)
+
+    def launch(self, kind: str, arguments: ctypes.Structure, grid: tuple[int, int, int], stream: int) -> None:
+        """Start a kernel on a stream."""
+        function, threads = self.kernels[kind]
+        with cuda.current(self._context):
+            cuda.launch(function, grid, (threads, 1, 1), [arguments], stream)
+
+    def grid(self, kind: str, *, rows: int, nbytes: int) -> tuple[int, int, int]:
+        """Return how many CTAs work on so many rows for each rank."""
+        return (self.kernels.grid(kind, self.ranks, rows, nbytes), 1, 1)
+
+    def wait_ticket(self, seconds: float, look: Callable[[], None]) -> None:
+        """Wait, without the interpreter's lock, until the last `arrive` has told what came.
+
+        Raises:
+            TransferTimeout: the GPU does not get to it.
+        """
+        address, until = self._pinned + Page.ticket.offset, time.monotonic() + seconds
+        while not self._core.look_for(address, self.tickets, _SLICE):
+            look()
+            if time.monotonic() > until:
+                raise TransferTimeout(
+                    f"GPU {self.gpu.number} has not come to a dispatch in {seconds:g} s",
+                    hint="what is on the stream before it does not end: see nvidia-smi",
+                )
+
+    def close(self, deadline: float) -> bool:
+        """Leave peers' memory and give ours back, but for the windows; False, and all stays, if a GPU does not end."""
+        if not self.presence.close(deadline):
+            return False
+        del self.page
+        with cuda.current(self._context):
+            cuda.host_free(self._pinned)
+        self._memory.close()
+        return True
+
+
+class Call:
+    """One operation on its way to a stream: its kernels in order. `end` says that all have been launched."""
+
+    def __init__(self, layer: GpuLayer, stream: int, *, is_captured: bool) -> None:
+        self._layer, self._stream, self.is_captured = layer, stream, is_captured
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._layer.presence.put(self._stream, is_captured=self.is_captured)
+
+    def launch(self, kind: str, arguments: ctypes.Structure, grid: tuple[int, int, int]) -> None:
+        """Start a kernel behind those before."""
+        self._layer.launch(kind, arguments, grid, self._stream)
+
+
+def nanoseconds(seconds: float) -> int:
+    """Return a duration as kernels take it."""
+    return max(1, int(seconds * 1e9))
+
+
+def address(tensor: Any) -> int:
+    """Return where a tensor lies; 0 for none."""
+    return 0 if tensor is None or tensor.numel() == 0 else int(tensor.data_ptr())

@@ -1,0 +1,255 @@
+"""The path on a GPU of one `ExpertParallel`: comes to agreements, keeps its layer there, and carries operations out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import torch
+
+from raynixl.errors import Masked, RaynixlError
+from raynixl.moe import cuda_device
+from raynixl.moe.cuda_agreement import Agreed, Agreement
+from raynixl.moe.cuda_combine import CudaCombine
+from raynixl.moe.cuda_dispatch import CudaDispatch, Scene, refused
+from raynixl.moe.cuda_layer import GpuLayer
+from raynixl.moe.cuda_need import Need, usual_need
+from raynixl.moe.cuda_result import LostRanks
+from raynixl.moe.lines import ranks_of
+
+if TYPE_CHECKING:
+    from raynixl.moe.cuda_calls import CudaCombineCall, CudaDispatchCall
+    from raynixl.moe.meeting import Meeting
+    from raynixl.moe.placement import Placement
+    from raynixl.moe.result import Combined, Dispatched
+    from raynixl.moe.session import Session
+    from raynixl.region import Region
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS: Final = 10.0
+_LATE: Final = "it did not come in time, as its GPU or ours has found"
+_ALL: Final = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What stays the same of an `ExpertParallel`."""
+
+    topk: int
+    max_tokens: int
+    hidden: int
+    itemsize: int
+    renormalises: bool
+
+
+class CudaPath:
+    """Operations on tensors of one GPU. All ranks use it for the same operations."""
+
+    def __init__(
+        self, session: Session, meeting: Meeting, facts: Facts, placement: Callable[[], Placement], *, let_in_at: int
+    ) -> None:
+        self._session, self._facts, self._placement = session, facts, placement
+        self._agreement = Agreement(session, meeting, facts.max_tokens, let_in_at=let_in_at)
+        self._agreed = Agreed()
+        self._layer: GpuLayer | None = None
+        self._gpu: int | None = None
+        self._number = 0
+        self._tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._told = 0
+        self._stuck: list[object] = []
+        self.is_used = False
+        """Whether the last operation was one on a GPU."""
+
+    @property
+    def reason(self) -> str:
+        """Why rows go through the host, if they do; '' where kernels put them into the peers' memory."""
+        return self._agreed.reason
+
+    @property
+    def gpu(self) -> int | None:
+        """The GPU whose tensors it takes."""
+        return self._gpu
+
+    # Agreements
+
+    def synchronise(self, need: Need, gpu: int | None, until: float) -> None:
+        """Agree with all ranks, at the same time, on who takes part and on windows for such needs.
+
+        Raises:
+            Masked: the others have gone on without us.
+        """
+        session, former = self._session, self._agreed
+        self.look()
+        agreed = self._agreement.come_to(
+            former, self._usual().with_(need), self._gpu if gpu is None else gpu, placement=self._placement().digest,
+            until=until, settle=lambda: self._settle(until),
+        )  # fmt: skip
+        self._gpu = self._gpu if gpu is None else gpu
+        self._agreed = agreed
+        self._number, self._told = agreed.number << 20, 0
+        if former.own is not None and former.own is not agreed.own:
+            self._withdraw(former.own)
+        if agreed.reason:
+            if self._gpu is not None:
+                logger.warning(
+                    "rows of %r go through the host: %s", session.members.names[session.members.me], self.reason
+                )
+            if agreed.own is not None:
+                self._withdraw(agreed.own)
+                agreed.own = None
+            return
+        assert self._gpu is not None
+        mask = session.members.mask & _ALL
+        self._layer = GpuLayer(
+            cuda_device.gpu(self._gpu), agreed, session.agent.native, me=session.members.me, mask=mask,
+            look=self._look_safely,
+        )  # fmt: skip
+
+    def is_ready(self, need: Need) -> bool:
+        """Whether such an operation can be carried out without another agreement: alike on all ranks."""
+        if self._agreed.number == 0:
+            return False
+        if self._agreed.reason:
+            return True
+        assert self._agreed.frame is not None
+        return need.is_met_by(self._agreed.frame) and self._experts() <= self._agreed.frame.experts
+
+    def _usual(self) -> Need:
+        facts, frame = self._facts, self._agreed.frame
+        usual = usual_need(
+            hidden_nbytes=facts.hidden * facts.itemsize, columns=facts.hidden, topk=facts.topk,
+            capacity=facts.max_tokens, experts=self._experts(),
+        )  # fmt: skip
+        if frame is None:
+            return usual
+        return usual.with_(Need(frame.row_nbytes, frame.item_nbytes, frame.items, frame.experts))
+
+    def _experts(self) -> int:
+        placement, ranks = self._placement(), self._session.members.names
+        return max(1, *(len(placement.experts_of(rank)) for rank in ranks))
+
+    def _settle(self, until: float) -> None:
+        """Wait until nothing is left of what was put on streams, and let go of the layer there is."""
+        layer, self._layer = self._layer, None
+        if layer is not None and not layer.close(until):
+            self._stuck.append(layer)
+            logger.error("a GPU does not end what it does for %r: its memory stays", self._session.agent.name)
+
+    def _withdraw(self, region: Region) -> None:
+        agent = self._session.agent
+        if region.is_registered and not agent.is_closed:
+            agent.deregister(region)
+
+    # Operations
+
+    def dispatch(self, call: CudaDispatchCall, error: RaynixlError | None, seconds: float) -> Dispatched | RaynixlError:
+        """Carry a dispatch out; return what is wrong with a rank's call.
+
+        Raises:
+            Masked: the others have gone on without us.
+        """
+        layer = self._begin()
+        if isinstance(layer, RaynixlError):
+            return layer
+        self._number += 1
+        before = layer.lost
+        work = CudaDispatch(layer, self._scene(layer), call, self._number, seconds, error, self.look)
+        result = work.run(self._absent())
+        self.look()
+        if isinstance(result, RaynixlError):
+            return result
+        lost = _lost_since(layer, before)
+        if work.needs_host:
+            return _with_lost(result, tuple(lost()))
+        return _with_lost(result, LostRanks(lost))
+
+    def combine(self, call: CudaCombineCall, error: RaynixlError | None, seconds: float) -> Combined | RaynixlError:
+        """Carry a combine out. Returns and raises as `dispatch` does."""
+        layer = self._begin()
+        if isinstance(layer, RaynixlError):
+            return layer
+        facts = self._facts
+        return CudaCombine(layer, call, facts.topk, facts.renormalises, seconds, error).run(self._absent())
+
+    def look(self) -> None:
+        """Learn from the GPU who is lost, and tell it who is gone.
+
+        Raises:
+            Masked: the others have gone on without us.
+        """
+        layer, session = self._layer, self._session
+        if layer is None:
+            return
+        for rank in ranks_of(layer.lost & ~self._told):
+            self._told |= 1 << rank
+            if session.members.is_active(rank):
+                session.lose(rank, _LATE)
+        self._excuse(layer)
+        by = layer.masked_by
+        if by is not None:
+            names, me = session.members.names, session.members.me
+            raise Masked(
+                f"rank {me} ({names.get(me)!r}) was masked by rank {by}: it did not come in time",
+                hint="rejoin() brings it back, and synchronise() on the others lets it in",
+            )
+
+    def close(self) -> None:
+        """Let go of everything once the GPU is through; no graph that has captured operations is replayed any more."""
+        self._agreement.close()
+        self._settle(time.monotonic() + _CLOSE_SECONDS)
+        own, self._agreed = self._agreed.own, Agreed()
+        if own is not None:
+            self._withdraw(own)
+        self._tables.clear()
+
+    def _begin(self) -> GpuLayer | RaynixlError:
+        """Return the layer, or what was wrong with a rank's call before, of which we have not heard yet."""
+        layer = self._layer
+        assert layer is not None
+        self.look()
+        status = layer.take_refusal()
+        return layer if status is None else refused(*status, self._session.members.names)
+
+    def _look_safely(self) -> None:
+        """On the watch's thread: who is gone need not be waited for."""
+        layer = self._layer
+        if layer is not None:
+            self._excuse(layer)
+
+    def _excuse(self, layer: GpuLayer) -> None:
+        gone = sum(1 << rank for rank in self._session.members.ranks if self._session.is_gone(rank))
+        layer.excuse(gone | self._session.members.mask & _ALL)
+
+    def _absent(self) -> int:
+        return self._session.members.mask & _ALL
+
+    def _scene(self, layer: GpuLayer) -> Scene:
+        session, facts, placement = self._session, self._facts, self._placement()
+        members = session.members
+        holders, local = self._holders(placement)
+        return Scene(
+            facts.topk, facts.max_tokens, layer.ranks, members.me, placement.digest, holders, local, self._experts(),
+            len(placement.experts_of(members.me)), session.key, members.names,
+        )  # fmt: skip
+
+    def _holders(self, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return by expert its rank and its local id, on the GPU; what graphs have captured stays."""
+        key = (placement.digest, self._gpu or 0)
+        if key not in self._tables:
+            gpu = cuda_device.gpu(self._gpu or 0)
+            self._tables[key] = (gpu.put(placement.holders), gpu.put(placement.local))
+        return self._tables[key]
+
+
+def _lost_since(layer: GpuLayer, before: int) -> Callable[[], tuple[int, ...]]:
+    """Return what tells who was lost since then."""
+    return lambda: ranks_of(layer.lost & ~before)
+
+
+def _with_lost(result: Dispatched, lost: Any) -> Dispatched:
+    return replace(result, lost=lost, handle=replace(result.handle, lost=lost))
