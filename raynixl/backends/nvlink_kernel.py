@@ -1,4 +1,4 @@
-"""The compiled kernels of nvlink_kernels.cu: by NVRTC, as it comes with cupy, once for each kind of GPU."""
+"""Compiled kernels, nvlink_kernels.cu before others: by NVRTC, as it comes with cupy, once for each kind of GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAP
 _HINT = "pip install 'raynixl[cu13]' (or [cu12]): cupy compiles the kernels"
 
 _lock = threading.Lock()  # protects _images
-_images: dict[tuple[str, tuple[str, ...]], bytes] = {}
+_images: dict[tuple[Path, str, tuple[str, ...]], bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,7 @@ def load_kernels(device: int, options: Sequence[str] = ()) -> Kernels:
     Raises:
         BackendUnavailable: cupy or NVRTC is not there, or what was compiled does not load.
     """
-    major = cuda.device_attribute(device, _CAPABILITY_MAJOR)
-    minor = cuda.device_attribute(device, _CAPABILITY_MINOR)
-    image = image_for(f"sm_{major}{minor}", options)
+    image = image_for(architecture_of(device), options)
     with cuda.on(device):
         module = cuda.module_load(image)
         return Kernels(module, {name: cuda.module_function(module, name) for name in NAMES})
@@ -61,27 +59,33 @@ NAMES = (
 )
 
 
-def image_for(architecture: str, options: Sequence[str] = ()) -> bytes:
-    """Return the kernels compiled for an architecture such as 'sm_90'.
+def architecture_of(device: int) -> str:
+    """Return what the compiler calls a GPU's kind."""
+    major = cuda.device_attribute(device, _CAPABILITY_MAJOR)
+    return f"sm_{major}{cuda.device_attribute(device, _CAPABILITY_MINOR)}"
+
+
+def image_for(architecture: str, options: Sequence[str] = (), *, source: Path = _SOURCE) -> bytes:
+    """Return the kernels of a source compiled for an architecture such as 'sm_90'.
 
     Raises:
         BackendUnavailable: cupy or NVRTC is not there.
     """
-    key = architecture, tuple(options)
+    key = source, architecture, tuple(options)
     with _lock:
         if key not in _images:
-            _images[key] = _cached(architecture, options)
+            _images[key] = _cached(source, architecture, options)
         return _images[key]
 
 
-def _cached(architecture: str, options: Sequence[str]) -> bytes:
-    source = _SOURCE.read_text()
+def _cached(file: Path, architecture: str, options: Sequence[str]) -> bytes:
+    source = file.read_text()
     text = "\n".join([source, architecture, *options, _version()])
     path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
     try:
         return path.read_bytes()
     except OSError:
-        image = _compile(source, architecture, options)
+        image = _compile(source, file.name, architecture, options)
         _keep(path, image)
         return image
 
@@ -112,10 +116,10 @@ def _version() -> str:
         raise BackendUnavailable(f"no compiler for kernels of GPUs: {exc}", hint=_HINT) from exc
 
 
-def _compile(source: str, architecture: str, options: Sequence[str]) -> bytes:
+def _compile(source: str, name: str, architecture: str, options: Sequence[str]) -> bytes:
     from cupy.cuda import nvrtc
 
-    program = nvrtc.createProgram(source, _SOURCE.name, [], [])
+    program = nvrtc.createProgram(source, name, [], [])
     try:
         nvrtc.compileProgram(program, [f"--gpu-architecture={architecture}", "--std=c++17", *options])
         image: bytes = nvrtc.getCUBIN(program)

@@ -405,12 +405,14 @@ __device__ __forceinline__ u64 masked_by_others(const Scene& scene, const Seen& 
   return heard & ~bit(scene.me);
 }
 
+// Mask ranks, and tell them, unless the host says that they are gone. Nothing touches their memory from then on.
 __device__ __forceinline__ void lose(const Scene& scene, u64 ranks) {
   Layer* layer = scene.layer;
-  layer->mask |= ranks;
+  auto* page = reinterpret_cast<volatile Page*>(layer->page);
+  u64 told = ranks & ~page->excused;
   for (u32 rank = 0; rank < layer->ranks; ++rank)
-    if (has(ranks, rank)) store_release(&item<u64>(layer->windows[rank] + layer->notices_at, scene.me), scene.number);
-  reinterpret_cast<volatile Page*>(layer->page)->lost |= ranks;
+    if (has(told, rank)) store_release(&item<u64>(layer->windows[rank] + layer->notices_at, scene.me), scene.number);
+  layer->mask |= ranks, page->lost |= ranks;
 }
 
 __device__ __forceinline__ void tell_refusals(const Scene& scene, const Seen& seen) {

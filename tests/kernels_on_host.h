@@ -1,0 +1,205 @@
+// What kernels for GPUs are written in, as ordinary code of the host: CTAs one after the other, their threads as fibers
+// that take turns at barriers. All of it is a thread's own, so that several threads may run kernels at a time, which wait
+// for each other as those of several GPUs do. Included before the kernels' source.
+#include <sched.h>
+#include <time.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct Index {
+  unsigned x;
+};
+static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace host {
+
+struct Fiber {
+  ucontext_t context;
+  bool is_done = false;
+  std::unique_ptr<char[]> stack{new char[128 << 10]};
+};
+struct Barrier {
+  unsigned size, waiting = 0, turn = 0;
+};
+
+thread_local std::vector<std::unique_ptr<Fiber>> fibers;
+thread_local std::vector<Barrier> barriers;  // the CTA's, then each warp's
+thread_local ucontext_t scheduler;
+thread_local std::function<void()> body;
+thread_local uint64_t exchanged[1024];
+thread_local int gathered;
+
+inline void let_others_run() { swapcontext(&fibers[threadIdx.x]->context, &scheduler); }
+
+inline void meet(Barrier& barrier) {
+  unsigned turn = barrier.turn;
+  if (++barrier.waiting == barrier.size) {
+    barrier.waiting = 0;
+    ++barrier.turn;
+    return;
+  }
+  while (barrier.turn == turn) let_others_run();
+}
+
+inline void run_fiber() {
+  body();
+  fibers[threadIdx.x]->is_done = true;
+  let_others_run();
+}
+
+inline void run_cta(unsigned threads) {
+  barriers.assign(1 + threads / 32, Barrier{32});
+  barriers[0].size = threads;
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  for (unsigned k = 0; k < threads; ++k) {
+    Fiber& fiber = *fibers[k];
+    fiber.is_done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {fiber.stack.get(), 0, 128 << 10};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  for (bool goes_on = true; goes_on;) {
+    goes_on = false;
+    for (unsigned k = 0; k < threads; ++k) {
+      if (fibers[k]->is_done) continue;
+      goes_on = true;
+      threadIdx.x = k;
+      swapcontext(&scheduler, &fibers[k]->context);
+    }
+  }
+}
+
+// Run a kernel: `kernel` calls it with its arguments.
+template <class Kernel>
+int run(Kernel kernel, unsigned grid, unsigned threads) {
+  blockDim.x = threads, gridDim.x = grid;
+  body = kernel;
+  for (unsigned k = 0; k < grid; ++k) blockIdx.x = k, run_cta(threads);
+  body = nullptr;
+  return 1;
+}
+
+template <class To, class From>
+To bits_of(From value) {
+  To made;
+  std::memcpy(&made, &value, sizeof made);
+  return made;
+}
+
+inline float widened(uint16_t half) { return float(bits_of<_Float16>(half)); }
+
+template <class Value, class Pick>
+Value exchange(Value value, Pick pick) {
+  Barrier& warp = barriers[1 + threadIdx.x / 32];
+  uint64_t* slots = exchanged + threadIdx.x / 32 * 32;
+  slots[threadIdx.x % 32] = uint64_t(value);
+  meet(warp);
+  Value found = pick(slots);
+  meet(warp);
+  return found;
+}
+
+}  // namespace host
+
+inline void __syncthreads() { host::meet(host::barriers[0]); }
+inline int __syncthreads_or(int value) {
+  if (threadIdx.x == 0) host::gathered = 0;
+  __syncthreads();
+  host::gathered |= value != 0;
+  __syncthreads();
+  int found = host::gathered;
+  __syncthreads();
+  return found;
+}
+inline void __syncwarp() { host::meet(host::barriers[1 + threadIdx.x / 32]); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __nanosleep(unsigned) { sched_yield(); }
+template <class Value>
+Value __shfl_sync(unsigned, Value value, unsigned from) {
+  return host::exchange(value, [&](const uint64_t* slots) { return Value(slots[from]); });
+}
+template <class Value>
+Value __shfl_xor_sync(unsigned, Value value, unsigned mask) {
+  unsigned from = threadIdx.x % 32 ^ mask;
+  return host::exchange(value, [&](const uint64_t* slots) { return Value(slots[from]); });
+}
+template <class Value>
+Value __shfl_up_sync(unsigned, Value value, unsigned by) {
+  unsigned lane = threadIdx.x % 32, from = lane < by ? lane : lane - by;
+  return host::exchange(value, [&](const uint64_t* slots) { return Value(slots[from]); });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return host::exchange(value, [&](const uint64_t* slots) {
+    uint64_t most = 0;
+    for (int k = 0; k < 32; ++k) most = slots[k] > most ? slots[k] : most;
+    return unsigned(most);
+  });
+}
+inline unsigned __ballot_sync(unsigned, int value) {
+  return host::exchange(unsigned(value != 0), [&](const uint64_t* slots) {
+    unsigned all = 0;
+    for (int k = 0; k < 32; ++k) all |= unsigned(slots[k]) << k;
+    return all;
+  });
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+template <class Value>
+Value atomicAdd(Value* to, Value value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+template <class Value>
+Value atomicOr(Value* to, Value value) {
+  return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+}
+template <class Value>
+Value atomicExch(Value* to, Value value) {
+  return __atomic_exchange_n(to, value, __ATOMIC_RELAXED);
+}
+template <class Value>
+Value atomicCAS(Value* to, Value expected, Value value) {
+  __atomic_compare_exchange_n(to, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+template <class Value>
+Value atomicMax(Value* to, Value value) {
+  Value before = *to;
+  if (value > before) *to = value;
+  return before;
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
+inline float __uint_as_float(unsigned value) { return host::bits_of<float>(value); }
+inline unsigned __float_as_uint(float value) { return host::bits_of<unsigned>(value); }
+inline double __longlong_as_double(long long value) { return host::bits_of<double>(value); }
+inline long long __double_as_longlong(double value) { return host::bits_of<long long>(value); }
+inline unsigned __float2uint_rn(float value) { return unsigned(std::nearbyint(value)); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }

@@ -1,0 +1,60 @@
+"""The kernels of raynixl/moe/kernels.cu, compiled for the host."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from ctypes import c_char_p, c_int, c_uint, c_void_p
+from pathlib import Path
+
+import pytest
+
+import raynixl.moe
+
+SOURCE = Path(raynixl.moe.__file__).with_name("kernels.cu")
+_HERE = Path(__file__).parent
+_HOST = _HERE / "moe_kernels_on_host.cpp"
+_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", f'-DKERNELS="{SOURCE}"')
+
+
+_lock = threading.Lock()  # one thread compiles
+
+
+def library() -> ctypes.CDLL:
+    """The kernels: raynixl_moe_host(name, grid, threads, arguments), from any number of threads at a time.
+
+    Compiled once for each state of the sources, and kept among the temporary files of this user.
+    """
+    with _lock:
+        return _made()
+
+
+@functools.cache
+def _made() -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    texts = [path.read_bytes() for path in (SOURCE, _HOST, _HERE / "kernels_on_host.h")]
+    digest = hashlib.sha256(b"\0".join([*texts, " ".join(_FLAGS).encode()])).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"raynixl-kernels-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    made = folder / f"moe-{digest}.so"
+    if not made.exists():
+        fresh = folder / f"{made.stem}-{os.getpid()}.so"
+        subprocess.run([compiler, *_FLAGS, str(_HOST), "-o", str(fresh)], check=True, timeout=200)
+        fresh.replace(made)
+    loaded = ctypes.CDLL(str(made))
+    loaded.raynixl_moe_host.argtypes = (c_char_p, c_uint, c_uint, c_void_p)
+    loaded.raynixl_moe_host.restype = c_int
+    return loaded
+
+
+def run_kernel(name: str, grid: int, threads: int, arguments: ctypes.Structure) -> None:
+    """Run a kernel to its end, in this thread."""
+    assert library().raynixl_moe_host(name.encode(), grid, threads, ctypes.addressof(arguments)), name
