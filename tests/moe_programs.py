@@ -315,7 +315,9 @@ def _given(state: State, step: Any) -> list[Tokens]:
 
 
 def _returned(ids: torch.Tensor) -> torch.Tensor:
-    """Weights that a holder returns: some number for each of its pairs."""
+    """Weights that a holder returns: some number for each of its pairs, by row that came."""
+    if ids.dim() > 2:
+        ids = ids[(ids >= 0).any(-1)]
     rows = torch.arange(1, len(ids) + 1, dtype=torch.float32)[:, None]
     return torch.where(ids >= 0, rows + torch.arange(ids.shape[1]) / 32, 0.0)
 

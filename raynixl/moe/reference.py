@@ -56,12 +56,13 @@ class Setting:
 
     def sources_at(self, holder: int) -> list[int]:
         """The active ranks in the order in which their rows lie at a holder."""
-        grid = self.grid
-        if grid is None:
+        if self.grid is None or self.layout == "slots":
             return self.active
-        group_of, local_of = grid.group_of(), grid.local_of()
-        members = len(grid.groups[group_of[holder]])  # who forwards has the local index of the column modulo this
-        return sorted(self.active, key=lambda rank: (local_of[rank] % members, local_of[rank], group_of[rank]))
+        groups = [[rank for rank in group if rank not in self.lost] for group in self.grid.groups]
+        members = next(len(group) for group in groups if holder in group)
+        places = {rank: (local, number) for number, group in enumerate(groups) for local, rank in enumerate(group)}
+        # who forwards has the local index of the column modulo the members
+        return sorted(self.active, key=lambda rank: (places[rank][0] % members, *places[rank]))
 
     def experts_of(self, rank: int) -> list[int]:
         """The physical experts of a rank, in the order of their local ids."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -13,12 +13,27 @@ from raynixl.errors import ConfigError
 from raynixl.moe.checks import CombineArguments, combine_call
 from raynixl.moe.local import expert_places
 from raynixl.moe.result import Dispatched
+from raynixl.moe.slots import in_slots, pairs_of, places_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.parallel import ExpertParallel
+    from raynixl.moe.placement import Placement
     from raynixl.moe.result import Handle
+
+
+LEAST: Final = 0.01
+"""Seconds that a stage has at the very least: where earlier ones have left none, the others are late as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Under what a handle is made: the order of the view, the placement, and how many slots of how many rows."""
+
+    view: tuple[int, int]
+    placement: Placement
+    slots: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,15 +43,29 @@ class TwoLevelHandle:
     across: tuple[Handle, ...]
     """By column that this rank takes part in, its own first."""
     inside: Handle
-    placement: int
-    """The digest of the placement that it was made under."""
+    made: Made
+    ids: Tensor
+    """The ids of this rank's tokens."""
     sources: Tensor
     tokens: Tensor
+    """By row in the order in which they came through the last stage: its source, and its token there."""
+    places: Tensor | None
+    """By row likewise: where it lies among fixed slots, if that is the layout."""
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """How many fixed slots there are, and of how many rows each."""
+        return self.made.slots
+
+    @property
+    def placement(self) -> int:
+        """The digest of the placement that it was made under."""
+        return self.made.placement.digest
 
     @property
     def layout(self) -> str:
         """How rows lie at their holder."""
-        return self.inside.layout
+        return self.inside.layout if self.places is None else "slots"
 
     @property
     def weights_at(self) -> str:
@@ -74,15 +103,11 @@ class Shares:
     order: tuple[int, ...]
     """Of each column that this rank takes part in: how many columns some member of it takes part in before."""
     count: int
-    _began: float = field(init=False, default=0.0)
-
-    def start(self) -> None:
-        """Begin."""
-        self._began = time.monotonic()
+    _began: float = field(init=False, default_factory=time.monotonic)
 
     def left(self, stage: int) -> float:
         """Return how long a stage may take from now on; the first is 0."""
-        return max(0.0, self._began + self.seconds * (stage + 1) / self.count - time.monotonic())
+        return max(LEAST, self._began + self.seconds * (stage + 1) / self.count - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,13 +127,11 @@ class Sending:
         """Refuse what cannot be taken apart for two stages.
 
         Raises:
-            ConfigError: x is no tensor, the handle is another's or of another placement, or fixed slots are asked for.
+            ConfigError: x is no tensor, or the handle is another's or of another placement.
         """
         rows = self.x[0] if isinstance(self.x, tuple) and self.x else self.x
         if not isinstance(rows, torch.Tensor) or rows.dim() < 1:
             raise ConfigError("x is no tensor with a row for each token", hint="give x as [tokens, hidden]")
-        if self.layout == "slots":
-            raise ConfigError("there are no fixed slots in two stages", hint="use layout 'tokens', or a flat topology")
         if self.handle is None:
             return
         if not isinstance(self.handle, TwoLevelHandle):
@@ -130,7 +153,7 @@ class Sending:
         if number:
             given = {name: _none_of(value) for name, value in given.items()}
         handle = None if self.handle is None else self.handle.across[number]
-        return {**given, "handle": handle, "layout": "tokens", "weights_at": self._weights_at}
+        return {**given, "handle": handle, "layout": "tokens", "weights_at": self.way[1]}
 
     def inside(self, came: Sequence[Dispatched], physical: Tensor) -> dict[str, Any]:
         """Return what is sent on: the rows of all columns; `physical` has the expert of each local id of the group."""
@@ -144,8 +167,28 @@ class Sending:
             "topk_weights": _joined(weights) if weights and not (is_cached and self.topk_weights is None) else None,
             "extra": tuple(_joined(parts) for parts in zip(*(one.extra for one in came), strict=True)),
             "handle": self.handle.inside if is_cached else None,
-            "layout": self._layout, "alignment": self.alignment, "weights_at": self._weights_at,
+            "layout": "tokens" if self.way[0] == "slots" else self.way[0], "alignment": self.alignment,
+            "weights_at": self.way[1],
         }  # fmt: skip
+
+    def result(self, r: Dispatched, across: tuple[Handle, ...], made: Made) -> TwoLevelDispatched:
+        """Return what the last stage has brought as the caller wants it."""
+        sources, tokens = self.origins(r)
+        slots, places = made.slots, None
+        if self.way[0] == "slots":
+            places = places_of(sources, slots[1])
+        ids = self.topk_idx.clone() if self.handle is None else self.handle.ids
+        handle = TwoLevelHandle(across, r.handle, made, ids, sources, tokens, places)
+        extra = r.extra if self.handle is not None else r.extra[:-1]
+        if places is None:
+            return TwoLevelDispatched.of(r, origins=sources, tokens=tokens, extra=extra, handle=handle)
+        order = places.argsort()
+        return TwoLevelDispatched.of(
+            r, origins=sources[order], tokens=tokens[order], handle=handle,
+            x=in_slots(r.x, places, slots), scales=in_slots(r.scales, places, slots),
+            topk_idx=in_slots(r.topk_idx, places, slots, -1), topk_weights=in_slots(r.topk_weights, places, slots),
+            extra=tuple(in_slots(one, places, slots) for one in extra),
+        )  # fmt: skip
 
     def origins(self, r: Dispatched) -> tuple[Tensor, Tensor]:
         """Return the source and the token of each row that came in the end."""
@@ -158,12 +201,13 @@ class Sending:
         return origin[:, 0].clone(), origin[:, 1].clone()
 
     @property
-    def _layout(self) -> str | None:
-        return self.handle.layout if self.layout is None and self.handle is not None else self.layout
-
-    @property
-    def _weights_at(self) -> str | None:
-        return self.handle.weights_at if self.weights_at is None and self.handle is not None else self.weights_at
+    def way(self) -> tuple[str | None, str | None]:
+        """Layout and place of the weights: those of the handle unless told otherwise."""
+        handle = self.handle
+        if handle is None:
+            return self.layout, self.weights_at
+        layout = handle.layout if self.layout is None else self.layout
+        return layout, handle.weights_at if self.weights_at is None else self.weights_at
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,15 +220,37 @@ class Returning:
     bias: Any
     out: Any
     summed: bool
+    stats: Any
 
-    def check(self, hidden: int) -> None:
-        """Refuse what only the last stage would find: by then others have gone on.
+    def checked(self, hidden: int, world: int) -> Returning:
+        """Refuse what only the last stage would find: by then others have gone on; return the rest as stages take it.
 
         Raises:
-            ConfigError: the handle is another's, or bias or out do not fit.
+            ConfigError: the handle is another's, or y, bias, out or stats do not fit.
         """
         if not isinstance(self.handle, TwoLevelHandle):
             raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of the dispatch")
+        self._check_ends(hidden)
+        if self.stats is not None and (not isinstance(self.stats, torch.Tensor) or self.stats.shape != (world,)):
+            raise ConfigError("stats has no place for each rank", hint=f"give float64 [{world}]")
+        return self if self.handle.places is None else self._from_slots(hidden)
+
+    def _from_slots(self, hidden: int) -> Returning:
+        """Return what lies in fixed slots in the order in which its rows came through the last stage."""
+        y, weights, handle = self.y, self.weights, self.handle
+        by_pair = handle.weights_at == "source"
+        rows = handle.places.argsort().argsort()  # by row as it came: where it lies among those in order of slots
+        if isinstance(y, torch.Tensor):
+            ids = torch.from_numpy(handle.inside.row_ids) >= 0
+            shape = (int(ids.sum()), hidden) if by_pair else (*handle.slots, hidden)
+            if tuple(y.shape) != shape:
+                raise ConfigError(f"y has the shape {list(y.shape)}", hint=f"the handle wants {list(shape)}")
+            y = y[pairs_of(ids, rows)] if by_pair else y.reshape(-1, hidden)[handle.places]
+        if isinstance(weights, torch.Tensor) and len(weights) == len(rows):
+            weights = weights[rows]
+        return replace(self, y=y, weights=weights)
+
+    def _check_ends(self, hidden: int) -> None:
         if not isinstance(self.y, torch.Tensor) or (self.bias is None and self.out is None):
             return
         y = torch.zeros((1, hidden), dtype=self.y.dtype).expand(self._items()[0], hidden)
