@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 import torch
 from moe_fault_crews import REST, VICTIM, WORLD, check, harm, layer
 from moe_faults import DISPATCH, OPTIONS
@@ -49,3 +50,28 @@ def test_memory_that_a_replaced_process_may_write_is_kept_from_others_while_it_l
         former.kill()
         check(ranks.call("moe_faults:steps", "layer", 2))
         assert ranks.call("moe_faults:quarantined", "layer") == [[]] * WORLD
+
+
+@pytest.mark.parametrize("backend", ["shm", "ucx"])
+def test_lines_that_a_replaced_process_writes_when_it_wakes_change_none_of_its_successors(backend: str) -> None:
+    if backend == "ucx":
+        pytest.importorskip("ucxx")
+    with Processes(WORLD, backends=(backend,)) as crew, layer(crew) as ranks:
+        phase = harm(ranks, DISPATCH[0], signal.SIGSTOP, deadline=1.0)[0].phase
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=REST), gone=[VICTIM])
+        former = ranks.replace(VICTIM)
+        ranks.tell(VICTIM, "moe_faults:join_round", ranks.names, {"name": "layer", "deadline": 20.0, **OPTIONS})
+        for rank in REST:
+            ranks.tell(rank, "moe_faults:one_round", "layer", VICTIM)
+        coming = [ranks.hear(rank)[-1].phase + 3 for rank in range(WORLD)][0]
+        while coming % 2 != phase % 2:  # their lines go to the same cells
+            coming = ranks.call("moe_faults:steps", "layer", 1)[0][0].phase + 3
+        for rank in (0, 1, VICTIM):
+            ranks.tell(rank, "moe_faults:step", "layer")
+        ranks.call("moe_faults:line_is_here", "layer", VICTIM, ranks=[3])
+        former.signal(signal.SIGCONT)
+        former.hear()  # it has written its lines, and found that it is masked, or that its way is cut
+        ranks.tell(3, "moe_faults:step", "layer", 2.0)
+        check([[ranks.hear(rank)] for rank in range(WORLD)])
+        check(ranks.call("moe_faults:steps", "layer", 3))
+        former.kill()
