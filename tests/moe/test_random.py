@@ -1,29 +1,28 @@
-"""A thousand random programs with all ranks in one process: each returns the bits of the reference.
+"""A thousand random programs, each with all its ranks in one process: they return the bits of the reference.
 
 A program that fails is printed with its seed, by which it is drawn again. The twin plays the first of each batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
-from moe_programs import check, play
-from moe_random import draw
+from moe_tools import Processes
+from weights_nursery import Nursery
 
 BATCHES, PROGRAMS, OF_TWIN = 20, 50, 12
+PLAYERS = 2
 
 
-def run(crew, seed):
-    program = draw(seed)
-    try:
-        with crew.experts(program.world, **program.options()) as layer:
-            check(program, layer.run(lambda rank, ep: play(program, rank, ep, layer.groups[rank])))
-    except BaseException as error:
-        error.add_note(f"program {seed}, again by draw({seed}): {program}")
-        raise
+@pytest.fixture(scope="module")
+def players(nursery: Nursery) -> Iterator[Processes]:
+    """Processes that play programs, each by itself: one for each core of a small machine."""
+    with Processes(PLAYERS, lent=nursery) as made:
+        yield made
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_random_programs(crew, batch):
-    programs = PROGRAMS if crew.agents[0].native_name == "native" else OF_TWIN
-    for number in range(programs):
-        run(crew, batch * PROGRAMS + number)
+def test_random_programs(players: Processes, batch: int) -> None:
+    played = players.call("moe_far:play_random", batch * PROGRAMS, PROGRAMS, OF_TWIN, PLAYERS)
+    assert sum(played) in (PROGRAMS, OF_TWIN)
