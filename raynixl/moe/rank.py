@@ -61,7 +61,7 @@ class Rank:
         self.dtype = dtype_of(dtype)
         self.on_lost = OnLost(on_lost)
         self.deadline = check_timeout(deadline, self.agent.config.transfer_timeout, what="deadline")
-        self._limit = _limit(len(group.members)) if max_ranks is None else positive(max_ranks, "max_ranks")
+        self._limit = default_limit(len(group.members)) if max_ranks is None else positive(max_ranks, "max_ranks")
         if len(group.members) > self._limit:
             raise ConfigError(f"{len(group.members)} members with max_ranks={max_ranks}", hint="raise max_ranks")
         row_nbytes = self.hidden * self.dtype.itemsize
@@ -311,7 +311,7 @@ class Rank:
             raise ConfigError(f"the ExpertParallel {self.name!r} is closed", hint="make a new one on every rank")
 
 
-def _limit(members: int) -> int:
+def default_limit(members: int) -> int:
     """Return how many ranks there may be by default: some more than there are."""
     limit = 16
     while limit < members + 4:
