@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import warm
 
 from raynixl import Agent, Region
 from raynixl.host import process_state
@@ -26,7 +27,7 @@ class FarAgent:
     """The near end: starts the process, asks it, stops, resumes and kills it."""
 
     def __init__(self, name: str, *, script: str = __file__, **settings: Any) -> None:
-        self._child = subprocess.Popen(
+        self._child = warm.popen(
             [sys.executable, script, name, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(HERE)},
         )  # fmt: skip

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+import warm
 
 if TYPE_CHECKING:
     from cuda_fake import FakeCuda
@@ -37,13 +38,16 @@ def holdings() -> Holdings:
     return Holdings(threads, children(), open_fds(), mapped_arenas())
 
 
-def children() -> frozenset[int]:
-    """The child processes, zombies included."""
+def children(of: int = 0) -> frozenset[int]:
+    """The child processes, zombies included, and those of the warm Python, which are ours too."""
     pids: set[int] = set()
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+    for task in os.listdir(f"/proc/{of or 'self'}/task"):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(f"/proc/{of or 'self'}/task/{task}/children", encoding="ascii") as file,
+        ):
             pids.update(int(pid) for pid in file.read().split())
-    return frozenset(pids)
+    return frozenset(pids if of else pids | children(warm.ready().pid))
 
 
 def open_fds() -> frozenset[tuple[int, str]]:
@@ -103,6 +107,13 @@ def _cheap_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm_python() -> Iterator[None]:
+    """End the warm Python, if a test has started it."""
+    yield
+    warm.cool()
+
+
 @pytest.fixture
 def fake_cuda() -> Iterator[FakeCuda]:
     """A fake CUDA driver of two GPUs; the test fails on every misuse and on what it does not give back."""
@@ -119,6 +130,7 @@ def nothing_left() -> Iterator[Callable[[], list[str]]]:
     The value can be called to ask what is held at the moment beyond what was there before.
     """
     gc.collect()
+    warm.ready()
     before = holdings()
     yield lambda: excess(before)
     deadline = time.monotonic() + SETTLE_SECONDS

@@ -13,6 +13,7 @@ from typing import Any
 
 import cuda_fake
 import cuda_scenes
+import warm
 
 from raynixl import cuda
 from raynixl.backends.nvlink_export import export
@@ -24,7 +25,7 @@ class FarCuda:
     """The other process, as a context manager. Whatever is asked is a method of `Far`."""
 
     def __init__(self, **settings: Any) -> None:
-        self._process = subprocess.Popen(
+        self._process = warm.popen(
             [sys.executable, __file__, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 

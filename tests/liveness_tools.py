@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from agent_tools import PATIENCE, eventually, make_config
 
 from raynixl import Agent, AgentConfig, RaynixlError, Region, RemoteRegion
@@ -30,8 +31,8 @@ class World:
 
     def __init__(self, factory: Factory = ShmBackend, config: AgentConfig = QUICK) -> None:
         self.near: Agent = make_agent("near", factory, config)
-        self.victim = FarProcess(factory, config, is_busy=False)
-        self.bystander = FarProcess(factory, config, is_busy=False)
+        self.victim = FarProcess(factory, config, is_busy=False, launch=warm.popen)
+        self.bystander = FarProcess(factory, config, is_busy=False, launch=warm.popen)
         self.open(self.bystander, "bystander")
         self.open(self.victim, "victim")
         self.is_stopped = False

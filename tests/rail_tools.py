@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import warm
 from native_tools import address_of
 
 from raynixl.backends.ucx_options import merge
@@ -149,7 +150,7 @@ class Target:
             file.truncate(nbytes)
         self.tls = tls
         self.memory = _mapped(path, nbytes)
-        self._child = subprocess.Popen(
+        self._child = warm.popen(
             [sys.executable, __file__, str(path), tls], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "UCX_LOG_LEVEL": "fatal"},
         )  # fmt: skip

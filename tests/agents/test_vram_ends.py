@@ -110,6 +110,7 @@ def test_a_killed_exporter_is_a_lost_peer_and_what_was_mapped_is_let_go_of(
         assert all(isinstance(transfer.error, PeerLost) for transfer in transfers)
     assert isinstance(error_of(plan.post()), PeerLost | PeerUnknown)
     eventually(lambda: handles(gpus) == 0, "handles are closed")
+    eventually(lambda: N not in [one.nbytes for one in gpus.host.ranges], "the arena is pinned no more")
     again = make_region(near, "vram", N, seed=4)
     assert np.array_equal(content(again), random_bytes(N, 4))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import warm
 from agent_tools import PATIENCE, eventually, introduce, make_agent, make_config, random_bytes
 from ucx_tools import MAGIC, is_heard, ucx_ports
 
@@ -31,7 +32,7 @@ ON_LOOPBACK: dict[str, Any] = {
 @pytest.fixture
 def far(nothing_left: Callable[[], list[str]]) -> Iterator[FarProcess]:
     """An agent of another process with a region 'theirs'."""
-    made = FarProcess(UcxBackend, make_config(**ON_LOOPBACK), is_busy=False)
+    made = FarProcess(UcxBackend, make_config(**ON_LOOPBACK), is_busy=False, launch=warm.popen)
     made.open("far")
     made.ask("make", "theirs", N, "arena", 1)
     yield made

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
+import warm
 from agent_tools import PATIENCE, eventually, introduce
 from lane_tools import CMA, TCP, config_for
 from liveness_tools import pattern
@@ -115,7 +116,7 @@ def test_one_process_has_64_peers() -> None:
 @contextmanager
 def crowd(tls: str, count: int) -> Iterator[list[FarProcess]]:
     """So many processes with an agent each that know each other."""
-    members = [FarProcess(UcxBackend, config_for(tls, **CALM), is_busy=False) for _ in range(count)]
+    members = [FarProcess(UcxBackend, config_for(tls, **CALM), is_busy=False, launch=warm.popen) for _ in range(count)]
     try:
         together(members, lambda far, number: far.open(f"member-{number}"))
         records = [far.ask("record") for far in members]

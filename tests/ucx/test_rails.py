@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from agent_tools import MIB, PATIENCE, eventually, make_agent, make_config, random_bytes
 
 from raynixl import Agent, Region, RemoteRegion
@@ -41,7 +42,7 @@ def settings(rails: tuple[str, ...]) -> dict[str, Any]:
 @pytest.fixture
 def far(settings: dict[str, Any], _leaves_nothing: None) -> Iterator[FarProcess]:
     """An agent of another process with a region 'theirs'."""
-    made = FarProcess(UcxBackend, make_config(**settings), is_busy=False)
+    made = FarProcess(UcxBackend, make_config(**settings), is_busy=False, launch=warm.popen)
     made.open("far")
     made.ask("make", "theirs", N, "user", 1)
     yield made
@@ -152,7 +153,7 @@ def test_an_endpoint_that_fails_resets_the_lane_and_the_next_transfer_makes_anot
 def test_peers_with_different_rails_use_those_that_they_share(
     settings: dict[str, Any], rails: tuple[str, ...], ours: int, others: int
 ) -> None:
-    far = FarProcess(UcxBackend, make_config(**{**settings, "rails": rails[:others]}), is_busy=False)
+    far = FarProcess(UcxBackend, make_config(**{**settings, "rails": rails[:others]}), is_busy=False, launch=warm.popen)
     try:
         far.open("far")
         far.ask("make", "theirs", N, "user", 1)
