@@ -23,8 +23,14 @@ def packed(value: Any) -> Any:
         return value if value and isinstance(value[0], str) else tuple(packed(each) for each in value)
     if value is None or isinstance(value, dict):
         return value
-    names = ("x", "scales", "topk_idx", "topk_weights", "counts", "offsets", "sources", "tokens")
-    return {name: packed(getattr(value, name)) for name in names} | {"lost": tuple(getattr(value, "lost", ()))}
+    names = ("x", "scales", "topk_idx", "topk_weights", "counts", "offsets")
+    whence = {name: packed(_filled(getattr(value, name))) for name in ("sources", "tokens")}
+    return {name: packed(getattr(value, name)) for name in names} | whence | {"lost": tuple(getattr(value, "lost", ()))}
+
+
+def _filled(whence: torch.Tensor) -> torch.Tensor:
+    """What is told of rows, where GPUs tell it of all fixed places."""
+    return whence[whence >= 0] if whence.dim() == 2 else whence
 
 
 def unpacked(value: Packed) -> torch.Tensor:

@@ -50,6 +50,8 @@ class Agreed:
     frame: Frame | None = None
     own: Region | None = None
     windows: dict[int, Window] = field(default_factory=dict)
+    sharing: int = 1
+    """How many ranks have their windows on our GPU, ours among them."""
     reason: str = ""
     """Why rows go through the host; '' where they do not."""
 
@@ -146,22 +148,27 @@ class Agreement:
         self._offer = Offer(number=made.number, frame=_numbers(frame), arena=Arena.of(made.own))
 
     def _reach_all(self, made: Agreed, device: int, until: float) -> None:
-        assert made.frame is not None
+        assert made.own is not None
         for rank in self._session.members.ranks:
             try:
-                made.windows[rank] = self._reach(rank, made.number, made.frame, device, until)
+                offer = self._ask(rank, made, until)
+                timeout = max(_LEAST_SECONDS, until - time.monotonic())
+                made.windows[rank] = self._agent.window(offer.arena.remote, timeout=timeout, device=device)
+                made.sharing += _gpu_of(offer.arena) == _gpu_of(Arena.of(made.own))
             except RaynixlError as exc:
                 if not self._session.is_gone(rank):
                     made.reason = f"rank {rank} is not reached: {exc}"
                     return
 
-    def _reach(self, rank: int, number: int, frame: Frame, device: int, until: float) -> Window:
+    def _ask(self, rank: int, made: Agreed, until: float) -> Offer:
         name = self._session.channels[rank].name
         timeout = max(_LEAST_SECONDS, until - time.monotonic())
-        offer = Offer.from_bytes(self._agent.peer(name).ask(self._topic, str(number).encode(), timeout=timeout).wait())
-        if (offer.number, offer.frame, offer.arena.owner) != (number, _numbers(frame), name):
+        asked = self._agent.peer(name).ask(self._topic, str(made.number).encode(), timeout=timeout)
+        offer = Offer.from_bytes(asked.wait())
+        assert made.frame is not None
+        if (offer.number, offer.frame, offer.arena.owner) != (made.number, _numbers(made.frame), name):
             raise IntegrityError(f"{name!r} offers another window", hint="make the layer anew", peer=name)
-        return self._agent.window(offer.arena.remote, timeout=timeout, device=device)
+        return offer
 
     def _answer(self, _peer: str, payload: bytes) -> bytes:
         offer = self._offer
@@ -178,3 +185,8 @@ class Agreement:
 def _numbers(frame: Frame) -> tuple[int, ...]:
     """Return what tells frames apart."""
     return (*astuple(frame), frame.nbytes)
+
+
+def _gpu_of(window: Arena) -> object:
+    """Return the GPU that a window is on, as all processes know it."""
+    return window.record.keys.get("nvlink", {}).get("uuid")

@@ -134,7 +134,7 @@ class CudaDispatch:
         )  # fmt: skip
         op.launch("arrive", made, (1, 1, 1))
         layer.wait_ticket(self.seconds + _QUEUE_SECONDS, self.look)
-        page = layer.page
+        page = layer.told
         for rank in range(layer.ranks):
             if page.status[rank] != Refusal.FINE:
                 page.refused &= ~(1 << rank)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from raynixl import cuda
 from raynixl.errors import TransferTimeout
+from raynixl.moe.cuda_kernel import Kernels, load_kernels
 from raynixl.moe.cuda_presence import Presence
-from raynixl.moe.cuda_structs import NOWHERE, Layer, Mask, Page
+from raynixl.moe.cuda_structs import NOWHERE, RANKS, Arrive, Give, Layer, Mask, Order, Page, Send, Sum, Take
 
 if TYPE_CHECKING:
     from raynixl.moe.cuda_agreement import Agreed
@@ -23,6 +26,7 @@ _HANG_SECONDS: Final = 30.0
 _PAUSE: Final = 5e-5
 _SLICE: Final = 2e-3
 _ONE: Final = (1, 1, 1)
+_SPARE_NBYTES: Final = 256
 
 
 class GpuLayer:
@@ -32,73 +36,101 @@ class GpuLayer:
     """
 
     def __init__(self, gpu: Gpu, agreed: Agreed, core: Native, *, me: int, mask: int, look: Callable[[], None]) -> None:
-        from raynixl.moe.cuda_kernel import load_kernels
-
         assert agreed.frame is not None
         assert agreed.own is not None
         self.gpu, self.frame, self.number = gpu, agreed.frame, agreed.number
         self.ranks = agreed.frame.ranks
-        self.kernels = load_kernels(gpu.number)
+        self.kernels = replace(_kernels(gpu.number), sharing=agreed.sharing)
         self._core = core
         self._context = cuda.primary(gpu.number)
-        self._memory = cuda.arena(ctypes.sizeof(Layer), gpu.number)
+        self._memory = cuda.arena(ctypes.sizeof(Layer) + _SPARE_NBYTES, gpu.number)
         self.address = self._memory.address
         with cuda.current(self._context):
             self._pinned = cuda.host_alloc(ctypes.sizeof(Page) + ctypes.sizeof(Layer))
             ctypes.memset(self._pinned, 0, ctypes.sizeof(Page) + ctypes.sizeof(Layer))
-            self.page = Page.from_address(self._pinned)
+            self.page: Page | None = Page.from_address(self._pinned)
             page = cuda.host_device_address(self._pinned)
         gates = {rank: window.gates[0] for rank, window in agreed.windows.items()}
         self._known = sum(1 << rank for rank in gates) | 1 << me
         self.presence = Presence(gpu.number, gates, look, f"raynixl-moe-{me}")
         self._masked = (mask | ~self._known) & ((1 << 64) - 1)
         self.tickets = 0
+        self._lock = threading.Lock()  # protects what the watch writes to the page, and the page's end
+        self._last_lost = 0
         addresses = {rank: window.address for rank, window in agreed.windows.items()}
         self._upload(agreed, {**addresses, me: agreed.own.memory.address}, me, page)
         self._stream: int | None = None
 
     def _upload(self, agreed: Agreed, windows: dict[int, int], me: int, page: int) -> None:
+        """Tell the GPU what it must know, when every kernel has run once.
+
+        CUDA loads code at first use, for which kernels that wait for others would be in the way, and so it would be in
+        the way of a capture.
+        """
+        cold = Layer(page=page, masked=RANKS, ranks=1, capacity=1)
         layer = self.frame.layer(me, windows, page=page, operation=agreed.number << 32, mask=self._masked)
-        ctypes.memmove(self._pinned + ctypes.sizeof(Page), ctypes.addressof(layer), ctypes.sizeof(Layer))
         with cuda.current(self._context):
             stream = cuda.stream_create()
             try:
-                source = self._pinned + ctypes.sizeof(Page)
-                cuda.memcpy_h2d_async(self.address, source, ctypes.sizeof(Layer), stream)
-                deadline = time.monotonic() + _HANG_SECONDS
-                while not cuda.stream_query(stream):
-                    if time.monotonic() > deadline:
-                        raise TransferTimeout(f"GPU {self.gpu.number} does nothing in {_HANG_SECONDS:g} s")
-                    time.sleep(_PAUSE)
+                self._put(cold, stream)
+                for kind, arguments in _nothings(self.address):
+                    self.launch(kind, arguments, _ONE, stream)
+                self._wait(stream)
+                ctypes.memset(self._pinned, 0, ctypes.sizeof(Page))
+                self._put(layer, stream)
+                self._wait(stream)
             finally:
                 cuda.stream_destroy(stream)
+
+    def _put(self, layer: Layer, stream: int) -> None:
+        source = self._pinned + ctypes.sizeof(Page)
+        ctypes.memmove(source, ctypes.addressof(layer), ctypes.sizeof(Layer))
+        cuda.memcpy_h2d_async(self.address, source, ctypes.sizeof(Layer), stream)
+
+    def _wait(self, stream: int) -> None:
+        deadline = time.monotonic() + _HANG_SECONDS
+        while not cuda.stream_query(stream):
+            if time.monotonic() > deadline:
+                raise TransferTimeout(
+                    f"GPU {self.gpu.number} does nothing in {_HANG_SECONDS:g} s", hint="see what it does: nvidia-smi"
+                )
+            time.sleep(_PAUSE)
 
     # What kernels have told
 
     @property
+    def told(self) -> Page:
+        """What kernels tell the host, while the layer is open."""
+        assert self.page is not None
+        return self.page
+
+    @property
     def lost(self) -> int:
         """Ranks that did not come in time, 1 bit each."""
-        return int(self.page.lost) & self._known
+        page = self.page
+        return (self._last_lost if page is None else int(page.lost)) & self._known
 
     @property
     def masked_by(self) -> int | None:
         """The rank that goes on without us, if one does."""
-        by = int(self.page.masked)
+        by = int(self.told.masked)
         return by - 1 if by else None
 
     def take_refusal(self) -> tuple[int, int] | None:
         """Return a rank whose line was refused, and why, once."""
-        ranks = int(self.page.refused)
+        page = self.told
+        ranks = int(page.refused)
         if not ranks:
             return None
-        self.page.refused = 0
+        page.refused = 0
         rank = (ranks & -ranks).bit_length() - 1
-        return rank, int(self.page.status[rank])
+        return rank, int(page.status[rank])
 
     def excuse(self, ranks: int) -> None:
         """Have kernels that wait for these ranks wait no longer."""
-        if ranks & ~int(self.page.excused):
-            self.page.excused |= ranks
+        with self._lock:
+            if self.page is not None and ranks & ~int(self.page.excused):
+                self.page.excused |= ranks
 
     # Launches
 
@@ -151,7 +183,9 @@ class GpuLayer:
         """Leave peers' memory and give ours back, but for the windows; False, and all stays, if a GPU does not end."""
         if not self.presence.close(deadline):
             return False
-        del self.page
+        with self._lock:
+            assert self.page is not None
+            self._last_lost, self.page = int(self.page.lost), None
         with cuda.current(self._context):
             cuda.host_free(self._pinned)
         self._memory.close()
@@ -173,6 +207,26 @@ class Call:
     def launch(self, kind: str, arguments: ctypes.Structure, grid: tuple[int, int, int]) -> None:
         """Start a kernel behind those before."""
         self._layer.launch(kind, arguments, grid, self._stream)
+
+
+def _kernels(device: int) -> Kernels:
+    """Return the kernels of a GPU, loaded once for the process."""
+    made: Kernels = cuda.kept(("moe kernels", device), lambda: load_kernels(device))
+    return made
+
+
+def _nothings(layer: int) -> list[tuple[str, ctypes.Structure]]:
+    """Return arguments with which each kernel does nothing."""
+    send = Send(layer=layer, ranks=1, topk=1, ids_nbytes=4, row_nbytes=16)
+    take = Take(layer=layer, ranks=1, topk=1, ids_nbytes=4, row_nbytes=16, ids_at=NOWHERE, weights_at=NOWHERE)
+    take.token_at = NOWHERE
+    give = Give(layer=layer, ranks=1, topk=1, item_nbytes=16, beside_at=NOWHERE)
+    added = Sum(layer=layer, ranks=1, topk=1, item_nbytes=16, beside_at=NOWHERE)
+    order = Order(layer=layer, ranks=1, topk=1, row_nbytes=16, alignment=1, offsets=layer + ctypes.sizeof(Layer))
+    return [
+        ("send", send), ("arrive", Arrive(layer=layer, ranks=1)), ("order", order), ("take", take), ("give", give),
+        ("sum", added), ("mask", Mask(layer=layer)),
+    ]  # fmt: skip
 
 
 def nanoseconds(seconds: float) -> int:
