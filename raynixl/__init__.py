@@ -18,6 +18,7 @@ Importing this package loads none of torch, ray, ucxx or cupy; a name is importe
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,9 +78,17 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
-    if name in _HOME:
+    if name not in _HOME:
+        raise AttributeError(f"module 'raynixl' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    try:
         return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'raynixl' has no attribute {name!r}")
+    except ModuleNotFoundError as exc:
+        if exc.name not in ("ray", "torch"):
+            raise
+        from raynixl.errors import BackendUnavailable
+
+        hint = f"pip install 'raynixl[{exc.name}]'"
+        raise BackendUnavailable(f"raynixl.{name} needs the package {exc.name}", hint=hint) from exc
 
 
 def __dir__() -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretBytes, ValidationError
 
 from raynixl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
 _PREFIX = "RAYNIXL_"
@@ -66,9 +70,21 @@ def default_backends() -> tuple[str, ...]:
 
 
 class AgentConfig(BaseModel):
-    """How an agent behaves. Every wait it makes is bounded by one of these deadlines."""
+    """How an agent behaves. Every wait it makes is bounded by one of these deadlines.
+
+    Raises:
+        ConfigError: there is no setting of that name, or its value is not usable.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    if not TYPE_CHECKING:  # to type checkers the settings below are its arguments
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as exc:
+                raise _unusable(exc) from exc
 
     backends: tuple[str, ...] = Field(default_factory=default_backends, min_length=1)
     """Backends in order of preference; the first that can carry a transfer takes it. By default those that serve one
@@ -165,27 +181,53 @@ def kept_variables(prefix: str) -> Iterator[None]:
 def from_env(base: AgentConfig | None = None) -> AgentConfig:
     """Return `base` (or the defaults) overridden by RAYNIXL_* variables, e.g. RAYNIXL_COPY_THREADS=2.
 
-    Lists are separated by commas; booleans are 0 or 1.
+    Lists are separated by commas; booleans are 0 or 1. A variable that names no setting is warned of.
 
     Raises:
         ConfigError: a variable holds an unusable value.
     """
     values = {} if base is None else base.model_dump()
-    for name in AgentConfig.model_fields:
-        text = os.environ.get(_PREFIX + name.upper())
-        if text is not None:
-            try:
-                values[name] = _PARSERS.get(name, str)(text)
-            except ConfigError as exc:
-                raise _unusable(name, exc.message) from exc
-    try:
-        return AgentConfig.model_validate(values)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        raise _unusable(str(first["loc"][0]) if first["loc"] else "?", first["msg"]) from exc
+    for variable, text in variables(_PREFIX).items():
+        name = variable.removeprefix(_PREFIX).lower()
+        if name not in AgentConfig.model_fields:
+            logger.warning("the variable %s sets nothing: there is no setting %r; %s", variable, name, _alike(name))
+            continue
+        try:
+            values[name] = _PARSERS.get(name, str)(text)
+        except ConfigError as exc:
+            raise _refusal(name, exc.message) from exc
+    return AgentConfig(**values)
 
 
-def _unusable(name: str, reason: str) -> ConfigError:
+def check_config(config: AgentConfig | None) -> AgentConfig:
+    """Return what an agent goes by: what it was given, or the defaults and the environment for None.
+
+    Raises:
+        ConfigError: it is something else, or a variable holds an unusable value.
+    """
+    if config is None:
+        return from_env()
+    if not isinstance(config, AgentConfig):
+        raise ConfigError(f"{config!r:.80} is no configuration", hint="give config=rx.AgentConfig(...)")
+    return config
+
+
+def _unusable(exc: ValidationError) -> ConfigError:
+    """Say which setting cannot be used and why, of what pydantic found first."""
+    first = exc.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "?"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"there is no setting {name!r}", hint=_alike(name))
+    return _refusal(name, first["msg"])
+
+
+def _refusal(name: str, reason: str) -> ConfigError:
     return ConfigError(
         f"setting {name!r} is not usable: {reason}", hint=f"mend it in AgentConfig or in {_PREFIX}{name.upper()}"
     )
+
+
+def _alike(name: str) -> str:
+    """Say which settings there are that somebody may have meant."""
+    found = difflib.get_close_matches(name, AgentConfig.model_fields, n=1)
+    return f"did you mean {found[0]!r}?" if found else f"there are: {', '.join(AgentConfig.model_fields)}"

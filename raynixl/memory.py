@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ class Memory:
     address: int
     nbytes: int
     writable: bool
-    owner: Any
+    owner: Any = field(repr=False)  # may be large, or a GPU's: showing it would wait for the device
     fd: int = -1
 
 

@@ -38,10 +38,10 @@ def check_name(name: str, what: str = "name") -> str:
         ConfigError: it cannot.
     """
     if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{what} {name!r:.80} is not usable",
-            hint=f"use 1 to {MAX_NAME_CHARS} printable characters with no space at the ends",
-        )
+        hint = f"use 1 to {MAX_NAME_CHARS} printable characters with no space at the ends"
+        if not isinstance(name, str):
+            hint = "give a text; of an actor's handle raynixl.actors.agent_name(handle) tells it"
+        raise ConfigError(f"{what} {name!r:.80} is not usable", hint=hint)
     return name
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raynixl import AgentConfig, ConfigError
+from raynixl import Agent, AgentConfig, ConfigError
 from raynixl.config import check_timeout, check_wait, from_env
 
 GOOD: list[tuple[str, str, Any]] = [
@@ -73,9 +73,29 @@ def test_without_variables_the_base_stays(monkeypatch: pytest.MonkeyPatch) -> No
     assert from_env() == AgentConfig()
 
 
-def test_unknown_fields_and_changes_are_refused() -> None:
-    with pytest.raises(ValidationError):
-        AgentConfig(nonsense=1)  # type: ignore[call-arg]
+def test_a_setting_that_is_not_there_is_refused_with_the_one_that_is_like_it() -> None:
+    with pytest.raises(ConfigError, match="no setting 'copy_thread'; did you mean 'copy_threads'"):
+        AgentConfig(copy_thread=1)
+    with pytest.raises(ConfigError, match="no setting 'nonsense'; there are: backends, native"):
+        AgentConfig(nonsense=1)
+
+
+@pytest.mark.parametrize("settings", [{"copy_threads": 0}, {"backends": "shm"}, {"transfer_timeout": -1.0}])
+def test_an_unusable_value_is_a_config_error_that_names_its_setting(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"setting '{next(iter(settings))}' is not usable"):
+        AgentConfig(**settings)
+
+
+def test_a_variable_that_sets_nothing_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAYNIXL_COPY_THREAD", "2")
+    assert from_env() == AgentConfig()
+    assert "RAYNIXL_COPY_THREAD sets nothing" in caplog.text
+    assert "did you mean 'copy_threads'" in caplog.text
+
+
+def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError):
         AgentConfig().copy_threads = 1  # type: ignore[misc]
 
@@ -93,3 +113,8 @@ def test_deadlines_have_defaults_and_waits_may_be_a_look() -> None:
     assert check_timeout(None, 7.0) == 7.0
     assert check_timeout(3, 7.0) == 3.0
     assert check_wait(0) == 0.0
+
+
+def test_what_is_no_configuration_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"give config=rx.AgentConfig"):
+        Agent("a", config={"copy_threads": 2})  # type: ignore[arg-type]

@@ -48,8 +48,9 @@ def test_every_public_name_can_be_imported(name: str) -> None:
 
 
 def test_other_names_are_refused_as_python_does() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'Agents'"):
+    with pytest.raises(AttributeError, match="no attribute 'Agents'") as found:
         _ = raynixl.Agents  # type: ignore[attr-defined]
+    assert (found.value.name, found.value.obj) == ("Agents", raynixl)  # from these Python guesses what was meant
     assert set(raynixl.__all__) <= set(dir(raynixl))
 
 
@@ -66,3 +67,16 @@ with Agent("a") as a, Agent("b") as b:
     print(*sorted(set(sys.modules) - before))
 """
     assert fresh(code) == ""
+
+
+@pytest.mark.parametrize(("name", "package"), [("worker", "ray"), ("WeightSync", "ray"), ("ExpertParallel", "torch")])
+def test_a_name_whose_package_is_not_installed_says_how_to_get_it(name: str, package: str) -> None:
+    code = f"""
+import sys, raynixl
+sys.modules[{package!r}] = None
+try:
+    raynixl.{name}
+except raynixl.BackendUnavailable as exc:
+    print(exc)
+"""
+    assert fresh(code) == f"raynixl.{name} needs the package {package}; pip install 'raynixl[{package}]'"

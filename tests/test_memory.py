@@ -102,3 +102,7 @@ def test_unsealed_memory_of_a_peer_is_refused() -> None:
             check_sealed(fd, PAGE_NBYTES)
     finally:
         os.close(fd)
+
+
+def test_memory_is_shown_without_the_bytes_behind_it() -> None:
+    assert "array" not in repr(resolve(np.zeros(100_000)))

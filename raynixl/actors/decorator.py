@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, overload
 import ray
 
 from raynixl.actors.process import start_agent
-from raynixl.config import AgentConfig
+from raynixl.config import AgentConfig, check_config
 from raynixl.errors import ConfigError
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def worker(cls: Any = None, *, name: str = "", config: AgentConfig | None = None
     named `name`, else as the actor is, else after the class and the actor's id.
 
     Raises:
-        ConfigError: what it decorates is not a class.
+        ConfigError: what it decorates is not a class, or `config` no configuration.
     """
     if cls is None:
         return functools.partial(_decorate, name=name, config=config)
@@ -35,6 +35,8 @@ def worker(cls: Any = None, *, name: str = "", config: AgentConfig | None = None
 
 
 def _decorate(target: Any, *, name: str, config: AgentConfig | None) -> Any:
+    if config is not None:
+        check_config(config)
     if isinstance(target, ray.actor.ActorClass):
         _hook(cast(Any, target).__ray_metadata__.modified_class, name, config)
     elif inspect.isclass(target):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
@@ -40,6 +40,7 @@ class WeightSync:
     def __init__(
         self, name: str, sources: Sequence[Any], targets: Sequence[Any], *, timeout: float = 60.0, **options: Any
     ) -> None:
+        sources, targets = _listed(sources, "sources"), _listed(targets, "targets")
         self._names: dict[str, str] = {}  # of the agents behind handles, by the actors' ids: dead ones do not say
         self._learn([*sources, *_ranks(targets)], timeout=max(timeout, ATTACH_TIMEOUT))
         here = [self._name(source) for source in sources]
@@ -101,6 +102,12 @@ class WeightSync:
             [self._name(rank) for rank in target] if isinstance(target, list | tuple) else self._name(target)
             for target in targets
         ]
+
+
+def _listed(workers: Sequence[Any], what: str) -> list[Any]:
+    if isinstance(workers, str) or not isinstance(workers, Iterable):
+        raise ConfigError(f"{what} {workers!r:.80} are no list", hint="give a list of actor handles or names")
+    return list(workers)
 
 
 def _ranks(targets: Sequence[Any]) -> list[Any]:

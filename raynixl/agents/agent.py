@@ -29,7 +29,7 @@ from raynixl.agents.watcher import Watcher
 from raynixl.agents.window import Window, open_window
 from raynixl.backends import table
 from raynixl.backends.base import Backend, Local, Op
-from raynixl.config import AgentConfig, check_wait, from_env
+from raynixl.config import AgentConfig, check_config, check_wait
 from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
 from raynixl.host import host_identity
 from raynixl.memory import resolve
@@ -63,7 +63,7 @@ class Agent(Messaging):
         labels: dict[str, str] | None = None,
     ) -> None:
         self.name = check_name(name, "agent name")
-        self.config = from_env() if config is None else config
+        self.config = check_config(config)
         self.incarnation = secrets.token_hex(16)
         self.host = host_identity()
         self.transfer_timeout = self.config.transfer_timeout

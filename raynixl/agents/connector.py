@@ -194,7 +194,7 @@ class Connector:
         record = agent.find(name)
         if record is None:
             if old is not None and old.lost is not None:
-                raise PeerLost(f"peer {name!r} is gone: {old.lost}", hint="start it again", peer=name)
+                raise PeerLost(f"peer {name!r} is gone: {old.lost.message}", hint="start it again", peer=name)
             raise PeerUnknown(
                 f"no agent named {name!r} is published",
                 hint="see `raynixl agents`, or wait for it",

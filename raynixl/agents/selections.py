@@ -25,7 +25,7 @@ def as_list(selections: Selections) -> list[Selection]:
     if not isinstance(selections, Sequence) or not selections:
         raise ConfigError(
             f"{type(selections).__name__} is not what a transfer moves",
-            hint="pass regions, spans, pages or a list of them",
+            hint="register it first: agent.register(x) is a region; pass regions, spans, pages or a list of them",
         )
     return list(selections)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from raynixl.errors import BackendUnavailable, PeerLost
 from raynixl.record import AgentRecord
 
 Row = dict[str, Any]
+_KNOCK_SECONDS = 5.0
 _HINT = "start a cluster with `ray start --head`, or give --address; agents of a script's own ray.init() end with it"
 
 
@@ -27,6 +29,7 @@ def show_agents(address: str, *, is_json: bool) -> None:
         import ray
     except ImportError as exc:
         raise BackendUnavailable("Ray is not installed", hint="pip install 'raynixl[ray]'") from exc
+    _check_reachable(address)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as exc:
@@ -45,6 +48,21 @@ def show_agents(address: str, *, is_json: bool) -> None:
         show(_table(rows))
     else:
         say("no agents are published in this cluster")
+
+
+def _check_reachable(address: str) -> None:
+    """Knock first: Ray itself tries for a long while, and floods the screen meanwhile.
+
+    Raises:
+        PeerLost: nobody listens at that host and port.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        return  # 'auto', 'local' or ray://...: for Ray to find out
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as exc:
+        raise PeerLost(f"nobody listens at {address!r}: {exc}", hint=_HINT) from exc
 
 
 def _row(record: AgentRecord) -> Row:

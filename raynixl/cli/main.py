@@ -20,6 +20,24 @@ app = typer.Typer(
     help="The transfer layer that Ray lacks: what works here, who is there, how fast it is.",
 )
 app.add_typer(bench_app, name="bench")
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(raynixl.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    is_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
+
+
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 
 

@@ -386,6 +386,7 @@ def _is_satisfied(step: Collect | Await | Pull, heard: _Heard) -> bool:
             return False  # until it is behind us
 
 
+_MEND = "call the same operation with buffers of one length on every member, in a new group"
 _ABORTS = {error.__name__: error for error in (PeerLost, PeerRestarted, TransferTimeout, RangeError, ConfigError)}
 
 
@@ -393,4 +394,5 @@ def _parse_abort(member: str, body: bytes) -> RaynixlError:
     """Return the error that another member's step ended with."""
     kind, peer, message = ([*body.decode(errors="replace").split("\n", 2), "", ""])[:3]
     error = _ABORTS.get(kind, RaynixlError)
-    return error(f"{message} (heard from {member!r})", hint="go on with group.without(member)", peer=peer or member)
+    hint = _MEND if error in (ConfigError, RangeError) else "go on with group.without(member)"
+    return error(f"group member {member!r} says: {message}", hint=hint, peer=peer or member)

@@ -35,7 +35,9 @@ class Group:
         self, agent: Agent, members: Sequence[str], *, name: str = "default", timeout: float | None = None
     ) -> None:
         self.name = check_name(name, "group name")
-        self.members = tuple(members)
+        self.members = (members,) if isinstance(members, str) else tuple(members)
+        for member in self.members:
+            check_name(member, "group member")
         if len(set(self.members)) != len(self.members) or agent.name not in self.members:
             raise ConfigError(
                 f"group {name!r} of {list(self.members)} must name each member once, {agent.name!r} among them",

@@ -11,6 +11,10 @@ MAX_ROWS = 20
 _MAX_CELL = 60
 
 
+DTYPE_DIFFERS = "dtype differs"
+"""The reason of a tensor that a cast would make fit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One tensor that does not fit, as it is on either side."""

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from raynixl.weights.difference import Difference, is_same_view
+from raynixl.weights.difference import DTYPE_DIFFERS, Difference, is_same_view
 from raynixl.weights.holdings import Holdings
 from raynixl.weights.layout import Layout, shape_text
 from raynixl.weights.pieces import Ints, TensorInfo, widened
@@ -62,7 +62,7 @@ class Needs:
             for at in np.flatnonzero((slot >= 0) & (self.wanted >= 0) & (own[slot] != needed)).tolist():
                 info, entry = table.tensors[at], int(slot[at])
                 target = f"{table.locals.dtypes[entry]} in {table.locals.names[entry]}"
-                row = Difference(info.name, shape_text(info.dtype, info.shape), target, "dtype differs")
+                row = Difference(info.name, shape_text(info.dtype, info.shape), target, DTYPE_DIFFERS)
                 self.differences.append(row)
 
     @cached_property

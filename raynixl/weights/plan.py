@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from raynixl.errors import ConfigError, IntegrityError
 from raynixl.weights.columns import Columns, pack_columns
-from raynixl.weights.difference import Difference, table
+from raynixl.weights.difference import DTYPE_DIFFERS, Difference, table
 from raynixl.weights.holdings import Held, Holdings
 from raynixl.weights.intersect import overlaps, runs
 from raynixl.weights.layout import Layout, shape_text
@@ -242,7 +242,10 @@ def refuse(rows: Sequence[Difference]) -> None:
     rows = list(dict.fromkeys(rows))
     if rows:
         tensors = "1 tensor differs" if len(rows) == 1 else f"{len(rows)} tensors differ"
-        raise ConfigError(f"{tensors} between sources and targets:\n{table(rows)}", hint="give both the same model")
+        hint = "give both the same model"
+        if all(row.reason == DTYPE_DIFFERS for row in rows):
+            hint = "give both the same dtype: publish(cast=...) casts on the way"
+        raise ConfigError(f"{tensors} between sources and targets:\n{table(rows)}", hint=hint)
 
 
 def _unexpected(holdings: Holdings, needs: Sequence[Needs]) -> Iterator[Difference]:

@@ -139,7 +139,7 @@ class Push:
             version = self._targets[name].version
             if version >= now.version:
                 stale = f"{name!r} serves version {version} of {self._name!r}, {now.version} is not above it"
-                self._exclude(name, ConfigError(stale, hint="versions go up", peer=name))
+                self._exclude(name, ConfigError(stale, hint=f"push {version + 1} or more", peer=name))
 
     def _in_vain(self) -> PushReport:
         """Report that no target takes part, unless the sources would not have either.
@@ -153,7 +153,7 @@ class Push:
         if now.version <= self._origins.version:
             raise ConfigError(
                 f"version {now.version} of {self._name!r} is not above {self._origins.version}, which was pushed",
-                hint="versions go up",
+                hint=f"versions go up: push {self._origins.version + 1} or more",
             )
         now.excluded.update(failed)
         now.seconds = time.monotonic() - now.began

@@ -101,7 +101,7 @@ class WeightSync:
             if now.version <= self._version:
                 raise ConfigError(
                     f"version {now.version} of {self.name!r} is not above {self._version}, which was pushed",
-                    hint="versions go up",
+                    hint=f"versions go up: push {self._version + 1} or more",
                 )
             work = Push(
                 self._agent, self.name, now, (self._origins, self._targets), topology=self._topology,

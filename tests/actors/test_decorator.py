@@ -251,3 +251,8 @@ def test_a_name_in_use_fails_the_second_actor_with_a_remedy(make: Make) -> None:
     second = make(Holder, options={"name": "only", "namespace": "b"})
     with pytest.raises(ray.exceptions.ActorDiedError, match="agent name 'only' is taken by process"):
         get(second.who.remote())
+
+
+def test_what_is_no_configuration_is_refused_where_it_is_written() -> None:
+    with pytest.raises(rx.ConfigError, match="AgentConfig"):
+        rx.worker(config={"copy_threads": 2})(Undecorated)  # type: ignore[call-overload]

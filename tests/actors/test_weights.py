@@ -139,3 +139,9 @@ def test_replicas_of_handles_flip_together_and_rollouts_join_leave_and_roll_back
     sync.push(4).raise_for_excluded()
     with pytest.raises(rx.ConfigError, match="follow"):
         sync.leave([trainer])
+
+
+@pytest.mark.parametrize("sources", ["trainer", object()])
+def test_what_is_no_list_of_workers_is_refused(sources: Any) -> None:
+    with pytest.raises(rx.ConfigError, match="give a list"):
+        rx.WeightSync("model", sources=sources, targets=["rollout"])

@@ -6,7 +6,7 @@ import numpy as np
 from agent_scenes import Scene, refused
 from agent_tools import PATIENCE
 
-from raynixl import AgentClosed, PeerLost, PeerUnknown
+from raynixl import AgentClosed, ConfigError, PeerLost, PeerUnknown
 
 
 def test_a_closed_agent_refuses_everything(scene: Scene) -> None:
@@ -47,3 +47,15 @@ def test_a_peer_that_closed_is_lost(scene: Scene) -> None:
         refused(action, PeerLost)
     refused(lambda: s.alice.notify("bob", b""), (PeerLost, PeerUnknown))
     assert np.array_equal(s.around, after)
+
+
+def test_a_peer_that_is_gone_is_told_of_with_one_remedy(scene: Scene) -> None:
+    scene.bob.close()
+    error = refused(lambda: scene.alice.write(scene.mine, scene.theirs).wait(PATIENCE), PeerLost)
+    error = refused(lambda: scene.alice.write(scene.mine, scene.theirs).wait(PATIENCE), PeerLost)
+    assert "try again" not in error.message
+
+
+def test_an_array_that_is_no_region_is_to_be_registered(scene: Scene) -> None:
+    error = refused(lambda: scene.alice.write(np.zeros(8, np.uint8), scene.theirs), ConfigError)
+    assert "agent.register" in error.hint

@@ -36,8 +36,9 @@ def _wait(is_so, what, seconds=20.0):
         time.sleep(0.02)
 
 
-def test_version_is_the_packages():
-    assert _invoke("version").stdout.strip() == raynixl.__version__
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_is_the_packages(argument):
+    assert _invoke(argument).stdout.strip() == raynixl.__version__
 
 
 def test_without_a_command_it_helps():

@@ -169,3 +169,22 @@ def test_a_killed_member_is_named_even_by_those_who_wait_for_another():
 
     errors = in_threads(4, work)[:3]
     assert [(type(error), error.peer) for error in errors] == [(PeerLost, "m3")] * 3
+
+
+def test_who_hears_of_a_mistake_is_told_who_says_so_and_to_mend_the_calls():
+    def work(group):
+        return error_of(lambda: group.barrier() if group.rank == 0 else group.broadcast(buffer(), 1))
+
+    errors = in_threads(2, work)
+    assert all(isinstance(error, ConfigError) and "same operation" in error.hint for error in errors), errors
+
+
+@pytest.mark.parametrize("members", [["a", object()], [1, 2]])
+def test_members_that_are_no_names_are_refused(members):
+    with Agent("a") as agent, pytest.raises(ConfigError, match="group member"):
+        Group(agent, members)
+
+
+def test_a_name_is_not_taken_for_a_list_of_letters():
+    with Agent("a") as agent, pytest.raises(ConfigError, match="each member once"):
+        Group(agent, "ab")

@@ -160,6 +160,12 @@ def test_what_does_not_fit_is_named(case):
         assert text in caught.value.message
 
 
+def test_where_only_dtypes_differ_the_cast_is_named():
+    with pytest.raises(ConfigError) as caught:
+        plan([whole(spec("a"))], [whole(spec("a", dtype="bfloat16"))])
+    assert "publish(cast=...)" in caught.value.hint
+
+
 def test_views_that_overlap_alike_on_both_sides_fit():
     model = [spec("a", at=4096), spec("t", (3, 2), at=4096, strides=(1, 3))]
     made = plan([whole(*model)], [whole(*model)])
