@@ -108,9 +108,7 @@ class Gpu:
 
     def begin(self, windows: dict[int, int], operation: int = 1 << 32, mask: int = 0) -> None:
         """What the host uploads."""
-        made = self.frame.layer(
-            self.me, windows, page=ctypes.addressof(self.page), operation=operation, mask=mask
-        )
+        made = self.frame.layer(self.me, windows, page=ctypes.addressof(self.page), operation=operation, mask=mask)
         ctypes.memmove(ctypes.addressof(self.layer), ctypes.addressof(made), ctypes.sizeof(Layer))
 
     @property
