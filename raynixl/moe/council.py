@@ -54,7 +54,7 @@ class Council:
     """One rank's part in it. The caller's thread enters and ends operations; others answer who asks."""
 
     def __init__(
-        self, agent: Agent, name: str, *, rank: int, names: list[str], scene: str, deadline: float,
+        self, agent: Agent, name: str, *, rank: int, names: list[str], scene: str, deadline: float, most: int,
         holders: Callable[[], tuple[int, ...]], grid: Grid | None,
     ) -> None:  # fmt: skip
         self.agent, self.rank, self.names, self.deadline = agent, rank, names, deadline
@@ -73,6 +73,7 @@ class Council:
         self.changed = threading.Condition(threading.RLock())  # protects all of this
         self.conductor = Conductor(self)
         self._name, self._scene, self._grid, self._holders = name, scene, grid, holders
+        self._most = most
         self._promise: Promise | None = None
         self._fresh: bool | None = None  # of the operation under way, if there is one
         self._masked: str | None = None
@@ -215,6 +216,16 @@ class Council:
             return None
         return view if self._fresh or not view.is_joining else None
 
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The ranks of the view in which we work that have not been lost since, as far as we know."""
+        with self.changed:
+            mine, latest = self.adopted, self.view
+            if mine is None or latest is None:
+                return ()
+            is_left = {rank: latest.token(rank) == mine.token(rank) for rank in mine.live}
+            return tuple(rank for rank in mine.live if is_left[rank] and rank not in self.suspects)
+
     def adopt(self, view: View) -> None:
         """Work in a view from now on."""
         with self.changed:
@@ -280,10 +291,10 @@ class Council:
         """
         check_name(member, "member")
         with self.changed:
-            if member in self.names:
+            if member in self.names or len(self.names) >= self._most:
                 raise ConfigError(
                     f"{member!r} cannot join {self.names}",
-                    hint="join() takes new names; who was masked calls rejoin()",
+                    hint="join() takes new names; who was masked calls rejoin(); max_ranks is for good",
                 )
             self.names.append(member)
             return len(self.names) - 1

@@ -15,7 +15,7 @@ import torch
 from raynixl.errors import ConfigError
 from raynixl.moe.major import expert_major
 from raynixl.moe.slots import in_slots, places_of
-from raynixl.moe.staging import Returning, Sending, TwoLevelDispatched, TwoLevelHandle
+from raynixl.moe.staging import Returning, Sending, TwoLevelDispatched, TwoLevelHandle, handle_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +35,14 @@ def renewed(returning: Returning, r: TwoLevelDispatched) -> Returning:
     """Return the same combine by the handle that a dispatch of the ids has made.
 
     Raises:
-        ConfigError: y does not fit, or rows have come that the former handle does not know.
+        ConfigError: y does not fit.
     """
-    former, handle, y, weights = returning.handle, r.handle, returning.y, returning.weights
+    former, handle, y, weights = returning.handle, handle_of(r), returning.y, returning.weights
     rows = _former_rows(former, handle)
     if isinstance(y, torch.Tensor) and y.dim() == 2:
         y = _moved(y, former.inside, handle.inside, rows)
     if isinstance(weights, torch.Tensor) and len(weights) == len(former.sources):
-        weights = weights[rows]
+        weights = _picked(weights, rows)
     return replace(returning, handle=handle, y=y, weights=weights)
 
 
@@ -68,17 +68,14 @@ def fresh(sending: Sending) -> Sending:
 
 
 def as_before(sending: Sending, r: TwoLevelDispatched, experts: int) -> TwoLevelDispatched:
-    """Return rows that came as the former handle has them: each in its place, zeros for those that are lost.
-
-    Raises:
-        ConfigError: rows have come that the former handle does not know.
-    """
+    """Return rows that came as the former handle has them: each in its place, zeros for those that are lost."""
     former, (layout, at) = sending.handle, sending.way
-    rows, count = _former_rows(former, r.handle), len(former.sources)
+    rows, count = _former_rows(former, handle_of(r)), len(former.sources)
+    known, rows = rows >= 0, rows[rows >= 0]
     row_ids = former.inside.row_ids
     ids = torch.from_numpy(row_ids).to(former.ids.dtype)
-    fields = [None if one is None else _spread(one, rows, count) for one in (r.x, r.scales, *r.extra)]
-    weights = None if r.topk_weights is None else _spread(r.topk_weights, rows, count)
+    fields = [None if one is None else _spread(one[known], rows, count) for one in (r.x, r.scales, *r.extra)]
+    weights = None if r.topk_weights is None else _spread(r.topk_weights[known], rows, count)
     sources, tokens, places, offsets, by_row = former.sources, former.tokens, None, None, weights
     alignment = former.inside.alignment if sending.alignment is None else sending.alignment
     major = expert_major(row_ids, experts, alignment)
@@ -97,7 +94,7 @@ def as_before(sending: Sending, r: TwoLevelDispatched, experts: int) -> TwoLevel
         former.inside, layout="experts" if layout == "experts" else "tokens", weights_at=at, alignment=alignment,
         major=major if layout == "experts" else None, row_weights=None if by_row is None else by_row.numpy(),
     )  # fmt: skip
-    given = _weights(r.handle)
+    given = _weights(handle_of(r))
     across = (replace(former.across[0], weights=None if given is None else given.numpy()), *former.across[1:])
     x, scales, *extra = fields
     return TwoLevelDispatched.of(
@@ -114,14 +111,9 @@ def _weights(handle: TwoLevelHandle) -> Tensor | None:
 
 
 def _former_rows(former: TwoLevelHandle, handle: TwoLevelHandle) -> Tensor:
-    """Return by row of a handle which one of the former it is."""
+    """Return by row of a handle which one of the former it is; -1 where that one's forwarder was lost then."""
     known = {key: row for row, key in enumerate(zip(former.sources.tolist(), former.tokens.tolist(), strict=True))}
     rows = [known.get(key, -1) for key in zip(handle.sources.tolist(), handle.tokens.tolist(), strict=True)]
-    if -1 in rows:
-        raise ConfigError(
-            f"the handle does not know the rows of rank {int(handle.sources[rows.index(-1)])}: it was lost then",
-            hint="dispatch with ids",
-        )
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -129,20 +121,29 @@ def _moved(y: Tensor, former: Handle, handle: Handle, rows: Tensor) -> Tensor:
     """Return what goes back in the order of the present handle's rows, or pairs."""
     if former.layout != "experts" and former.weights_at == "holder":
         _check_length(y, former.rows)
-        return y[rows]
-    numbers = torch.full(former.row_ids.shape, -1)
+        return _picked(y, rows)
+    numbers = torch.full((former.rows + 1, former.topk), -1)  # the last one for rows that are not known
     is_pair = torch.from_numpy(former.row_ids) >= 0
-    numbers[is_pair] = torch.arange(int(is_pair.sum()))
-    picked = numbers[rows]
-    picked = picked[picked >= 0]
+    numbers[:-1][is_pair] = torch.arange(int(is_pair.sum()))
+    picked = numbers[rows][torch.from_numpy(handle.row_ids) >= 0]
     if former.layout != "experts":
         _check_length(y, int(is_pair.sum()))
-        return y[picked]
+        return _picked(y, picked)
     assert former.major is not None
     assert handle.major is not None
     _check_length(y, former.major.padded)
     out = torch.zeros((handle.major.padded, y.shape[1]), dtype=y.dtype)
-    out[torch.from_numpy(handle.major.positions).long()] = y[torch.from_numpy(former.major.positions).long()[picked]]
+    out[torch.from_numpy(handle.major.positions).long()] = _picked(
+        y[torch.from_numpy(former.major.positions).long()], picked
+    )  # fmt: skip
+    return out
+
+
+def _picked(rows: Tensor, which: Tensor) -> Tensor:
+    """Return these rows; where there is none, what can be added to any sum and leaves its bits: -0.0."""
+    out = torch.full((len(which), *rows.shape[1:]), -0.0, dtype=rows.dtype)
+    is_there = which >= 0
+    out[is_there] = rows[which[is_there]]
     return out
 
 

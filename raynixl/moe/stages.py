@@ -32,6 +32,7 @@ class Sizes:
     dtype: torch.dtype
     capacity: int | None
     deadline: float
+    eager_nbytes: int
 
 
 class Stages:
@@ -85,7 +86,7 @@ class Stages:
         ep = ExpertParallel(
             group, experts=sizes.experts, hidden=sizes.hidden, topk=sizes.topk, dtype=sizes.dtype,
             placement=placement, name=name, deadline=sizes.deadline, max_ranks=len(names), max_tokens=max_tokens,
-            capacity=capacity, watch=self._look,
+            capacity=capacity, watch=self._look, eager_nbytes=sizes.eager_nbytes,
         )  # fmt: skip
         return self._stack.enter_context(ep)
 

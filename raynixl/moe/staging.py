@@ -291,6 +291,12 @@ class Returning:
         return both
 
 
+def handle_of(r: TwoLevelDispatched) -> TwoLevelHandle:
+    """Return the handle of a result of two stages."""
+    assert isinstance(r.handle, TwoLevelHandle), "made by two stages"
+    return r.handle
+
+
 def _none_of(value: Any) -> Any:
     """Return the same without any token."""
     if isinstance(value, tuple):

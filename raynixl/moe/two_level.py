@@ -37,6 +37,7 @@ from raynixl.moe.council import Council, Regrouped
 from raynixl.moe.grid import Grid
 from raynixl.moe.pending import Pending
 from raynixl.moe.placement import Placement
+from raynixl.moe.rank import EAGER_NBYTES, default_limit
 from raynixl.moe.renewing import as_before, fresh, hollow, renewed
 from raynixl.moe.result import Dispatched
 from raynixl.moe.stages import Sizes, Stages
@@ -67,6 +68,7 @@ class TwoLevel:
         self, group: Group, *, experts: int, hidden: int, topk: int, max_tokens: int,
         dtype: torch.dtype = torch.bfloat16, placement: Placement | Sequence[int] | None = None, name: str = "moe",
         capacity: int | None = None, deadline: float | None = None, grid: Grid | None = None,
+        max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES,
     ) -> None:  # fmt: skip
         self.agent, self.name, self.rank = group.agent, check_name(name, "name of an expert-parallel group"), group.rank
         self.experts, self.hidden = positive(experts, "experts"), positive(hidden, "hidden")
@@ -75,6 +77,9 @@ class TwoLevel:
         self.deadline = check_timeout(deadline, self.agent.config.transfer_timeout, what="deadline")
         if grid is not None and grid.world != group.world:
             raise ConfigError(f"{grid} for {group.world} members", hint="give each member a place in the grid")
+        self._limit = default_limit(group.world) if max_ranks is None else positive(max_ranks, "max_ranks")
+        if group.world > self._limit:
+            raise ConfigError(f"{group.world} members with max_ranks={max_ranks}", hint="raise max_ranks")
         given = Placement.even(self.experts, group.world) if placement is None else placement
         self.placement = self._checked(given, group.world)
         self._turn = threading.RLock()  # held through each operation: they are carried out one after another
@@ -84,7 +89,8 @@ class TwoLevel:
         self._before: tuple[int, ...] = ()  # who took part when the last operation ended
         self._droppers: list[threading.Thread] = []
         self._sizes = Sizes(
-            self.name, self.experts, self.hidden, self.topk, self.max_tokens, self.dtype, capacity, self.deadline
+            self.name, self.experts, self.hidden, self.topk, self.max_tokens, self.dtype, capacity, self.deadline,
+            eager_nbytes,
         )  # fmt: skip
         if self.agent.control.serves(Council.topic(self.name)):
             raise ConfigError(
@@ -93,7 +99,7 @@ class TwoLevel:
             )
         self._council = Council(
             self.agent, self.name, rank=self.rank, names=list(group.members), scene=self._scene(), grid=grid,
-            deadline=self.deadline, holders=lambda: tuple(self.placement.holders.tolist()),
+            deadline=self.deadline, most=self._limit, holders=lambda: tuple(self.placement.holders.tolist()),
         )  # fmt: skip
         try:
             self._begin(self.deadline)
@@ -131,11 +137,7 @@ class TwoLevel:
     @property
     def active(self) -> tuple[int, ...]:
         """The ranks that take part, ascending."""
-        with self._council.changed:
-            view = self._council.adopted
-            gone = set(self._council.suspects)
-        live = () if view is None else view.live
-        return tuple(rank for rank in live if rank not in gone)
+        return self._council.active
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -222,7 +224,8 @@ class TwoLevel:
         Raises:
             ConfigError: a member is there already.
         """
-        return self._submit(lambda: tuple(self._council.expect(member) for member in members))
+        ranks: tuple[int, ...] = self._submit(lambda: tuple(self._council.expect(member) for member in members))
+        return ranks
 
     def leave(self, ranks: Sequence[int]) -> None:
         """Take ranks out, ours perhaps among them; every rank calls it between the same two operations."""
@@ -463,7 +466,8 @@ class TwoLevel:
     def _scene(self) -> str:
         return (
             f"two-level, experts={self.experts}, hidden={self.hidden}, topk={self.topk}, "
-            f"max_tokens={self.max_tokens}, dtype={self.dtype}"
+            f"max_tokens={self.max_tokens}, dtype={self.dtype}, max_ranks={self._limit}, "
+            f"eager_nbytes={self._sizes.eager_nbytes}"
         )
 
     def _check_rank(self, rank: int) -> None:
