@@ -90,7 +90,7 @@ def test_a_variable_that_sets_nothing_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RAYNIXL_COPY_THREAD", "2")
-    assert from_env() == AgentConfig()
+    from_env()
     assert "RAYNIXL_COPY_THREAD sets nothing" in caplog.text
     assert "did you mean 'copy_threads'" in caplog.text
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
-from raynixl.actors.gcs import GcsDirectory, session_records
-from raynixl.actors.process import agent, here, start_agent
+from raynixl.actors.gcs import GcsDirectory, actor_entry, session_records
+from raynixl.actors.process import agent, anonymous_name, here, start_agent
 from raynixl.config import AgentConfig
 from raynixl.errors import ConfigError, PeerLost, PeerUnknown, TransferTimeout
 from raynixl.record import AgentRecord
@@ -97,9 +97,32 @@ def _wait_constructed(handles: Sequence[Any], timeout: float) -> None:
     try:
         ray.get(ready, timeout=timeout)
     except ray.exceptions.GetTimeoutError as exc:
-        raise TransferTimeout(f"not all actors were ready within {timeout:g} s", hint="see what they do") from exc
+        raise _not_ready(handles, ready, timeout) from exc
     except ray.exceptions.RayActorError as exc:
         raise PeerLost(f"an actor died before it was ready: {exc}") from exc
+
+
+def _not_ready(handles: Sequence[Any], ready: Sequence[Any], timeout: float) -> TransferTimeout:
+    """Say which actors are not ready, and whether Ray has given them a process at all."""
+    done = set(ray.wait(list(ready), num_returns=len(ready), timeout=0)[0])
+    entries = [actor_entry(actor_id(handle)) for handle, ref in zip(handles, ready, strict=True) if ref not in done]
+    waiting = [_shown(entry) for entry in entries if not entry.get("Pid")]
+    starting = [_shown(entry) for entry in entries if entry.get("Pid")]
+    parts = []
+    if waiting:
+        parts.append(f"Ray has not started {', '.join(waiting)}")
+    if starting:
+        parts.append(f"the __init__ of {', '.join(starting)} has not ended, or a method runs")
+    hint = "wait longer with timeout=, or see what they do"
+    if waiting:
+        hint = "see `ray status`: has the cluster the CPUs and GPUs that they ask for (num_cpus=)? else wait longer"
+    what = "; ".join(parts) or "they were only just ready"
+    return TransferTimeout(f"not all actors were ready within {timeout:g} s: {what}", hint=hint)
+
+
+def _shown(entry: dict[str, object]) -> str:
+    """Name an actor as its agent will be."""
+    return str(entry.get("Name") or anonymous_name(str(entry.get("ActorClassName")), str(entry.get("ActorID"))))
 
 
 def _look_up(handle: Any, known: dict[str, str]) -> str:

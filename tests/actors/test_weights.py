@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import ray
 from actor_tools import get, kill_process
+from agent_tools import eventually
 
 import raynixl as rx
+from raynixl.actors import agent_names
 
 pytestmark = pytest.mark.ray
 Make = Callable[..., Any]
@@ -145,3 +147,19 @@ def test_replicas_of_handles_flip_together_and_rollouts_join_leave_and_roll_back
 def test_what_is_no_list_of_workers_is_refused(sources: Any) -> None:
     with pytest.raises(rx.ConfigError, match="give a list"):
         rx.WeightSync("model", sources=sources, targets=["rollout"])
+
+
+def test_actors_that_ray_has_not_started_are_told_from_those_that_start(make: Make) -> None:
+    @ray.remote(num_cpus=0)
+    @rx.worker
+    class Slow:
+        def __init__(self) -> None:
+            import time
+
+            time.sleep(600)
+
+    starting, unplaced = make(Slow, options={"name": "starting"}), make(Slow, options={"name": "x", "num_cpus": 999})
+    eventually(lambda: rx.agent().publisher.find("starting") is not None, "its process is there")
+    with pytest.raises(rx.TransferTimeout, match="num_cpus") as caught:
+        agent_names([starting, unplaced], timeout=0.5)
+    assert "Ray has not started x; the __init__ of starting has not ended" in caught.value.message
