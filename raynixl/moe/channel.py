@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from raynixl.region import RemoteRegion
 
 
-MOMENT: Final = 0.25
+MOMENT: Final = 0.05
+"""Seconds in which a peer can say where a slot is; who takes longer is asked for a place, beside all others."""
+
+LEAST: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +54,8 @@ class Directions(Protocol):
 
 
 def share_of(deadline: float) -> float:
-    """Return for how long a peer may be waited for alone, while others wait for us: half of the time that is left.
-
-    A moment is given in any case: those that answer at once are not to suffer for one that has used up the time.
-    """
-    return max(MOMENT, (deadline - time.monotonic()) / 2)
+    """Return for how long a peer may be waited for alone, while others wait for us: half of the time that is left."""
+    return max(LEAST, (deadline - time.monotonic()) / 2)
 
 
 class Channel(Protocol):
@@ -121,7 +121,7 @@ class Reach:
 
     def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds."""
-        window = self.window(slot, deadline)
+        window = self.window(slot, min(deadline, time.monotonic() + 2 * MOMENT))
         return 0 if window is None else form.layout(window.remote.nbytes).capacity
 
     def room(self, form: RowFormat, place: Place, count: int, deadline: float) -> tuple[Window, tuple[int, ...]] | None:

@@ -105,11 +105,11 @@ class Combine:
                 asked.append(rank)
             else:
                 self._put(landing, line, rank, Place(slot, int(handle.backs[rank])), sent)
-        for rank in asked:
-            place = landing.wait_place(rank, self.deadline)
-            if place is not None:
-                self._put(landing, line, rank, place, sent)
-        heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error)
+        for rank, place in landing.places(asked, self.deadline):
+            self._put(landing, line, rank, place, sent)
+        # who waits here for longer than others do comes later to their dispatch, which they have begun
+        kept = 2 * session.kept(self.deadline)
+        heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error, kept=kept)
         self._check_counts(heard)
         return landing.pieces(heard, None)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +16,11 @@ from raynixl.moe.landing import Landing, Piece
 from raynixl.moe.lines import Line
 from raynixl.moe.result import Dispatched
 from raynixl.moe.routing import Routing
-from raynixl.moe.session import ANY, GRACE, Session
-
-if TYPE_CHECKING:
-    from raynixl.moe.fields import RowFormat
+from raynixl.moe.session import ANY, Session
 
 I64 = npt.NDArray[np.int64]
-LEAST = 0.04
 COPY_RATE = 5e8
-"""Seconds, and bytes a second, within which rows come at the very least. Where less is left, ranks came late."""
+"""Bytes a second with which rows come at the very least, once counts have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +92,7 @@ class Dispatch:
         line.counts(self.routing.counts)
         for rank in session.members.in_turn:
             session.post(rank, line)
-        heard, is_whole = session.gather(signature, self.deadline, error=self.error)
+        heard, is_whole = session.gather(signature, self._counts_by(), error=self.error)
         counts = np.zeros((session.members.limit, session.members.limit), np.int64)
         for rank in heard:
             counts[rank] = session.board.counts(rank, session.phase & 1)
@@ -146,11 +141,10 @@ class Dispatch:
                 self._post(line, rank, place, counts[rank])
         if own is not None:
             landing.put_here(own, self._rows(packed, me), counts[me])
-        for rank in asked:
-            place = landing.wait_place(rank, self._late(landing.form))
-            if place is not None and landing.put(rank, place, self._rows(packed, rank), counts[rank], self.deadline):
+        for rank, place in landing.places(asked, self.deadline):
+            if landing.put(rank, place, self._rows(packed, rank), counts[rank], self.deadline):
                 self._post(line, rank, place, counts[rank])
-        heard, _ = session.gather(signature, self._late(landing.form), landing=landing, error=self.error)
+        heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error)
         piece = None if own is None else Piece(me, landing.slots[own.slot], own.offset, counts[me])
         offsets = places.offsets if places.is_exact else np.full(session.members.limit, -1)
         pieces, (_, total) = landing.pieces(heard, piece), self._backs()
@@ -204,11 +198,11 @@ class Dispatch:
         begins = self.routing.pair_begins if by_pair else self.routing.begins
         return begins, int(begins[-1])
 
-    def _late(self, form: RowFormat) -> float:
-        """Return the deadline of the rows: those of a step whose counts came late are given time to come."""
-        nbytes = sum(form.fields) * self.scene.max_tokens * self.scene.world
-        now, needed = time.monotonic(), LEAST + nbytes / COPY_RATE
-        return self.deadline if now + needed < self.deadline else now + needed + GRACE
+    def _counts_by(self) -> float:
+        """Return by when counts must have come, so that there is time for rows."""
+        form = self.call.form(self.scene.topk)
+        needed = sum(form.fields) * self.scene.max_tokens * self.scene.world / COPY_RATE
+        return self.deadline - self.session.kept(self.deadline, needed)
 
 
 def _source(array: npt.NDArray[Any]) -> Source:

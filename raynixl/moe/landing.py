@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +88,11 @@ class Landing:
         """Ask a rank where our rows go."""
         self.session.tell(rank, Cell.WANT, self.number, count=count)
 
-    def wait_place(self, rank: int, deadline: float) -> Place | None:
-        """Wait for the answer; None if the rank is lost."""
-        line = self.session.wait_place(rank, self.number, deadline, self.serve)
-        return None if line is None or line.place == NOWHERE else Place(line.place, line.offset)
+    def places(self, ranks: list[int], deadline: float) -> Iterator[tuple[int, Place]]:
+        """Wait for the answers of ranks that were asked, and yield them as they come: one that is lost has none."""
+        for rank, line in self.session.wait_places(ranks, self.number, deadline, self.serve):
+            if line.place != NOWHERE:
+                yield rank, Place(line.place, line.offset)
 
     def put(self, rank: int, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
         """Put rows at a rank, which may be ourselves; masks it if that fails."""

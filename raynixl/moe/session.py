@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,6 +16,7 @@ from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, Place
 from raynixl.moe.lines import NOWHERE, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
+from raynixl.moe.patience import MASKED, Patience, notice_number, reserve
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -36,9 +38,6 @@ REFUSED: Final = "its memory is out of reach: it has ended, or begun anew, or cl
 NOTICE_AFTER: Final = 0.02
 HEED_AFTER: Final = 0.1
 """Seconds for which the line of a rank that another one has masked is waited for."""
-
-GRACE: Final = 1.0
-"""Seconds that the others have for their rows where counts were waited for until the deadline: they were, too."""
 
 ANY: Final = 0
 """The signature of a call that is wrong."""
@@ -71,13 +70,13 @@ class Session:
         self.waited = np.zeros(members.limit)
         """By rank, the seconds that we have waited for it."""
         self._line, self._aside = Line(board.form), Line(board.form)
-        self._notices = 0
         self._ready_sent = 0
         self._mask_sent = 0
         self._former: dict[int, Channel] = {}  # of processes that were replaced while they lived, by number
         self._replaced = 0
         self._looked, self._stood = 0.0, 0.0  # when we looked last, and for how long this operation stood still
-        self._patience: dict[int, tuple[int, float]] = {}
+        self._began = 0.0
+        self._waiting: _Waiting | None = None
         self.siblings: tuple[Session, ...] = ()
         """Those of other groups in which this rank takes part by turns: who waits for it there must hear why."""
 
@@ -90,7 +89,8 @@ class Session:
     def begin(self) -> None:
         """Begin an operation, in which nobody was lost yet."""
         self.members.lost.clear()
-        self._looked, self._stood = time.monotonic(), 0.0
+        self._began = self._looked = time.monotonic()
+        self._stood = 0.0
 
     # Lines
 
@@ -180,10 +180,12 @@ class Session:
     # Waiting
 
     def gather(
-        self, signature: int, deadline: float, *, landing: Landing | None = None, error: RaynixlError | None = None
-    ) -> tuple[dict[int, Heard], bool]:
+        self, signature: int, deadline: float, *, landing: Landing | None = None, error: RaynixlError | None = None,
+        kept: float | None = None,
+    ) -> tuple[dict[int, Heard], bool]:  # fmt: skip
         """End a phase: wait for its lines, and learn from them; with a landing, of whose rows the lines tell.
 
+        Ranks of which nothing is heard are given up earlier than at the deadline, by the seconds that are `kept`.
         Returns by rank the lines that came, and whether all did and all masks agree.
 
         Raises:
@@ -191,14 +193,15 @@ class Session:
             RangeError, ConfigError: a rank's call was wrong; all ranks raise it.
         """
         for rank in self.members.ranks:
-            if not self.channels[rank].is_direct and not self.channels[rank].finish(deadline):
+            if not self.channels[rank].is_direct and not self.channels[rank].finish(deadline - self.kept(deadline)):
                 self.lose(rank, "rows could not be put into its memory")
         self.phase += 1
         number, cell = self.phase, self.phase & 1
         expected, ranks = self.members.others, self.members.ranks
         began = self._look()
         if ranks and not self.board.wait(cell, expected, number, timeout=SLICE, spin=SPIN):
-            self._wait_on(cell, number, deadline, None if landing is None else landing.serve)
+            waiting = self._wait_in(number, deadline, kept)
+            self._wait_on(cell, waiting, None if landing is None else landing.serve)
         heard = {rank: line for rank in ranks if (line := self.board.read(rank, cell)).number >= number}
         agreed = self._learn(heard, number, began, len(heard) == len(ranks))
         if landing is not None:
@@ -210,41 +213,71 @@ class Session:
         self.is_amid = landing is None  # behind counts come rows
         return heard, agreed
 
-    def wait_place(self, rank: int, number: int, deadline: float, idle: Callable[[], None]) -> Heard | None:
-        """Wait for a rank's answer where rows go; None if it is lost meanwhile."""
-        ranks = np.array([rank])
-        while not self.board.wait(Cell.PLACE, ranks, number, timeout=SLICE, spin=0.0):
+    def wait_places(
+        self, ranks: list[int], number: int, deadline: float, idle: Callable[[], None]
+    ) -> Iterator[tuple[int, Heard]]:
+        """Wait for ranks' answers where rows go, and yield them as they come; not those of who is lost meanwhile."""
+        left, waiting = list(ranks), self._wait_in(number, deadline)
+        while left:
             idle()
-            self._check_notices()
-            if not self.members.is_active(rank):
-                return None
-            if self.is_gone(rank):
-                self.lose(rank, "its process has ended")
-            elif (now := self._look()) > self._deadline_of(rank, number, deadline + self._stood, now):
-                self.lose(rank, "it gave no place in time")
-        return self.board.read(rank, Cell.PLACE)
+            self._look_around(waiting, Cell(number & 1))
+            came = [rank for rank in left if self.board.number(rank, Cell.PLACE) >= number]
+            left = [rank for rank in left if rank not in came and self.members.is_active(rank)]
+            for rank in came:
+                yield rank, self.board.read(rank, Cell.PLACE)
+            self._give_up(left, waiting, "it gave no place in time")
+            if left and not came:
+                self.board.wait(Cell.PLACE, np.array(left), number, timeout=SLICE, spin=0.0)
 
-    def _wait_on(self, cell: int, number: int, deadline: float, idle: Callable[[], None] | None) -> None:
+    def _wait_on(self, cell: int, waiting: _Waiting, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
-        began = self._look()
-        told: set[int] = set()
+        number = waiting.patience.number
         while True:
             if idle is not None:
                 idle()
-            now = self._look()
-            self._take_masks(cell, number, is_late=now - began > HEED_AFTER)
-            left = deadline + self._stood - now
-            for rank in self._missing(cell, number):
-                if self.is_gone(rank):
-                    self.lose(rank, "its process has ended")
-                elif now > self._deadline_of(rank, number, now + left, now):
-                    self.lose(rank, "it did not come in time")
+            self._look_around(waiting, cell)
+            self._give_up(self._missing(cell, number), waiting, "it did not come in time")
             missing = self._missing(cell, number)
             if not missing:
                 return
-            if now - began > NOTICE_AFTER:
-                self._notice(number, left, told)
-            self.board.wait(cell, np.array(missing), number, timeout=max(1e-3, min(SLICE, left)), spin=0.0)
+            self.board.wait(cell, np.array(missing), number, timeout=waiting.slice(self._awake()), spin=0.0)
+
+    def kept(self, deadline: float, needed: float = 0.0) -> float:
+        """Return the seconds of this operation that are kept for what comes once ranks are given up."""
+        return reserve(self._began, deadline, needed)
+
+    def _wait_in(self, number: int, deadline: float, kept: float | None = None) -> _Waiting:
+        """Return what is known of this phase's waits, which begin now if there was none yet."""
+        waiting = self._waiting
+        if waiting is None or waiting.patience.number != number:
+            now = self._awake()
+            patience = Patience.of(number, now, deadline, self.kept(deadline) if kept is None else kept)
+            waiting = self._waiting = _Waiting(patience, now)
+        return waiting
+
+    def _look_around(self, waiting: _Waiting, cell: int) -> None:
+        """Hear who is masked, and who waits for whom; tell that we wait."""
+        now = self._awake()
+        self._take_masks(cell, waiting.patience.number, is_late=now - waiting.began > HEED_AFTER)
+        for rank in self.members.ranks:
+            waiting.patience.hear(rank, self.board.number(rank, Cell.NOTICE), now)
+        if now - waiting.began > NOTICE_AFTER:
+            self._notice(waiting, now)
+
+    def _give_up(self, ranks: list[int], waiting: _Waiting, why: str) -> None:
+        """Lose those of these ranks that are gone, or for which we have waited for long enough."""
+        now = self._awake()
+        for rank in ranks:
+            if not self.members.is_active(rank):
+                continue
+            if self.is_gone(rank):
+                self.lose(rank, "its process has ended")
+            elif now > waiting.patience.until(rank):
+                self.lose(rank, why)
+
+    def _awake(self) -> float:
+        """Return the time by a clock that stands while we are frozen: others may have been, too, and lose no time."""
+        return self._look() - self._stood
 
     def _look(self) -> float:
         """Return the time, and note whether we were frozen since we looked last."""
@@ -256,17 +289,6 @@ class Session:
 
     def _missing(self, cell: int, number: int) -> list[int]:
         return [rank for rank in self.members.ranks if self.board.number(rank, cell) < number]
-
-    def _deadline_of(self, rank: int, number: int, deadline: float, now: float) -> float:
-        """Return until when we wait for a rank: longer if it told that it waits for somebody else a phase earlier."""
-        notice = self.board.read(rank, Cell.NOTICE)
-        if not notice.number or notice.phase != number - 1:
-            return deadline
-        seen, until = self._patience.get(rank, (0, 0.0))
-        if seen != notice.number:
-            until = now + min(max(notice.remaining, 0.0), 1e4) + max(0.0, deadline - now)
-            self._patience[rank] = (notice.number, until)
-        return max(deadline, until)
 
     def _take_masks(self, cell: int, number: int, *, is_late: bool) -> None:
         """Learn from lines that came early whom others have masked: those need not be waited for.
@@ -343,26 +365,39 @@ class Session:
 
     # Notices
 
-    def _notice(self, number: int, remaining: float, told: set[int]) -> None:
-        """Tell that we wait those who may soon wait for us, once their line is there, and once only."""
+    def _notice(self, waiting: _Waiting, now: float) -> None:
+        """Tell all ranks until when we wait for those that say nothing, once."""
+        remaining = waiting.patience.silent - now
         for rank in self.members.ranks:
-            if rank not in told and self.board.number(rank, number & 1) >= number:
-                self._notify(rank, number, remaining)
-                told.add(rank)
-        if self.members.me not in told:
-            told.add(self.members.me)
+            if rank not in waiting.told:
+                waiting.told.add(rank)
+                self._notify(rank, notice_number(waiting.patience.number, remaining))
+        if self.members.me not in waiting.told:
+            waiting.told.add(self.members.me)
             for sibling in self.siblings:
                 sibling._excuse(remaining)
 
     def _excuse(self, remaining: float) -> None:
         """Tell all that we come later: we wait for somebody in another group."""
         for rank in self.members.ranks:
-            self._notify(rank, self.phase, remaining)
+            self._notify(rank, notice_number(self.phase, remaining))
 
-    def _notify(self, rank: int, number: int = 0, remaining: float = 0.0) -> None:
-        self._notices += 1
-        self._aside.fill(self._notices, phase=number, remaining=remaining, mask=self.members.mask)
+    def _notify(self, rank: int, number: int = MASKED) -> None:
+        self._aside.fill(number, mask=self.members.mask)
         self.channels[rank].post(Cell.NOTICE, self._aside)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A phase in which we wait for longer than a moment."""
+
+    patience: Patience
+    began: float
+    told: set[int] = field(default_factory=set)
+
+    def slice(self, now: float) -> float:
+        """Return for how long to sleep before we look again."""
+        return max(1e-3, min(SLICE, self.patience.silent - now))
 
 
 def status_of(error: RaynixlError) -> Status:
