@@ -39,7 +39,7 @@ def holdings() -> Holdings:
 
 
 def children(of: int = 0) -> frozenset[int]:
-    """The child processes, zombies included, and those of the warm Python, which are ours too."""
+    """The child processes, zombies included; those of warm Pythons in place of these."""
     pids: set[int] = set()
     for task in os.listdir(f"/proc/{of or 'self'}/task"):
         with (
@@ -47,13 +47,16 @@ def children(of: int = 0) -> frozenset[int]:
             open(f"/proc/{of or 'self'}/task/{task}/children", encoding="ascii") as file,
         ):
             pids.update(int(pid) for pid in file.read().split())
-    return frozenset(pids if of else pids | children(warm.ready().pid))
+    if not of:
+        for one in warm.all_ready():
+            pids = (pids - {one.pid}) | children(one.pid)
+    return frozenset(pids)
 
 
 def open_fds() -> frozenset[tuple[int, str]]:
     """The open descriptors and what they lead to."""
     found = set()
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in set(os.listdir("/proc/self/fd")) - {str(one.fd) for one in warm.all_ready()}:
         with contextlib.suppress(FileNotFoundError):
             found.add((int(fd), os.readlink(f"/proc/self/fd/{fd}")))
     return frozenset(found)
@@ -100,16 +103,16 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("asyncio_default_fixture_loop_scope", "unused: pytest-asyncio is not installed")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _cheap_collections() -> None:
-    """Leave what the imports made (torch, ray) out of garbage collections: each test makes two of them."""
+    """Leave what imports (torch, ray) and reports have made out of garbage collections: a test makes two of them."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_python() -> Iterator[None]:
-    """End the warm Python, if a test has started it."""
+    """End the warm Pythons that tests have started."""
     yield
     warm.cool()
 
@@ -130,7 +133,6 @@ def nothing_left() -> Iterator[Callable[[], list[str]]]:
     The value can be called to ask what is held at the moment beyond what was there before.
     """
     gc.collect()
-    warm.ready()
     before = holdings()
     yield lambda: excess(before)
     deadline = time.monotonic() + SETTLE_SECONDS

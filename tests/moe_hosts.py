@@ -21,7 +21,7 @@ class Nurseries:
         try:
             for host in hosts:
                 if host.name not in self._made:
-                    self._made[host.name] = Nursery(CHILD, launch=host.run, environment=given)
+                    self._made[host.name] = Nursery(CHILD, launch=host.run_warm, environment=given)
         except BaseException:
             self.close()
             raise

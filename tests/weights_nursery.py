@@ -8,8 +8,9 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
+
+import warm
 
 SECONDS = 60.0
 
@@ -17,13 +18,14 @@ SECONDS = 60.0
 class Nursery:
     """Runs a script whose main loop is `serve`; `launch` says where. Close it, which ends its children too."""
 
-    def __init__(self, script, *, launch=subprocess.Popen, environment=os.environ):
+    def __init__(self, script, *, launch=warm.popen, environment=os.environ):
         here, there = socket.socketpair()
         self._control = here
         self._process = launch(
             [sys.executable, "-W", "error", str(script), str(there.fileno())],
             pass_fds=[there.fileno()],
             env={**environment, "OMP_NUM_THREADS": "1"},
+            torch=True,
         )
         there.close()
         self._control.settimeout(SECONDS)

@@ -29,7 +29,10 @@ def put(bed: Bed, nothing_left: Callable[[], list[str]]) -> Iterator[Put]:
 
     def start(host: Host, name: str, factory: Any, **settings: Any) -> FarProcess:
         far = FarProcess(
-            factory, make_config(secret=b"of the hosts", ucx={"TLS": "tcp"}, **settings), is_busy=False, launch=host.run
+            factory,
+            make_config(secret=b"of the hosts", ucx={"TLS": "tcp"}, **settings),
+            is_busy=False,
+            launch=host.run_warm,
         )
         made.append(far)
         far.open(name)

@@ -20,7 +20,7 @@ class HostedEnd:
     """The near side of an end in a host."""
 
     def __init__(self, host: Host, hosts: list[str], heartbeat_timeout: float) -> None:
-        self._process = host.run(
+        self._process = host.run_warm(
             [sys.executable, str(CODE), host.name, ",".join(hosts), str(heartbeat_timeout)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
@@ -42,8 +42,10 @@ class HostedEnd:
 
     def close(self) -> None:
         """End the process, gently if it can."""
+        self._process.stdin.close()
+        self._process.stdout.close()
         try:
-            self._process.communicate(timeout=PATIENCE)
+            self._process.wait(PATIENCE)
         finally:
             self._process.kill()
             self._process.wait(PATIENCE)
