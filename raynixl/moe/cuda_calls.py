@@ -41,6 +41,8 @@ class CudaDispatchCall:
     layout: str
     alignment: int
     weights_at: str
+    has_other_weights: bool = False
+    """Whether it has a handle, and other weights than that."""
 
     @property
     def sends_weights(self) -> bool:

@@ -55,15 +55,20 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
     if given.stats is not None:
         check_stats(given.stats, sizes.local_experts, of_counts=True, gpu=gpu)
     weights = _weights(given.topk_weights, (tokens, sizes.topk), gpu)
+    if weights is not None and weights_at == "source" and weights.data_ptr() == given.topk_weights.data_ptr():
+        weights = weights.clone()  # the sum takes them, when the caller may have changed his
+    has_other_weights = weights is not None
     ids: Tensor | None
     if handle is None:
         ids = _ids(given.topk_idx, (tokens, sizes.topk), gpu)
     else:
         ids = _cached_ids(handle, given.topk_idx, tokens, sizes)
+        has_other_weights = has_other_weights or (handle.weights_at, weights_at) == ("source", "holder")
         weights = handle.weights if weights is None else weights
     return CudaDispatchCall(
-        tuple(columns), scales is not None, tokens, ids, weights, handle, layout, alignment, weights_at
-    )
+        tuple(columns), scales is not None, tokens, ids, weights, handle, layout, alignment, weights_at,
+        has_other_weights,
+    )  # fmt: skip
 
 
 def _ids(topk_idx: Any, shape: tuple[int, int], gpu: int) -> Tensor:

@@ -157,8 +157,10 @@ class CudaPath:
         if isinstance(layer, RaynixlError):
             return layer
         self._number += 1
+        is_new = call.handle is None or call.has_other_weights
+        number = self._number if is_new or call.handle is None else call.handle.number
         before = layer.lost
-        work = CudaDispatch(layer, self._scene(layer), call, self._number, seconds, error, self.look)
+        work = CudaDispatch(layer, self._scene(layer), call, number, seconds, error, self.look)
         result = work.run(self._absent())
         self.look()
         if isinstance(result, RaynixlError):

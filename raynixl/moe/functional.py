@@ -68,6 +68,12 @@ class TracedHandle:
         counts: npt.NDArray[np.int64] = self.handle.counts
         return counts
 
+    @property
+    def sources(self) -> Tensor:
+        """By row: the rank that it came from."""
+        sources: Tensor = self.handle.sources
+        return sources
+
 
 def dispatch(
     ep: Parallel,
@@ -217,7 +223,7 @@ def _places(r: Any, layout: str) -> Tensor:
     """Return where each pair lies among r.x; for layout "tokens" where it lies among all pairs."""
     if layout == "experts":
         return expert_places(r.topk_idx, r.offsets)
-    return torch.arange(int((r.topk_idx >= 0).sum()))
+    return torch.arange(int((r.topk_idx >= 0).sum()), device=r.topk_idx.device)
 
 
 def _by_row(of_pairs: Tensor, topk_idx: Tensor, places: Tensor) -> Tensor:

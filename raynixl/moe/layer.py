@@ -115,7 +115,7 @@ class MoELayer(nn.Module):
             layout="experts", alignment=self.alignment, weights_at=self.weights_at,
         )  # fmt: skip
         self._last = r.counts.clone()
-        self._total += r.counts
+        self._total = self._total.to(r.counts.device) + r.counts
         assert r.offsets is not None
         sizes = cast("list[int]", r.offsets.diff().tolist())
         parts = [expert(rows) for expert, rows in zip(self.experts.values(), torch.split(r.x, sizes), strict=True)]

@@ -100,7 +100,7 @@ class LocalParallel:
             total = y
         else:
             total = self._sum_pairs(y.to(wide), handle)
-        out = torch.zeros((len(handle.topk_idx), self.hidden), dtype=y.dtype)
+        out = torch.zeros((len(handle.topk_idx), self.hidden), dtype=y.dtype, device=y.device)
         out[handle.tokens] = total.to(y.dtype)
         return out
 
@@ -142,13 +142,13 @@ class LocalParallel:
         (tokens,) = (topk_idx >= 0).any(1).nonzero(as_tuple=True)
         ids = topk_idx[tokens]
         counts = torch.bincount(ids[ids >= 0].long(), minlength=self.experts)
-        offsets = torch.zeros(self.experts + 1, dtype=torch.int64)
+        offsets = torch.zeros(self.experts + 1, dtype=torch.int64, device=ids.device)
         offsets[1:] = (-(-counts // alignment) * alignment).cumsum(0)
-        places = torch.full(ids.shape, -1, dtype=torch.int64)
+        places = torch.full(ids.shape, -1, dtype=torch.int64, device=ids.device)
         if layout == "experts":
             places[ids >= 0] = expert_places(ids, offsets)
         else:
-            places[ids >= 0] = torch.arange(int(counts.sum()))
+            places[ids >= 0] = torch.arange(int(counts.sum()), device=ids.device)
         weights = None if weights is None else weights.float()
         return LocalHandle(topk_idx, weights, weights_at, layout, alignment, tokens, places, offsets)
 
@@ -160,7 +160,7 @@ class LocalParallel:
         x[place] = rows[row]
         if weights is None:
             return x, None
-        spread = torch.zeros(total)
+        spread = torch.zeros(total, device=x.device)
         spread[place] = weights[row, k]
         return x, spread
 
@@ -172,11 +172,11 @@ def expert_places(ids: Tensor, offsets: Tensor) -> Tensor:
     counts = torch.bincount(experts, minlength=len(offsets) - 1)
     firsts = counts.cumsum(0) - counts
     places = torch.empty_like(order)
-    places[order] = torch.arange(len(order)) + (offsets[:-1] - firsts).repeat_interleave(counts)
+    places[order] = torch.arange(len(order), device=ids.device) + (offsets[:-1] - firsts).repeat_interleave(counts)
     return places
 
 
 def _row_weights(handle: LocalHandle) -> Tensor | None:
     if handle.weights is None:
         return None
-    return torch.where(handle.topk_idx >= 0, handle.weights, torch.zeros(()))[handle.tokens]
+    return torch.where(handle.topk_idx >= 0, handle.weights, 0)[handle.tokens]
