@@ -131,12 +131,15 @@ def join_round(member: Any, names: list[str], options: dict[str, Any], every: in
     return one_round(member, options["name"], every)
 
 
-def join(member: Any, names: list[str], options: dict[str, Any], active: tuple[int, ...]) -> list[Report]:
+def join(
+    member: Any, names: list[str], options: dict[str, Any], active: tuple[int, ...], moves: bool = True
+) -> list[Report]:
     """Make a layer beside others that run, and take steps until these ranks are active."""
     make(member, names, options)
     ep = member.eps[options["name"]]
     assert ep.rank in ep.active
-    return [step(member, options["name"], moves=True), *steps_until(member, options["name"], active, moves=True)]
+    layer = options["name"]
+    return [step(member, layer, moves=moves), *steps_until(member, layer, active, moves=moves)]
 
 
 def harm(member: Any, where: Where, number: int, waits: bool = False) -> None:
@@ -170,7 +173,8 @@ def step_again(member: Any, layer: str, lost: tuple[int, ...]) -> Report:
     made = ep.dispatch(one.x + 1, handle=handle, layout=handle.layout)
     x = made.x[(made.topk_idx >= 0).any(-1)] if handle.layout == "slots" else made.x
     assert made.sources.tolist() == sources.tolist()
-    for row, source, token in zip(x, sources.tolist(), tokens.tolist(), strict=True):
+    rows = zip(x, sources.tolist(), tokens.tolist(), strict=True) if handle.layout != "experts" else ()
+    for row, source, token in rows:
         wanted = torch.zeros(HIDDEN) if source in lost else given(source, phase).x[token] + 1
         assert torch.equal(row, wanted), f"rank {ep.rank}: row of token {token} of {source}"
     out = ep.combine(run_experts(ep, made), made.handle)

@@ -76,6 +76,8 @@ def as_before(sending: Sending, r: TwoLevelDispatched, experts: int) -> TwoLevel
     ids = torch.from_numpy(row_ids).to(former.ids.dtype)
     fields = [None if one is None else _spread(one[known], rows, count) for one in (r.x, r.scales, *r.extra)]
     weights = None if r.topk_weights is None else _spread(r.topk_weights[known], rows, count)
+    if sending.topk_weights is None and at == former.weights_at == "holder" and former.inside.row_weights is not None:
+        weights = torch.from_numpy(former.inside.row_weights)  # they have come then
     sources, tokens, places, offsets, by_row = former.sources, former.tokens, None, None, weights
     alignment = former.inside.alignment if sending.alignment is None else sending.alignment
     major = expert_major(row_ids, experts, alignment)
