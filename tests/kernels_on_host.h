@@ -3,7 +3,9 @@
 // for each other as those of several GPUs do. Included before the kernels' source.
 #include <sched.h>
 #include <time.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -16,6 +18,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
@@ -33,10 +36,57 @@ static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
+// Where a thread of execution stands, apart from others of the same thread of the system. By hand where we can:
+// swapcontext calls the system twice.
+#if defined(__x86_64__)
+using Context = void*;  // the stack, with what must be kept on top
+extern "C" void raynixl_switch(Context* from, Context to);
+asm(R"(
+.text
+.type raynixl_switch, @function
+raynixl_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size raynixl_switch, .-raynixl_switch
+)");
+inline void switch_to(Context& from, Context& to) { raynixl_switch(&from, to); }
+inline void make_context(Context& made, char* stack, size_t nbytes, void (*run)()) {
+  auto* top = reinterpret_cast<void**>(uintptr_t(stack + nbytes) & ~uintptr_t(15));
+  *--top = nullptr;  // no caller, and the alignment that a function finds
+  *--top = reinterpret_cast<void*>(run);
+  for (int k = 0; k < 6; ++k) *--top = nullptr;
+  made = top;
+}
+#else
+using Context = ucontext_t;
+inline void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+inline void make_context(Context& made, char* stack, size_t nbytes, void (*run)()) {
+  getcontext(&made);
+  made.uc_stack = {stack, 0, nbytes};
+  made.uc_link = nullptr;
+  makecontext(&made, run, 0);
+}
+#endif
+
+constexpr size_t kStackNbytes = 128 << 10;
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   bool is_done = false;
-  std::unique_ptr<char[]> stack{new char[128 << 10]};
+  std::unique_ptr<char[]> stack{new char[kStackNbytes]};
 };
 struct Barrier {
   unsigned size, waiting = 0, turn = 0;
@@ -44,12 +94,12 @@ struct Barrier {
 
 thread_local std::vector<std::unique_ptr<Fiber>> fibers;
 thread_local std::vector<Barrier> barriers;  // the CTA's, then each warp's
-thread_local ucontext_t scheduler;
+thread_local Context scheduler;
 thread_local std::function<void()> body;
 thread_local uint64_t exchanged[1024];
 thread_local int gathered;
 
-inline void let_others_run() { swapcontext(&fibers[threadIdx.x]->context, &scheduler); }
+inline void let_others_run() { switch_to(fibers[threadIdx.x]->context, scheduler); }
 
 inline void meet(Barrier& barrier) {
   unsigned turn = barrier.turn;
@@ -74,10 +124,7 @@ inline void run_cta(unsigned threads) {
   for (unsigned k = 0; k < threads; ++k) {
     Fiber& fiber = *fibers[k];
     fiber.is_done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack.get(), 0, 128 << 10};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+    make_context(fiber.context, fiber.stack.get(), kStackNbytes, run_fiber);
   }
   for (bool goes_on = true; goes_on;) {
     goes_on = false;
@@ -85,7 +132,7 @@ inline void run_cta(unsigned threads) {
       if (fibers[k]->is_done) continue;
       goes_on = true;
       threadIdx.x = k;
-      swapcontext(&scheduler, &fibers[k]->context);
+      switch_to(scheduler, fibers[k]->context);
     }
   }
 }

@@ -46,6 +46,11 @@ def draw(setting: Setting, counts: Sequence[int], hidden: int, topk: int, *, dty
     return given
 
 
+def within_wider(rows: Tensor) -> Tensor:
+    """The same rows, with something between them."""
+    return torch.cat([rows, rows[:, :3]], 1)[:, : rows.shape[1]]
+
+
 def bits(tensor: Tensor) -> Any:
     """The bytes of a tensor."""
     flat = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
@@ -109,8 +114,7 @@ def play(setting: Setting, tokens: Sequence[Tokens], *, crew: Crew | None = None
             take(gpu, setting, tokens[rank], held, waits=fused and setting.layout == "slots")
             check_arrived(setting, gpu, held, arrived[rank])
             y = reference.run_experts(setting, rank, held, expert, y_dtype)
-            if strided:
-                y = torch.cat([y.reshape(-1, hidden), y.reshape(-1, hidden)[:, :3]], 1)[:, :hidden]
+            y = within_wider(y.reshape(-1, hidden)) if strided else y
             give(gpu, y, held)
             out = None if out_dtype is None else torch.zeros((held.tokens_count, hidden), dtype=out_dtype)
             found, _ = add_up(gpu, y, held, biases=[] if biases is None else biases[rank], out=out, waits=fused)

@@ -190,8 +190,8 @@ __device__ __forceinline__ void copy_piece(u64 from, u64 to, u32 nbytes, u32 pie
 // A warp copies one of the pieces of a span, of any alignment.
 __device__ __forceinline__ void copy_span(u64 from, u64 to, u32 nbytes, u32 piece, u32 pieces, u32 lane) {
   u32 skew = u32(from | to) & 15;
-  if (skew == 0) return copy_piece<uint4, 8>(from, to, nbytes, piece, pieces, lane);
-  if (skew % 4 == 0) return copy_piece<u32, 8>(from, to, nbytes, piece, pieces, lane);
+  if (skew == 0) return copy_piece<uint4, 4>(from, to, nbytes, piece, pieces, lane);
+  if (skew % 4 == 0) return copy_piece<u32, 4>(from, to, nbytes, piece, pieces, lane);
   copy_piece<u8, 4>(from, to, nbytes, piece, pieces, lane);
 }
 
@@ -318,7 +318,7 @@ __device__ __forceinline__ bool is_worth_waiting(const Scene& scene, u32 rank, u
       }
     }
   }
-  u64 waited = time - patience.since;
+  u64 waited = time > patience.since ? time - patience.since : 0;
   if (waited > 20 * kMillisecond && look_at(&layer->told) != scene.number)
     if (atomicExch(&layer->told, scene.number) != scene.number) tell_waiting(scene, patience.until - time);
   if (time - look_at(&layer->began) < 2 * trust_of(patience.deadline)) return true;
@@ -548,17 +548,7 @@ __device__ __forceinline__ uint4 packed(const typename Of<kType>::Raw* raw) {
     return {raw[0] | u32(raw[1]) << 16, raw[2] | u32(raw[3]) << 16, raw[4] | u32(raw[5]) << 16, raw[6] | u32(raw[7]) << 16};
 }
 
-template <class Wide>
-__device__ __forceinline__ Wide element(u32 type, u64 row, u32 at) {
-  switch (type) {
-    case kF32: return Wide(__uint_as_float(item<u32>(row, at)));
-    case kBf16: return Wide(widen<kBf16>(item<u16>(row, at)));
-    case kF16: return Wide(widen_half(item<u16>(row, at)));
-    default: return Wide(__longlong_as_double(item<i64>(row, at)));
-  }
-}
-
-// Round `count` sums and store them from element `at` of a row on.
+// Round `count` sums of kCount and store them from element `at` of a row on.
 template <u32 kOut, u32 kCount, class Wide>
 __device__ __forceinline__ void store_as(const Wide (&sums)[kCount], u64 row, u32 at, u32 count) {
   using Raw = typename Of<kOut>::Raw;
@@ -577,14 +567,16 @@ __device__ __forceinline__ void store_as(const Wide (&sums)[kCount], u64 row, u3
     if (k < count) item<Raw>(to, k) = raw[k];
 }
 
-template <u32 kCount, class Wide>
-__device__ __forceinline__ void store(u32 type, const Wide (&sums)[kCount], u64 row, u32 at, u32 count) {
-  switch (type) {
-    case kF32: return store_as<kF32>(sums, row, at, count);
-    case kBf16: return store_as<kBf16>(sums, row, at, count);
-    case kF16: return store_as<kF16>(sums, row, at, count);
-    default: return store_as<kF64>(sums, row, at, count);
-  }
+// float64 goes only with float64.
+template <u32 kCount>
+__device__ __forceinline__ void store(u32, const double (&sums)[kCount], u64 row, u32 at, u32 count) {
+  store_as<kF64>(sums, row, at, count);
+}
+template <u32 kCount>
+__device__ __forceinline__ void store(u32 type, const float (&sums)[kCount], u64 row, u32 at, u32 count) {
+  if (type == kBf16) store_as<kBf16>(sums, row, at, count);
+  else if (type == kF16) store_as<kF16>(sums, row, at, count);
+  else store_as<kF32>(sums, row, at, count);
 }
 
 // What is added up for one row, by a warp: terms in order, in memory that its lanes share.
@@ -595,42 +587,68 @@ struct Terms {
 struct Addition {
   const Terms* terms;
   u32 count;
-  bool is_weighted, is_scaled, is_aligned;  // aligned: terms are, and may be read beyond their end up to a multiple of 16
+  bool is_weighted, is_scaled;
   float scale;
   u32 hidden, out_dtype, bias_dtype, bias_count;
   u64 out, biases[2];
+
+  __device__ __forceinline__ bool is_copy(u32 dtype) const {
+    return count == 1 && out_dtype == dtype && !is_weighted && !is_scaled && bias_count == 0;
+  }
 };
 
-template <u32 kIn>
-__device__ __forceinline__ uint4 load_pack(u64 row, u32 at, u32 count, bool is_aligned) {
-  using Raw = typename Of<kIn>::Raw;
-  if (is_aligned) return item<uint4>(row + u64(at) * sizeof(Raw), 0);
-  Raw raw[Pack<kIn>::kCount];
+template <u32 kBias, u32 kCount, class Wide>
+__device__ __forceinline__ void add_bias_as(Wide (&sums)[kCount], u64 row, u32 at, u32 count, bool is_first) {
 #pragma unroll
-  for (u32 k = 0; k < Pack<kIn>::kCount; ++k) raw[k] = k < count ? item<Raw>(row, at + k) : Raw(0);
-  return packed<kIn>(raw);
-}
-
-template <u32 kIn>
-__device__ __forceinline__ void copy_term(const Addition& work, const uint4& words, u32 at, u32 count) {
-  using Raw = typename Of<kIn>::Raw;
-  u64 to = work.out + u64(at) * sizeof(Raw);
-  Pack<kIn> pack = unpacked<kIn>(words);
-  if (to % 16 == 0 && count == Pack<kIn>::kCount) {
-    item<uint4>(to, 0) = words;
-    return;
+  for (u32 k = 0; k < kCount; ++k) {
+    if (k >= count) continue;
+    Wide term = Wide(widen<kBias>(item<typename Of<kBias>::Raw>(row, at + k)));
+    sums[k] = is_first ? term : add(sums[k], term);
   }
-#pragma unroll
-  for (u32 k = 0; k < Pack<kIn>::kCount; ++k)
-    if (k < count) item<Raw>(to, k) = pack.raw[k];
 }
 
-template <u32 kIn>
+template <u32 kCount, class Wide>
+__device__ __forceinline__ void add_bias(u32 type, Wide (&sums)[kCount], u64 row, u32 at, u32 count, bool is_first) {
+  switch (type) {
+    case kF32: return add_bias_as<kF32>(sums, row, at, count, is_first);
+    case kBf16: return add_bias_as<kBf16>(sums, row, at, count, is_first);
+    case kF16: return add_bias_as<kF16>(sums, row, at, count, is_first);
+    default: return add_bias_as<kF64>(sums, row, at, count, is_first);
+  }
+}
+
+// What comes after the terms. A plain sum is of one dtype, and nothing does.
+template <u32 kIn, bool kPlain, u32 kCount, class Wide>
+__device__ __forceinline__ void finish_sums(const Addition& work, Wide (&sums)[kCount], u32 at, u32 count) {
+  if constexpr (kPlain) return store_as<kIn>(sums, work.out, at, count);
+  if (work.is_scaled && work.count != 0) {
+#pragma unroll
+    for (u32 k = 0; k < kCount; ++k) sums[k] = times(sums[k], Wide(work.scale));
+  }
+  for (u32 b = 0; b < work.bias_count; ++b)
+    add_bias(work.bias_dtype, sums, work.biases[b], at, count, b == 0 && work.count == 0);
+  store(work.out_dtype, sums, work.out, at, count);
+}
+
+// 16 bytes of a sum, of which `count` elements count; terms are aligned, and there is something behind them.
+template <u32 kIn, bool kPlain>
 __device__ __forceinline__ void add_pack(const Addition& work, u32 at, u32 count) {
+  using Raw = typename Of<kIn>::Raw;
   using Wide = typename Of<kIn>::Wide;
   constexpr u32 kCount = Pack<kIn>::kCount, kAtOnce = 4;
-  bool is_copy = work.count == 1 && work.out_dtype == kIn && !work.is_weighted && !work.is_scaled && work.bias_count == 0;
-  if (is_copy) return copy_term<kIn>(work, load_pack<kIn>(work.terms->rows[0], at, count, work.is_aligned), at, count);
+  u64 offset = u64(at) * sizeof(Raw);
+  if (work.is_copy(kIn)) {
+    uint4 words = item<uint4>(work.terms->rows[0] + offset, 0);
+    if ((work.out + offset) % 16 == 0 && count == kCount) {
+      item<uint4>(work.out + offset, 0) = words;
+      return;
+    }
+    Pack<kIn> pack = unpacked<kIn>(words);
+#pragma unroll
+    for (u32 k = 0; k < kCount; ++k)
+      if (k < count) item<Raw>(work.out + offset, k) = pack.raw[k];
+    return;
+  }
   Wide sums[kCount];
 #pragma unroll
   for (u32 k = 0; k < kCount; ++k) sums[k] = 0;
@@ -638,53 +656,63 @@ __device__ __forceinline__ void add_pack(const Addition& work, u32 at, u32 count
     uint4 words[kAtOnce];
 #pragma unroll
     for (u32 j = 0; j < kAtOnce; ++j)
-      if (first + j < work.count) words[j] = load_pack<kIn>(work.terms->rows[first + j], at, count, work.is_aligned);
+      if (first + j < work.count) words[j] = item<uint4>(work.terms->rows[first + j] + offset, 0);
 #pragma unroll
     for (u32 j = 0; j < kAtOnce; ++j) {
       if (first + j >= work.count) continue;
       Pack<kIn> pack = unpacked<kIn>(words[j]);
+      Wide weight = Wide(work.terms->weights[first + j]);
 #pragma unroll
       for (u32 k = 0; k < kCount; ++k) {
         Wide term = widen<kIn>(pack.raw[k]);
-        if (work.is_weighted) term = times(term, Wide(work.terms->weights[first + j]));
+        if (work.is_weighted) term = times(term, weight);
         sums[k] = first + j == 0 ? term : add(sums[k], term);
       }
     }
   }
-  if (work.is_scaled && work.count != 0) {
-#pragma unroll
-    for (u32 k = 0; k < kCount; ++k) sums[k] = times(sums[k], Wide(work.scale));
-  }
-  for (u32 b = 0; b < work.bias_count; ++b) {
-#pragma unroll
-    for (u32 k = 0; k < kCount; ++k) {
-      if (k >= count) continue;
-      Wide term = element<Wide>(work.bias_dtype, work.biases[b], at + k);
-      sums[k] = b == 0 && work.count == 0 ? term : add(sums[k], term);
-    }
-  }
-  store(work.out_dtype, sums, work.out, at, count);
+  finish_sums<kIn, kPlain>(work, sums, at, count);
 }
 
-// One of the pieces of a sum.
-template <u32 kIn>
-__device__ __forceinline__ void add_up_as(const Addition& work, u32 piece, u32 pieces, u32 lane) {
+// One element of a sum, wherever its terms lie.
+template <u32 kIn, bool kPlain>
+__device__ __forceinline__ void add_element(const Addition& work, u32 at) {
+  using Raw = typename Of<kIn>::Raw;
+  using Wide = typename Of<kIn>::Wide;
+  if (work.is_copy(kIn)) {
+    item<Raw>(work.out, at) = item<Raw>(work.terms->rows[0], at);
+    return;
+  }
+  Wide sums[1] = {0};
+  for (u32 j = 0; j < work.count; ++j) {
+    Wide term = widen<kIn>(item<Raw>(work.terms->rows[j], at));
+    if (work.is_weighted) term = times(term, Wide(work.terms->weights[j]));
+    sums[0] = j == 0 ? term : add(sums[0], term);
+  }
+  finish_sums<kIn, kPlain>(work, sums, at, 1);
+}
+
+// One of the pieces of a sum whose terms are aligned, and may be read beyond their end up to a multiple of 16 bytes.
+template <u32 kIn, bool kPlain>
+__device__ __noinline__ void add_up_packs(const Addition& work, u32 piece, u32 pieces, u32 lane) {
   constexpr u32 kCount = Pack<kIn>::kCount;
   u32 packs = (work.hidden + kCount - 1) / kCount, each = (packs + pieces - 1) / pieces, first = piece * each;
   u32 last = first + each < packs ? first + each : packs;
   for (u32 pack = first + lane; pack < last; pack += kWarp) {
-    u32 at = pack * kCount;
-    add_pack<kIn>(work, at, work.hidden - at < kCount ? work.hidden - at : kCount);
+    u32 at = pack * kCount, left = work.hidden - at;
+    add_pack<kIn, kPlain>(work, at, left < kCount ? left : kCount);
   }
 }
 
-__device__ __forceinline__ void add_up(u32 type, const Addition& work, u32 piece, u32 pieces, u32 lane) {
-  switch (type) {
-    case kF32: return add_up_as<kF32>(work, piece, pieces, lane);
-    case kBf16: return add_up_as<kBf16>(work, piece, pieces, lane);
-    case kF16: return add_up_as<kF16>(work, piece, pieces, lane);
-    default: return add_up_as<kF64>(work, piece, pieces, lane);
-  }
+// Likewise where they are not.
+template <u32 kIn>
+__device__ __noinline__ void add_up_elements(const Addition& work, u32 piece, u32 pieces, u32 lane) {
+  for (u32 at = piece * kWarp + lane; at < work.hidden; at += pieces * kWarp) add_element<kIn, true>(work, at);
+}
+
+template <u32 kIn>
+__device__ __forceinline__ void add_up_plain(const Addition& work, bool is_aligned, u32 piece, u32 pieces, u32 lane) {
+  if (is_aligned) add_up_packs<kIn, true>(work, piece, pieces, lane);
+  else add_up_elements<kIn>(work, piece, pieces, lane);
 }
 
 // Put the terms that are there of two candidates a lane, those of lanes first, then those of lanes + 32, side by side.
@@ -746,10 +774,11 @@ __device__ __forceinline__ bool look_at_token(const Send& a, const Scene& scene,
     if (id < -1 || id >= i64(a.experts)) is_wrong = true;
     else if (id >= 0) {
       holder = item<i32>(a.holders, id);
-      if (holder < 0 || has(scene.absent, u32(holder))) holder = kNobody;
+      if (u32(holder) >= kRanks || has(scene.absent, u32(holder))) holder = kNobody;
       if (holder == i32(rank)) {
         is_here = true;
-        if (loads != nullptr) atomicAdd(&loads[item<i32>(a.local, id)], 1u);
+        u32 local = loads == nullptr ? a.loads_count : u32(item<i32>(a.local, id));
+        if (local < a.loads_count) atomicAdd(&loads[local], 1u);
       }
     }
     if (notes && a.holder_of != 0) item<i32>(a.holder_of, pair) = holder;
@@ -902,9 +931,14 @@ __device__ __forceinline__ void sum_pairs(const Give& a, u64 row, u64 to, Terms&
   }
   Addition work = {};
   work.terms = &terms, work.count = gather_terms(terms, rows, weights, lane), work.is_weighted = a.weights != 0;
-  work.is_aligned = (a.y | a.y_stride | u64(a.hidden) * itemsize_of(a.dtype)) % 16 == 0;
   work.hidden = a.hidden, work.out_dtype = a.dtype, work.out = to;
-  add_up(a.dtype, work, piece, pieces, lane);
+  bool is_aligned = (a.y | a.y_stride | u64(a.hidden) * itemsize_of(a.dtype)) % 16 == 0;
+  switch (a.dtype) {
+    case kF32: return add_up_plain<kF32>(work, is_aligned, piece, pieces, lane);
+    case kBf16: return add_up_plain<kBf16>(work, is_aligned, piece, pieces, lane);
+    case kF16: return add_up_plain<kF16>(work, is_aligned, piece, pieces, lane);
+    default: return add_up_plain<kF64>(work, is_aligned, piece, pieces, lane);
+  }
 }
 
 __device__ __forceinline__ void give_item(const Give& a, u64 row, u32 number, u64 items, Terms& terms, u32 piece, u32 pieces) {
@@ -1049,12 +1083,17 @@ __device__ __forceinline__ void sum_row(const Backs& backs, u64 row, Terms& term
   }
   work.terms = &terms, work.count = gather_terms(terms, rows, weights, lane);
   work.is_weighted = a.weights != 0 && a.mode != kRows && a.mode != kApart;
-  work.is_scaled = work.scale != 0.0f, work.is_aligned = true;
+  work.is_scaled = work.scale != 0.0f;
   work.hidden = a.hidden, work.out_dtype = a.out_dtype, work.bias_dtype = a.bias_dtype, work.bias_count = a.bias_count;
   work.out = a.out + row * a.out_stride;
 #pragma unroll
   for (u32 b = 0; b < 2; ++b) work.biases[b] = a.biases[b] + token * a.bias_strides[b];
-  add_up(a.dtype, work, piece, pieces, lane);
+  switch (a.dtype) {
+    case kF32: add_up_packs<kF32, false>(work, piece, pieces, lane); break;
+    case kBf16: add_up_packs<kBf16, false>(work, piece, pieces, lane); break;
+    case kF16: add_up_packs<kF16, false>(work, piece, pieces, lane); break;
+    default: add_up_packs<kF64, false>(work, piece, pieces, lane);
+  }
   if (a.out_weights != 0 && piece == 0 && (a.mode != kApart || row % a.topk == 0)) put_weights_back(backs, token, lane);
 }
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_kernel_steps import draw, play
+from moe_kernel_steps import draw, play, within_wider
 from moe_programs import even
 
-from raynixl.moe.reference import Setting
+from raynixl.moe.reference import Setting, Tokens
 
 pytestmark = pytest.mark.pure
 
@@ -73,7 +73,8 @@ def test_float8_and_its_scales(way):
 @every_way
 def test_y_and_tokens_within_wider_tensors(way):
     setting = setting_of(way, 3, 6)
-    play(setting, draw(setting, (6, 2, 5), 24, 3, kind="strided"), strided=True)
+    tokens = [Tokens(within_wider(one.x), one.topk_idx, one.topk_weights) for one in draw(setting, (6, 2, 5), 24, 3)]
+    play(setting, tokens, strided=True)
 
 
 @every_way
