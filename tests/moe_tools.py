@@ -108,6 +108,31 @@ class Layer:
             group.close()
 
 
+class Layers:
+    """Layers of a crew, by what they are made with, to be used again; one in which something fails is closed."""
+
+    def __init__(self, crew: Threads) -> None:
+        self._crew = crew
+        self._open: dict[str, Layer] = {}
+
+    @contextlib.contextmanager
+    def of(self, world: int, **options: Any) -> Iterator[Layer]:
+        """The layer that is made so, on the first `world` ranks."""
+        key = repr((world, options))
+        if key not in self._open:
+            self._open[key] = Layer(self._crew, world, options)
+        try:
+            yield self._open[key]
+        except BaseException:
+            self._open.pop(key).close()
+            raise
+
+    def close(self) -> None:
+        """Close all."""
+        for layer in self._open.values():
+            layer.close()
+
+
 class Processes:
     """Ranks in processes of their own, which are told what to run by the name of a function: 'module:function'.
 

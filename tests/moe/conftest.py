@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from agent_tools import make_agent
 from moe_pools import NBYTES
-from moe_programs import Program, check, play
-from moe_tools import CHILD, Threads
+from moe_programs import Mask, Place, Program, check, play
+from moe_tools import CHILD, Layers, Threads
 from weights_nursery import Nursery
 
 from raynixl import Agent
@@ -30,12 +30,25 @@ def crew() -> Iterator[Threads]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def layers(crew: Threads) -> Iterator[Layers]:
+    """What programs are played on, one after another."""
+    made = Layers(crew)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def plays(crew: Threads) -> Callable[[Program], None]:
-    """Play a program on the crew, and hold what it returns against the reference."""
+def plays(crew: Threads, layers: Layers) -> Callable[[Program], None]:
+    """Play a program, and hold what it returns against the reference.
+
+    Programs that find their layer as others leave it share it.
+    """
 
     def run(program: Program) -> None:
-        with crew.experts(program.world, **program.options()) as layer:
+        changes = any(isinstance(step, Place | Mask) for step in program.steps)
+        made = crew.experts if changes else layers.of
+        with made(program.world, **program.options()) as layer:
             check(program, layer.run(lambda rank, ep: play(program, rank, ep, layer.groups[rank])))
 
     return run
