@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,12 @@ from raynixl.config import AgentConfig
 from raynixl.errors import ConfigError, PeerLost, PeerUnknown, TransferTimeout
 from raynixl.record import AgentRecord
 
+logger = logging.getLogger(__name__)
+
 ATTACH_TIMEOUT = 30.0
+START_TIMEOUT = 600.0
+"""How long actors are waited for that are still being made: their `__init__` may load a large model."""
+_TELL_SECONDS = 30.0
 
 
 def attach(handle: Any, *, name: str = "", config: AgentConfig | None = None, timeout: float = ATTACH_TIMEOUT) -> str:
@@ -62,7 +69,7 @@ def actor_id(handle: Any) -> str:
     return str(handle._actor_id.hex())
 
 
-def agent_name(worker: Any, *, timeout: float = ATTACH_TIMEOUT) -> str:
+def agent_name(worker: Any, *, timeout: float = START_TIMEOUT) -> str:
     """Return the name of the agent behind an actor handle, waiting until it is published; names stay as they are.
 
     Raises:
@@ -72,7 +79,7 @@ def agent_name(worker: Any, *, timeout: float = ATTACH_TIMEOUT) -> str:
     return worker if isinstance(worker, str) else agent_names([worker], timeout=timeout)[0]
 
 
-def agent_names(workers: Sequence[Any], *, timeout: float = ATTACH_TIMEOUT) -> list[str]:
+def agent_names(workers: Sequence[Any], *, timeout: float = START_TIMEOUT) -> list[str]:
     """Return the names of the agents behind actor handles; names stay as they are. See `agent_name`."""
     handles = [worker for worker in workers if not isinstance(worker, str)]
     for handle in handles:
@@ -92,14 +99,28 @@ def _names_by_actor() -> dict[str, str]:
 
 
 def _wait_constructed(handles: Sequence[Any], timeout: float) -> None:
-    """Wait until every actor's `__init__` has run: its agent is published then, if it has one."""
+    """Wait until every actor's `__init__` has run: its agent is published then, if it has one.
+
+    The log says who is waited for.
+    """
     ready = [handle.__ray_ready__.remote() for handle in handles]
+    until = time.monotonic() + timeout
     try:
-        ray.get(ready, timeout=timeout)
-    except ray.exceptions.GetTimeoutError as exc:
-        raise _not_ready(handles, ready, timeout) from exc
+        while not _are_ready(ready, min(_TELL_SECONDS, until - time.monotonic())):
+            error = _not_ready(handles, ready, timeout)
+            if time.monotonic() >= until:
+                raise error
+            logger.warning("%s", error)
     except ray.exceptions.RayActorError as exc:
         raise PeerLost(f"an actor died before it was ready: {exc}") from exc
+
+
+def _are_ready(ready: Sequence[Any], timeout: float) -> bool:
+    try:
+        ray.get(list(ready), timeout=max(0.0, timeout))
+    except ray.exceptions.GetTimeoutError:
+        return False
+    return True
 
 
 def _not_ready(handles: Sequence[Any], ready: Sequence[Any], timeout: float) -> TransferTimeout:
@@ -117,7 +138,7 @@ def _not_ready(handles: Sequence[Any], ready: Sequence[Any], timeout: float) -> 
     if waiting:
         hint = "see `ray status`: has the cluster the CPUs and GPUs that they ask for (num_cpus=)? else wait longer"
     what = "; ".join(parts) or "they were only just ready"
-    return TransferTimeout(f"not all actors were ready within {timeout:g} s: {what}", hint=hint)
+    return TransferTimeout(f"not all actors are ready, for which {timeout:g} s are given: {what}", hint=hint)
 
 
 def _shown(entry: dict[str, object]) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import ray
 
-from raynixl.actors.handles import ATTACH_TIMEOUT, actor_id, agent_names
+from raynixl.actors.handles import ATTACH_TIMEOUT, START_TIMEOUT, actor_id, agent_names
 from raynixl.actors.process import agent
+from raynixl.config import check_timeout
 from raynixl.errors import ConfigError, RaynixlError
 from raynixl.weights import Publication, PushReport, Subscription
 from raynixl.weights import WeightSync as NamedWeightSync
@@ -33,16 +34,24 @@ def subscribe(name: str, module: Any, **options: Any) -> Subscription:
 class WeightSync:
     """Pushes versions of the weights under a name from sources to targets: actor handles or agents' names.
 
-    A list among the targets is a replica, whose ranks flip together. Waits until the actors' agents are published. See
-    `raynixl.weights.WeightSync` for what a push promises, and for its options.
+    A list among the targets is a replica, whose ranks flip together. Waits until the actors' agents are published, for
+    `start_timeout` at most. See `raynixl.weights.WeightSync` for what a push promises, and for its options.
     """
 
     def __init__(
-        self, name: str, sources: Sequence[Any], targets: Sequence[Any], *, timeout: float = 60.0, **options: Any
+        self,
+        name: str,
+        sources: Sequence[Any],
+        targets: Sequence[Any],
+        *,
+        timeout: float = 60.0,
+        start_timeout: float = START_TIMEOUT,
+        **options: Any,
     ) -> None:
         sources, targets = _listed(sources, "sources"), _listed(targets, "targets")
         self._names: dict[str, str] = {}  # of the agents behind handles, by the actors' ids: dead ones do not say
-        self._learn([*sources, *_ranks(targets)], timeout=max(timeout, ATTACH_TIMEOUT))
+        self._start_timeout = check_timeout(start_timeout, START_TIMEOUT, what="start_timeout")
+        self._learn([*sources, *_ranks(targets)], timeout=self._start_timeout)
         here = [self._name(source) for source in sources]
         self._sync = NamedWeightSync(agent(), name, here, self._replicas(targets), timeout=timeout, **options)
 
@@ -69,7 +78,7 @@ class WeightSync:
 
     def join(self, targets: Sequence[Any], *, timeout: float | None = None) -> dict[str, RaynixlError]:
         """Have more targets follow and catch up; return those that could not, by name."""
-        self._learn(_ranks(targets), timeout=max(timeout or self._sync.timeout, ATTACH_TIMEOUT))
+        self._learn(_ranks(targets), timeout=self._start_timeout if timeout is None else max(timeout, ATTACH_TIMEOUT))
         return self._sync.join(self._replicas(targets), timeout=timeout)
 
     def leave(self, targets: Sequence[Any], *, timeout: float | None = None) -> None:
