@@ -30,7 +30,7 @@ def register(fake: FakeCuda) -> None:
 
 def _stand_in_for_the_compiler(fake: FakeCuda) -> None:
     compiler, finish = nvlink_kernel.image_for, fake.finish
-    nvlink_kernel.image_for = lambda architecture, options=(), source=None: b"not compiled"
+    nvlink_kernel.image_for = lambda architecture, options=(), sources=(): b"not compiled"
 
     def finished() -> None:
         nvlink_kernel.image_for = compiler

@@ -1,4 +1,4 @@
-"""The kernels of raynixl/moe/kernels.cu, compiled for the host."""
+"""The kernels of raynixl/moe/kernels, compiled for the host."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-import raynixl.moe
+from raynixl.backends.nvlink_kernel import joined
+from raynixl.moe.cuda_kernel import SOURCES
 
-SOURCE = Path(raynixl.moe.__file__).with_name("kernels.cu")
 _HERE = Path(__file__).parent
 _HOST = _HERE / "moe_kernels_on_host.cpp"
-_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", f'-DKERNELS="{SOURCE}"')
+_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off")
 
 
 _lock = threading.Lock()  # one thread compiles
@@ -40,15 +40,20 @@ def _made() -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    texts = [path.read_bytes() for path in (SOURCE, _HOST, _HERE / "kernels_on_host.h")]
-    digest = hashlib.sha256(b"\0".join([*texts, " ".join(_FLAGS).encode()])).hexdigest()[:24]
+    source = joined(SOURCES)
+    texts = [source, _HOST.read_text(), (_HERE / "kernels_on_host.h").read_text(), *_FLAGS]
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"raynixl-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     made = folder / f"moe-{digest}.so"
     if not made.exists():
         fresh = folder / f"{made.stem}-{os.getpid()}.so"
-        subprocess.run([compiler, *_FLAGS, str(_HOST), "-o", str(fresh)], check=True, timeout=200)
+        kernels = fresh.with_suffix(".cu")
+        kernels.write_text(source)
+        command = [compiler, *_FLAGS, f'-DKERNELS="{kernels}"', str(_HOST), "-o", str(fresh)]
+        subprocess.run(command, check=True, timeout=200)
         fresh.replace(made)
+        kernels.unlink()
     loaded = ctypes.CDLL(str(made))
     loaded.raynixl_moe_host.argtypes = (c_char_p, c_uint, c_uint, c_void_p)
     loaded.raynixl_moe_host.restype = c_int

@@ -1,5 +1,5 @@
-// The kernels of raynixl/moe/kernels.cu as ordinary code of the host. Compiled by tests/moe_kernels_host.py, with KERNELS
-// as the path of the source.
+// The kernels of raynixl/moe/kernels as ordinary code of the host. Compiled by tests/moe_kernels_host.py, with KERNELS as
+// the path of all their sources put together.
 #include "kernels_on_host.h"
 
 namespace {

@@ -21,7 +21,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAP
 _HINT = "pip install 'raynixl[cu13]' (or [cu12]): cupy compiles the kernels"
 
 _lock = threading.Lock()  # protects _images
-_images: dict[tuple[Path, str, tuple[str, ...]], bytes] = {}
+_images: dict[tuple[tuple[Path, ...], str, tuple[str, ...]], bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,27 +65,33 @@ def architecture_of(device: int) -> str:
     return f"sm_{major}{cuda.device_attribute(device, _CAPABILITY_MINOR)}"
 
 
-def image_for(architecture: str, options: Sequence[str] = (), *, source: Path = _SOURCE) -> bytes:
-    """Return the kernels of a source compiled for an architecture such as 'sm_90'.
+def image_for(architecture: str, options: Sequence[str] = (), *, sources: tuple[Path, ...] = (_SOURCE,)) -> bytes:
+    """Return the kernels of sources, which are put together, compiled for an architecture such as 'sm_90'.
 
     Raises:
         BackendUnavailable: cupy or NVRTC is not there.
     """
-    key = source, architecture, tuple(options)
+    key = sources, architecture, tuple(options)
     with _lock:
         if key not in _images:
-            _images[key] = _cached(source, architecture, options)
+            _images[key] = _cached(sources, architecture, options)
         return _images[key]
 
 
-def _cached(file: Path, architecture: str, options: Sequence[str]) -> bytes:
-    source = file.read_text()
+def joined(sources: Sequence[Path]) -> str:
+    """Return what is compiled, in which the compiler finds its way to each file's lines."""
+    first, *others = sources
+    return "\n".join([first.read_text(), *(f'#line 1 "{path.name}"\n{path.read_text()}' for path in others)])
+
+
+def _cached(sources: Sequence[Path], architecture: str, options: Sequence[str]) -> bytes:
+    source = joined(sources)
     text = "\n".join([source, architecture, *options, _version()])
     path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
     try:
         return path.read_bytes()
     except OSError:
-        image = _compile(source, file.name, architecture, options)
+        image = _compile(source, sources[0].name, architecture, options)
         _keep(path, image)
         return image
 

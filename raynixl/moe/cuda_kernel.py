@@ -1,4 +1,4 @@
-"""The kernels of kernels.cu, loaded into the primary context of a GPU, and how many CTAs of each a launch has."""
+"""The kernels of kernels/*.cu, loaded into the primary context of a GPU, and how many CTAs of each a launch has."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Final
 from raynixl import cuda
 from raynixl.backends import nvlink_kernel
 
-SOURCE: Final = Path(__file__).with_name("kernels.cu")
+_FILES: Final = ("structs", "copies", "lines", "adding", "dispatch", "order", "combine")
+SOURCES: Final = tuple(Path(__file__).parent / "kernels" / f"{name}.cu" for name in _FILES)
+"""In the order in which they are put together."""
+
 THREADS: Final = 512
-"""Of a CTA: kThreads in kernels.cu, which bounds them."""
+"""Of a CTA: kThreads in structs.cu bounds them."""
 
 NAMES: Final = ("send", "arrive", "order", "take", "give", "sum", "mask")
 _MULTIPROCESSORS: Final = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
@@ -74,7 +77,7 @@ def load_kernels(device: int, *, sharing: int = 1) -> Kernels:
     Raises:
         BackendUnavailable: cupy or NVRTC is not there, or what was compiled does not load.
     """
-    image = nvlink_kernel.image_for(nvlink_kernel.architecture_of(device), source=SOURCE)
+    image = nvlink_kernel.image_for(nvlink_kernel.architecture_of(device), sources=SOURCES)
     multiprocessors = cuda.device_attribute(device, _MULTIPROCESSORS)
     with cuda.on(device):
         module = cuda.module_load(image)

@@ -1,7 +1,7 @@
-"""Structs that the kernels of kernels.cu share with the host: what stays, what is pinned, and arguments of launches.
+"""Structs that the kernels of kernels/*.cu share with the host: what stays, what is pinned, and arguments of launches.
 
 Addresses are plain numbers; 0 is none, and `NOWHERE` as an offset in a row means that the field is not there.
-kernels.cu declares the same structs and asserts their sizes.
+kernels/structs.cu declares the same structs and asserts their sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Kind(enum.IntEnum):
 
 
 class Refusal(enum.IntEnum):
-    """Why rows of a rank are not used: the first two its line says, the others its reader finds."""
+    """Why rows of a rank are not used: `RANGE`, `CONFIG` and `GROWS` its line says, the others its reader finds."""
 
     FINE = 0
     RANGE = 1
@@ -44,6 +44,8 @@ class Refusal(enum.IntEnum):
     """Its call is signed otherwise than ours."""
     DAMAGED = 4
     """Its line names more rows than there can be, or others than went there."""
+    GROWS = 5
+    """It needs larger windows: not a mistake where all do."""
 
 
 class Giving(enum.IntEnum):
@@ -193,6 +195,6 @@ class Sum(ctypes.Structure):
 
 
 class Mask(ctypes.Structure):
-    """Arguments of raynixl_moe_mask."""
+    """Arguments of raynixl_moe_mask. Ranks in `told` hear that they are masked: their memory must be there still."""
 
-    _fields_ = (("layer", c_uint64), ("mask", c_uint64))
+    _fields_ = (("layer", c_uint64), ("mask", c_uint64), ("told", c_uint64))
