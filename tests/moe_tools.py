@@ -109,7 +109,9 @@ class Layer:
 
 
 class Layers:
-    """Layers of a crew, by what they are made with, to be used again; one in which something fails is closed."""
+    """Some layers of a crew, by what they are made with, to be used again; one in which something fails is closed."""
+
+    MOST = 12
 
     def __init__(self, crew: Threads) -> None:
         self._crew = crew
@@ -120,6 +122,8 @@ class Layers:
         """The layer that is made so, on the first `world` ranks."""
         key = repr((world, options))
         if key not in self._open:
+            if len(self._open) == self.MOST:
+                self._open.pop(next(iter(self._open))).close()
             self._open[key] = Layer(self._crew, world, options)
         try:
             yield self._open[key]

@@ -47,11 +47,12 @@ EVEN, UNEVEN = GRIDS["2x2"], GRIDS["5, uneven"]
 
 
 @pytest.fixture
-def plays(crew):
+def plays(crew, layers):
     """Play a program in two stages, hold it against the reference, and return what ranks got."""
 
     def run(program):
-        with crew.experts(program.world, kind=TwoLevel, grid=program.grid, **program.options()) as layer:
+        made = crew.experts if any(isinstance(step, Place) for step in program.steps) else layers.of
+        with made(program.world, kind=TwoLevel, grid=program.grid, **program.options()) as layer:
             played = layer.run(lambda rank, ep: play(program, rank, ep))
         check(program, played)
         return played
