@@ -212,8 +212,8 @@ def _forked(told: dict[str, Any], fds: list[int], own: int) -> int:
     reading, writing = os.pipe()
     with _children_in(None if told["home"] is None else fds[1], own):
         pid = os.fork()
-    if pid == 0:
-        _run(told, fds[1:] if told["home"] is None else fds[2:], writing)
+        if pid == 0:
+            _run(told, fds[1:] if told["home"] is None else fds[2:], writing)
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)
@@ -227,10 +227,8 @@ def _children_in(space: int | None, own: int) -> Iterator[None]:
         yield
         return
     _enter(space, _NEWPID)
-    try:
-        yield
-    finally:
-        _enter(own, _NEWPID)
+    yield
+    _enter(own, _NEWPID)  # not of the child, which leaves by an exception, and could not
 
 
 def _enter(namespace: int, kind: int) -> None:
