@@ -11,6 +11,7 @@ from far_channel_tools import rows_of
 from moe_programs import Cached, Combine, Dispatch, Program, check, even, play
 from moe_random import draw
 from moe_tools import Processes, Threads
+from weights_nursery import Nursery
 
 from raynixl import ConfigError, Masked
 from raynixl.moe.far_channel import pack_line
@@ -90,9 +91,9 @@ def test_lines_of_another_session_and_nonsense_change_nothing(crew: Threads) -> 
 
 
 @pytest.fixture
-def ranks(nothing_left: Callable[[], list[str]]) -> Iterator[Processes]:
+def ranks(nursery: Nursery, nothing_left: Callable[[], list[str]]) -> Iterator[Processes]:
     """Three processes with one layer, which they have used already."""
-    with Processes(WORLD, backends=("ucx",)) as made:
+    with Processes(WORLD, backends=("ucx",), lent=nursery) as made:
         made.make("layer", experts=WORLD, hidden=512, topk=WORLD, max_tokens=4096, dtype=torch.float32)
         check_step(made, range(WORLD), 20, 20.0)
         yield made

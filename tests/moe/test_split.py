@@ -9,6 +9,7 @@ import torch
 from moe_fault_crews import REST, VICTIM, WORLD, check, harm, layer
 from moe_faults import DISPATCH, OPTIONS
 from moe_tools import Processes, Threads
+from weights_nursery import Nursery
 
 from raynixl import Masked
 
@@ -35,8 +36,8 @@ def step(ep, x, ids):
     return ep.combine(made.x, made.handle)
 
 
-def test_memory_that_a_replaced_process_may_write_is_kept_from_others_while_it_lives() -> None:
-    with Processes(WORLD) as crew, layer(crew) as ranks:
+def test_memory_that_a_replaced_process_may_write_is_kept_from_others_while_it_lives(nursery: Nursery) -> None:
+    with Processes(WORLD, lent=nursery) as crew, layer(crew) as ranks:
         harm(ranks, DISPATCH[3], signal.SIGSTOP, deadline=1.0)
         check(ranks.call("moe_faults:steps", "layer", 3, ranks=REST), gone=[VICTIM])
         former = ranks.replace(VICTIM)
@@ -53,10 +54,12 @@ def test_memory_that_a_replaced_process_may_write_is_kept_from_others_while_it_l
 
 
 @pytest.mark.parametrize("backend", ["shm", "ucx"])
-def test_lines_that_a_replaced_process_writes_when_it_wakes_change_none_of_its_successors(backend: str) -> None:
+def test_lines_that_a_replaced_process_writes_when_it_wakes_change_none_of_its_successors(
+    nursery: Nursery, backend: str
+) -> None:
     if backend == "ucx":
         pytest.importorskip("ucxx")
-    with Processes(WORLD, backends=(backend,)) as crew, layer(crew) as ranks:
+    with Processes(WORLD, backends=(backend,), lent=nursery) as crew, layer(crew) as ranks:
         phase = harm(ranks, DISPATCH[0], signal.SIGSTOP, deadline=1.0)[0].phase
         check(ranks.call("moe_faults:steps", "layer", 3, ranks=REST), gone=[VICTIM])
         former = ranks.replace(VICTIM)
