@@ -1,7 +1,7 @@
 """Expert parallelism on GPUs that are made up: memory of the fake driver, kernels compiled for the host, plain tensors.
 
-Every tensor counts as on GPU 0, but for those that a thread works with inside of `on_host`. A kernel runs in a thread of
-its own, so that ranks in threads of one process wait for each other as on GPUs. Unless a test says otherwise, who
+Every tensor counts as on GPU 0, but for those that a thread works with inside of `on_host`. A kernel runs in a thread
+of its own, so that ranks in threads of one process wait for each other as on GPUs. Unless a test says otherwise, who
 launches waits for the kernel's end, as torch's own work on a stream would.
 """
 

@@ -11,7 +11,8 @@ from raynixl.errors import RaynixlError
 from raynixl.moe.calls import CODES
 from raynixl.moe.cuda_dispatch import refusal_of
 from raynixl.moe.cuda_layer import address, nanoseconds
-from raynixl.moe.cuda_structs import NOWHERE, Give, Giving, Sum, Summing
+from raynixl.moe.cuda_nothing import give_nothing, sum_nothing
+from raynixl.moe.cuda_structs import Give, Giving, Sum, Summing
 from raynixl.moe.result import Combined
 
 if TYPE_CHECKING:
@@ -92,16 +93,10 @@ class CudaCombine:
     def _skip(self, op: Call) -> None:
         """Take part with nothing."""
         layer = self.layer
-        none = Give(
-            layer=layer.address, item_nbytes=16, beside_at=NOWHERE, topk=self.topk, ranks=layer.ranks, is_packed=1,
-            status=refusal_of(self.error),
-        )  # fmt: skip
+        none = give_nothing(layer, self.topk, refusal_of(self.error))
         op.launch("give", none, layer.grid("give", rows=0, nbytes=0))
-        made = Sum(
-            layer=layer.address, deadline=nanoseconds(self.seconds), topk=self.topk, ranks=layer.ranks, item_nbytes=16,
-            beside_at=NOWHERE, waits=1,
-        )  # fmt: skip
-        op.launch("sum", made, layer.grid("sum", rows=0, nbytes=0))
+        nothing = sum_nothing(layer, self.topk, nanoseconds(self.seconds))
+        op.launch("sum", nothing, layer.grid("sum", rows=0, nbytes=0))
 
 
 def pair_table(row_ids: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 
 from raynixl.errors import ConfigError, IntegrityError, RangeError, RaynixlError
 from raynixl.moe.cuda_layer import address, nanoseconds
+from raynixl.moe.cuda_nothing import arrive_at, take_nothing
 from raynixl.moe.cuda_result import CudaHandle
-from raynixl.moe.cuda_structs import NOWHERE, Arrive, Kind, Order, Refusal, Send, Take
+from raynixl.moe.cuda_structs import Kind, Order, Refusal, Send, Take
 from raynixl.moe.result import Dispatched
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from raynixl.moe.cuda_layer import Call, GpuLayer
 
 _SLICE: Final = 5e-3
-_QUEUE_SECONDS: Final = 60.0
+QUEUE_SECONDS: Final = 60.0
 """What is on the stream before a dispatch may take that long beyond the deadline, which counts from when it begins."""
 
 
@@ -127,18 +128,14 @@ class CudaDispatch:
     def _arrive(self, op: Call) -> Known | RaynixlError:
         """Wait, on the host, until a kernel has told how many rows come."""
         layer = self.layer
-        layer.tickets += 1
-        made = Arrive(
-            layer=layer.address, signature=self.signature, deadline=nanoseconds(self.seconds), ticket=layer.tickets,
-            kind=Kind.DISPATCH, ranks=layer.ranks, loads_count=self.scene.loads_count,
-        )  # fmt: skip
+        deadline, loads_count = nanoseconds(self.seconds), self.scene.loads_count
+        made = arrive_at(layer, Kind.DISPATCH, deadline, signature=self.signature, loads_count=loads_count)
         op.launch("arrive", made, (1, 1, 1))
-        layer.wait_ticket(self.seconds + _QUEUE_SECONDS, self.look)
+        layer.wait_ticket(self.seconds + QUEUE_SECONDS, self.look)
+        for rank, status in enumerate(layer.statuses()):
+            if status != Refusal.FINE:
+                return refused(rank, status, self.scene.names)
         page = layer.told
-        for rank in range(layer.ranks):
-            if page.status[rank] != Refusal.FINE:
-                page.refused &= ~(1 << rank)
-                return refused(rank, page.status[rank], self.scene.names)
         rows, experts = sum(page.counts[: layer.ranks]), tuple(page.experts[: self.scene.local_experts])
         return Known(rows, experts)
 
@@ -151,11 +148,7 @@ class CudaDispatch:
 
     def _skip(self, op: Call) -> None:
         """End the operation with nothing taken."""
-        made = Take(
-            layer=self.layer.address, deadline=nanoseconds(self.seconds), topk=self.scene.topk, ranks=self.layer.ranks,
-            ids_at=NOWHERE, weights_at=NOWHERE, token_at=NOWHERE, ids_nbytes=4, row_nbytes=16,
-            loads_count=self.scene.loads_count, is_packed=1, waits=1,
-        )  # fmt: skip
+        made = take_nothing(self.layer, self.scene.topk, nanoseconds(self.seconds))
         op.launch("take", made, self.layer.grid("take", rows=0, nbytes=0))
 
     def _take(self, op: Call, plan: RowPlan, known: Known, tables: tuple[Tensor, Tensor, Tensor]) -> Dispatched:
@@ -244,9 +237,9 @@ def refused(rank: int, status: int, names: dict[int, str]) -> RaynixlError:
         return RangeError(f"{who}: its ids name no experts, or there are too many tokens", hint="mend that rank's call")
     if status == Refusal.CONFIG:
         return ConfigError(f"{who}: its call cannot be used", hint="see the error that was raised there")
-    if status == Refusal.DIFFERS:
+    if status in (Refusal.DIFFERS, Refusal.GROWS):
         return ConfigError(
-            f"{who} calls something else",
+            f"{who} calls something else{', with longer rows' if status == Refusal.GROWS else ''}",
             hint="call the same operations with the same options, handles, dtypes and placement on every rank",
         )
     return IntegrityError(

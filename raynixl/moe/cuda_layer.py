@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 from raynixl import cuda
 from raynixl.errors import TransferTimeout
 from raynixl.moe.cuda_kernel import Kernels, load_kernels
+from raynixl.moe.cuda_nothing import nothings
 from raynixl.moe.cuda_presence import Presence
-from raynixl.moe.cuda_structs import NOWHERE, RANKS, Arrive, Give, Layer, Mask, Order, Page, Send, Sum, Take
+from raynixl.moe.cuda_structs import RANKS, Layer, Mask, Page
 
 if TYPE_CHECKING:
     from raynixl.moe.cuda_agreement import Agreed
     from raynixl.moe.cuda_device import Gpu
     from raynixl.native import Native
-
-__all__ = ["NOWHERE", "GpuLayer"]
 
 _HANG_SECONDS: Final = 30.0
 _PAUSE: Final = 5e-5
@@ -54,9 +53,9 @@ class GpuLayer:
         self._known = sum(1 << rank for rank in gates) | 1 << me
         self.presence = Presence(gpu.number, gates, look, f"raynixl-moe-{me}")
         self._masked = (mask | ~self._known) & ((1 << 64) - 1)
-        self.tickets = 0
+        self.tickets, self.known_refusals = 0, 0
         self._lock = threading.Lock()  # protects what the watch writes to the page, and the page's end
-        self._last_lost = 0
+        self._last_lost = self._gone = 0
         addresses = {rank: window.address for rank, window in agreed.windows.items()}
         self._upload(agreed, {**addresses, me: agreed.own.memory.address}, me, page)
         self._stream: int | None = None
@@ -73,7 +72,7 @@ class GpuLayer:
             stream = cuda.stream_create()
             try:
                 self._put(cold, stream)
-                for kind, arguments in _nothings(self.address):
+                for kind, arguments in nothings(self.address):
                     self.launch(kind, arguments, _ONE, stream)
                 self._wait(stream)
                 ctypes.memset(self._pinned, 0, ctypes.sizeof(Page))
@@ -106,9 +105,9 @@ class GpuLayer:
 
     @property
     def lost(self) -> int:
-        """Ranks that did not come in time, 1 bit each."""
+        """Ranks that did not come in time, or are gone, 1 bit each."""
         page = self.page
-        return (self._last_lost if page is None else int(page.lost)) & self._known
+        return ((self._last_lost if page is None else int(page.lost)) | self._gone) & self._known
 
     @property
     def masked_by(self) -> int | None:
@@ -117,14 +116,28 @@ class GpuLayer:
         return by - 1 if by else None
 
     def take_refusal(self) -> tuple[int, int] | None:
-        """Return a rank whose line was refused, and why, once."""
+        """Return a rank whose line was refused, and why, once; not for what the caller has heard of at once."""
         page = self.told
-        ranks = int(page.refused)
+        seen = int(page.refused)
+        ranks, self.known_refusals = seen & ~self.known_refusals, self.known_refusals & ~seen
+        if seen:
+            page.refused = 0
         if not ranks:
             return None
-        page.refused = 0
         rank = (ranks & -ranks).bit_length() - 1
         return rank, int(page.status[rank])
+
+    def note_gone(self, ranks: int) -> None:
+        """Hear which ranks have ended, or let go of their memory."""
+        self._gone |= ranks
+        self.excuse(ranks)
+
+    def statuses(self) -> list[int]:
+        """Return by rank what the last `arrive` has found wrong; it is told once."""
+        page = self.told
+        found = list(page.status[: self.ranks])
+        self.known_refusals |= sum(1 << rank for rank, status in enumerate(found) if status)
+        return found
 
     def excuse(self, ranks: int) -> None:
         """Have kernels that wait for these ranks wait no longer."""
@@ -142,12 +155,11 @@ class GpuLayer:
             if not is_captured:
                 self.presence.follow(stream)
             self._stream = stream
-        gone = mask | self.presence.enter()
+        self.note_gone(self.presence.enter())
         call = Call(self, stream, is_captured=is_captured)
-        if gone & ~self._masked:
-            self._masked |= gone
+        if (mask | self._gone) & ~self._masked:
+            self._masked |= mask | self._gone
             call.launch("mask", Mask(self.address, self._masked), _ONE)
-            self.excuse(gone)
         return call
 
     def _is_captured(self, stream: int) -> bool:
@@ -213,20 +225,6 @@ def _kernels(device: int) -> Kernels:
     """Return the kernels of a GPU, loaded once for the process."""
     made: Kernels = cuda.kept(("moe kernels", device), lambda: load_kernels(device))
     return made
-
-
-def _nothings(layer: int) -> list[tuple[str, ctypes.Structure]]:
-    """Return arguments with which each kernel does nothing."""
-    send = Send(layer=layer, ranks=1, topk=1, ids_nbytes=4, row_nbytes=16)
-    take = Take(layer=layer, ranks=1, topk=1, ids_nbytes=4, row_nbytes=16, ids_at=NOWHERE, weights_at=NOWHERE)
-    take.token_at = NOWHERE
-    give = Give(layer=layer, ranks=1, topk=1, item_nbytes=16, beside_at=NOWHERE)
-    added = Sum(layer=layer, ranks=1, topk=1, item_nbytes=16, beside_at=NOWHERE)
-    order = Order(layer=layer, ranks=1, topk=1, row_nbytes=16, alignment=1, offsets=layer + ctypes.sizeof(Layer))
-    return [
-        ("send", send), ("arrive", Arrive(layer=layer, ranks=1)), ("order", order), ("take", take), ("give", give),
-        ("sum", added), ("mask", Mask(layer=layer)),
-    ]  # fmt: skip
 
 
 def nanoseconds(seconds: float) -> int:

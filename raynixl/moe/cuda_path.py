@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
-from raynixl.errors import Masked, RaynixlError
+from raynixl.errors import ConfigError, Masked, RaynixlError
 from raynixl.moe import cuda_device
 from raynixl.moe.cuda_agreement import Agreed, Agreement
 from raynixl.moe.cuda_combine import CudaCombine
-from raynixl.moe.cuda_dispatch import CudaDispatch, Scene, refused
-from raynixl.moe.cuda_layer import GpuLayer
+from raynixl.moe.cuda_dispatch import QUEUE_SECONDS, CudaDispatch, Scene, refused
+from raynixl.moe.cuda_layer import GpuLayer, nanoseconds
 from raynixl.moe.cuda_need import Need, usual_need
+from raynixl.moe.cuda_nothing import arrive_at, give_nothing, send_nothing, sum_nothing, take_nothing
 from raynixl.moe.cuda_result import LostRanks
+from raynixl.moe.cuda_structs import Kind, Refusal
 from raynixl.moe.lines import ranks_of
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS: Final = 10.0
-_LATE: Final = "it did not come in time, as its GPU or ours has found"
+_LATE: Final = "it did not come in time, or has ended"
 _ALL: Final = (1 << 64) - 1
 
 
@@ -153,13 +155,14 @@ class CudaPath:
         Raises:
             Masked: the others have gone on without us.
         """
+        before = self._told
         layer = self._begin()
         if isinstance(layer, RaynixlError):
             return layer
+        layer.known_refusals |= (error is not None) << self._session.members.me
         self._number += 1
         is_new = call.handle is None or call.has_other_weights
         number = self._number if is_new or call.handle is None else call.handle.number
-        before = layer.lost
         work = CudaDispatch(layer, self._scene(layer), call, number, seconds, error, self.look)
         result = work.run(self._absent())
         self.look()
@@ -175,8 +178,36 @@ class CudaPath:
         layer = self._begin()
         if isinstance(layer, RaynixlError):
             return layer
+        layer.known_refusals |= (error is not None) << self._session.members.me
         facts = self._facts
         return CudaCombine(layer, call, facts.topk, facts.renormalises, seconds, error).run(self._absent())
+
+    def grows(self, kind: Kind, seconds: float) -> RaynixlError | None:
+        """In place of an operation that needs larger windows: hear whether all ranks need them, or what is wrong."""
+        layer = self._layer
+        if layer is None:
+            return None  # there are none yet
+        found = self._begin()
+        if isinstance(found, RaynixlError):
+            return found
+        topk, deadline, is_dispatch = self._facts.topk, nanoseconds(seconds), kind == Kind.DISPATCH
+        self._number += is_dispatch  # those for whom it is a dispatch like others count it, too
+        with layer.begin(self._absent()) as op:
+            if op.is_captured:
+                return ConfigError("windows cannot grow while a graph is captured", hint="run it once before")
+            first = (send_nothing if is_dispatch else give_nothing)(layer, topk, Refusal.GROWS)
+            op.launch("send" if is_dispatch else "give", first, (1, 1, 1))
+            op.launch("arrive", arrive_at(layer, kind, deadline), (1, 1, 1))
+            layer.wait_ticket(seconds + QUEUE_SECONDS, self.look)
+            statuses, came = layer.statuses(), self._session.members.ranks
+            last = (take_nothing if is_dispatch else sum_nothing)(layer, topk, deadline)
+            op.launch("take" if is_dispatch else "sum", last, (1, 1, 1))
+        self.look()
+        others = [rank for rank in came if rank < layer.ranks and statuses[rank] != Refusal.GROWS]
+        for rank in others:
+            if not layer.lost >> rank & 1:
+                return refused(rank, statuses[rank] or Refusal.DIFFERS, self._session.members.names)
+        return None
 
     def look(self) -> None:
         """Learn from the GPU who is lost, and tell it who is gone.
@@ -187,11 +218,12 @@ class CudaPath:
         layer, session = self._layer, self._session
         if layer is None:
             return
+        layer.note_gone(sum(1 << rank for rank in session.members.ranks if session.is_gone(rank)))
+        layer.excuse(session.members.mask & _ALL)
         for rank in ranks_of(layer.lost & ~self._told):
             self._told |= 1 << rank
             if session.members.is_active(rank):
                 session.lose(rank, _LATE)
-        self._excuse(layer)
         by = layer.masked_by
         if by is not None:
             names, me = session.members.names, session.members.me
@@ -221,11 +253,7 @@ class CudaPath:
         """On the watch's thread: who is gone need not be waited for."""
         layer = self._layer
         if layer is not None:
-            self._excuse(layer)
-
-    def _excuse(self, layer: GpuLayer) -> None:
-        gone = sum(1 << rank for rank in self._session.members.ranks if self._session.is_gone(rank))
-        layer.excuse(gone | self._session.members.mask & _ALL)
+            layer.excuse(sum(1 << rank for rank in self._session.members.ranks if self._session.is_gone(rank)))
 
     def _absent(self) -> int:
         return self._session.members.mask & _ALL

@@ -15,6 +15,7 @@ from raynixl.moe.cuda_checks import cuda_combine_call, cuda_dispatch_call
 from raynixl.moe.cuda_need import Need
 from raynixl.moe.cuda_path import CudaPath, Facts
 from raynixl.moe.cuda_staged import StagedHandle, fetched_combine, fetched_dispatch, put_combined, put_dispatched
+from raynixl.moe.cuda_structs import Kind
 from raynixl.moe.rank import OnLost, Rank
 from raynixl.moe.result import Combined, Dispatched
 
@@ -106,7 +107,7 @@ class GpuRank(Rank):
             call, error = cuda_dispatch_call(arguments, self._sizes(), gpu)
             until, late = self._until(deadline)
             error = failed or error or late or self._other_gpu(gpu)
-            path = self._agreed_path(Need() if error else call.need(self.topk, 1), gpu, until)
+            path = self._agreed_path(Need() if error else call.need(self.topk, 1), Kind.DISPATCH, gpu, until)
             path.is_used = True
             if path.reason:
                 fetched = fetched_dispatch(arguments, cuda_device.gpu(gpu))
@@ -130,15 +131,19 @@ class GpuRank(Rank):
                 return put_combined(made, arguments, cuda_device.gpu(gpu))
             call, error = cuda_combine_call(arguments, hidden=self.hidden, session=self._session.key, gpu=gpu)
             error = failed or error or late or self._other_gpu(gpu)
-            path = self._agreed_path(Need() if error else call.need(self.max_tokens, self.topk), gpu, until)
+            need = Need() if error else call.need(self.max_tokens, self.topk)
+            path = self._agreed_path(need, Kind.COMBINE, gpu, until)
             path.is_used = True
             combined = self._on_gpu(lambda: path.combine(call, error, until - time.monotonic()))
             self._counts["combines"] += 1
             return combined
 
-    def _agreed_path(self, need: Need, gpu: int, until: float) -> CudaPath:
+    def _agreed_path(self, need: Need, kind: Kind, gpu: int, until: float) -> CudaPath:
         """Return the path, its windows large enough. All ranks come to an agreement in the same operation."""
-        if self._path is None or not self._path.is_ready(need):
+        path = self._path
+        if path is not None and not path.is_ready(need):
+            self._on_gpu(lambda: path.grows(kind, until - time.monotonic()))
+        if path is None or not path.is_ready(need):
             self._agree(need, gpu, until)
         assert self._path is not None
         return self._path
