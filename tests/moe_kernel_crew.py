@@ -129,9 +129,9 @@ class Gpu:
         ), 1)  # fmt: skip
         assert self.page.ticket == self.tickets
 
-    def mask(self, ranks: int) -> None:
+    def mask(self, ranks: int, told: int = 0) -> None:
         """Mask ranks."""
-        self.run("mask", Mask(layer=self.at, mask=ranks), 1)
+        self.run("mask", Mask(layer=self.at, mask=ranks, told=told), 1)
 
 
 @dataclass(frozen=True, eq=False)

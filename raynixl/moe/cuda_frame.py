@@ -9,6 +9,7 @@ from raynixl.moe.cuda_structs import LINE_NBYTES, Layer
 
 SIDES: Final = 2
 _ALIGNMENT: Final = 256
+_LINE_NBYTES: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,12 @@ def aligned(nbytes: int, to: int = _ALIGNMENT) -> int:
 
 
 def fields_at(fields: list[int]) -> tuple[list[int], int]:
-    """Return where each field of a row begins, and how long the row is: multiples of 16 bytes."""
+    """Return where each field of a row begins, at multiples of 16 bytes, and how long the row is, a multiple of 128.
+
+    So rows are moved in words of 16 bytes, and a warp's words lie in whole lines of memory.
+    """
     starts, end = [], 0
     for nbytes in fields:
         starts.append(end)
         end += aligned(nbytes, 16)
-    return starts, max(16, end)
+    return starts, max(_LINE_NBYTES, aligned(end, _LINE_NBYTES))

@@ -44,9 +44,13 @@ class Kernels:
     def __getitem__(self, name: str) -> tuple[int, int]:
         return self.functions[name], 32 if name == "mask" else THREADS
 
-    def grid(self, name: str, ranks: int, rows: int, nbytes: int) -> int:
-        """Return how many CTAs a launch has, for so many rows of so many bytes with each rank ("sum": in all)."""
-        return grid_of(name, ranks, rows, nbytes, resident=_RESIDENT * self.multiprocessors, waiting=self._waiting())
+    def grid(self, name: str, ranks: int, rows: int, nbytes: int, *, waits: bool = True) -> int:
+        """Return how many CTAs a launch has, for so many rows of so many bytes with each rank ("sum": in all).
+
+        waits: whether "take" or "sum" wait for lines themselves.
+        """
+        resident = _RESIDENT * self.multiprocessors
+        return grid_of(name, ranks, rows, nbytes, resident=resident, waiting=self._waiting() if waits else resident)
 
     def _waiting(self) -> int:
         """Return how many CTAs may wait at a time: if all other ranks wait, one that gives still runs."""

@@ -175,6 +175,20 @@ def test_who_waits_for_another_is_waited_for():
     assert [crew.gpus[rank].layer.mask for rank in (0, 1)] == [1 << 2] * 2
 
 
+def test_a_mask_by_hand_is_heard_of_by_who_is_masked():
+    setting = setting_of(world=3)
+    tokens = draw(setting, (5, 8, 3), 16, 3)
+    crew = crew_of(setting, deadline=50.0)
+    crew.gpus[0].mask(0b110, told=0b100)
+    crew.gpus[0].mask(0b110, told=0b010)  # it takes no part any more: its memory is let alone
+    began = time.monotonic()
+    crew.each(lambda gpu: step(gpu, setting, tokens[gpu.me]), [0, 2])
+    assert time.monotonic() - began < 20
+    assert [gpu.page.masked for gpu in crew.gpus] == [0, 0, 1]
+    at = crew.gpus[1].frame.notices_at
+    assert not crew.gpus[1].window[at : at + 24].any()
+
+
 def test_the_host_excuses_who_is_dead():
     setting = setting_of(world=3)
     tokens = draw(setting, (5, 8, 3), 16, 3)

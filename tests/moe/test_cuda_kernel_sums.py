@@ -116,13 +116,16 @@ def test_pairs_come_back_apart(layout):
         same(found, want.to(torch.bfloat16), "pairs")
 
 
+@pytest.mark.parametrize("is_zero", [False, True])
 @pytest.mark.parametrize("weights_at", ["holder", "source"])
 @pytest.mark.parametrize("topk", [2, 7, 8, 9, 16, 33])
-def test_what_is_missing_is_made_up_for_as_the_core_path_does(weights_at, topk):
+def test_what_is_missing_is_made_up_for_as_the_core_path_does(weights_at, topk, is_zero):
     """Rank 1 is masked between dispatch and combine: the scale is a quotient of sums made as numpy makes them."""
     experts = 48
     setting = Setting(3, even(3, experts), 8, "tokens", 1, weights_at, renormalise=True)
     tokens = draw(setting, (8, 8, 8), 16, topk, missing=0.2)
+    for one in tokens if is_zero else ():
+        one.topk_weights[:] = torch.where(torch.arange(topk) % 2 == 0, 0.5, -0.5)
     arrived = reference.dispatch(setting, tokens)
     ys = [reference.run_experts(setting, r, one, lambda n, rows: rows + n, torch.float32)
           for r, one in enumerate(arrived)]  # fmt: skip
@@ -138,17 +141,17 @@ def test_what_is_missing_is_made_up_for_as_the_core_path_does(weights_at, topk):
 
     found = Crew(frame_for(setting, 16, topk)).each(work)
     for rank in (0, 2):
-        same_sums(found[rank], _renormalised(setting, tokens[rank], rank, ys), f"rank {rank}")
+        same_sums(found[rank], _renormalised(setting, tokens, rank, ys), f"rank {rank}")
 
 
-def _renormalised(setting, given, rank, ys):
+def _renormalised(setting, tokens, rank, ys):
     """Sums of what ranks 0 and 2 hold, times the quotient of weights as summing.lost_scale works it out."""
     plain = Setting(3, setting.holders, 8, "tokens", 1, setting.weights_at)
-    all_tokens = draw(setting, (8, 8, 8), 16, given.topk_idx.shape[1], missing=0.2)
+    given = tokens[rank]
     ids, weights = given.topk_idx.numpy(), given.topk_weights.numpy()
     holders = np.where(ids >= 0, np.array(setting.holders)[ids], -1)
     whole = np.where(ids >= 0, weights, np.float32(0)).sum(axis=1, dtype=np.float32)
     rest = np.where((holders >= 0) & (holders != 1), weights, np.float32(0)).sum(axis=1, dtype=np.float32)
     scale = np.divide(whole, rest, out=np.ones_like(whole), where=rest != 0)
     zeros = [y if r != 1 else torch.zeros_like(y) for r, y in enumerate(ys)]
-    return reference.combine(plain, all_tokens, zeros)[rank] * torch.from_numpy(scale)[:, None]
+    return reference.combine(plain, tokens, zeros)[rank] * torch.from_numpy(scale)[:, None]

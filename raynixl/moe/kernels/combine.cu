@@ -113,8 +113,8 @@ struct RowSum {
   }
 };
 
-// What makes up for the terms of a token that are missing: all its weights over those that count. 0 if none is missing.
-__device__ __forceinline__ float lost_scale(const Backs& backs, u64 token, Terms& terms) {
+// Whether terms of a token are missing, and what makes up for them: all its weights over those that count.
+__device__ __forceinline__ bool is_scaled(const Backs& backs, u64 token, Terms& terms, float& scale) {
   const Sum& a = backs.a;
   u32 lane = threadIdx.x % kWarp;
   bool is_missing = false;
@@ -133,8 +133,8 @@ __device__ __forceinline__ float lost_scale(const Backs& backs, u64 token, Terms
     (turn == 0 ? whole : rest).of(numbers, a.topk);
   }
   __syncwarp();
-  if (__ballot_sync(kFull, is_missing) == 0) return 0.0f;
-  return rest.sums[0] == 0.0f ? 1.0f : __fdiv_rn(whole.sums[0], rest.sums[0]);
+  scale = rest.sums[0] == 0.0f ? 1.0f : __fdiv_rn(whole.sums[0], rest.sums[0]);
+  return __ballot_sync(kFull, is_missing) != 0;
 }
 
 __device__ __forceinline__ void put_weights_back(const Backs& backs, u64 token, u32 lane) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void sum_row(const Backs& backs, u64 row, Terms& term
   u64 rows[2] = {0, 0};
   float weights[2] = {1.0f, 1.0f};
   Addition work = {};
-  if (a.renormalises && a.mode != kApart) work.scale = lost_scale(backs, token, terms);
+  if (a.renormalises && a.mode != kApart) work.is_scaled = is_scaled(backs, token, terms, work.scale);
 #pragma unroll
   for (u32 half = 0; half < 2; ++half) {
     u32 k = lane + half * kWarp;
@@ -170,7 +170,6 @@ __device__ __forceinline__ void sum_row(const Backs& backs, u64 row, Terms& term
   }
   work.terms = &terms, work.count = gather_terms(terms, rows, weights, lane);
   work.is_weighted = a.weights != 0 && a.mode != kRows && a.mode != kApart;
-  work.is_scaled = work.scale != 0.0f;
   work.hidden = a.hidden, work.out_dtype = a.out_dtype, work.bias_dtype = a.bias_dtype, work.bias_count = a.bias_count;
   work.out = a.out + row * a.out_stride;
 #pragma unroll
