@@ -72,7 +72,8 @@ class Conductor:
             if rank not in heard:
                 council.applicants.pop(rank, None)
         silent = {rank for rank in rest if rank not in heard}
-        council.suspect(silent)
+        for rank in silent:
+            council.suspect({rank}, f"it does not prepare a view: {answers[rank]}", view)
         if silent or any(one.is_refused for one in heard.values()):
             self._commit(view, rest)  # they may go on
             return bool(silent)
@@ -121,7 +122,9 @@ class Conductor:
         ask = council.ask("commit", view=view)
         told = {rank: (ask, view.token(rank)) for rank in ranks if rank != council.rank}  # type: ignore[attr-defined]
         answers = council.asking.all(told, council.deadline)
-        council.suspect({rank for rank, one in answers.items() if not isinstance(one, Answer)})
+        for rank, one in answers.items():
+            if not isinstance(one, Answer):
+                council.suspect({rank}, f"it cannot be told of a view: {one}", view)
 
 
 def _order(view: View) -> tuple[int, int]:

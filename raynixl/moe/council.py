@@ -9,10 +9,11 @@ answers what the former has committed.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.moe.grid import Grid
 
+logger = logging.getLogger(__name__)
+AMID: Final = "it was lost amid an operation"
 PATIENCE: Final = 0.5
 """Seconds that a rank has to answer a hello."""
 
@@ -242,7 +245,7 @@ class Council:
             self._check_masked()
             if self.due is not None:
                 return False
-            self.suspect(lost)
+            self.suspect(lost, AMID, self.adopted)
         self.go_on()
         with self.changed:
             if self.due is not None:
@@ -268,7 +271,7 @@ class Council:
         if lost or self._promise is not None:
             with self.changed:
                 self.watch()
-                self.suspect(lost)
+                self.suspect(lost, AMID, self.adopted)
             self.go_on()
             self.watch()
 
@@ -276,7 +279,7 @@ class Council:
         """Go on without a rank, until `unbar`."""
         with self.changed:
             self.barred.add(rank)
-            self.suspect({rank})
+            self.suspect({rank}, "it was masked by hand, or leaves")
 
     def unbar(self, rank: int) -> None:
         """Let a rank in again when it asks."""
@@ -299,13 +302,17 @@ class Council:
             self.names.append(member)
             return len(self.names) - 1
 
-    def suspect(self, ranks: set[int]) -> None:
-        """Take ranks of the view for lost."""
+    def suspect(self, ranks: Iterable[int], why: str, view: View | None = None) -> None:
+        """Take ranks for lost, as sessions of the latest view or of another one."""
         with self.changed:
+            latest = self.view
             for rank in ranks:
-                token = None if self.view is None else self.view.token(rank)
-                if token is not None and rank != self.rank:
-                    self.suspects[rank] = token
+                token = None if latest is None else (view or latest).token(rank)
+                if token is None or rank == self.rank or self.suspects.get(rank) == token:
+                    continue
+                self.suspects[rank] = token
+                if latest is not None and latest.has(rank, token):
+                    logger.warning("rank %d takes rank %d (%r) for lost: %s", self.rank, rank, self.names[rank], why)
 
     def watch(self) -> None:
         """Look, while something is waited for, whether that still makes sense.
@@ -334,9 +341,17 @@ class Council:
             return
         self._looked = now
         assert self.view is not None
-        self.suspect({rank for rank in self.view.live if self.asking.is_lost(rank)})
+        self.suspect(self._ended(self.view), "it has ended", self.view)
         if self._lost_of_view():
             raise Regrouped
+
+    def _ended(self, view: View) -> set[int]:
+        """Return whose sessions are known to have ended; a lost connection may be that of a former process."""
+        lost = [rank for rank in view.live if rank != self.rank and self.asking.is_lost(rank)]
+        found = self.asking.all({rank: (self.ask("state"), view.token(rank)) for rank in lost}, PATIENCE)
+        return {
+            rank for rank, one in found.items() if isinstance(one, RaynixlError) and not isinstance(one, TransferTimeout)
+        }  # fmt: skip
 
     def absent(self, view: View) -> set[int]:
         """Return who does not answer, or has not begun to work in a view."""
@@ -362,7 +377,7 @@ class Council:
             is_gone = promise.leader != self.rank and self.asking.is_lost(promise.leader)
             if self._promise is promise and (is_gone or time.monotonic() > promise.until):
                 self._promise = None
-                self.suspect({promise.leader})
+                self.suspect({promise.leader}, "it prepares a view, and does not say how it goes on")
 
     def _settle(self) -> None:
         """Have the leader take out those that are lost; that may be ourselves."""
@@ -377,7 +392,7 @@ class Council:
         answer = self.asking.one(leader, ask, self.deadline + PATIENCE, view.token(leader))
         with self.changed:
             if isinstance(answer, RaynixlError):
-                self.suspect({leader})
+                self.suspect({leader}, f"it does not answer a report: {answer.message}", view)
             elif answer.view is not None:
                 self.take(answer.view)
 
@@ -451,7 +466,7 @@ class Council:
             view = self.view
             if view is None or view.has(ask.rank, ask.token) or ask.scene != self._scene or ask.rank in self.barred:
                 return
-            self.suspect({ask.rank})  # if it takes part, that is a former session
+            self.suspect({ask.rank}, "it has begun anew")
             self.applicants[ask.rank] = ask
         self.conductor.run(waits=False)
 

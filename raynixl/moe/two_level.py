@@ -358,7 +358,7 @@ class TwoLevel:
                 absent = council.absent(view)
                 if not absent or time.monotonic() > until:
                     raise
-                council.suspect(absent)
+                council.suspect(absent, "it has not begun to work in the present view", view)
                 council.go_on()
             except Regrouped:
                 council.go_on()
