@@ -1,6 +1,6 @@
-// What kernels for GPUs are written in, as ordinary code of the host: CTAs one after the other, their threads as fibers
-// that take turns at barriers. All of it is a thread's own, so that several threads may run kernels at a time, which wait
-// for each other as those of several GPUs do. Included before the kernels' source.
+// What kernels for GPUs are written in, as ordinary code of the host: CTAs one after the other, or some at a time, their
+// threads as fibers that take turns at barriers. All of it is a thread's own, so that several threads may run kernels at a
+// time, which wait for each other as those of several GPUs do. Included before the kernels' source.
 #include <sched.h>
 #include <time.h>
 #if !defined(__x86_64__)
@@ -11,8 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #define __global__
@@ -137,13 +139,20 @@ inline void run_cta(unsigned threads) {
   }
 }
 
-// Run a kernel: `kernel` calls it with its arguments.
+// Run a kernel, so many CTAs at a time: `kernel` calls it with its arguments.
 template <class Kernel>
-int run(Kernel kernel, unsigned grid, unsigned threads) {
-  blockDim.x = threads, gridDim.x = grid;
-  body = kernel;
-  for (unsigned k = 0; k < grid; ++k) blockIdx.x = k, run_cta(threads);
-  body = nullptr;
+int run(Kernel kernel, unsigned grid, unsigned threads, unsigned at_once = 1) {
+  std::atomic<unsigned> next{0};
+  auto work = [&] {
+    blockDim.x = threads, gridDim.x = grid;
+    body = kernel;
+    while ((blockIdx.x = next++) < grid) run_cta(threads);
+    body = nullptr;
+  };
+  std::vector<std::thread> others;
+  for (unsigned k = 1; k < at_once && k < grid; ++k) others.emplace_back(work);
+  work();
+  for (auto& other : others) other.join();
   return 1;
 }
 
@@ -231,8 +240,9 @@ Value atomicCAS(Value* to, Value expected, Value value) {
 }
 template <class Value>
 Value atomicMax(Value* to, Value value) {
-  Value before = *to;
-  if (value > before) *to = value;
+  Value before = __atomic_load_n(to, __ATOMIC_RELAXED);
+  while (value > before && !__atomic_compare_exchange_n(to, &before, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return before;
 }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {

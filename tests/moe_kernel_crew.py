@@ -96,6 +96,7 @@ class Gpu:
     grid: int = 7
     threads: int = 64
     deadline: float = 20.0
+    at_once: int = 1
     layer: Layer = field(default_factory=Layer)
     page: Page = field(default_factory=Page)
     tickets: int = 0
@@ -118,7 +119,8 @@ class Gpu:
 
     def run(self, name: str, arguments: Any, grid: int | None = None) -> None:
         """Launch, and wait for its end."""
-        run_kernel(f"raynixl_moe_{name}", self.grid if grid is None else grid, self.threads, arguments)
+        grid = self.grid if grid is None else grid
+        run_kernel(f"raynixl_moe_{name}", grid, self.threads, arguments, self.at_once)
 
     def arrive(self, kind: Kind, *, loads: int = 0, signature: int = 0, sent: Tensor | None = None) -> None:
         """Wait for the lines, as the host would."""

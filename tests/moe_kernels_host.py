@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from ctypes import c_char_p, c_int, c_uint, c_void_p
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from raynixl.moe.cuda_kernel import SOURCES
 
 _HERE = Path(__file__).parent
 _HOST = _HERE / "moe_kernels_on_host.cpp"
-_FLAGS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off")
+_KEPT_SECONDS = 86400
+_FLAGS = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-w", "-ffp-contract=off")
 
 
 _lock = threading.Lock()  # one thread compiles
@@ -54,12 +56,18 @@ def _made() -> ctypes.CDLL:
         subprocess.run(command, check=True, timeout=200)
         fresh.replace(made)
         kernels.unlink()
+        for old in folder.glob("moe-*.so"):
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                old.unlink(missing_ok=True)
     loaded = ctypes.CDLL(str(made))
     loaded.raynixl_moe_host.argtypes = (c_char_p, c_uint, c_uint, c_void_p)
     loaded.raynixl_moe_host.restype = c_int
+    loaded.raynixl_moe_host_wide.argtypes = (c_char_p, c_uint, c_uint, c_uint, c_void_p)
+    loaded.raynixl_moe_host_wide.restype = c_int
     return loaded
 
 
-def run_kernel(name: str, grid: int, threads: int, arguments: ctypes.Structure) -> None:
-    """Run a kernel to its end, in this thread."""
-    assert library().raynixl_moe_host(name.encode(), grid, threads, ctypes.addressof(arguments)), name
+def run_kernel(name: str, grid: int, threads: int, arguments: ctypes.Structure, at_once: int = 1) -> None:
+    """Run a kernel to its end, in this thread, and in others if it is to have several CTAs at once."""
+    at = ctypes.addressof(arguments)
+    assert library().raynixl_moe_host_wide(name.encode(), grid, threads, at_once, at), name

@@ -18,12 +18,13 @@ unsigned short narrow_half(float value) { return host::bits_of<unsigned short>(_
 
 #include KERNELS
 
-// Returns whether a kernel of that name is known here. Any number of threads may call it at a time.
-extern "C" int raynixl_moe_host(const char* name, unsigned grid, unsigned threads, const void* arguments) {
+// Run a kernel, so many CTAs at a time. Returns whether one of that name is known here. Any number of threads may call it.
+extern "C" int raynixl_moe_host_wide(const char* name, unsigned grid, unsigned threads, unsigned at_once,
+                                     const void* arguments) {
   auto run = [&]<class Arguments>(void (*kernel)(const Arguments)) {
     Arguments copy;
     std::memcpy(&copy, arguments, sizeof copy);
-    return host::run([=] { kernel(copy); }, grid, threads);
+    return host::run([=] { kernel(copy); }, grid, threads, at_once);
   };
   auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
   if (is("raynixl_moe_send")) return run(raynixl_moe_send);
@@ -34,4 +35,9 @@ extern "C" int raynixl_moe_host(const char* name, unsigned grid, unsigned thread
   if (is("raynixl_moe_sum")) return run(raynixl_moe_sum);
   if (is("raynixl_moe_mask")) return run(raynixl_moe_mask);
   return 0;
+}
+
+// Likewise, one CTA after the other.
+extern "C" int raynixl_moe_host(const char* name, unsigned grid, unsigned threads, const void* arguments) {
+  return raynixl_moe_host_wide(name, grid, threads, 1, arguments);
 }

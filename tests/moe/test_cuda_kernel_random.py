@@ -37,12 +37,13 @@ def without(setting, lost):
     return Setting(WORLD, setting.holders, 8, setting.layout, setting.alignment, setting.weights_at, frozenset(lost))
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_whenever_a_rank_stops_the_others_end_their_steps_and_agree(seed):
+def test_whenever_a_rank_stops_the_others_end_their_steps_and_agree(seed, at_once):
     rng = random.Random(seed)
     steps, dead, last = settings(seed), rng.randrange(WORLD), rng.randrange(4 * (STEPS - 3))
     tokens = [draw(one, [rng.randrange(9) for _ in range(WORLD)], HIDDEN, TOPK, seed=n) for n, one in enumerate(steps)]
-    crew = Crew(frame_for(steps[0], HIDDEN, TOPK), deadline=0.5, grid=3, threads=32)
+    crew = Crew(frame_for(steps[0], HIDDEN, TOPK), deadline=0.5, grid=5, threads=32, at_once=at_once)
 
     def work(gpu: Gpu):
         mine, launches, outs = random.Random(seed * 100 + gpu.me), 0, []

@@ -51,6 +51,12 @@ def test_any_number_of_ctas_and_threads(way, grid, threads):
 
 
 @every_way
+def test_ctas_at_the_same_time(way):
+    setting = setting_of(way, 3, 8, max_tokens=40)
+    play(setting, draw(setting, (40, 33, 0), 48, 3), grid=12, threads=32, at_once=4, fused=True, rounds=4)
+
+
+@every_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_that_are_summed(way, dtype):
     setting = setting_of(way, 3, 8)

@@ -225,7 +225,8 @@ __device__ __forceinline__ void add_element(const Addition& work, u32 at) {
 
 // One of the pieces of a sum whose terms are aligned, and may be read beyond their end up to a multiple of 16 bytes.
 template <u32 kIn, bool kPlain>
-__device__ __noinline__ void add_up_packs(const Addition& work, u32 piece, u32 pieces, u32 lane) {
+__device__ __noinline__ void add_up_packs(const Addition& given, u32 piece, u32 pieces, u32 lane) {
+  const Addition work = given;  // in registers: what is stored cannot lie in it
   constexpr u32 kCount = Pack<kIn>::kCount;
   u32 packs = (work.hidden + kCount - 1) / kCount, each = (packs + pieces - 1) / pieces, first = piece * each;
   u32 last = first + each < packs ? first + each : packs;
@@ -237,7 +238,8 @@ __device__ __noinline__ void add_up_packs(const Addition& work, u32 piece, u32 p
 
 // Likewise where they are not.
 template <u32 kIn>
-__device__ __noinline__ void add_up_elements(const Addition& work, u32 piece, u32 pieces, u32 lane) {
+__device__ __noinline__ void add_up_elements(const Addition& given, u32 piece, u32 pieces, u32 lane) {
+  const Addition work = given;
   for (u32 at = piece * kWarp + lane; at < work.hidden; at += pieces * kWarp) add_element<kIn, true>(work, at);
 }
 
