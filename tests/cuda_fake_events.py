@@ -43,6 +43,8 @@ class Event:
     serial: int = 0
     ended_at: float = 0.0
     is_captured: bool = False
+    pending: set[int] = field(default_factory=set)
+    """Which of its records are still to come: one that was made later may come earlier, on another stream."""
 
     @property
     def begun(self) -> int:
@@ -52,16 +54,18 @@ class Event:
     def begin(self) -> None:
         """It is recorded."""
         self.words[0] += np.uint64(1)
+        self.pending.add(self.begun)
 
     def end(self, count: int) -> None:
         """What it was recorded after is done."""
         self.words[1] = max(int(self.words[1]), count)
+        self.pending.discard(count)
         self.ended_at = time.monotonic()
 
     def moment(self) -> Callable[[], bool]:
         """Return what tells whether it has come to pass as it is recorded now."""
         words, wanted = self.words, self.begun
-        return lambda: int(words[1]) >= wanted
+        return lambda: int(words[1]) >= wanted and wanted not in self.pending
 
 
 class Events:

@@ -43,6 +43,7 @@ class MadeUp:
         self._local = threading.local()
         self._launch = cuda.launch
         self._streams: list[int] = []
+        self.kept: list[torch.Tensor] = []
         for kind, struct in STRUCTS.items():
             fake.kernel(f"raynixl_moe_{kind}", struct)(self._runner(kind))
 
@@ -131,7 +132,12 @@ class StandInGpu:
         made = torch.empty(tuple(shape), dtype=dtype)
         if made.numel():
             made.view(-1).view(torch.uint8).fill_(_POISON)
+        if not self._made_up.is_patient:
+            self._made_up.kept.append(made)  # torch gives memory again in the order of streams, the host at once
         return made
+
+    def use(self, tensors: Any) -> None:
+        """Everything is kept already."""
 
     def put(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array.copy())

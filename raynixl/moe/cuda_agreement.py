@@ -16,7 +16,7 @@ from raynixl.errors import ConfigError, IntegrityError, RaynixlError
 from raynixl.moe.calls import number_of
 from raynixl.moe.cuda_frame import Frame
 from raynixl.moe.cuda_need import Need
-from raynixl.moe.cuda_structs import LOCAL_EXPERTS, RANKS
+from raynixl.moe.cuda_structs import LOCAL_EXPERTS, RANKS, TOPK
 from raynixl.moe.hello import Arena, Number
 from raynixl.moe.joining import admit, let_in
 from raynixl.moe.meeting import Meeting
@@ -59,8 +59,8 @@ class Agreed:
 class Agreement:
     """Comes to agreements with the other ranks of a session, and offers them our window."""
 
-    def __init__(self, session: Session, meeting: Meeting, capacity: int, *, let_in_at: int) -> None:
-        self._session, self._meeting, self._capacity = session, meeting, capacity
+    def __init__(self, session: Session, meeting: Meeting, capacity: int, topk: int, *, let_in_at: int) -> None:
+        self._session, self._meeting, self._capacity, self._topk = session, meeting, capacity, topk
         self._agent: Agent = session.agent
         self._topic = Meeting.topic(meeting.name, "window")
         self._offer: Offer | None = None
@@ -99,6 +99,8 @@ class Agreement:
             made.reason = "not all ranks give tensors on a GPU"
         elif max(session.members.names) >= RANKS:
             made.reason = f"there are more than {RANKS} ranks"
+        elif self._topk > TOPK:
+            made.reason = f"tokens have more than {TOPK} experts"
         elif need.experts > LOCAL_EXPERTS:
             made.reason = f"a rank has more than {LOCAL_EXPERTS} experts"
         else:

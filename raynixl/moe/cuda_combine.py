@@ -44,6 +44,7 @@ class CudaCombine:
             assert call.y is not None
             assert call.handle is not None
             handle = call.handle.for_ranks(self.layer.ranks)
+            handle.use_on(self.layer.gpu)
             self._give(op, call.y, handle)
             return self._sum(op, call.y, handle)
 

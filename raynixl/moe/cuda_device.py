@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,9 @@ class Gpu(Protocol):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return fresh memory, used on the current stream."""
+
+    def use(self, tensors: Iterable[Tensor | None]) -> None:
+        """Have tensors that were made on another stream not be given again before this one is through with them."""
 
     def put(self, array: Any) -> Tensor:
         """Return a copy of a small array of the host's; this thread waits for it."""
@@ -51,6 +54,13 @@ class TorchGpu:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Gpu`."""
         return torch.empty(tuple(shape), dtype=dtype, device=self._device)
+
+    def use(self, tensors: Iterable[Tensor | None]) -> None:
+        """See `Gpu`."""
+        stream = torch.cuda.current_stream(self.number)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(stream)
 
     def put(self, array: Any) -> Tensor:
         """See `Gpu`."""

@@ -82,6 +82,8 @@ class CudaDispatch:
                     f"a dispatch in layout {self.call.layout!r} cannot be captured: its size is not known before",
                     hint="capture layout 'slots', or a dispatch by a handle",
                 )
+            if self.call.handle is not None:
+                self.call.handle.use_on(self.layer.gpu)
             tables = self._send(op, plan)
             if self.error is not None:
                 self._skip(op)
@@ -180,7 +182,7 @@ class CudaDispatch:
         op.launch("take", made, layer.grid("take", rows=scene.max_tokens, nbytes=plan.nbytes))
         handle = CudaHandle(
             call.kept(), layer.ranks, *tables, counts, row_ids, weights if is_major else None, positions, padded,
-            known.loads, scene.placement, self.number, scene.session, scene.world, scene.max_tokens,
+            known.loads, scene.placement, self.number, scene.session, scene.world, scene.max_tokens, layer.gpu.stream(),
         )  # fmt: skip
         return self._result(handle, outs, ids, place_weights if is_major else weights, (tokens, experts, offsets))
 

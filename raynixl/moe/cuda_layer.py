@@ -157,9 +157,10 @@ class GpuLayer:
             self._stream = stream
         self.note_gone(self.presence.enter())
         call = Call(self, stream, is_captured=is_captured)
-        if (mask | self._gone) & ~self._masked:
-            self._masked |= mask | self._gone
-            call.launch("mask", Mask(self.address, self._masked), _ONE)
+        fresh = (mask | self._gone) & ~self._masked
+        if fresh:
+            self._masked |= fresh
+            call.launch("mask", Mask(self.address, self._masked, fresh & ~self._gone), _ONE)
         return call
 
     def _is_captured(self, stream: int) -> bool:

@@ -56,7 +56,7 @@ class CudaPath:
         self, session: Session, meeting: Meeting, facts: Facts, placement: Callable[[], Placement], *, let_in_at: int
     ) -> None:
         self._session, self._facts, self._placement = session, facts, placement
-        self._agreement = Agreement(session, meeting, facts.max_tokens, let_in_at=let_in_at)
+        self._agreement = Agreement(session, meeting, facts.max_tokens, facts.topk, let_in_at=let_in_at)
         self._agreed = Agreed()
         self._layer: GpuLayer | None = None
         self._gpu: int | None = None

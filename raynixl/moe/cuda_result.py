@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raynixl.moe.cuda_calls import CudaDispatchCall
+    from raynixl.moe.cuda_device import Gpu
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +50,8 @@ class CudaHandle:
     session: int
     world: int
     max_tokens: int
+    stream: int
+    """On which its tensors were made."""
     lost: Sequence[int] = ()
 
     @property
@@ -89,6 +92,12 @@ class CudaHandle:
             return ranks.repeat_interleave(self.counts, output_size=self.rows)
         places = torch.arange(self.max_tokens, dtype=torch.int32, device=self.counts.device)
         return torch.where(places < self.counts[: self.world, None], ranks[: self.world, None], -1)
+
+    def use_on(self, gpu: Gpu) -> None:
+        """Have its tensors live until what is put on the current stream is through."""
+        if gpu.stream() != self.stream:
+            mine = (self.row_of, self.holder_of, self.sent, self.counts, self.row_ids, self.row_weights, self.positions)
+            gpu.use((*mine, self.call.ids, self.call.weights))
 
     def plain(self) -> CudaHandle:
         """Return the same layout without weights: combine adds up what it is given."""

@@ -1,0 +1,122 @@
+"""Operations in CUDA graphs and on several streams of GPUs that are made up: in order, and without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from moe_cuda_crews import OPTIONS, TOKENS, GpuCrew, agree, gpu_crew, tokens
+
+from raynixl.errors import ConfigError
+
+WORLD = 3
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[GpuCrew]:
+    with gpu_crew(WORLD) as made:
+        yield made
+
+
+def holders_of(ep, ids):
+    """By token: how many ranks hold its experts."""
+    holders = torch.from_numpy(ep.placement.holders.copy())[ids]
+    return torch.tensor([len(set(row.tolist())) for row in holders], dtype=torch.float32)[:, None]
+
+
+@pytest.mark.parametrize("layout", ["slots", "tokens", "experts"])
+def test_a_step_is_captured_once_and_replayed_with_other_rows(crew, layout):
+    """In layouts whose size the rows decide it is one by a handle that is captured."""
+    work = crew.gpus.fake.work
+    with crew.experts(WORLD, **OPTIONS) as layer:
+        agree(layer)
+
+        def run(rank, ep):
+            x, ids, weights = tokens(rank)
+            first = ep.dispatch(x, ids, weights, layout=layout)
+            ep.combine(first.x, first.handle)
+            stream, given = crew.gpus.stream(), {} if layout == "slots" else {"handle": first.handle}
+            work.begin_capture(stream)
+            r = ep.dispatch(x, *(() if given else (ids, weights)), layout=layout, **given)
+            out = ep.combine(r.x, r.handle)
+            graph = work.end_capture(stream)
+            results = []
+            for number in range(1, 6):
+                x.copy_(tokens(rank, number)[0])
+                graph.launch()
+                crew.gpus.settle()
+                results.append(out.clone())
+            return results
+
+        for rank, results in enumerate(layer.run(run)):
+            ep = layer.eps[rank]
+            for number, out in enumerate(results, 1):
+                x, ids, weights = tokens(rank, number)
+                if layout == "experts":  # the holders weigh each pair
+                    total = x * weights.sum(1, keepdim=True)
+                else:
+                    total = x * holders_of(ep, tokens(rank)[1])
+                assert torch.equal(out, total), (rank, number)
+        agree(layer, 9)
+
+
+def test_what_the_host_must_hear_of_cannot_be_captured(crew):
+    work = crew.gpus.fake.work
+    with crew.experts(WORLD, **OPTIONS) as layer:
+        agree(layer)
+
+        def run(rank, ep):
+            stream = crew.gpus.stream()
+            work.begin_capture(stream)
+            try:
+                with pytest.raises(ConfigError, match="capture layout 'slots'"):
+                    ep.dispatch(*tokens(rank), layout="tokens")
+                with pytest.raises(ConfigError, match="run it once before"):
+                    ep.dispatch(*tokens(rank), layout="slots", extra=(torch.zeros(TOKENS, 4096),))
+            finally:
+                work.end_capture(stream)
+
+        layer.run(run)
+        agree(layer, 1)
+
+
+def test_operations_on_several_streams_are_in_one_order(nothing_left):
+    """Nobody waits for kernels here but the streams."""
+    with gpu_crew(2, is_patient=False) as crew, crew.experts(2, **OPTIONS) as layer:
+        work = crew.gpus.fake.work
+
+        def run(rank, ep):
+            streams = [crew.gpus.stream(), work.stream(crew.gpus.fake.devices.retain(0))]
+            outs, x = [], tokens(rank)[0]
+            for number in range(8):
+                with crew.gpus.on_stream(streams[number % 2]):
+                    r = ep.dispatch(x, *tokens(rank)[1:], layout="slots")
+                with crew.gpus.on_stream(streams[number // 2 % 2]):
+                    outs.append((r, ep.combine(r.x, r.handle)))
+            for stream in streams:
+                with crew.gpus.on_stream(stream):
+                    crew.gpus.settle()
+            return [(out, tuple(r.lost)) for r, out in outs]
+
+        for rank, outs in enumerate(layer.run(run)):
+            x, ids, _ = tokens(rank)
+            for out, lost in outs:
+                assert lost == ()
+                assert torch.equal(out, x * holders_of(layer.eps[rank], ids))
+
+
+def test_asynchronous_calls_stay_on_the_stream_of_their_caller(crew):
+    with crew.experts(2, **OPTIONS) as layer:
+
+        def run(rank, ep):
+            before = len(crew.gpus.fake.work.streams)
+            pending = ep.dispatch(*tokens(rank), layout="slots", async_=True)
+            out = ep.combine(pending.wait().x, pending.wait().handle, async_=True).wait()
+            return out, len(crew.gpus.fake.work.streams) - before
+
+        for rank, (out, streams) in enumerate(layer.run(run)):
+            assert torch.equal(out, tokens(rank)[0] * holders_of(layer.eps[rank], tokens(rank)[1]))
+            assert streams <= 2
+
+
