@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from raynixl.moe.view import NOT_YET, Answer, Ask, Member, View
 
 if TYPE_CHECKING:
-    from raynixl.moe.council import Council
+    from raynixl.moe.seat import Seat
 
 PATIENCE: Final = 0.5
 """Seconds that those have to answer whom we take for lost, where there is nobody else to ask."""
@@ -17,7 +17,7 @@ PATIENCE: Final = 0.5
 class Conductor:
     """Takes ranks out that are lost, and lets those in that apply; in whatever thread hears of them, one at a time."""
 
-    def __init__(self, council: Council) -> None:
+    def __init__(self, council: Seat) -> None:
         self._council = council
         self._turn = threading.Lock()  # held through each change of the view
         self._is_closed = False
@@ -42,7 +42,7 @@ class Conductor:
         """Change the view once; return whether there may be more to do."""
         council = self._council
         with council.changed:
-            view, lost = council.view, council._lost_of_view()
+            view, lost = council.view, council.lost_of_view()
             coming = dict(council.applicants)
             if view is None or not view.has(council.rank, council.token) or not (lost or coming):
                 return False
@@ -108,7 +108,7 @@ class Conductor:
         return answers
 
     def _own(self) -> Answer:
-        return self._council._said(self._council.ask("state"), False)
+        return self._council.said(self._council.ask("state"), False)
 
     def _eligible(self, coming: dict[int, Ask], rest: list[Answer], heard: dict[int, Answer]) -> dict[int, Ask]:
         """Return whom all would let in."""

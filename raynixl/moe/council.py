@@ -9,25 +9,14 @@ answers what the former has committed.
 
 from __future__ import annotations
 
-import logging
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from raynixl.errors import ConfigError, Masked, RaynixlError, TransferTimeout
-from raynixl.moe.asking import Asking
-from raynixl.moe.conducting import Conductor
+from raynixl.errors import ConfigError, RaynixlError, TransferTimeout
+from raynixl.moe.seat import Seat
 from raynixl.moe.view import NOT_YET, Answer, Ask, Member, View, first_view
-from raynixl.record import check_name
 
-if TYPE_CHECKING:
-    from raynixl.agents import Agent
-    from raynixl.moe.grid import Grid
-
-logger = logging.getLogger(__name__)
 AMID: Final = "it was lost amid an operation"
 PATIENCE: Final = 0.5
 """Seconds that a rank has to answer a hello."""
@@ -44,48 +33,10 @@ class Regrouped(Exception):
     """There is a later view: what is under way begins again in it."""
 
 
-@dataclass(slots=True)
-class Promise:
-    """That we end no operation until a leader has said how it goes on."""
+class Council(Seat):
+    """One rank's part in it: how it begins, and how its operations begin and end. For the caller's thread."""
 
-    number: int
-    leader: int
-    until: float
-
-
-class Council:
-    """One rank's part in it. The caller's thread enters and ends operations; others answer who asks."""
-
-    def __init__(
-        self, agent: Agent, name: str, *, rank: int, names: list[str], scene: str, deadline: float, most: int,
-        holders: Callable[[], tuple[int, ...]], grid: Grid | None,
-    ) -> None:  # fmt: skip
-        self.agent, self.rank, self.names, self.deadline = agent, rank, names, deadline
-        self.token = secrets.token_hex(16)
-        self.view: View | None = None
-        """The latest that we know of."""
-        self.adopted: View | None = None
-        """That in which the caller's thread works, or is about to."""
-        self.position = 0
-        """How many operations were ended; NOT_YET for who has come and was not told."""
-        self.barred: set[int] = set()
-        self.suspects: dict[int, str] = {}
-        """Ranks that are lost, with the token of the session that is."""
-        self.applicants: dict[int, Ask] = {}
-        self.asking = Asking(agent, self.topic(name), lambda: self.names)
-        self.changed = threading.Condition(threading.RLock())  # protects all of this
-        self.conductor = Conductor(self)
-        self._name, self._scene, self._grid, self._holders = name, scene, grid, holders
-        self._most = most
-        self._promise: Promise | None = None
-        self._fresh: bool | None = None  # of the operation under way, if there is one
-        self._masked: str | None = None
-        self._looked = 0.0
-
-    @staticmethod
-    def topic(name: str) -> str:
-        """Return the topic under which the ranks of a layer are asked."""
-        return f"moe/{name}/council"
+    _looked = 0.0
 
     # Beginning
 
@@ -97,7 +48,7 @@ class Council:
             TransferTimeout: not all came, or we were not let in, in time.
         """
         until, pause = time.monotonic() + deadline, PAUSE
-        self.agent.serve(self.topic(self._name), self._answer)
+        self.agent.serve(self.topic(self.charter.name), self._answer)
         while True:
             others = [rank for rank in range(len(self.names)) if rank != self.rank]
             found = self.asking.all({rank: (self._hello(), None) for rank in others}, PATIENCE)
@@ -114,14 +65,15 @@ class Council:
             pause = min(MOST, 2 * pause)
 
     def _hello(self) -> Ask:
-        return self.ask("hello", scene=self._scene, host=self.agent.host)
+        return self.ask("hello", scene=self.charter.scene, host=self.agent.host)
 
     def _meet(self, answers: dict[int, Answer], *, is_whole: bool) -> None:
         """Take the view that has us, or found one if nobody runs and all are there."""
         for rank, answer in answers.items():
-            if answer.scene != self._scene:
+            if answer.scene != self.charter.scene:
                 raise ConfigError(
-                    f"{self.names[rank]!r} made {self._name!r} with {answer.scene}; we with {self._scene}",
+                    f"{self.names[rank]!r} made {self.charter.name!r} with {answer.scene}; we with "
+                    f"{self.charter.scene}",
                     hint="give the same arguments on every rank", peer=self.names[rank],
                 )  # fmt: skip
             shared = list(zip(answer.names, self.names, strict=False))
@@ -141,7 +93,7 @@ class Council:
                 else Member(name=name, host=self.agent.host, token=self.token)
                 for rank, name in enumerate(self.names)
             ]
-            self.take(first_view(tuple(members), self._grid))
+            self.take(first_view(tuple(members), self.charter.grid))
 
     def _late(self, missing: dict[str, str], is_running: bool) -> TransferTimeout:
         if is_running:
@@ -151,7 +103,7 @@ class Council:
                 "and join() or unmask() for ranks that are new or were masked by hand",
             )
         return TransferTimeout(
-            f"not all ranks of {self._name!r} came: {missing}",
+            f"not all ranks of {self.charter.name!r} came: {missing}",
             hint="make TwoLevel on every member at the same time, with the same group",
         )
 
@@ -202,13 +154,13 @@ class Council:
                 self._check_masked()
                 self._wait_promised()
                 self._check_masked()
-                if not self._lost_of_view():
+                if not self.lost_of_view():
                     return
             if time.monotonic() > until:
                 raise TransferTimeout("the ranks that are left did not agree on who they are", hint="rejoin()")
             self._settle()
             with self.changed:
-                if self._lost_of_view():
+                if self.lost_of_view():
                     self.changed.wait(LOOK)
 
     @property
@@ -218,16 +170,6 @@ class Council:
         if view is None or view == self.adopted or NOT_YET < self.position < view.since:
             return None
         return view if self._fresh or not view.is_joining else None
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """The ranks of the view in which we work that have not been lost since, as far as we know."""
-        with self.changed:
-            mine, latest = self.adopted, self.view
-            if mine is None or latest is None:
-                return ()
-            is_left = {rank: latest.token(rank) == mine.token(rank) for rank in mine.live}
-            return tuple(rank for rank in mine.live if is_left[rank] and rank not in self.suspects)
 
     def adopt(self, view: View) -> None:
         """Work in a view from now on."""
@@ -275,45 +217,6 @@ class Council:
             self.go_on()
             self.watch()
 
-    def bar(self, rank: int) -> None:
-        """Go on without a rank, until `unbar`."""
-        with self.changed:
-            self.barred.add(rank)
-            self.suspect({rank}, "it was masked by hand, or leaves")
-
-    def unbar(self, rank: int) -> None:
-        """Let a rank in again when it asks."""
-        with self.changed:
-            self.barred.discard(rank)
-
-    def expect(self, member: str) -> int:
-        """Return the rank of a new member.
-
-        Raises:
-            ConfigError: it is one already, or no name.
-        """
-        check_name(member, "member")
-        with self.changed:
-            if member in self.names or len(self.names) >= self._most:
-                raise ConfigError(
-                    f"{member!r} cannot join {self.names}",
-                    hint="join() takes new names; who was masked calls rejoin(); max_ranks is for good",
-                )
-            self.names.append(member)
-            return len(self.names) - 1
-
-    def suspect(self, ranks: Iterable[int], why: str, view: View | None = None) -> None:
-        """Take ranks for lost, as sessions of the latest view or of another one."""
-        with self.changed:
-            latest = self.view
-            for rank in ranks:
-                token = None if latest is None else (view or latest).token(rank)
-                if token is None or rank == self.rank or self.suspects.get(rank) == token:
-                    continue
-                self.suspects[rank] = token
-                if latest is not None and latest.has(rank, token):
-                    logger.warning("rank %d takes rank %d (%r) for lost: %s", self.rank, rank, self.names[rank], why)
-
     def watch(self) -> None:
         """Look, while something is waited for, whether that still makes sense.
 
@@ -342,16 +245,15 @@ class Council:
         self._looked = now
         assert self.view is not None
         self.suspect(self._ended(self.view), "it has ended", self.view)
-        if self._lost_of_view():
+        if self.lost_of_view():
             raise Regrouped
 
     def _ended(self, view: View) -> set[int]:
         """Return whose sessions are known to have ended; a lost connection may be that of a former process."""
         lost = [rank for rank in view.live if rank != self.rank and self.asking.is_lost(rank)]
         found = self.asking.all({rank: (self.ask("state"), view.token(rank)) for rank in lost}, PATIENCE)
-        return {
-            rank for rank, one in found.items() if isinstance(one, RaynixlError) and not isinstance(one, TransferTimeout)
-        }  # fmt: skip
+        errors = {rank: one for rank, one in found.items() if isinstance(one, RaynixlError)}
+        return {rank for rank, one in errors.items() if not isinstance(one, TransferTimeout)}
 
     def absent(self, view: View) -> set[int]:
         """Return who does not answer, or has not begun to work in a view."""
@@ -360,15 +262,6 @@ class Council:
         return {
             rank for rank, one in found.items() if not isinstance(one, Answer) or one.adopted < view.number
         }  # fmt: skip
-
-    def _lost_of_view(self) -> dict[int, str]:
-        """Return those that are lost and in the view still."""
-        view = self.view
-        return {} if view is None else {rank: one for rank, one in self.suspects.items() if view.has(rank, one)}
-
-    def _check_masked(self) -> None:
-        if self._masked is not None:
-            raise Masked(self._masked, hint="rejoin() brings it back")
 
     def _wait_promised(self) -> None:
         """Wait for the leader that prepares a view; `changed` is held."""
@@ -382,7 +275,7 @@ class Council:
     def _settle(self) -> None:
         """Have the leader take out those that are lost; that may be ourselves."""
         with self.changed:
-            view, lost = self.view, self._lost_of_view()
+            view, lost = self.view, self.lost_of_view()
         assert view is not None
         leader = min(rank for rank in view.live if rank not in lost)
         if leader == self.rank:
@@ -395,110 +288,3 @@ class Council:
                 self.suspect({leader}, f"it does not answer a report: {answer.message}", view)
             elif answer.view is not None:
                 self.take(answer.view)
-
-    # What others are told, and tell
-
-    def take(self, view: View) -> None:
-        """Learn of a view."""
-        with self.changed:
-            if self.view is not None and view.order <= self.view.order:
-                return
-            was_in = self.view is not None and self.view.has(self.rank, self.token)
-            if was_in and not view.has(self.rank, self.token):
-                self._masked = f"rank {self.rank} ({self.agent.name!r}) was masked by the others"
-            self.view = view
-            self.names.extend(member.name for member in view.members[len(self.names) :])
-            self.suspects = self._lost_of_view()
-            self.applicants = {
-                rank: one for rank, one in self.applicants.items() if not view.has(rank, one.token)
-            }  # fmt: skip
-            self.release()
-
-    def release(self) -> None:
-        """Go on: nothing is prepared any more."""
-        with self.changed:
-            self._promise = None
-            self.changed.notify_all()
-
-    def promise(self, number: int, leader: int) -> bool:
-        """Promise to end no operation until this view is there; whether no lower rank has asked that already."""
-        with self.changed:
-            held = self._promise
-            if held is not None and held.leader < leader and time.monotonic() < held.until:
-                return False
-            self._promise = Promise(number, leader, time.monotonic() + self.deadline + PATIENCE)
-            return True
-
-    def _answer(self, peer: str, payload: bytes) -> bytes:
-        ask = Ask.from_bytes(payload)
-        if ask.rank >= len(self.names) or self.names[ask.rank] != peer:
-            raise ConfigError(
-                f"{peer!r} is not rank {ask.rank} of {self._name!r}",
-                hint="give the same members in the same order everywhere; join() adds new ones", peer=peer,
-            )  # fmt: skip
-        is_refused = False
-        match ask.kind:
-            case "hello":
-                self._hear_hello(ask)
-            case "report":
-                self._hear_of(ask)
-                self.conductor.run()
-            case "prepare":
-                is_refused = not self._prepare(ask)
-            case "commit" if ask.view is not None:
-                is_refused = not self.commit(ask.view, ask.rank)
-        return self._said(ask, is_refused).to_bytes()
-
-    def _said(self, ask: Ask, is_refused: bool) -> Answer:
-        with self.changed:
-            view, adopted = self.view, self.adopted
-            is_running = view is not None and not view.has(ask.rank, ask.token)
-            return Answer(
-                rank=self.rank, token=self.token, scene=self._scene, host=self.agent.host, is_running=is_running,
-                view=view, adopted=NOT_YET if adopted is None else adopted.number, position=self.position,
-                barred=tuple(self.barred), names=tuple(self.names), is_refused=is_refused,
-                holders=self._holders() if ask.kind == "state" else (),
-            )  # fmt: skip
-
-    def _hear_hello(self, ask: Ask) -> None:
-        """Remember who wants to come in; if we lead, let it."""
-        with self.changed:
-            view = self.view
-            if view is None or view.has(ask.rank, ask.token) or ask.scene != self._scene or ask.rank in self.barred:
-                return
-            self.suspect({ask.rank}, "it has begun anew")
-            self.applicants[ask.rank] = ask
-        self.conductor.run(waits=False)
-
-    def _hear_of(self, ask: Ask) -> None:
-        with self.changed:
-            for rank, token in ask.suspects:
-                if rank != self.rank and self.view is not None and self.view.has(rank, token):
-                    self.suspects[rank] = token
-
-    def _prepare(self, ask: Ask) -> bool:
-        with self.changed:
-            if self.view is None or self.view.number >= ask.number or (self.rank, self.token) in ask.suspects:
-                return True  # what we know says it all
-            self._hear_of(ask)
-            return self.promise(ask.number, ask.rank)
-
-    def commit(self, view: View, by: int) -> bool:
-        """Take the view that a leader has made, or left as it was; False if we have promised another one meanwhile."""
-        with self.changed:
-            held = self._promise
-            if held is not None and held.number == view.number and held.leader < by:
-                return False
-            self.take(view)
-            if held is not None and held.leader == by:
-                self.release()
-            return True
-
-    def ask(self, kind: str, **more: object) -> Ask:
-        """Return a question of ours."""
-        return Ask.model_validate({"kind": kind, "rank": self.rank, "token": self.token, **more})
-
-    def close(self) -> None:
-        """Answer no more."""
-        self.agent.control.unserve(self.topic(self._name))
-        self.conductor.close()

@@ -105,7 +105,7 @@ def check_harmed(found: Sequence[Report], victim: int, where: Where) -> None:
 PLACES = [(victim, where) for victim in (3, 0, 1) for where in (*DISPATCH, *COMBINE) if where.number < 2]
 
 
-@pytest.mark.parametrize(("victim", "where"), mostly_slow(PLACES, 3), ids=str)
+@pytest.mark.parametrize(("victim", "where"), mostly_slow(PLACES, 7), ids=str)
 def test_others_forward_for_a_rank_that_is_killed_already_in_that_step(
     crew: Processes, victim: int, where: Where
 ) -> None:
@@ -136,7 +136,7 @@ def come_back(crew: Processes, rank: int, how: str = "rejoin") -> None:
 
 @pytest.mark.parametrize(
     ("victim", "where"),
-    mostly_slow([(3, DISPATCH[0]), (3, DISPATCH[3]), (0, COMBINE[1]), (0, DISPATCH[5]), (3, COMBINE[0])], 2),
+    mostly_slow([(3, DISPATCH[0]), (3, DISPATCH[3]), (0, COMBINE[1]), (0, DISPATCH[5]), (3, COMBINE[0])], 3),
     ids=str,
 )
 def test_a_frozen_rank_is_forwarded_for_and_comes_back(crew: Processes, victim: int, where: Where) -> None:
@@ -168,7 +168,7 @@ def test_who_holds_a_handle_of_before_lacks_what_was_lost_since(crew: Processes)
             check(ranks.call("moe_staged_faults:steps", "layer", 2, ranks=[0, 1, 2, 4]), gone=[3])
 
 
-@pytest.mark.parametrize("victims", [(0, 1), (3, 4), (0, 3), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("victims", mostly_slow([((3, 4),), ((0, 1),), ((1, 2, 4),), ((0, 3),)], 3), ids=str)
 def test_several_are_killed_at_once_whole_groups_and_those_who_lead_among_them(
     crew: Processes, victims: tuple[int, ...]
 ) -> None:
@@ -245,8 +245,11 @@ def test_a_masked_rank_stays_out_until_it_is_unmasked(crew: Processes) -> None:
         check(ranks.call("moe_staged_faults:steps", "layer", 2))
 
 
-@pytest.mark.parametrize("where", [DISPATCH[0], DISPATCH[3], COMBINE[0]], ids=str)
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    mostly_slow([(victim, where) for where in (DISPATCH[3], DISPATCH[0], COMBINE[0]) for victim in (0, 3)], 3),
+    ids=str,
+)
 def test_a_rank_is_killed_while_another_joins(crew: Processes, victim: int, where: Where) -> None:
     first, joiner = [0, 1, 2, 3], 4
     rest = [rank for rank in first if rank != victim]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -145,7 +147,7 @@ def rows_of(r: Any) -> Any:
     begins, weights = r.offsets.tolist(), [None] * len(r.x) if r.topk_weights is None else r.topk_weights.tolist()
     parts = [
         sorted(zip(r.x[begin:end].tolist(), weights[begin:end], strict=True), key=repr)
-        for begin, end in zip(begins, begins[1:], strict=False)
+        for begin, end in pairwise(begins)
     ]
     return ids, parts, begins, r.counts.tolist()
 
@@ -163,16 +165,21 @@ def experts(r: Any, local: tuple[int, ...]) -> torch.Tensor:
     return torch.where(is_row, r.x * (factors * r.topk_weights).sum(-1, keepdim=True), 0)
 
 
-@pytest.mark.parametrize("first", range(0, 60, 10))
+def both(crew: Any, plan: Plan) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Play it flat and in two stages; give by rank what came of it."""
+    found = []
+    for kind in ({}, {"kind": TwoLevel, "grid": plan.grid}):
+        turns = meetings(plan)
+        with crew.experts(plan.world, **plan.options, **kind) as layer:
+            found.append(layer.run(lambda rank, ep, turns=turns: play(plan, rank, ep, turns)))
+    yield from zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("first", [0, 10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 200, 10))])
 def test_both_topologies_return_the_same_whoever_goes_meanwhile(crew, first):
     for seed in range(first, first + 10):
         plan = Plan(seed)
-        found = []
-        for kind in ({}, {"kind": TwoLevel, "grid": plan.grid}):
-            turns = meetings(plan)
-            with crew.experts(plan.world, **plan.options, **kind) as layer:
-                found.append(layer.run(lambda rank, ep, turns=turns: play(plan, rank, ep, turns)))
-        for rank, (flat, staged) in enumerate(zip(*found, strict=True)):
+        for rank, (flat, staged) in enumerate(both(crew, plan)):
             assert len(flat) == len(staged), f"{plan}: rank {rank}"
             for one, two in zip(flat, staged, strict=True):
                 same = torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two

@@ -65,7 +65,6 @@ class Trial:
 
     def _check(self, reports: Sequence[Report], allowed: set[int]) -> Sequence[Report]:
         """Fail if more is missing than what is lost, but in the few steps amid which somebody was lost."""
-        partly = [report for report in reports if set(report.missing) | set(report.unheard) - {*allowed} > allowed]
         for report in reports:
             assert set(report.lost) <= allowed, report
             assert report.seconds < SOON, report
