@@ -231,9 +231,7 @@ def allocate(nbytes: int) -> Memory:
         raise RangeError(
             f"cannot allocate {nbytes!r:.40} bytes", hint="give a positive size that fits this host's memory"
         )
-    if nbytes > available_nbytes():
-        raise RangeError(f"cannot allocate {nbytes} bytes: {available_nbytes()} are free", hint="ask for less")
-    fd = os.memfd_create("raynixl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = _memfd(nbytes)
     try:
         os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, 1024 + 9, _SEALS)  # F_ADD_SEALS
@@ -246,6 +244,17 @@ def allocate(nbytes: int) -> Memory:
         os.close(fd)
         raise RangeError(f"cannot allocate {nbytes} bytes: {exc}", hint="ask for less, or free memory") from exc
     return Memory(MemoryKind.DRAM, 0, address_of(mapping), nbytes, True, mapping, fd)
+
+
+def _memfd(nbytes: int) -> int:
+    try:
+        free = available_nbytes()
+        if nbytes > free:
+            raise RangeError(f"cannot allocate {nbytes} bytes: {free} are free", hint="ask for less")
+        return os.memfd_create("raynixl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as exc:
+        hint = "raise `ulimit -n`, or deregister what is not needed: each arena takes a descriptor"
+        raise RangeError(f"cannot allocate {nbytes} bytes: {exc.strerror}", hint=hint) from exc
 
 
 def allocate_on(device: int, nbytes: int) -> Memory:

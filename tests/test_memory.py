@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import mmap
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,15 @@ def test_unsealed_memory_of_a_peer_is_refused() -> None:
 
 def test_memory_is_shown_without_the_bytes_behind_it() -> None:
     assert "array" not in repr(resolve(np.zeros(100_000)))
+
+
+def test_memory_that_finds_no_descriptor_is_refused_with_what_to_do() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(RangeError, match="ulimit -n"):
+            allocate(4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
