@@ -144,22 +144,26 @@ def cool() -> None:
 
 
 def popen(
-    argv: Sequence[str], *, stdin: int | None = None, stdout: int | None = None, env: Mapping[str, str] | None = None,
-    pass_fds: Sequence[int] = (), text: bool = False, start_new_session: bool = False, torch: bool = False,
-    home: Home | None = None,
+    argv: Sequence[str], *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None,
+    env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = (), text: bool = False,
+    start_new_session: bool = False, torch: bool = False, home: Home | None = None,
 ) -> WarmChild:  # fmt: skip
-    """Be `subprocess.Popen` for Python, in a warm one; the child lives in `home` if one is given."""
+    """Be `subprocess.Popen` for Python, in a warm one; the child lives in `home` if one is given.
+
+    Of `stderr` there is no pipe: it may be a descriptor.
+    """
+    said = [] if stderr is None else [stderr]
     told = {
-        "env": dict(os.environ if env is None else env), "targets": [0, 1, *pass_fds], "is_leader": start_new_session,
-        "home": None if home is None else home.pid,
+        "env": dict(os.environ if env is None else env), "targets": [0, 1, *([2] * len(said)), *pass_fds],
+        "is_leader": start_new_session, "home": None if home is None else home.pid,
     }  # fmt: skip
     status, theirs = socket.socketpair()
     with contextlib.ExitStack() as given:
         given.enter_context(theirs)
-        ours, streams = zip(
+        ours, theirs_of = zip(
             *(_stream(number, wanted, given) for number, wanted in enumerate((stdin, stdout))), strict=True
         )
-        fds = [theirs.fileno(), *([] if home is None else [home.space]), *streams, *pass_fds]
+        fds = [theirs.fileno(), *([] if home is None else [home.space]), *theirs_of, *said, *pass_fds]
         pid = ready(torch=torch).fork(argv, told, fds)
     return WarmChild(argv, pid, status, ours, text=text)
 
