@@ -103,8 +103,10 @@ size_t route(const Choice& choice, const Routing& out) {
   return total;
 }
 
-int put_rows(const Rows& rows, uint64_t destination, const Gates& gates) {
-  if (int code = gates.enter()) return code;
+namespace {
+
+// Copy rows; returns 0, or the code of a gate that stopped it. The gates have been entered.
+int copy_rows(const Rows& rows, uint64_t destination, const Gates& gates) {
   // With 4 processes on 2 cores that put rows of 14 KiB to each other and then read theirs: through the cache 1.8 ms
   // against 1.8 streamed at 1.6 MB for each, 3.4 against 3.5 at 3.3 MB, 11.4 against 8.4 at 6.6 MB, 78 against 65 at
   // 53 MB. One pair alone gains by streaming from 16 MB only.
@@ -122,8 +124,44 @@ int put_rows(const Rows& rows, uint64_t destination, const Gates& gates) {
     }
   }
   if (streams) stream_fence();
+  return code;
+}
+
+}  // namespace
+
+int put_rows(const Rows& rows, uint64_t destination, const Gates& gates) {
+  if (int code = gates.enter()) return code;
+  int code = copy_rows(rows, destination, gates);
   gates.leave();
   return code;
+}
+
+int put_fields(const Field* fields, size_t field_count, size_t first, size_t count, const Target& target,
+               const Gates& gates) {
+  if (int code = gates.enter()) return code;
+  int code = 0;
+  for (size_t f = 0; f < field_count && code == 0; ++f) {
+    const Field& field = fields[f];
+    auto* index = reinterpret_cast<const int32_t*>(field.index);
+    uint64_t source = field.source + (index ? 0 : first * field.stride);
+    Rows rows = {source, field.stride, field.row_nbytes, index ? index + first : nullptr, count};
+    code = copy_rows(rows, target.base + target.starts[f] + target.offset * field.row_nbytes, gates);
+  }
+  gates.leave();
+  return code;
+}
+
+void take_ids(const Ids& ids) {
+  std::fill_n(ids.counts, ids.experts, 0);
+  for (size_t i = 0; i < ids.count; ++i) {
+    int32_t id = ids.source[i];
+    ids.copy[i] = id;
+    if (ids.wide) ids.wide[i] = id;
+    if (id == -1) continue;
+    if (uint32_t(id) >= ids.experts)
+      throw std::invalid_argument("expert " + std::to_string(id) + " of " + std::to_string(ids.experts));
+    ++ids.counts[id];
+  }
 }
 
 }  // namespace raynixl

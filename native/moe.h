@@ -45,6 +45,35 @@ struct Rows {
 // Copy rows to `destination`, inside the gates. Returns 0, or the code of a gate that refused or stopped it.
 int put_rows(const Rows& rows, uint64_t destination, const Gates& gates);
 
+// One field of rows that are to be put: row i comes from source + index[i] * stride, or i * stride without an index.
+struct Field {
+  uint64_t source, stride, row_nbytes, index;  // index: the address of int32, or 0
+};
+static_assert(sizeof(Field) == 32);
+
+// Where rows go: those of field f begin at base + starts[f], `offset` rows before the first that is put.
+struct Target {
+  uint64_t base, offset;
+  const uint64_t* starts;
+};
+
+// Copy `count` rows from `first` on, field by field, inside the gates. Returns as put_rows does.
+int put_fields(const Field* fields, size_t field_count, size_t first, size_t count, const Target& target,
+               const Gates& gates);
+
+// Ids that rows came with, on their way to who is told of them.
+struct Ids {
+  const int32_t* source;  // [count]
+  size_t count;
+  int32_t* copy;    // likewise
+  int64_t* wide;    // likewise, or null
+  int64_t* counts;  // [experts]: how often each occurs
+  size_t experts;
+};
+
+// Copy, widen and count ids, -1 for none. Throws std::invalid_argument for one that is none.
+void take_ids(const Ids& ids);
+
 // A bell: two words of 32 bits that processes share. The first counts its rings; the second says at which count those
 // asleep are to be woken, and is 0 when nobody sleeps. FUTEX_WAKE_OP of the twin counts too, and wakes always.
 void ring(uint64_t bell);

@@ -73,6 +73,28 @@ int put_rows_of(uint64_t src, uint64_t src_stride, uint64_t row_nbytes, const Ma
   return put_rows(rows, dst, doors);
 }
 
+int put_fields_of(const Array<const uint64_t, 2>& fields, uint64_t first, const Array<const uint64_t, 1>& starts,
+                  uint64_t base, uint64_t offset, const nb::sequence& gates, uint64_t count) {
+  need(fields.shape(1) == 4, "a field has a source, a stride, a length, and the address of an index");
+  need(starts.shape(0) == fields.shape(0), "there is a start for each field");
+  auto* table = reinterpret_cast<const Field*>(fields.data());
+  size_t n = fields.shape(0), nbytes = 0;
+  for (size_t f = 0; f < n; ++f) nbytes += count * table[f].row_nbytes;
+  Target target = {base, offset, starts.data()};
+  Gates doors = gates_of(gates);
+  if (nbytes <= kKeepGil) return put_fields(table, n, first, count, target, doors);
+  nb::gil_scoped_release release;
+  return put_fields(table, n, first, count, target, doors);
+}
+
+void take_ids_of(uint64_t source, const Array<int32_t, 2>& copy, const MaybeArray<int64_t, 2>& wide,
+                 const Array<int64_t, 1>& counts) {
+  need(!wide || (wide->shape(0) == copy.shape(0) && wide->shape(1) == copy.shape(1)), "the outputs differ in shape");
+  need(source % 4 == 0, "ids are aligned to 4 bytes");
+  take_ids({reinterpret_cast<const int32_t*>(source), copy.size(), copy.data(), data_of(wide), counts.data(),
+            counts.shape(0)});
+}
+
 // The bytes of an object that has some, as long as it lives.
 class View {
  public:
@@ -167,6 +189,10 @@ void bind_moe(nb::module_& m) {
         nb::arg("row_ids").noconvert(), nb::arg("row_weights").noconvert().none());
   m.def("put_rows", put_rows_of, "src"_a, "src_stride"_a, "row_nbytes"_a, nb::arg("index").noconvert().none(), "dst"_a,
         "gates"_a, "count"_a);
+  m.def("put_fields", put_fields_of, nb::arg("fields").noconvert(), "first"_a, nb::arg("starts").noconvert(), "base"_a,
+        "offset"_a, "gates"_a, "count"_a);
+  m.def("take_ids", take_ids_of, "source"_a, nb::arg("copy").noconvert(), nb::arg("wide").noconvert().none(),
+        nb::arg("counts").noconvert());
   m.def("post_line", post_line_of, "address"_a, "payload"_a, "number"_a, "bell"_a,
         "gates"_a = nb::make_tuple());
   m.def("ring", ring_of, "bell"_a);

@@ -118,13 +118,13 @@ class Harm:
     def _arm(self, channel: Any) -> None:
         put, post = channel.put, channel.post
 
-        def put_and_see(form: Any, place: Any, sources: Any, count: int, deadline: float) -> bool:
+        def put_and_see(form: Any, place: Any, rows: Any, first: int, count: int, deadline: float) -> bool:
             if self.at("put", "before"):
                 self.do()
             if self.at("put", "amid"):
-                put(form, place, sources, count // 2, deadline)
+                put(form, place, rows, first, count // 2, deadline)
                 self.do()
-            done = put(form, place, sources, count, deadline)
+            done = put(form, place, rows, first, count, deadline)
             if self.at("put", "after"):
                 self.do()
             self.counts["put"] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 
 from raynixl.errors import IntegrityError
 from raynixl.moe.calls import DispatchCall
+from raynixl.moe.channel import address_of
 from raynixl.moe.landing import Landing, Piece, collect
 from raynixl.moe.lines import Heard
 from raynixl.moe.major import expert_major
@@ -50,6 +53,15 @@ def arrange(arrival: Arrival, scene: Scene, call: DispatchCall, routing: Routing
     return _Arranging(arrival, scene, call, routing).result()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Told:
+    """The ids of all rows, for the handle and for the caller, and how many pairs each expert has."""
+
+    row_ids: npt.NDArray[np.int32]
+    ids: Tensor
+    counts: Tensor
+
+
 class _Arranging:
     def __init__(self, arrival: Arrival, scene: Scene, call: DispatchCall, routing: Routing) -> None:
         self.arrival, self.scene, self.call, self.routing = arrival, scene, call, routing
@@ -58,11 +70,14 @@ class _Arranging:
         if call.handle is not None:
             self._check_counts(call.handle)
         self.counts = self._expected()
-        self.rows = int(self.counts.sum())
-        self.begins: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.counts)])
-        came = {piece.source for piece in arrival.pieces}
-        self.missing = [source for source in np.flatnonzero(self.counts).tolist() if source not in came]
+        self.begins = [0, *itertools.accumulate(self.counts.tolist())]
+        """By source: the first of its rows here, and one more at the end."""
+        self.rows = self.begins[-1]
+        self.missing: list[int] = []
         """Sources of a handle whose rows did not come: they were lost since."""
+        if call.handle is not None:
+            came = {piece.source for piece in arrival.pieces}
+            self.missing = [source for source in np.flatnonzero(self.counts).tolist() if source not in came]
 
     @property
     def chosen(self) -> npt.NDArray[np.bool_]:
@@ -92,24 +107,30 @@ class _Arranging:
     def result(self) -> Dispatched:
         call, handle = self.call, self.call.handle
         is_slots, most = call.layout == "slots", self.scene.max_tokens
-        targets = [piece.source * most if is_slots else int(self.begins[piece.source]) for piece in self.arrival.pieces]
+        targets = [piece.source * most if is_slots else self.begins[piece.source] for piece in self.arrival.pieces]
         total = self.scene.world * most if is_slots else self.rows
         slot, shift = collect(self.landing, self.arrival.pieces, targets, total)
         if slot is None and total:
             slot = self.landing.take(total)
-        rows_at = self._rows_at() if is_slots else None
-        meta = self._meta(slot, shift, rows_at)
-        row_ids, tokens = (meta.pop(0), meta.pop().reshape(-1)) if handle is None else (handle.row_ids, handle.tokens)
-        row_weights = meta.pop() if call.sends_weights else None
-        if handle is not None and call.weights is None and call.weights_at == "holder":
+        fields = self._behind(slot, shift, self._rows_at() if is_slots else None)
+        ids = handle.row_ids if handle is not None else next(fields)
+        row_weights = next(fields).copy() if call.sends_weights else None
+        if row_weights is not None:
+            for source in self.missing:
+                row_weights[self.begins[source] : self.begins[source + 1]] = 0
+        elif handle is not None and call.weights is None and call.weights_at == "holder":
             row_weights = handle.row_weights
+        tokens = handle.tokens if handle is not None else next(fields).reshape(-1).copy()
         columns = self._columns(slot, shift, total)
         self._blank_holes(columns)
+        told = self._told(ids)
         self.landing.release()
-        return self._dispatched(columns, row_ids, row_weights, tokens)
+        return self._dispatched(columns, told, row_weights, tokens)
 
-    def _meta(self, slot: Slot | None, shift: int, rows_at: npt.NDArray[np.int64] | None) -> list[npt.NDArray[Any]]:
-        """Return copies of the fields behind the columns: ids, weights and tokens, as far as they came."""
+    def _behind(
+        self, slot: Slot | None, shift: int, rows_at: npt.NDArray[np.int64] | None
+    ) -> Iterator[npt.NDArray[Any]]:
+        """Return what lies behind the columns, by row and not copied: ids, weights, tokens, as far as they came."""
         call, topk, skipped = self.call, self.scene.topk, len(self.call.columns)
         kinds: list[tuple[type, int]] = []
         if call.handle is None:
@@ -119,20 +140,33 @@ class _Arranging:
         if call.handle is None:
             kinds.append((np.int32, 1))
         if slot is None:
-            return [np.zeros((0, width), kind) for kind, width in kinds]
-        found = []
-        for (kind, width), start in zip(kinds, self.landing.form.layout(slot.nbytes).starts[skipped:], strict=True):
-            first, last = (
-                (shift, shift + self.rows) if rows_at is None else (0, self.scene.world * self.scene.max_tokens)
-            )
-            rows: npt.NDArray[Any] = (
-                slot.bytes[start + first * 4 * width : start + last * 4 * width].view(kind).reshape(-1, width)
-            )
-            found.append(rows.copy() if rows_at is None else rows[rows_at])
-        for source in self.missing:
-            for array in found:
-                array[int(self.begins[source]) : int(self.begins[source + 1])] = 0
-        return found
+            yield from (np.zeros((0, width), kind) for kind, width in kinds)
+            return
+        starts = self.landing.form.layout(slot.nbytes).starts[skipped:]
+        for (kind, width), start in zip(kinds, starts, strict=True):
+            if rows_at is None:
+                yield np.ndarray((self.rows, width), kind, slot.bytes, start + shift * 4 * width)
+            else:
+                rows = (shift + self.scene.world * self.scene.max_tokens, width)
+                yield np.ndarray(rows, kind, slot.bytes, start)[rows_at + shift]
+
+    def _told(self, came: npt.NDArray[np.int32]) -> _Told:
+        """Copy the ids of all rows, and count them.
+
+        Raises:
+            IntegrityError: there is none of these experts here.
+        """
+        ids = np.empty(came.shape, np.int32) if self.call.handle is None else came
+        wide = np.empty(came.shape, np.int64) if self.call.ids_dtype == torch.int64 else None
+        counts = np.empty(self.scene.local_experts, np.int64)
+        try:
+            self.session.agent.native.take_ids(address_of(came), ids, wide, counts)
+        except ValueError as exc:
+            raise IntegrityError(
+                f"rows came for experts that are not here: {exc}",
+                hint="the ranks run different versions of raynixl, or one's memory is damaged",
+            ) from exc
+        return _Told(ids, torch.from_numpy(ids if wide is None else wide), torch.from_numpy(counts))
 
     def _columns(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
         """Return x, its scales and what came beside as tensors: views of the slot, which they lease."""
@@ -149,29 +183,27 @@ class _Arranging:
     def _blank_holes(self, fields: list[Tensor]) -> None:
         """Clear what nobody has written: the rows of sources that are missing."""
         for source in self.missing:
-            begin = source * self.scene.max_tokens if self.call.layout == "slots" else int(self.begins[source])
+            begin = source * self.scene.max_tokens if self.call.layout == "slots" else self.begins[source]
             for field in fields:
                 field[begin : begin + int(self.counts[source])].zero_()
 
     def _rows_at(self) -> npt.NDArray[np.int64]:
         """Return at which row of fixed slots each row that came lies."""
         sources = sources_of(self.counts)
-        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - self.begins[sources]
+        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - np.array(self.begins)[sources]
 
     def _dispatched(
         self,
         columns: list[Tensor],
-        row_ids: npt.NDArray[np.int32],
+        told: _Told,
         row_weights: npt.NDArray[np.float32] | None,
         tokens: npt.NDArray[np.int32],
     ) -> Dispatched:
         call, scene = self.call, self.scene
         major = None
-        ids = torch.from_numpy(row_ids).to(call.ids_dtype)
+        ids, row_ids = told.ids, told.row_ids
         weights = None if row_weights is None else torch.from_numpy(row_weights)
         offsets = None
-        self._check_ids(row_ids)
-        counts = np.bincount(row_ids.ravel() + 1, minlength=scene.local_experts + 1)[1 : scene.local_experts + 1]
         if call.layout == "experts":
             major = expert_major(row_ids, scene.local_experts, call.alignment)
             columns = [self._by_expert(column, major) for column in columns]
@@ -182,17 +214,10 @@ class _Arranging:
             columns = [column.view(scene.world, scene.max_tokens, *column.shape[1:]) for column in columns]
         scales, extra = (columns[1], columns[2:]) if call.has_scales else (None, columns[1:])
         return Dispatched(
-            columns[0], scales, ids, weights, torch.from_numpy(counts), offsets,
+            columns[0], scales, ids, weights, told.counts, offsets,
             torch.from_numpy(tokens), tuple(extra), self._lost(),
             self._handle(row_ids, row_weights, tokens, major),
         )  # fmt: skip
-
-    def _check_ids(self, row_ids: npt.NDArray[np.int32]) -> None:
-        if row_ids.size and not (row_ids.min() >= -1 and row_ids.max() < self.scene.local_experts):
-            raise IntegrityError(
-                f"rows came for the local experts {row_ids.min()} to {row_ids.max()} of {self.scene.local_experts}",
-                hint="the ranks run different versions of raynixl, or one's memory is damaged",
-            )
 
     def _lost(self) -> tuple[int, ...]:
         """Return who was lost in this operation, and whose rows of a handle did not come since it was lost before."""

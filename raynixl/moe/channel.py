@@ -12,8 +12,8 @@ import numpy as np
 from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.host import has_ended
 from raynixl.moe.board import cell_offset
-from raynixl.moe.fields import RowFormat
-from raynixl.moe.lines import Cell, Line, LineForm
+from raynixl.moe.fields import RowFormat, SlotLayout
+from raynixl.moe.lines import CELLS, Cell, Line, LineForm
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -26,6 +26,14 @@ MOMENT: Final = 0.05
 """Seconds in which a peer can say where a slot is; who takes longer is asked for a place, beside all others."""
 
 LEAST: Final = 0.005
+MOST_KNOWN: Final = 256
+"""Slots, by the form of their rows, whose layout is kept."""
+
+
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Return where an array's items lie: what `array.ctypes.data` makes two objects for."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,30 @@ class Source:
     stride: int
     nbytes: int
     index: np.ndarray[Any, Any] | None = None
+
+    def entry(self) -> tuple[int, int, int, int]:
+        """Return this for `put_fields`."""
+        return self.address, self.stride, self.nbytes, 0 if self.index is None else address_of(self.index)
+
+    def cut(self, first: int) -> Source:
+        """Return this without the rows before one."""
+        if self.index is None:
+            return Source(self.address + first * self.stride, self.stride, self.nbytes)
+        return Source(self.address, self.stride, self.nbytes, self.index[first:])
+
+
+class Rows:
+    """Rows that may be put, in one order: where each field comes from, and all of that as the core wants it."""
+
+    __slots__ = ("sources", "table")
+
+    def __init__(self, sources: list[Source]) -> None:
+        self.sources = sources
+        self.table = np.array([source.entry() for source in sources], np.uint64)
+
+    def cut(self, first: int) -> list[Source]:
+        """Return where the rows from one on come from."""
+        return [source.cut(first) for source in self.sources]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +96,15 @@ class Channel(Protocol):
     rank: int
     name: str
     incarnation: str
-    lines: int
-    """Those of phases; each takes along the rows that were put before it."""
-    asides: int
-    """Lines of other cells: who is late or overflows, and who joins."""
     puts: int
+
+    @property
+    def lines(self) -> int:
+        """How many lines of phases were sent; each takes along the rows that were put before it."""
+
+    @property
+    def asides(self) -> int:
+        """How many lines went to other cells: who is late or overflows, and who joins."""
 
     @property
     def is_direct(self) -> bool:
@@ -77,8 +113,8 @@ class Channel(Protocol):
     def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board, behind all rows that were put before."""
 
-    def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
-        """Write rows into a slot of the peer's; they are there once the next line is."""
+    def put(self, form: RowFormat, place: Place, rows: Rows, first: int, count: int, deadline: float) -> bool:
+        """Write rows from one on into a slot of the peer's; they are there once the next line is."""
 
     def finish(self, deadline: float) -> bool:
         """Wait until all rows that were put are at the peer."""
@@ -98,12 +134,22 @@ class Reach:
     def __init__(self, agent: Agent, hello: Hello, board: Window, directions: Directions) -> None:
         self.rank, self.name = hello.rank, board.remote.owner
         self.incarnation = board.remote.incarnation
-        self.lines = 0
-        self.asides = 0
         self.puts = 0
         self._agent = agent
         self._directions = directions
         self._slots: dict[int, Window | None] = {}
+        self._known: dict[tuple[int, RowFormat], tuple[Window, SlotLayout]] = {}
+        self._sent = [0] * CELLS
+
+    @property
+    def lines(self) -> int:
+        """Those of phases."""
+        return sum(self._sent[: Cell.WANT])
+
+    @property
+    def asides(self) -> int:
+        """All others."""
+        return sum(self._sent[Cell.WANT :])
 
     def window(self, slot: int, deadline: float) -> Window | None:
         """Return a slot of the peer's, bound; None if it cannot be had any more, or not yet."""
@@ -121,23 +167,24 @@ class Reach:
 
     def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds."""
-        window = self.window(slot, min(deadline, time.monotonic() + 2 * MOMENT))
-        return 0 if window is None else form.layout(window.remote.nbytes).capacity
+        found = self._known.get((slot, form))
+        if found is None:
+            found = self._slot(form, slot, min(deadline, time.monotonic() + 2 * MOMENT))
+        return 0 if found is None else found[1].capacity
 
-    def room(self, form: RowFormat, place: Place, count: int, deadline: float) -> tuple[Window, tuple[int, ...]] | None:
-        """Return the slot of a place and where its fields begin; None if that many rows do not fit there."""
-        window = self.window(place.slot, deadline)
-        if window is None:
-            return None
-        layout = form.layout(window.remote.nbytes)
-        return (window, layout.starts) if place.offset + count <= layout.capacity else None
+    def room(self, form: RowFormat, place: Place, count: int, deadline: float) -> tuple[Window, SlotLayout] | None:
+        """Return the slot of a place and how it is laid out; None if that many rows do not fit there."""
+        found = self._slot(form, place.slot, deadline)
+        return None if found is None or place.offset + count > found[1].capacity else found
 
-    def count(self, cell: Cell) -> None:
-        """Count a line that goes to a cell."""
-        if cell < Cell.WANT:
-            self.lines += 1
-        else:
-            self.asides += 1
+    def _slot(self, form: RowFormat, slot: int, deadline: float) -> tuple[Window, SlotLayout] | None:
+        """Return a slot and how it is laid out for rows of a form, worked out once."""
+        found = self._known.get((slot, form))
+        if found is None and (window := self.window(slot, deadline)) is not None:
+            if len(self._known) > MOST_KNOWN:
+                self._known.clear()
+            found = self._known[slot, form] = (window, form.layout(window.remote.nbytes))
+        return found
 
 
 class MappedChannel(Reach):
@@ -159,24 +206,20 @@ class MappedChannel(Reach):
         """Write a line onto the peer's board."""
         if self._native.post_line(self._cells[cell], line.payload, line.number, self._bell, self._gates):
             return False
-        self.count(cell)
+        self._sent[cell] += 1
         return True
 
-    def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
+    def put(self, form: RowFormat, place: Place, rows: Rows, first: int, count: int, deadline: float) -> bool:
         """Copy rows straight into the peer's slot."""
         room = self.room(form, place, count, deadline)
         if room is None:
             return False
-        window, starts = room
+        window, layout = room
         self.puts += 1
-        for start, source in zip(starts, sources, strict=True):
-            at = window.address + start + place.offset * source.nbytes
-            code = self._native.put_rows(
-                source.address, source.stride, source.nbytes, source.index, at, window.gates, count
-            )
-            if code:
-                return False
-        return True
+        code = self._native.put_fields(
+            rows.table, first, layout.table, window.address, place.offset, window.gates, count
+        )  # fmt: skip
+        return not code
 
     def finish(self, deadline: float) -> bool:
         """Nothing is under way."""

@@ -14,7 +14,7 @@ from raynixl.moe.calls import number_of, with_handle
 from raynixl.moe.channel import Place
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
-from raynixl.moe.lines import Heard, Line
+from raynixl.moe.lines import Heard
 from raynixl.moe.outgoing import Outgoing, outgoing
 from raynixl.moe.result import Combined, Handle
 from raynixl.moe.session import ANY, Session
@@ -94,7 +94,13 @@ class Combine:
         if expected > landing.capacity() and self.error is None:
             landing.shared_for(expected, self._starts_here())
         line = session.line(signature, self.error)
-        counts, asked = sent.counts.tolist(), []
+        rows, counts, begins, asked = sent.rows(), sent.counts.tolist(), sent.begins.tolist(), []
+
+        def put(rank: int, place: Place) -> None:
+            """Send a source its rows, and the line behind them."""
+            if landing.put(rank, place, rows, begins[rank], counts[rank], self.deadline):
+                session.post_rows(rank, line, place, counts[rank])
+
         for rank in session.members.in_turn:
             if not counts[rank]:
                 session.post_rows(rank, line, None, 0)
@@ -104,9 +110,9 @@ class Combine:
                 landing.ask(rank, counts[rank])
                 asked.append(rank)
             else:
-                self._put(landing, line, rank, Place(slot, int(handle.backs[rank])), sent)
+                put(rank, Place(slot, int(handle.backs[rank])))
         for rank, place in landing.places(asked, self.deadline):
-            self._put(landing, line, rank, place, sent)
+            put(rank, place)
         # who waits here for longer than others do comes later to their dispatch, which they have begun
         kept = 2 * session.kept(self.deadline)
         heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error, kept=kept)
@@ -129,12 +135,6 @@ class Combine:
         """Return by holder where what it sends back begins here, and one more at the end."""
         routing = self.call.handle.routing
         return routing.begins if self.call.handle.weights_at == "holder" else routing.pair_begins
-
-    def _put(self, landing: Landing, line: Line, rank: int, place: Place, sent: Outgoing) -> None:
-        """Send a source its rows, and the line behind them."""
-        count = int(sent.counts[rank])
-        if landing.put(rank, place, sent.sources(rank), count, self.deadline):
-            self.session.post_rows(rank, line, place, count)
 
     def _came(self, landing: Landing, pieces: list[Piece], sent: Outgoing) -> _Came:
         """Return where each item that came back lies, and which did not come."""

@@ -11,9 +11,8 @@ import numpy.typing as npt
 from raynixl.errors import IntegrityError, RaynixlError
 from raynixl.moe.arrival import Arrival, arrange
 from raynixl.moe.calls import DispatchCall
-from raynixl.moe.channel import Place, Source
+from raynixl.moe.channel import Place, Rows, Source, address_of
 from raynixl.moe.landing import Landing, Piece
-from raynixl.moe.lines import Line
 from raynixl.moe.result import Dispatched
 from raynixl.moe.routing import Routing
 from raynixl.moe.session import ANY, Session
@@ -99,8 +98,9 @@ class Dispatch:
         counts[me] = self.routing.counts
         if counts.max() > self.scene.max_tokens:
             raise self._too_many(counts)
-        arriving = np.cumsum(counts[:, me]) - counts[:, me]
-        return Places(counts[:me].sum(axis=0), counts.sum(axis=0), arriving, is_whole)
+        ends = np.cumsum(counts, axis=0)
+        own = counts[:, me]
+        return Places(ends[me] - counts[me], ends[-1], ends[:, me] - own, is_whole)
 
     def _too_many(self, counts: I64) -> IntegrityError:
         rank = int(np.flatnonzero(counts.max(axis=1) > self.scene.max_tokens)[0])
@@ -123,39 +123,48 @@ class Dispatch:
 
     def _exchange_rows(self, landing: Landing, places: Places, signature: int) -> Arrival:
         session, me = self.session, self.session.members.me
-        counts = self.routing.counts.tolist() if self.error is None else [0] * session.members.limit
+        is_fine = self.error is None
+        counts = self.routing.counts.tolist() if is_fine else [0] * session.members.limit
         if places.is_exact and int(places.extent[me]) > landing.capacity():
             landing.shared_for(int(places.extent[me]), places.arriving)
-        own = self._own_place(landing, places) if counts[me] else None
-        packed = self._packed()
+        rows, begins = self._rows() if is_fine else Rows([]), self.routing.begins.tolist()
+        backs = self._backs()
         line = session.line(signature, self.error)
         asked = []
+
+        def put(rank: int, place: Place) -> None:
+            """Send a rank its rows, and the line behind them."""
+            if landing.put(rank, place, rows, begins[rank], counts[rank], self.deadline):
+                session.post_rows(rank, line, place, counts[rank], back=backs[rank], total=backs[-1])
+
         for rank in session.members.in_turn:
-            place = self._place(landing, rank, places) if counts[rank] else None
             if not counts[rank]:
-                self._post(line, rank, None, 0)
-            elif place is None:
+                session.post_rows(rank, line, None, 0, back=backs[rank], total=backs[-1])
+            elif (place := self._place(landing, rank, places)) is None:
                 landing.ask(rank, counts[rank])
                 asked.append(rank)
-            elif landing.put(rank, place, self._rows(packed, rank), counts[rank], self.deadline):
-                self._post(line, rank, place, counts[rank])
-        if own is not None:
-            landing.put_here(own, self._rows(packed, me), counts[me])
+            else:
+                put(rank, place)
+        own = self._put_own(landing, places, rows) if counts[me] else None
         for rank, place in landing.places(asked, self.deadline):
-            if landing.put(rank, place, self._rows(packed, rank), counts[rank], self.deadline):
-                self._post(line, rank, place, counts[rank])
+            put(rank, place)
         heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error)
-        piece = None if own is None else Piece(me, landing.slots[own.slot], own.offset, counts[me])
         offsets = places.offsets if places.is_exact else np.full(session.members.limit, -1)
-        pieces, (_, total) = landing.pieces(heard, piece), self._backs()
-        return Arrival(landing, pieces, heard, offsets, places.extent, places.arriving, total)
+        return Arrival(
+            landing, landing.pieces(heard, own), heard, offsets, places.extent, places.arriving, backs[-1]
+        )  # fmt: skip
 
-    def _own_place(self, landing: Landing, places: Places) -> Place:
-        """Return where our own rows lie: in a larger slot if the announced one does not hold what comes."""
-        offset = int(places.offsets[self.session.members.me])
+    def _put_own(self, landing: Landing, places: Places, rows: Rows) -> Piece:
+        """Copy our own rows to their place: in a larger slot if the announced one does not hold what comes."""
+        me = self.session.members.me
+        slot, offset = landing.announced, int(places.offsets[me])
         if not places.is_exact or offset < 0:
-            return Place(landing.take(self.scene.max_tokens).number, 0)
-        return Place((landing.announced if landing.shared is None else landing.shared[0]).number, offset)
+            slot, offset = landing.take(self.scene.max_tokens), 0
+        elif landing.shared is not None:
+            slot = landing.shared[0]
+        begin, count = int(self.routing.begins[me]), int(self.routing.counts[me])
+        landing.put_here(slot, offset, rows, begin, count)
+        return Piece(me, slot, offset, count)
 
     def _place(self, landing: Landing, rank: int, places: Places) -> Place | None:
         """Return where our rows go at a rank, if we can tell."""
@@ -165,38 +174,24 @@ class Dispatch:
         capacity = self.session.channels[rank].capacity(landing.form, slot, self.deadline)
         return Place(slot, offset) if capacity >= places.extent[rank] else None
 
-    def _packed(self) -> list[Source]:
-        """Return where the fields lie that are in row order already: ids, weights and tokens."""
+    def _rows(self) -> Rows:
+        """Return what goes out, by row: the columns, and ids, weights and tokens as far as they are not known."""
         call, routing = self.call, self.routing
-        found = []
+        sources = [column.source(routing.order) for column in call.columns]
         if call.handle is None:
-            found.append(_source(routing.row_ids))
+            sources.append(_source(routing.row_ids))
         if call.sends_weights:
             assert routing.row_weights is not None
-            found.append(_source(routing.row_weights))
+            sources.append(_source(routing.row_weights))
         if call.handle is None:
-            found.append(_source(routing.order))
-        return found
+            sources.append(_source(routing.order))
+        return Rows(sources)
 
-    def _rows(self, packed: list[Source], rank: int) -> list[Source]:
-        """Return where the rows come from that go to one rank."""
-        rows = self.routing.rows_of(rank)
-        index = self.routing.order[rows]
-        sources = [column.source(index) for column in self.call.columns]
-        first = rows.start
-        sources += [Source(one.address + first * one.nbytes, one.nbytes, one.nbytes) for one in packed]
-        return sources
-
-    def _post(self, line: Line, rank: int, place: Place | None, count: int) -> None:
-        """Write the line behind the rows that a rank has got."""
-        backs, total = self._backs()
-        self.session.post_rows(rank, line, place, count, back=int(backs[rank]), total=total)
-
-    def _backs(self) -> tuple[I64, int]:
+    def _backs(self) -> list[int]:
         """Return where what comes back from each rank begins, and how much comes back in all."""
         by_pair = self.call.weights_at == "source"
-        begins = self.routing.pair_begins if by_pair else self.routing.begins
-        return begins, int(begins[-1])
+        begins: list[int] = (self.routing.pair_begins if by_pair else self.routing.begins).tolist()
+        return begins
 
     def _counts_by(self) -> float:
         """Return by when counts must have come, so that there is time for rows."""
@@ -207,7 +202,7 @@ class Dispatch:
 
 def _source(array: npt.NDArray[Any]) -> Source:
     nbytes = array.strides[0]
-    return Source(array.ctypes.data, nbytes, nbytes)
+    return Source(address_of(array), nbytes, nbytes)
 
 
 def _of_counts(signature: int) -> int:

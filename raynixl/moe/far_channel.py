@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from raynixl.errors import RaynixlError
 from raynixl.host import has_ended
-from raynixl.moe.channel import Directions, Place, Reach, Source
+from raynixl.moe.channel import Directions, Place, Reach, Rows
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import Cell, Line
 from raynixl.moe.remote_channel import Put, RemoteRows
@@ -63,7 +63,7 @@ class FarChannel(Reach):
         if self._board.error is not None or any(put.error is not None for put in self._started):
             return False
         message = pack_line(self._token, self._mine, cell, bytes(line.data))
-        self.count(cell)
+        self._sent[cell] += 1
         if self._started:
             self._rows.follow(self._started[-1], self._topic, message)
             return self._started[-1].error is None
@@ -73,13 +73,14 @@ class FarChannel(Reach):
             return False
         return True
 
-    def put(self, form: RowFormat, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
+    def put(self, form: RowFormat, place: Place, rows: Rows, first: int, count: int, deadline: float) -> bool:
         """Gather rows and begin to write them into the peer's slot."""
         room = self.room(form, place, count, deadline)
         if room is None:
             return False
-        window, starts = room
-        places = [start + place.offset * source.nbytes for start, source in zip(starts, sources, strict=True)]
+        window, layout = room
+        sources = rows.cut(first)
+        places = [start + place.offset * source.nbytes for start, source in zip(layout.starts, sources, strict=True)]
         self.puts += 1
         try:
             put = self._rows.start(window, sources, places, count, deadline=deadline)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
+
 ALIGNMENT = 64
 
 
@@ -23,12 +26,14 @@ class RowFormat:
         return _layout(self.fields, nbytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SlotLayout:
     """How many rows fit into a slot, and at which byte each field begins."""
 
     capacity: int
     starts: tuple[int, ...]
+    table: npt.NDArray[np.uint64]
+    """The starts, as the core wants them."""
 
 
 @lru_cache(1024)
@@ -38,7 +43,7 @@ def _layout(fields: tuple[int, ...], nbytes: int) -> SlotLayout:
     for field in fields:
         starts.append(start)
         start += _aligned(capacity * field)
-    return SlotLayout(capacity, tuple(starts))
+    return SlotLayout(capacity, tuple(starts), np.array(starts, np.uint64))
 
 
 def _aligned(nbytes: int) -> int:

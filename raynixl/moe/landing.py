@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raynixl.errors import IntegrityError
-from raynixl.moe.channel import Place, Source
+from raynixl.moe.channel import Place, Rows, Source
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import NOWHERE, Cell, Heard
 
@@ -94,21 +95,23 @@ class Landing:
             if line.place != NOWHERE:
                 yield rank, Place(line.place, line.offset)
 
-    def put(self, rank: int, place: Place, sources: list[Source], count: int, deadline: float) -> bool:
-        """Put rows at a rank, which may be ourselves; masks it if that fails."""
-        session = self.session
-        if rank == session.members.me:
-            self.put_here(place, sources, count)
+    def put(self, rank: int, place: Place, rows: Rows, first: int, count: int, deadline: float) -> bool:
+        """Put rows from one on at another rank; masks it if that fails."""
+        if self.session.channels[rank].put(self.form, place, rows, first, count, deadline):
             return True
-        if session.channels[rank].put(self.form, place, sources, count, deadline):
-            return True
-        session.lose(rank, "rows could not be put into its memory")
+        self.session.lose(rank, "rows could not be put into its memory")
         return False
 
-    def put_here(self, place: Place, sources: list[Source], count: int) -> None:
-        """Copy rows within this rank."""
-        slot = self.slots[place.slot]
-        copy_rows(self.session.agent.native, self.form, slot, place.offset, sources, count)
+    def put_here(self, slot: Slot, offset: int, rows: Rows, first: int, count: int) -> None:
+        """Copy rows from one on into a slot of our own."""
+        starts = self.form.layout(slot.nbytes).table
+        self.session.agent.native.put_fields(rows.table, first, starts, slot.address, offset, [], count)
+
+    def rows_in(self, slot: Slot) -> Rows:
+        """Return the rows that lie in a slot."""
+        starts = self.form.layout(slot.nbytes).starts
+        fields = zip(starts, self.form.fields, strict=True)
+        return Rows([Source(slot.address + start, nbytes, nbytes) for start, nbytes in fields])
 
     def pieces(self, heard: dict[int, Heard], own: Piece | None) -> list[Piece]:
         """Return what the lines say has come, by source.
@@ -132,12 +135,13 @@ class Landing:
         if own is not None:
             found.append(own)
         self._check_apart(found)
-        return sorted(found, key=lambda piece: piece.source)
+        found.sort(key=attrgetter("source"))
+        return found
 
     def _check_apart(self, pieces: list[Piece]) -> None:
         """Refuse pieces of which one lies upon another: then ranks do not reckon alike."""
         ends: dict[int, int] = {}
-        for piece in sorted(pieces, key=lambda piece: piece.offset):
+        for piece in sorted(pieces, key=attrgetter("offset")):
             if piece.offset < ends.get(piece.slot.number, 0):
                 raise IntegrityError(
                     f"rows of rank {piece.source} lie upon those of another rank",
@@ -147,22 +151,15 @@ class Landing:
 
     def answered(self, came: Iterable[int]) -> None:
         """Note who has answered: those that have not may still write into the slots that they know of."""
+        ranks = sum(1 << rank for rank in came)
         for slot in self.slots.values():
-            for rank in came:
-                self.session.pool.answered(slot, rank)
+            self.session.pool.answered(slot, ranks)
 
     def release(self) -> None:
         """Give up our hold on all slots; those that are leased belong to their tensors."""
         for slot in self.slots.values():
             self.session.pool.put_back(slot)
         self.slots.clear()
-
-
-def copy_rows(native: Any, form: RowFormat, slot: Slot, offset: int, sources: list[Source], count: int) -> None:
-    """Copy rows into a slot of our own."""
-    for start, source in zip(form.layout(slot.nbytes).starts, sources, strict=True):
-        at = slot.address + start + offset * source.nbytes
-        native.put_rows(source.address, source.stride, source.nbytes, source.index, at, [], count)
 
 
 def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int) -> tuple[Slot | None, int]:
@@ -182,10 +179,5 @@ def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int
         return first.slot, shift
     slot = landing.take(rows)
     for piece, target in zip(pieces, targets, strict=True):
-        starts = landing.form.layout(piece.slot.nbytes).starts
-        sources = [
-            Source(piece.slot.address + start + piece.offset * nbytes, nbytes, nbytes)
-            for start, nbytes in zip(starts, landing.form.fields, strict=True)
-        ]
-        copy_rows(landing.session.agent.native, landing.form, slot, target, sources, piece.count)
+        landing.put_here(slot, target, landing.rows_in(piece.slot), piece.offset, piece.count)
     return slot, 0

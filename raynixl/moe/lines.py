@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,9 @@ class Status(enum.IntEnum):
     CONFIG = 2
 
 
+PHASES: Final = (Cell.EVEN, Cell.ODD)
+"""The cells of a phase's lines, by its parity."""
+
 _HEAD = struct.Struct("<QdQdII")  # number, posted, phase, remaining, signature, status
 _ROWS = struct.Struct("<IIIIII")  # slot, place, offset, count, back, total
 _ROWS_AT = _HEAD.size
@@ -54,6 +57,8 @@ class LineForm:
 
     ranks: int
     mask_nbytes: int
+    record: struct.Struct
+    """Head, rows and the two masks; those of up to 64 ranks are numbers, others bytes."""
     text_at: int
     counts_at: int
     nbytes: int
@@ -64,7 +69,9 @@ class LineForm:
         mask_nbytes = -(-ranks // 64) * 8
         text_at = _MASK_AT + 2 * mask_nbytes
         counts_at = text_at + TEXT_NBYTES
-        return LineForm(ranks, mask_nbytes, text_at, counts_at, -(-(counts_at + 4 * ranks) // 64) * 64)
+        masks = "QQ" if mask_nbytes == 8 else f"{mask_nbytes}s{mask_nbytes}s"
+        record = struct.Struct(_HEAD.format + _ROWS.format[1:] + masks)
+        return LineForm(ranks, mask_nbytes, record, text_at, counts_at, -(-(counts_at + 4 * ranks) // 64) * 64)
 
 
 class Line:
@@ -116,8 +123,7 @@ class Line:
         self.data[self._form.text_at : self._form.counts_at] = text.encode()[:TEXT_NBYTES].ljust(TEXT_NBYTES, b"\0")
 
 
-@dataclass(slots=True)
-class Heard:
+class Heard(NamedTuple):
     """A line as it was read."""
 
     number: int
@@ -138,15 +144,11 @@ class Heard:
 
 def read_line(form: LineForm, memory: memoryview, at: int) -> Heard:
     """Read the line that begins at a byte of a board."""
-    size, mask_at = form.mask_nbytes, at + _MASK_AT
-    head: tuple[int, float, int, float, int, int] = _HEAD.unpack_from(memory, at)
-    rows: tuple[int, int, int, int, int, int] = _ROWS.unpack_from(memory, at + _ROWS_AT)
-    return Heard(
-        *head,
-        *rows,
-        int.from_bytes(memory[mask_at : mask_at + size], "little"),
-        int.from_bytes(memory[mask_at + size : mask_at + 2 * size], "little"),
-    )
+    heard = Heard._make(form.record.unpack_from(memory, at))
+    if form.mask_nbytes == 8:
+        return heard
+    *rest, mask, ready = tuple[Any, ...](heard)
+    return Heard(*rest, int.from_bytes(mask, "little"), int.from_bytes(ready, "little"))
 
 
 def read_number(memory: memoryview, at: int) -> int:

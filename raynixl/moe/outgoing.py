@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raynixl.moe.calls import CODES
-from raynixl.moe.channel import Source
+from raynixl.moe.channel import Rows, Source, address_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,17 +36,13 @@ class Outgoing:
     begins: I64
     scratch: Slot | None = None
 
-    def sources(self, rank: int) -> list[Source]:
-        """Return where the items that go to a source come from."""
-        begin, end = int(self.begins[rank]), int(self.begins[rank + 1])
-        if self.index is None:
-            found = [Source(self.address + begin * self.stride, self.stride, self.nbytes)]
-        else:
-            found = [Source(self.address, self.stride, self.nbytes, self.index[begin:end])]
+    def rows(self) -> Rows:
+        """Return all items as what may be put."""
+        sources = [Source(self.address, self.stride, self.nbytes, self.index)]
         if self.weights is not None:
             nbytes = self.weights.strides[0]
-            found.append(Source(self.weights.ctypes.data + begin * nbytes, nbytes, nbytes))
-        return found
+            sources.append(Source(address_of(self.weights), nbytes, nbytes))
+        return Rows(sources)
 
     def addresses(self, rank: int) -> U64:
         """Return where each item that goes to a source lies."""

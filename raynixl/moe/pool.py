@@ -88,16 +88,16 @@ class Pool:
             assert slot.is_kept, f"{slot} is announced by who has not taken it"
             slot.writers |= writers
 
-    def answered(self, slot: Slot, rank: int) -> None:
-        """Note that a rank has done what it was told of a slot, and writes into it no more."""
+    def answered(self, slot: Slot, ranks: int) -> None:
+        """Note that ranks (1 bit each) have done what they were told of a slot, and write into it no more."""
         with self._lock:
-            self._answer(slot, rank)
+            self._answer(slot, ranks)
 
     def gone(self, rank: int) -> None:
         """Note that a rank writes into no slot any more: it ended, or said so."""
         with self._lock:
             for slot in self._slots.values():
-                self._answer(slot, rank)
+                self._answer(slot, 1 << rank)
 
     def rename(self, rank: int, former: int) -> None:
         """Note that it is a rank's former process, for which the number `former` stands, that may write into slots."""
@@ -111,7 +111,7 @@ class Pool:
         with self._lock:
             for slot in self._slots.values():
                 if slot is not told:
-                    self._answer(slot, rank)
+                    self._answer(slot, 1 << rank)
 
     # What the taker does with it
 
@@ -180,9 +180,9 @@ class Pool:
         slot.is_kept = True
         self._turn(slot)
 
-    def _answer(self, slot: Slot, rank: int) -> None:
-        if slot.writers >> rank & 1:
-            slot.writers &= ~(1 << rank)
+    def _answer(self, slot: Slot, ranks: int) -> None:
+        if slot.writers & ranks:
+            slot.writers &= ~ranks
             self._turn(slot)
 
     def _turn(self, slot: Slot) -> None:

@@ -276,7 +276,7 @@ class Rank:
         )
 
     def _slot_nbytes(self) -> int:
-        """Return the size of a slot: what even routing needs and a quarter more; eager, or if that is less: what can come."""
+        """Return the size of a slot: what even routing needs and a quarter more; eager, or if less, what can come."""
         world = len(self._names)
         spread = self.topk * self.max_tokens
         most, likely = world * self.max_tokens, max(spread + spread // 4, self.max_tokens)

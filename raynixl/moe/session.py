@@ -14,7 +14,7 @@ import numpy as np
 from raynixl.errors import ConfigError, Masked, RangeError, RaynixlError
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, Place
-from raynixl.moe.lines import NOWHERE, Cell, Heard, Line, Status, ranks_of
+from raynixl.moe.lines import NOWHERE, PHASES, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
 from raynixl.moe.patience import MASKED, Patience, notice_number, reserve
 
@@ -108,7 +108,7 @@ class Session:
 
     def post(self, rank: int, line: Line) -> None:
         """Write this phase's line to a rank, which is masked if it is gone."""
-        if not self.channels[rank].post(Cell(line.number & 1), line):
+        if not self.channels[rank].post(PHASES[line.number & 1], line):
             self.lose(rank, REFUSED)
 
     def post_rows(

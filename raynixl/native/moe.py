@@ -76,6 +76,39 @@ class MoeCore(Protocol):
             ValueError: the index is shorter than `count`.
         """
 
+    def put_fields(
+        self,
+        fields: npt.NDArray[np.uint64],
+        first: int,
+        starts: npt.NDArray[np.uint64],
+        base: int,
+        offset: int,
+        gates: Sequence[Gate],
+        count: int,
+    ) -> int:
+        """Copy `count` rows from `first` on of several fields, inside the gates.
+
+        fields: for each (source, stride, bytes of a row, address of an index of int32 or 0): row i is index[i] of the
+        source (-1: zeros), or i. Those of field f go to `base + starts[f] + offset * bytes` on, end to end.
+        Returns as `put_rows` does.
+
+        Raises:
+            ValueError: not as many starts as fields.
+        """
+
+    def take_ids(
+        self,
+        source: int,
+        copy: npt.NDArray[np.int32],
+        wide: npt.NDArray[np.int64] | None,
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        """Copy int32 ids (rows, topk) from an address, also to 64 bits, and count how often each occurs, -1 aside.
+
+        Raises:
+            ValueError: an id below -1, or for which there is no count. What comes out is undefined then.
+        """
+
     def post_line(
         self,
         address: int,

@@ -19,7 +19,7 @@ from raynixl.native.twin_cuda import Launcher, enter_cuda
 from raynixl.native.twin_delta import delta_apply, delta_encode
 from raynixl.native.twin_digest import digest_copy, digest_rows
 from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
-from raynixl.native.twin_moe import post_line, put_rows, ring, route, wait_lines
+from raynixl.native.twin_moe import post_line, put_fields, put_rows, ring, route, take_ids, wait_lines
 from raynixl.native.twin_moe_sums import REDUCE_VARIANTS, reduce_rows
 from raynixl.native.twin_rma import rma
 from raynixl.native.twin_ucx import Rail
@@ -42,11 +42,13 @@ __all__ = [
     "look_for",
     "mapped",
     "post_line",
+    "put_fields",
     "put_rows",
     "reduce_rows",
     "ring",
     "rma",
     "route",
+    "take_ids",
     "wait_lines",
 ]
 

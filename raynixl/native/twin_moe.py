@@ -25,9 +25,11 @@ __all__ = [
     "enter_gates",
     "leave_gates",
     "post_line",
+    "put_fields",
     "put_rows",
     "ring",
     "route",
+    "take_ids",
     "wait_lines",
 ]
 
@@ -179,6 +181,40 @@ def put_rows(
         return _copy_rows(rows, gates)
     finally:
         leave_gates(gates)
+
+
+def put_fields(fields: U64, first: int, starts: U64, base: int, offset: int, gates: Sequence[Any], count: int) -> int:
+    """Copy rows of several fields, inside the gates. See `MoeCore.put_fields`."""
+    check_array(fields, np.uint64, 2)
+    check_array(starts, np.uint64, 1)
+    _need(fields.shape[1] == 4, "a field has a source, a stride, a length, and the address of an index")
+    _need(len(starts) == len(fields), "there is a start for each field")
+    for (source, stride, nbytes, index), start in zip(fields.tolist(), starts.tolist(), strict=True):
+        at = base + start + offset * nbytes
+        if index:
+            which = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(index + 4 * first))
+            code = put_rows(source, stride, nbytes, which, at, gates, count)
+        else:
+            code = put_rows(source + first * stride, stride, nbytes, None, at, gates, count)
+        if code:
+            return code
+    return DONE
+
+
+def take_ids(source: int, copy: I32, wide: I64 | None, counts: I64) -> None:
+    """Copy, widen and count ids. See `MoeCore.take_ids`."""
+    check_array(copy, np.int32, 2)
+    check_array(counts, np.int64, 1)
+    _need(source % 4 == 0, "ids are aligned to 4 bytes")
+    if wide is not None:
+        check_array(wide, np.int64, 2)
+        _need(wide.shape == copy.shape, "the outputs differ in shape")
+    copy[:] = np.ctypeslib.as_array((ctypes.c_int32 * copy.size).from_address(source)).reshape(copy.shape)
+    for expert in copy[(copy < -1) | (copy >= len(counts))][:1].tolist():
+        raise ValueError(f"expert {expert} of {len(counts)}")
+    if wide is not None:
+        wide[:] = copy
+    counts[:] = np.bincount(copy.ravel() + 1, minlength=len(counts) + 1)[1:]
 
 
 def _copy_rows(rows: U64, gates: Sequence[Any]) -> int:

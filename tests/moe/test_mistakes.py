@@ -52,6 +52,15 @@ def works(layer):
     return all(torch.equal(out[:, 0], torch.tensor([1, 0.5, 1]).bfloat16()) for out in layer.run(step))
 
 
+@pytest.mark.parametrize("guilty", [(0,), (0, 1, 2)], ids=str)
+def test_a_deadline_that_is_none_is_refused_on_all_ranks_whatever_else_is_right(trio, guilty):
+    def work(rank, ep):
+        ep.dispatch(X, IDS, WEIGHTS, **({"deadline": 0.0} if rank in guilty else {}))
+
+    assert [type(error) for error in trio.errors(work)] == [ConfigError] * 3
+    assert works(trio)
+
+
 @pytest.mark.parametrize("what", BAD_TOKENS)
 @pytest.mark.parametrize("guilty", [(0,), (0, 1, 2)], ids=str)
 def test_tokens_that_do_not_fit_are_refused_on_all_ranks(trio, what, guilty):

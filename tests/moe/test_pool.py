@@ -48,10 +48,10 @@ def test_a_slot_is_not_given_out_while_a_rank_that_was_told_of_it_has_not_answer
     slot = pool.take()
     pool.announce(slot, 0b101)
     pool.put_back(slot)
-    pool.answered(slot, 0)
+    pool.answered(slot, 1 << 0)
     assert pool.take() is not slot
     assert pool.quarantined == (slot,)
-    pool.answered(slot, 2)
+    pool.answered(slot, 1 << 2)
     assert pool.quarantined == ()
     assert pool.take() is slot
 
@@ -59,13 +59,13 @@ def test_a_slot_is_not_given_out_while_a_rank_that_was_told_of_it_has_not_answer
 def test_ranks_that_are_told_later_are_waited_for_too(pool):
     slot = pool.take()
     pool.announce(slot, 0b01)
-    pool.answered(slot, 0)
+    pool.answered(slot, 1 << 0)
     pool.announce(slot, 0b10)
     pool.put_back(slot)
     assert slot.writers == 0b10
     assert not slot.is_free
-    pool.answered(slot, 1)
-    pool.answered(slot, 1)
+    pool.answered(slot, 1 << 1)
+    pool.answered(slot, 1 << 1)
     assert slot.is_free
 
 

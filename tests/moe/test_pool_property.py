@@ -71,7 +71,7 @@ class Machine(RuleBasedStateMachine):
     def answer(self, number, rank):
         use = self.uses.get(number)
         if use is not None:
-            self.pool.answered(use.slot, rank)
+            self.pool.answered(use.slot, 1 << rank)
             use.writers.discard(rank)
             self.settle()
 

@@ -157,7 +157,7 @@ def test_tensors_that_end_in_other_threads_amid_takes_free_their_slots(pool):
             pool.announce(slot, 1 << seed)
             x = pool.lease(slot).tensor(torch.int32, (8,))
             x.fill_(mine)
-            pool.answered(slot, seed)
+            pool.answered(slot, 1 << seed)
             held.append((x, mine))
             if rng.random() < 0.5:
                 y, expected = held.pop(int(rng.integers(len(held))))

@@ -126,3 +126,44 @@ def test_closing_a_gate_stops_who_is_inside(core: Native) -> None:
     thread.join(30.0)
     assert codes[-1] == LOST
     assert gate.inflight == 0
+
+
+@quick
+@given(
+    widths=st.lists(st.sampled_from([0, 1, 4, 32, 4097]), min_size=1, max_size=4),
+    first=st.integers(0, 4),
+    count=st.integers(0, 5),
+    offset=st.integers(0, 3),
+    is_indexed=st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_fields_land_each_at_its_start_and_nothing_else_changes(
+    core: Native, widths: list[int], first: int, count: int, offset: int, is_indexed: list[bool]
+) -> None:
+    index = np.array([3, -1, 0, 8, 8, 1, 2, -1, 5], np.int32)
+    sources = [random_bytes(9 * (nbytes + 3), seed=nbytes).reshape(9, nbytes + 3)[:, :nbytes] for nbytes in widths]
+    starts = np.cumsum([GUARD] + [8 * nbytes + GUARD for nbytes in widths[:-1]]).astype(np.uint64)
+    target = random_bytes(int(starts[-1]) + 8 * widths[-1] + GUARD, seed=1)
+    expected = target.copy()
+    table = []
+    for source, start, indexed in zip(sources, starts.tolist(), is_indexed, strict=False):
+        nbytes = source.shape[1]
+        table.append((address_of(source), source.strides[0], nbytes, address_of(index) if indexed else 0))
+        for row in range(count):
+            which = int(index[first + row]) if indexed else first + row
+            at = start + (offset + row) * nbytes
+            expected[at : at + nbytes] = source[which] if which >= 0 else 0
+    fields = np.array(table, np.uint64)
+    assert core.put_fields(fields, first, starts, address_of(target), offset, [], count) == DONE
+    assert np.array_equal(target, expected)
+
+
+def test_fields_are_refused_whole_by_a_gate_that_is_closed_and_without_a_start_for_each(core: Native) -> None:
+    source, target, gate = random_bytes(64), np.zeros(64, np.uint8), core.Gate()
+    fields, starts = np.array([[address_of(source), 8, 8, 0]], np.uint64), np.zeros(1, np.uint64)
+    gate.close(STALE)
+    assert core.put_fields(fields, 0, starts, address_of(target), 0, [gate], 8) == STALE
+    assert not target.any()
+    with pytest.raises(ValueError, match="start"):
+        core.put_fields(fields, 0, np.zeros(2, np.uint64), address_of(target), 0, [], 8)
+    with pytest.raises(ValueError, match="field"):
+        core.put_fields(fields[:, :3].copy(), 0, starts, address_of(target), 0, [], 8)
