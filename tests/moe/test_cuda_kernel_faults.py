@@ -245,6 +245,33 @@ def test_an_erring_rank_takes_part_with_nothing():
     play(setting, tokens, crew=crew)
 
 
+@pytest.mark.parametrize("is_combine", [False, True])
+def test_more_than_a_window_holds_is_written_nowhere(is_combine):
+    setting = setting_of(world=2)
+    tokens = draw(setting, (8, 8), 16, 3)
+    small = crew_of(setting, deadline=20.0)
+    for gpu in small.gpus:
+        if is_combine:
+            gpu.layer.back_nbytes = 64
+        else:
+            gpu.layer.capacity = 7
+    before = [gpu.window[gpu.frame.head_nbytes :].copy() for gpu in small.gpus]
+
+    def work(gpu: Gpu):
+        held = send(gpu, setting, tokens[gpu.me])
+        take(gpu, setting, tokens[gpu.me], held)
+        y = torch.zeros((len(held.row_ids), 16), dtype=torch.bfloat16)
+        if is_combine:
+            give(gpu, y, held)
+            add_up(gpu, y, held)
+        return gpu.page.refused, list(gpu.page.status[:2])
+
+    assert small.each(work) == [(0b11, [Refusal.RANGE] * 2)] * 2
+    for gpu, was in zip(small.gpus, before, strict=True):
+        at = gpu.frame.back_at - gpu.frame.head_nbytes if is_combine else 0
+        assert (gpu.window[gpu.frame.head_nbytes :][at:] == was[at:]).all()
+
+
 def test_calls_that_differ_are_seen_by_all():
     setting = setting_of(world=3)
     tokens = draw(setting, (5, 8, 3), 16, 3)

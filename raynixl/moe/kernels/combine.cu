@@ -52,17 +52,19 @@ __device__ __forceinline__ void give_part(const Give& a, const Scene& scene, u32
   if (has(scene.absent, rank)) return;
   u32 begin = rank * scene.layer->capacity, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   u32 count = a.counts != 0 && a.status == kFine ? u32(item<i32>(a.counts, rank)) : 0;
+  u64 items_count = u64(count) * (a.mode == kGivePairs ? a.topk : 1);
+  bool fits = count <= scene.layer->capacity && items_count * a.item_nbytes <= scene.layer->back_nbytes;
   if (a.is_packed) {
     begin = 0;
     for (u32 other = 0; count != 0 && other < rank; ++other) begin += u32(item<i32>(a.counts, other));
   }
   u64 items = items_of(scene, scene.layer->windows[rank], scene.me);
-  Share share = share_of(rows_of_part(count, part, parts));
+  Share share = share_of(rows_of_part(fits ? count : 0, part, parts));
   for (u32 i = warp; i < share.items; i += warps) {
     u32 number = part + i / share.pieces * parts;
     give_item(a, u64(begin) + number, number, items, terms[warp], i % share.pieces, share.pieces);
   }
-  finish_line(scene, rank, parts, count, a.status, a.signature);
+  finish_line(scene, rank, parts, count, fits ? a.status : kRange, a.signature);
 }
 
 // Sum

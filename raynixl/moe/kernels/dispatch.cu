@@ -61,7 +61,9 @@ __device__ __forceinline__ void send_part(const Send& a, const Scene& scene, u32
   bool is_there = !has(scene.absent, rank), is_wrong = false;
   u64 window = scene.layer->windows[rank], rows = rows_of(scene, window, scene.me);
   u32 count = 0, listed = 0, first = part, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  u32 tokens = a.status == kFine ? a.tokens : 0;
+  const Layer* layer = scene.layer;
+  bool fits = a.tokens <= layer->capacity && u64(a.tokens) * a.row_nbytes <= layer->in_nbytes;
+  u32 tokens = a.status == kFine && fits ? a.tokens : 0;
   bool counts_loads = part == 0 && is_there && a.loads_count != 0;
   __syncthreads();
   for (u32 k = threadIdx.x; counts_loads && k < a.loads_count; k += blockDim.x) sending.loads[k] = 0;
@@ -94,7 +96,7 @@ __device__ __forceinline__ void send_part(const Send& a, const Scene& scene, u32
   if (!is_there) return;
   for (u32 k = threadIdx.x; counts_loads && k < a.loads_count; k += blockDim.x)
     item<u32>(loads_of(scene, window, scene.me), k) = sending.loads[k];
-  u32 status = a.status != kFine ? a.status : is_wrong ? kRange : kFine;
+  u32 status = a.status != kFine ? a.status : is_wrong || !fits ? kRange : kFine;
   finish_line(scene, rank, parts, status == kFine ? count : 0, status, a.signature);
 }
 
