@@ -38,7 +38,7 @@ def put(cables: Bed, nothing_left: Callable[[], list[str]]) -> Iterator[Put]:
 
     def start(host: Host, name: str, rails: Sequence[str], **settings: Any) -> FarProcess:
         config = make_config(secret=b"of the hosts", ucx={"TLS": "tcp"}, rails=tuple(rails), **settings)
-        far = FarProcess(UcxBackend, config, is_busy=False, launch=host.run)
+        far = FarProcess(UcxBackend, config, is_busy=False, launch=host.run_warm)
         made.append(far)
         far.open(name)
         for seed, region in enumerate(("one", "other")):

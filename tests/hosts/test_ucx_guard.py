@@ -43,7 +43,7 @@ def put(three: Bed, nothing_left: Callable[[], list[str]]) -> Iterator[Put]:
     def start(host: Host, name: str, *, seed: int, **settings: Any) -> FarProcess:
         ucx = {"TLS": "tcp"} | settings.pop("ucx", {})
         config = make_config(secret=b"of the hosts", ucx=ucx, **settings)
-        far = FarProcess(UcxBackend, config, is_busy=False, launch=host.run)
+        far = FarProcess(UcxBackend, config, is_busy=False, launch=host.run_warm)
         made.append(far)
         far.open(name)
         far.ask("make", "arena", N, "arena", seed)
