@@ -148,6 +148,9 @@ class StandInGpu:
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()
 
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
     def here(self) -> Callable[[], Any]:
         stream = self._made_up.stream()
         return lambda: self._made_up.on_stream(stream)

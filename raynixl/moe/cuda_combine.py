@@ -56,7 +56,7 @@ class CudaCombine:
             beside=address(call.weights), row_ids=address(handle.row_ids), counts=address(handle.counts),
             signature=call.signature(), hidden=y.shape[1], dtype=CODES[y.dtype], item_nbytes=nbytes,
             beside_at=beside_at, topk=handle.topk, ranks=layer.ranks, mode=_giving(handle),
-            is_packed=handle.layout != "slots",
+            is_packed=handle.is_packed,
         )  # fmt: skip
         pairs = None
         if made.mode != Giving.ROWS:

@@ -36,6 +36,9 @@ class Gpu(Protocol):
     def bring(self, tensor: Tensor) -> Tensor:
         """Return a copy of what is in memory of the host, which may be changed from now on."""
 
+    def mark(self) -> Callable[[], None]:
+        """Return what has another stream, the current one then, come after what is on the current one now."""
+
     def here(self) -> Callable[[], AbstractContextManager[Any]]:
         """Return what makes the stream that is current now that of another thread, meanwhile."""
 
@@ -74,6 +77,11 @@ class TorchGpu:
     def bring(self, tensor: Tensor) -> Tensor:
         """See `Gpu`."""
         return tensor.to(self._device)
+
+    def mark(self) -> Callable[[], None]:
+        """See `Gpu`."""
+        event = torch.cuda.current_stream(self.number).record_event()
+        return lambda: torch.cuda.current_stream(self.number).wait_event(event)
 
     def here(self) -> Callable[[], AbstractContextManager[Any]]:
         """See `Gpu`."""

@@ -183,6 +183,7 @@ class CudaDispatch:
         handle = CudaHandle(
             call.kept(), layer.ranks, *tables, counts, row_ids, weights if is_major else None, positions, padded,
             known.loads, scene.placement, self.number, scene.session, scene.world, scene.max_tokens, layer.gpu.stream(),
+            call.layout != "slots",
         )  # fmt: skip
         return self._result(handle, outs, ids, place_weights if is_major else weights, (tokens, experts, offsets))
 

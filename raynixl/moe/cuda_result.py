@@ -52,6 +52,8 @@ class CudaHandle:
     max_tokens: int
     stream: int
     """On which its tensors were made."""
+    is_packed: bool
+    """Whether rows lie end to end, rather than in fixed places of their sources."""
     lost: Sequence[int] = ()
 
     @property

@@ -16,6 +16,7 @@ from raynixl.compat.deep_ep.members import join
 from raynixl.compat.deep_ep.reuse import Reuse
 from raynixl.compat.deep_ep.runtime import Runtime
 from raynixl.errors import ConfigError
+from raynixl.moe import cuda_device
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -173,6 +174,7 @@ class Buffer(LowLatency):
         """
         wait_for(previous_event)
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
+        _check_on_host(rows)
         if handle is not None:
             return self._dispatch_again(rows, handle, topk_idx, topk_weights, async_finish)
         if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
@@ -281,6 +283,15 @@ class Buffer(LowLatency):
 
     def _event(self, is_async: bool) -> EventOverlap:
         return EventOverlap(EventHandle()) if is_async else EventOverlap()
+
+
+def _check_on_host(rows: Rows) -> None:
+    first = rows[0] if isinstance(rows, tuple) else rows
+    if cuda_device.gpu_of(first) is not None:
+        raise ConfigError(
+            f"rows are on {first.device}: the normal mode takes tensors in memory of the host",
+            hint="use the low-latency mode, or raynixl.moe itself, whose layouts tokens and experts are the normal mode",
+        )
 
 
 def _shape(rows: Rows) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raynixl.compat.deep_ep import gpu
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Work
 from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import local_experts
@@ -16,6 +17,7 @@ from raynixl.compat.deep_ep.packing import Form, Packed, pack
 from raynixl.compat.deep_ep.reuse import Reuse
 from raynixl.compat.deep_ep.utils import quantise
 from raynixl.errors import ConfigError, RangeError
+from raynixl.moe import cuda_device
 from raynixl.weights.conversion import BLOCK
 
 Hook = Callable[[], None]
@@ -83,6 +85,21 @@ class LowLatency:
         most, world = num_max_dispatch_tokens_per_rank, self.group_size
         form = _form(x, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         parallel = self._parallel(num_experts, x.shape[1], topk_idx.shape[1], most)
+        number = cuda_device.gpu_of(x)
+        if number is not None:
+            step = _Step(parallel, topk_idx)
+            rows = quantise(x, round_scale=round_scale) if use_fp8 else x.detach()
+            arrived = self._instances.wait(
+                parallel, parallel.dispatch(rows, topk_idx, layout="slots", weights_at="source", async_=True)
+            )
+            made = gpu.PackedRows(arrived, form, experts=num_experts // world, most=most, world=world)
+            step.work, step.inner = Work(lambda: None), made.handle
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(made.counts)
+            handle = LowLatencyHandle((made.src_info, made.layout_range, most, x.shape[1], num_experts))
+            handle.step = step
+            event, hook = gpu.left(number, async_finish, return_recv_hook)
+            return ((made.x, made.scales) if use_fp8 else made.x), made.counts, handle, event, hook
         packed = Packed.empty(
             form, self._memory, experts=num_experts // world, places=most * world, hidden=x.shape[1], world=world
         )
@@ -124,6 +141,19 @@ class LowLatency:
         """
         self._check_mode(async_finish, return_recv_hook)
         step = handle.step
+        number = cuda_device.gpu_of(x)
+        if number is not None:
+            if zero_copy:
+                x = self.get_next_low_latency_combine_buffer(handle)
+            inner = step.inner
+            given = gpu.weights_of(topk_idx, topk_weights, step.topk_idx)
+            inner = dataclasses.replace(inner, call=dataclasses.replace(inner.call, weights=given))
+            rows = x.detach().reshape(-1, handle[3])
+            pending = step.parallel.combine(rows, inner, out=out, async_=True)
+            made = self._instances.wait(step.parallel, pending)
+            total = made if out is None else out
+            event, hook = gpu.left(number, async_finish, return_recv_hook)
+            return total, event, hook
         weights = _weights(topk_idx, topk_weights, step.topk_idx)
         if zero_copy:
             x = self.get_next_low_latency_combine_buffer(handle)
@@ -150,7 +180,7 @@ class LowLatency:
         """Return the tensor to fill for a combine with zero_copy=True; the next one of its shape uses it again."""
         shape = (*handle[0].shape, handle[3])
         if shape not in self._next_buffers:
-            self._next_buffers[shape] = torch.empty(shape, dtype=torch.bfloat16)
+            self._next_buffers[shape] = torch.empty(shape, dtype=torch.bfloat16, device=handle[0].device)
         return self._next_buffers[shape]
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:

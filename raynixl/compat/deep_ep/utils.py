@@ -58,12 +58,12 @@ def pack_scales(scales: Tensor) -> Tensor:
             hint=f"give rows of a multiple of {4 * BLOCK} columns",
         )
     exponents = (scales.view(torch.int32) >> _MANTISSA_BITS & _BYTE).reshape(*scales.shape[:-1], -1, 4)
-    return torch.sum(exponents << _SHIFTS, -1, dtype=torch.int32)
+    return torch.sum(exponents << _SHIFTS.to(scales.device), -1, dtype=torch.int32)
 
 
 def unpack_scales(packed: Tensor) -> Tensor:
     """Return what `pack_scales` packed."""
-    exponents = (packed.unsqueeze(-1) >> _SHIFTS & _BYTE).flatten(-2)
+    exponents = (packed.unsqueeze(-1) >> _SHIFTS.to(packed.device) & _BYTE).flatten(-2)
     return (exponents << _MANTISSA_BITS).view(torch.float32)
 
 
