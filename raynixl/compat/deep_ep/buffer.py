@@ -290,7 +290,7 @@ def _check_on_host(rows: Rows) -> None:
     if cuda_device.gpu_of(first) is not None:
         raise ConfigError(
             f"rows are on {first.device}: the normal mode takes tensors in memory of the host",
-            hint="use the low-latency mode, or raynixl.moe itself, whose layouts tokens and experts are the normal mode",
+            hint="use the low-latency mode, or the layouts tokens and experts of raynixl.moe itself",
         )
 
 

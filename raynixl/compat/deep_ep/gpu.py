@@ -1,4 +1,4 @@
-"""The low-latency mode on tensors of a GPU: the same results, put on the current stream, without a word of the host's."""
+"""The low-latency mode on tensors of a GPU: the same results, put on the current stream; the host takes no part."""
 
 from __future__ import annotations
 

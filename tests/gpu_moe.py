@@ -1,0 +1,174 @@
+"""Expert parallelism on a GPU, in far processes of the GPU tests: what ranks are asked to do, and who asks."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu_tools import Far
+from moe_cuda_crews import OPTIONS, step, tokens, wanted
+from moe_programs import Program, check, play
+
+from raynixl import Group
+from raynixl.moe import ExpertParallel
+
+BACKENDS = ["nvlink", "shm"]
+PATIENCE = 120.0
+
+
+class OnGpu:
+    """An `ExpertParallel` that is given tensors of the host, and works on their copies on the GPU."""
+
+    def __init__(self, ep: ExpertParallel) -> None:
+        self.ep = ep
+
+    def dispatch(
+        self, x: Any, topk_idx: Any = None, topk_weights: Any = None, *, handle: Any = None, **more: Any
+    ) -> Any:
+        """Dispatch on the GPU; the result's tensors are brought back."""
+        r = self.ep.dispatch(_put(x), _put(topk_idx), _put(topk_weights), **more)
+        names = ("x", "scales", "topk_idx", "topk_weights", "counts", "offsets", "tokens")
+        return replace(r, **{name: _fetched(getattr(r, name)) for name in names}, lost=tuple(r.lost))
+
+    def combine(self, y: Any, handle: Any, *, bias: Any = None, out: Any = None, **more: Any) -> Any:
+        """Combine on the GPU."""
+        made = self.ep.combine(_put(y), handle, bias=_put(bias), out=_put(out), **more)
+        return made.cpu() if out is None else out.copy_(made)
+
+    def combine_weights(self, y: Any, weights: Any, handle: Any) -> Any:
+        """Combine, and bring weights back."""
+        return tuple(one.cpu() for one in self.ep.combine_weights(_put(y), _put(weights), handle))
+
+    def place(self, placement: Any) -> None:
+        """Use another placement."""
+        self.ep.place(placement)
+
+
+def _put(given: Any) -> Any:
+    if isinstance(given, tuple):
+        return tuple(_put(one) for one in given)
+    return given.cuda() if isinstance(given, torch.Tensor) else given
+
+
+def _fetched(given: Any) -> Any:
+    return given.cpu() if isinstance(given, torch.Tensor) else given
+
+
+class Crew:
+    """Ranks in far processes on one GPU."""
+
+    def __init__(self, stack: ExitStack, world: int) -> None:
+        self.world = world
+        self.fars = [stack.enter_context(Far(backends=BACKENDS, name=f"rank-{rank}")) for rank in range(world)]
+        for one in self.fars:
+            for other in self.fars:
+                if one is not other:
+                    one.ask("meet", record=base64.b64encode(other.record).decode())
+
+    def all(self, do: str, ranks: Sequence[int] | None = None, **fields: Any) -> list[Any]:
+        """Have ranks do something at the same time."""
+        chosen = range(self.world) if ranks is None else ranks
+        for rank in chosen:
+            self.fars[rank].tell(f"gpu_moe:{do}", rank=rank, **fields)
+        return [_unpacked(self.fars[rank].hear(PATIENCE)) for rank in chosen]
+
+    def make(self, name: str, world: int | None = None, **options: Any) -> None:
+        """Make an `ExpertParallel` on each rank."""
+        names = [f"rank-{rank}" for rank in range(self.world if world is None else world)]
+        self.all("make", range(len(names)), name=name, names=names, options=_packed(options))
+
+    def play(self, program: Program, name: str) -> None:
+        """Play a program, and hold what it returns against the reference."""
+        self.make(name, program.world, deadline=60.0, **program.options())
+        check(program, self.all("do_play", range(program.world), name=name, program=_packed(program)))
+        self.all("drop", range(program.world), name=name)
+
+
+@contextlib.contextmanager
+def crew_of(world: int) -> Iterator[Crew]:
+    """A crew, for a while."""
+    with ExitStack() as stack:
+        yield Crew(stack, world)
+
+
+def _packed(value: Any) -> str:
+    return base64.b64encode(pickle.dumps(value)).decode()
+
+
+def _unpacked(text: str) -> Any:
+    return pickle.loads(base64.b64decode(text))
+
+
+# In the far process
+
+
+def make(world: Any, rank: int, name: str, names: list[str], options: str) -> str:
+    """Make an `ExpertParallel`."""
+    group = Group(world.agent, names, name=name, timeout=PATIENCE)
+    world.kept[name] = (group, ExpertParallel(group, name=name, **_unpacked(options)))
+    return _packed(None)
+
+
+def drop(world: Any, rank: int, name: str) -> str:
+    """Close it."""
+    group, ep = world.kept.pop(name)
+    ep.close()
+    group.close()
+    return _packed(None)
+
+
+def do_play(world: Any, rank: int, name: str, program: str) -> str:
+    """Do this rank's part of a program."""
+    group, ep = world.kept[name]
+    played = play(_unpacked(program), rank, OnGpu(ep), group)
+    assert "put rows into the peers' memory" in ep.explain(), ep.explain()
+    return _packed(played)
+
+
+def do_step(world: Any, rank: int, name: str, number: int, active: list[int], layout: str = "slots") -> str:
+    """Take one step with these ranks; how long it took, and who takes part afterwards."""
+    _, ep = world.kept[name]
+    began = time.monotonic()
+    out = step(rank, OnGpu(ep), number, layout=layout)
+    is_right = torch.equal(out, wanted(rank, ep.placement, active, number))
+    return _packed((is_right, time.monotonic() - began, ep.active))
+
+
+def do_graph(world: Any, rank: int, name: str, replays: int) -> str:
+    """Capture a step, and replay it with other rows each time; whether every result was right."""
+    _, ep = world.kept[name]
+    x, ids, weights = (one.cuda() for one in tokens(rank))
+
+    def run() -> torch.Tensor:
+        r = ep.dispatch(x, ids, weights, layout="slots")
+        factors = torch.where(r.topk_idx >= 0, r.topk_weights, 0).sum(-1, keepdim=True)
+        out: torch.Tensor = ep.combine(torch.where(factors > 0, r.x, 0) * factors, r.handle)
+        return out
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    found = []
+    for number in range(1, replays + 1):
+        x.copy_(tokens(rank, number)[0])
+        graph.replay()
+        got = out.cpu()
+        expected = wanted(rank, ep.placement, range(ep.world), 0) + 7 * number * weights.cpu().sum(1, keepdim=True)
+        found.append(bool(torch.equal(got, expected)))
+    return _packed(found)
+
+
+__all__ = ["OPTIONS", "Crew", "crew_of"]
