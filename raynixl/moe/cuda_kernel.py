@@ -53,8 +53,9 @@ class Kernels:
         return grid_of(name, ranks, rows, nbytes, resident=resident, waiting=self._waiting() if waits else resident)
 
     def _waiting(self) -> int:
-        """Return how many CTAs may wait at a time: if all other ranks wait, one that gives still runs."""
-        return max(1, min(self.multiprocessors, (_RESIDENT * self.multiprocessors - 1) // max(1, self.sharing)))
+        """Return how many CTAs may wait at a time: where ranks share the GPU, half of it is left to what they wait for."""
+        shared = 1 if self.sharing <= 1 else 2 * self.sharing
+        return max(1, self.multiprocessors // shared)
 
     def close(self) -> None:
         """Unload them; none of them runs any more."""

@@ -12,7 +12,7 @@ from raynixl.backends.nvlink_kernel import joined
 from raynixl.errors import BackendUnavailable
 from raynixl.moe import cuda_structs
 from raynixl.moe.cuda_frame import Frame, fields_at
-from raynixl.moe.cuda_kernel import NAMES, SOURCES, THREADS, grid_of
+from raynixl.moe.cuda_kernel import NAMES, SOURCES, THREADS, Kernels, grid_of
 
 pytestmark = pytest.mark.pure
 
@@ -97,3 +97,13 @@ def test_nvrtc_compiles_them_for_a_gpu_that_is_not_there() -> None:
             pytest.skip(exc.message)
         raise
     assert image[:4] == b"\x7fELF"
+
+
+def test_ranks_that_share_a_gpu_leave_half_of_it_to_what_they_wait_for() -> None:
+    alone = Kernels(0, 0, {}, 132)
+    assert alone.grid("take", 4, 4096, 14336) == 132
+    assert alone.grid("take", 4, 4096, 14336, waits=False) == 264
+    for sharing in (2, 4, 8, 200):
+        shared = Kernels(0, 0, {}, 132, sharing)
+        for name in ("take", "sum"):
+            assert sharing * shared.grid(name, 4, 4096, 14336) <= max(66, sharing)
