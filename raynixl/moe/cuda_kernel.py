@@ -53,7 +53,7 @@ class Kernels:
         return grid_of(name, ranks, rows, nbytes, resident=resident, waiting=self._waiting() if waits else resident)
 
     def _waiting(self) -> int:
-        """Return how many CTAs may wait at a time: where ranks share the GPU, half of it is left to what they wait for."""
+        """Return how many CTAs may wait: where ranks share the GPU, half of it is left to what they wait for."""
         shared = 1 if self.sharing <= 1 else 2 * self.sharing
         return max(1, self.multiprocessors // shared)
 
