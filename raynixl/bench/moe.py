@@ -23,6 +23,7 @@ Row = dict[str, Any]
 Seconds = NDArray[np.float64]
 BASELINES = ("gloo", "gloo-index-add", "mpi", "mpi-split", "mpi-index-add")
 LAYOUTS = ("tokens", "experts", "slots")
+MEMORIES = ("dram", "vram")
 DTYPES = ("bfloat16", "float16", "float32")
 _ROUND_SECONDS = 0.15
 """How long one way is measured in one round."""
@@ -45,14 +46,21 @@ class MoeSpec:
     dtype: str = "bfloat16"
     layout: str = "tokens"
     """How rows lie after a dispatch: by source and token, by expert, or in fixed slots by source."""
+    memory: str = "dram"
+    """Where tokens are: "dram", or "vram" for the first GPU, which all ranks share."""
     rounds: int = 7
     baselines: tuple[str, ...] = ()
     is_verified: bool = True
 
     def loads(self) -> list[Load]:
         """Return what is dispatched."""
-        shape = self.hidden, self.topk, self.experts, self.dtype, self.layout
+        shape = self.hidden, self.topk, self.experts, self.dtype, self.layout, self.memory
         return [Load(self.ranks, tokens, *shape) for tokens in self.tokens]
+
+    def ours(self) -> tuple[str, ...]:
+        """Return ours: on a GPU, in fixed slots, also as a CUDA graph that is replayed."""
+        is_captured = self.memory == "vram" and self.layout == "slots"
+        return (*_OURS, "raynixl-graph") if is_captured else _OURS
 
     def check(self) -> None:
         """Refuse what cannot be measured.
@@ -65,6 +73,10 @@ class MoeSpec:
             raise ConfigError(f"rows of {self.dtype!r:.40} are not measured", hint=f"choose of: {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
             raise ConfigError(f"there is no layout {self.layout!r:.40}", hint=f"choose of: {', '.join(LAYOUTS)}")
+        if self.memory not in MEMORIES:
+            raise ConfigError(f"there is no memory {self.memory!r:.40}", hint=f"choose of: {', '.join(MEMORIES)}")
+        if self.memory == "vram":
+            _check_gpu(self.baselines)
         if self.layout != "tokens" and self.baselines:
             raise ConfigError(f"the baselines have no layout {self.layout!r}", hint="compare in layout tokens")
         if self.topk > self.experts:
@@ -145,7 +157,7 @@ class MoeBench:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self._crews: dict[str, Crew] = {}
         self._impls: dict[str, list[str]] = {}
-        for impl in (*_OURS, *spec.baselines):
+        for impl in (*spec.ours(), *spec.baselines):
             kind = "mpi" if impl.startswith("mpi") else "here"
             self._impls.setdefault(kind, []).append(impl)
         for kind in self._impls:
@@ -195,7 +207,7 @@ class MoeBench:
             yield {
                 "bench": "moe", "impl": times.impl, "ranks": spec.ranks, "tokens": load.tokens,
                 "hidden": load.hidden, "topk": load.topk, "experts": load.experts, "dtype": load.dtype,
-                "layout": load.layout,
+                "layout": load.layout, **_of_memory(load),
                 "dispatch_ms": times.median_ms("dispatch"), "combine_ms": times.median_ms("combine"),
                 "both_ms": times.median_ms("both"), "floor_ms": floor.median_ms("gather"), "floor": floor.impl,
                 "dispatch_p99_ms": times.p99_ms("dispatch"), "combine_p99_ms": times.p99_ms("combine"),
@@ -207,6 +219,28 @@ class MoeBench:
         """Dispatch and combine other tokens once, and compare with plain torch."""
         answers = times.crew.some("verify", range(times.crew.world), impl=times.impl, seed=_OTHER_SEED)
         return all(answer["is_right"] for answer in answers)
+
+
+def _check_gpu(baselines: tuple[str, ...]) -> None:
+    """Refuse a GPU that is not there, and baselines of the host's.
+
+    Raises:
+        ConfigError: as said.
+    """
+    import torch
+
+    if baselines:
+        raise ConfigError("the baselines take memory of the host", hint="leave --baseline away; the floor is measured")
+    if not torch.cuda.is_available():
+        raise ConfigError("memory of a GPU needs torch with CUDA, and a GPU", hint="see `raynixl doctor`")
+
+
+def _of_memory(load: Load) -> Row:
+    if load.memory == "dram":
+        return {}
+    from raynixl.bench.moe_gpu import mps_runs
+
+    return {"memory": load.memory, "mps": mps_runs()}
 
 
 def _make_crew(kind: str, stack: ExitStack, ranks: int) -> Crew:

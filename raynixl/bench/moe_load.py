@@ -27,6 +27,8 @@ class Load:
     experts: int
     dtype: str = "bfloat16"
     layout: str = "tokens"
+    memory: str = "dram"
+    """Where tokens and results are: in the host's memory, or a GPU's."""
 
     @property
     def torch_dtype(self) -> Any:

@@ -49,7 +49,7 @@ class OwnWay:
             rows = made.sources.long() * self._load.tokens + _ordinals(made.sources)
             x, ids, weights = (each.flatten(0, 1)[rows] for each in (x, ids, weights))
         elif self._load.layout == "experts":
-            x, weights = _rows_of_pairs(made)
+            x, weights = rows_of_pairs(made)
         return Received(x, ids, weights, made.counts)
 
     def compute(self) -> int:
@@ -88,10 +88,10 @@ def _ordinals(sources: torch.Tensor) -> torch.Tensor:
     import torch
 
     counts = torch.bincount(sources)
-    return torch.arange(len(sources)) - (counts.cumsum(0) - counts)[sources.long()]
+    return torch.arange(len(sources), device=sources.device) - (counts.cumsum(0) - counts)[sources.long()]
 
 
-def _rows_of_pairs(made: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of_pairs(made: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return from rows that lie expert by expert each row once, and its weights by k."""
     import torch
 
@@ -103,7 +103,7 @@ def _rows_of_pairs(made: Any) -> tuple[torch.Tensor, torch.Tensor]:
     places[by_expert] = made.offsets[expert[by_expert]] + _ordinals(expert[by_expert])
     x = made.x.new_zeros(len(ids), made.x.shape[1])
     x[order] = made.x[places]
-    weights = torch.zeros(ids.shape)
+    weights = torch.zeros(ids.shape, device=ids.device)
     weights[order, ks] = made.topk_weights[places]
     return x, weights
 

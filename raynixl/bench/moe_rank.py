@@ -104,6 +104,11 @@ class MoeRank:
 
     def do_gather(self) -> Fields:
         """Prepare the gathers; answer with their names."""
+        if self._load.memory == "vram":
+            from raynixl.bench.moe_gpu import gathers
+
+            self._gathers = dict(gathers(self._load, self._rank, self._tokens))
+            return {"names": list(self._gathers)}
         gather = Gather(self._load, self._rank, self._tokens)
         self._gathers = {name: gather.by(name) for name in GATHERS}
         return {"names": list(self._gathers)}
@@ -142,7 +147,7 @@ class MoeRank:
         is_right = is_received(load, self._rank, way.received(), seed)
         way.compute()
         is_exact = not impl.endswith("index-add")
-        return {"is_right": is_right and is_result(load, way.combine(), tokens, is_exact=is_exact)}
+        return {"is_right": is_right and is_result(load, way.combine().cpu(), tokens, is_exact=is_exact)}
 
     def do_messages(self, impl: str) -> Fields:
         """Answer with how many messages a dispatch and a combine send to one rank at most, if they are counted."""
@@ -162,6 +167,10 @@ class MoeRank:
         return began, perf_counter_ns()
 
     def _make_way(self, impl: str) -> Way:
+        if self._load.memory == "vram":
+            from raynixl.bench.moe_gpu import GRAPH, GpuWay
+
+            return GpuWay(self._group, self._load, is_graph=impl == GRAPH)
         if impl == "raynixl":
             return OwnWay(self._group, self._load, self._buffer)
         name = impl.removesuffix("-index-add")
@@ -174,8 +183,9 @@ class MoeRank:
     def _clear(self) -> None:
         """Let go of the present load."""
         for way in self._ways.values():
-            if isinstance(way, OwnWay):
-                way.close()
+            close = getattr(way, "close", None)
+            if close is not None:
+                close()
         self._ways.clear()
         self._gathers.clear()
 

@@ -174,6 +174,7 @@ def moe(  # noqa: PLR0913 - a command's options
     experts: Annotated[int, typer.Option(min=1, max=4096, help="Experts of all ranks together.")] = 256,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     layout: Annotated[str, typer.Option(help="How rows lie after a dispatch: tokens, experts or slots.")] = "tokens",
+    memory: Annotated[str, typer.Option(help="dram, or vram: all ranks on the first GPU.")] = "dram",
     rounds: Rounds = 7,
     baseline: Annotated[
         list[str] | None, typer.Option(help="gloo, gloo-index-add, mpi, mpi-split or mpi-index-add; repeatable.")
@@ -201,7 +202,8 @@ def moe(  # noqa: PLR0913 - a command's options
 
     spec = MoeSpec(
         tokens=tuple(parse_counts(tokens, most=1 << 20)), ranks=ranks, hidden=hidden, topk=topk, experts=experts,
-        dtype=dtype, layout=layout, rounds=rounds, baselines=tuple(dict.fromkeys(baseline or ())), is_verified=verify,
+        dtype=dtype, layout=layout, memory=memory, rounds=rounds, baselines=tuple(dict.fromkeys(baseline or ())),
+        is_verified=verify,
     )  # fmt: skip
     with progress("moe", rounds * len(spec.tokens)) as step:
         title = f"top-{topk} of {experts} experts on {ranks} ranks, rows of {hidden} {dtype}"

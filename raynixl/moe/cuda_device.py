@@ -36,6 +36,9 @@ class Gpu(Protocol):
     def bring(self, tensor: Tensor) -> Tensor:
         """Return a copy of what is in memory of the host, which may be changed from now on."""
 
+    def finish(self) -> None:
+        """Wait for what is on the current stream: for benchmarks and tests."""
+
     def mark(self) -> Callable[[], None]:
         """Return what has another stream, the current one then, come after what is on the current one now."""
 
@@ -77,6 +80,10 @@ class TorchGpu:
     def bring(self, tensor: Tensor) -> Tensor:
         """See `Gpu`."""
         return tensor.to(self._device)
+
+    def finish(self) -> None:
+        """See `Gpu`."""
+        torch.cuda.current_stream(self.number).synchronize()
 
     def mark(self) -> Callable[[], None]:
         """See `Gpu`."""

@@ -1,0 +1,51 @@
+"""Ours on a GPU in the MoE benchmark, on one that is made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from moe_cuda_crews import GpuCrew, gpu_crew
+
+from raynixl import Group
+from raynixl.bench.moe import MoeSpec
+from raynixl.bench.moe_gpu import GpuWay, gathers
+from raynixl.bench.moe_load import Load, is_received, is_result, make_tokens
+from raynixl.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[GpuCrew]:
+    with gpu_crew(3) as made:
+        yield made
+
+
+@pytest.mark.parametrize("layout", ["tokens", "experts", "slots"])
+def test_it_brings_the_right_rows_and_sums(crew: GpuCrew, layout: str) -> None:
+    load = Load(3, 10, 64, 3, 8, layout=layout, memory="vram")
+
+    def run(rank: int) -> list[bool]:
+        with Group(crew.agents[rank], crew.names, name=f"bench-{layout}") as group:
+            way, found = GpuWay(group, load, is_graph=False), []
+            for seed in (1, 2):
+                tokens = make_tokens(load, rank, seed)
+                way.dispatch(tokens)
+                found.append(is_received(load, rank, way.received(), seed))
+                way.compute()
+                found.append(is_result(load, way.combine(), tokens, is_exact=True))
+            floors = gathers(load, rank, tokens)
+            floors["index_select"]()
+            way.close()
+        return found
+
+    assert crew.run([lambda rank=rank: run(rank) for rank in range(3)]) == [[True] * 4] * 3
+
+
+def test_memory_of_a_gpu_is_refused_where_there_is_none_and_beside_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="choose of: dram, vram"):
+        MoeSpec(memory="disk").check()
+    with pytest.raises(ConfigError, match="baselines take memory of the host"):
+        MoeSpec(memory="vram", baselines=("gloo",)).check()
+    with pytest.raises(ConfigError, match="needs torch with CUDA"):
+        MoeSpec(memory="vram").check()
