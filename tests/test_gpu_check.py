@@ -142,3 +142,15 @@ def test_a_section_that_cannot_be_measured_is_said_and_fails_and_the_others_are_
     told = capsys.readouterr().out
     assert "FAILED: `raynixl bench transfer" in told
     assert "0.90 (met: >= 0.7)" in told
+
+
+def test_expert_parallelism_is_told_beside_its_floor(
+    tables: ModuleType, measured: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"dispatch_ms": 0.05, "combine_ms": 0.04, "both_ms": 0.09, "p99_ms": 0.1, "floor_ms": 0.02, "mps": False}
+    asked = measured(lambda _: [{"impl": "raynixl", **times}, {"impl": "raynixl-graph", **times, "mps": True}])
+    assert tables.main(["expert"]) == 0
+    told = capsys.readouterr().out
+    assert "| slots, calls | 0.050 | 0.040 | 0.090 | 0.100 | 0.020 | no |" in told
+    assert "| tokens, graph | 0.050 | 0.040 | 0.090 | 0.100 | 0.020 | yes |" in told
+    assert len(asked) == 3

@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 steps="core facts tests sanitizer bench" tests="tests/gpu" sanitized="" words="" rounds=5 out="" python=""
-limits="facts=60 core=300 tests=900 file=300 sanitizer=300 bench=600"
+limits="facts=60 core=300 tests=1500 file=300 sanitizer=300 bench=900"
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 while [ $# -gt 0 ]; do

@@ -39,7 +39,10 @@ class Measured:
         Raises:
             RuntimeError: it failed, or bytes were wrong.
         """
-        words = f"transfer --backend {self.backend} --rounds {self.rounds} {options}"
+        return self.bench(f"transfer --backend {self.backend} --rounds {self.rounds} {options}")
+
+    def bench(self, words: str) -> tuple[str, list[Row]]:
+        """Run any command of `raynixl bench`, likewise."""
         print(f"measuring: {words}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "raynixl", "bench", *words.split(), "--json"]
         began = time.monotonic()
@@ -172,6 +175,25 @@ def over_ucx(run: Measured) -> Iterator[str]:
     yield from table(("one block", "raynixl p50 us", "raynixl GB/s", "cudamemcpy GB/s", "path"), cells)
 
 
+def experts(run: Measured) -> Iterator[str]:
+    """Expert parallelism of four processes on one GPU, beside a copy of the same rows by one kernel."""
+    cells, commands = [], []
+    for layout in ("slots", "tokens", "experts"):
+        command, rows = run.bench(
+            f"moe --memory vram --ranks 4 --tokens 128 --hidden 7168 --topk 8 --experts 64 --layout {layout}"
+            f" --rounds {run.rounds}"
+        )
+        commands.append(command.strip())
+        for row in rows:
+            name = f"{layout}, {'graph' if row['impl'] != 'raynixl' else 'calls'}"
+            ms = [f"{row[what]:.3f}" for what in ("dispatch_ms", "combine_ms", "both_ms", "p99_ms", "floor_ms")]
+            cells.append((name, *ms, "yes" if row["mps"] else "no"))
+    yield "\n".join(commands) + "\n"
+    yield "Processes on one GPU take turns unless MPS runs: a kernel that waits for another rank holds its turn.\n"
+    heads = ("4 ranks, 128 tokens, top-8 of 64", "dispatch ms", "combine ms", "both ms", "p99", "copy of the rows ms")
+    yield from table((*heads, "MPS"), cells)
+
+
 Section = Callable[[Measured], Iterator[str]]
 SECTIONS: dict[str, Section] = {
     "GPU to GPU, one large block": large,
@@ -180,6 +202,7 @@ SECTIONS: dict[str, Section] = {
     "GPU to GPU, against loops": loops,
     "Host memory and GPU": host,
     "GPU to GPU over UCX": over_ucx,
+    "Expert parallel on a GPU": experts,
 }
 
 
