@@ -11,8 +11,8 @@ from raynixl.errors import RaynixlError
 from raynixl.moe.calls import CODES
 from raynixl.moe.cuda_dispatch import refusal_of
 from raynixl.moe.cuda_layer import address, nanoseconds
-from raynixl.moe.cuda_nothing import give_nothing, sum_nothing
-from raynixl.moe.cuda_structs import Give, Giving, Sum, Summing
+from raynixl.moe.cuda_nothing import arrive_at, give_nothing, sum_nothing
+from raynixl.moe.cuda_structs import Give, Giving, Kind, Sum, Summing
 from raynixl.moe.result import Combined
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ class CudaCombine:
         out = layer.gpu.empty((rows, hidden), y.dtype) if call.out is None or not call.is_summed else call.out
         back = None if call.weights is None else layer.gpu.empty((tokens, handle.topk), torch.float32)
         beside_at, nbytes = call.items()
+        waits = not layer.waits_apart(rows * nbytes * handle.topk)
+        if not waits:
+            first = arrive_at(layer, Kind.COMBINE, nanoseconds(self.seconds), signature=call.signature())
+            op.launch("arrive", first, (1, 1, 1))
         made = Sum(
             layer=layer.address, row_of=address(handle.row_of), holder_of=address(handle.holder_of),
             sent=address(handle.sent), weights=address(handle.weights if call.by_pair or self.renormalises else None),
@@ -81,12 +85,12 @@ class CudaCombine:
             ranks=layer.ranks, hidden=hidden, dtype=CODES[y.dtype], out_dtype=CODES[out.dtype],
             bias_count=len(call.biases), item_nbytes=nbytes, beside_at=beside_at,
             mode=Summing.ROWS if not call.by_pair else Summing.PAIRS if call.is_summed else Summing.APART,
-            renormalises=self.renormalises, waits=1,
+            renormalises=self.renormalises, waits=waits,
         )  # fmt: skip
         for number, bias in enumerate(call.biases if call.is_summed else ()):
             made.biases[number], made.bias_dtype = address(bias), CODES[bias.dtype]
             made.bias_strides[number] = bias.stride(0) * bias.element_size() if bias.dim() == 2 and tokens else 0
-        op.launch("sum", made, layer.grid("sum", rows=rows, nbytes=nbytes))
+        op.launch("sum", made, layer.grid("sum", rows=rows, nbytes=nbytes, waits=waits))
         if not call.is_summed:
             out = out[(handle.holder_of >= 0).flatten()]
         return Combined(out, back, ())

@@ -169,6 +169,11 @@ class CudaDispatch:
             if weights is not None:
                 place_weights = self._empty(padded, dtype=torch.float32)
             self._order(op, plan, outs, known, (positions, offsets, place_weights))
+        waits = not self.needs_host
+        if waits and layer.waits_apart(scene.max_tokens * plan.nbytes * layer.ranks):
+            deadline, waits = nanoseconds(self.seconds), False
+            first = arrive_at(layer, Kind.DISPATCH, deadline, signature=self.signature, loads_count=scene.loads_count)
+            op.launch("arrive", first, (1, 1, 1))
         made = Take(
             layer=layer.address, ids=address(ids), row_ids=address(row_ids), weights=0, row_weights=address(weights),
             tokens=address(tokens), counts=address(counts),
@@ -176,10 +181,10 @@ class CudaDispatch:
             place_weights=address(place_weights), signature=self.signature, deadline=nanoseconds(self.seconds),
             columns_count=len(outs), row_nbytes=plan.nbytes, ids_at=plan.ids_at, weights_at=plan.weights_at,
             token_at=plan.token_at, ids_nbytes=ids.element_size(), topk=scene.topk, ranks=layer.ranks,
-            loads_count=scene.loads_count, is_packed=call.layout != "slots", waits=not self.needs_host,
+            loads_count=scene.loads_count, is_packed=call.layout != "slots", waits=waits,
         )  # fmt: skip
         _fill(made.columns, outs, call, plan)
-        op.launch("take", made, layer.grid("take", rows=scene.max_tokens, nbytes=plan.nbytes))
+        op.launch("take", made, layer.grid("take", rows=scene.max_tokens, nbytes=plan.nbytes, waits=waits))
         handle = CudaHandle(
             call.kept(), layer.ranks, *tables, counts, row_ids, weights if is_major else None, positions, padded,
             known.loads, scene.placement, self.number, scene.session, scene.world, scene.max_tokens, layer.gpu.stream(),

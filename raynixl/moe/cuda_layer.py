@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HANG_SECONDS: Final = 30.0
 _PAUSE: Final = 5e-5
 _SLICE: Final = 2e-3
+_LARGE_NBYTES: Final = 8 << 20
 _ONE: Final = (1, 1, 1)
 _SPARE_NBYTES: Final = 256
 
@@ -173,9 +174,13 @@ class GpuLayer:
         with cuda.current(self._context):
             cuda.launch(function, grid, (threads, 1, 1), [arguments], stream)
 
-    def grid(self, kind: str, *, rows: int, nbytes: int) -> tuple[int, int, int]:
-        """Return how many CTAs work on so many rows for each rank."""
-        return (self.kernels.grid(kind, self.ranks, rows, nbytes), 1, 1)
+    def grid(self, kind: str, *, rows: int, nbytes: int, waits: bool = True) -> tuple[int, int, int]:
+        """Return how many CTAs work on so many rows for each rank ("sum": in all), and may wait for others."""
+        return (self.kernels.grid(kind, self.ranks, rows, nbytes, waits=waits), 1, 1)
+
+    def waits_apart(self, nbytes: int) -> bool:
+        """Whether one CTA shall wait before the others begin: they would hold a GPU that other ranks are to work on."""
+        return self.kernels.sharing > 1 or nbytes >= _LARGE_NBYTES
 
     def wait_ticket(self, seconds: float, look: Callable[[], None]) -> None:
         """Wait, without the interpreter's lock, until the last `arrive` has told what came.

@@ -9,6 +9,8 @@ import torch
 from moe_cuda_crews import GpuCrew, gpu_crew
 from moe_programs import Cached, Combine, CombineWeights, Dispatch, Drop, Place, Program, even
 
+from raynixl.moe.cuda_layer import GpuLayer
+
 WAYS = [
     ("tokens", 1, "holder"), ("tokens", 1, "source"), ("experts", 8, "holder"), ("experts", 4, "source"),
     ("slots", 1, "holder"), ("slots", 1, "source"),
@@ -92,3 +94,11 @@ def test_steps_that_are_waited_for_later(crew, way):
         Combine("b"),
     )  # fmt: skip
     crew.play(Program(3, even(3, 6), 16, 2, steps))
+
+
+@every_way
+def test_kernels_that_wait_for_others_themselves(crew, way, monkeypatch):
+    """As they do where each rank has a GPU of its own, and steps are small."""
+    monkeypatch.setattr(GpuLayer, "waits_apart", lambda _layer, _nbytes: False)
+    steps = (fresh("a", way, (3, 0, 5), missing=0.2), Combine("a", biases=1), Cached("b", "a"), Combine("b"))
+    crew.play(Program(3, even(3, 7), 16, 3, steps))
