@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from raynixl.agents.reply import Reply
 from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.host import has_ended
 from raynixl.moe.board import cell_offset
 from raynixl.moe.fields import RowFormat, SlotLayout
 from raynixl.moe.lines import CELLS, Cell, Line, LineForm
+from raynixl.region import RemoteRegion
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.agents.window import Window
     from raynixl.moe.hello import Hello
-    from raynixl.region import RemoteRegion
 
 
 MOMENT: Final = 0.05
@@ -81,8 +82,8 @@ class Place:
 class Directions(Protocol):
     """What a channel needs to know of a peer's slots beside those that it knows already."""
 
-    def __call__(self, slot: int, timeout: float) -> RemoteRegion:
-        """Ask the peer for the descriptor of a slot; raises RaynixlError."""
+    def __call__(self, slot: int) -> RemoteRegion | Reply:
+        """Return the descriptor of a slot, or the peer's answer that has it; raises RaynixlError."""
 
 
 def share_of(deadline: float) -> float:
@@ -116,6 +117,9 @@ class Channel(Protocol):
     def put(self, form: RowFormat, place: Place, rows: Rows, first: int, count: int, deadline: float) -> bool:
         """Write rows from one on into a slot of the peer's; they are there once the next line is."""
 
+    def is_ready(self, slot: int) -> bool:
+        """Whether a put into a slot of the peer's goes on, or fails, at once; never waits for who does not answer."""
+
     def finish(self, deadline: float) -> bool:
         """Wait until all rows that were put are at the peer."""
 
@@ -138,6 +142,7 @@ class Reach:
         self._agent = agent
         self._directions = directions
         self._slots: dict[int, Window | None] = {}
+        self._asked: dict[int, RemoteRegion | Reply] = {}  # by slot that is not known yet
         self._known: dict[tuple[int, RowFormat], tuple[Window, SlotLayout]] = {}
         self._sent = [0] * CELLS
 
@@ -155,7 +160,8 @@ class Reach:
         """Return a slot of the peer's, bound; None if it cannot be had any more, or not yet."""
         if slot not in self._slots:
             try:
-                remote = self._directions(slot, share_of(deadline))
+                found = self._ask(slot)
+                remote = RemoteRegion.from_bytes(found.wait(share_of(deadline))) if isinstance(found, Reply) else found
                 window = self._agent.window(remote, timeout=share_of(deadline))
             except TransferTimeout:
                 return None
@@ -163,7 +169,29 @@ class Reach:
                 self._slots[slot] = None
             else:
                 self._slots[slot] = window if window.is_mapped or not self.is_direct else None
+            self._asked.pop(slot, None)
         return self._slots[slot]
+
+    def is_ready(self, slot: int) -> bool:
+        """Whether a slot is known, or known not to be had; it is asked for once."""
+        if slot not in self._slots:
+            try:
+                found = self._ask(slot)
+            except TransferTimeout:
+                return False
+            except RaynixlError:
+                self._slots[slot] = None
+                return True
+            if not isinstance(found, Reply) or found.done:
+                self.window(slot, time.monotonic() + 2 * MOMENT)
+        return slot in self._slots
+
+    def _ask(self, slot: int) -> RemoteRegion | Reply:
+        """Return what is asked for already, unless nobody has answered in time, or ask."""
+        found = self._asked.get(slot)
+        if found is None or (isinstance(found, Reply) and found.is_overdue(time.monotonic())):
+            found = self._asked[slot] = self._directions(slot)
+        return found
 
     def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 PATIENCE: Final = 0.3
 """Seconds that a rank has to answer a hello."""
 
+ANSWER: Final = 1.0
+"""Seconds after which a rank that has not said where a slot is is asked again; nobody waits for it so long."""
+
 LATE: Final = 1.0
 """Seconds after which a rank that did not is asked again."""
 
@@ -316,11 +319,10 @@ class Meeting:
             make = partial(FarChannel, self.agent, self._rows, mine=self.token)
         name = hello.board.owner
 
-        def directions(slot: int, timeout: float) -> RemoteRegion:
+        def directions(slot: int) -> RemoteRegion | Reply:
             if slot == hello.slot:
                 return hello.arena.remote
-            reply = self.agent.peer(name).ask(self._topic("slot"), str(slot).encode(), timeout=timeout)
-            return RemoteRegion.from_bytes(reply.wait())
+            return self.agent.peer(name).ask(self._topic("slot"), str(slot).encode(), timeout=ANSWER)
 
         return make(hello=hello, board=board, directions=directions, topic=self._topic("line"))
 

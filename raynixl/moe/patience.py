@@ -48,6 +48,7 @@ class Patience:
     """Until when anybody is."""
     reserve: float
     _excused: int = 0
+    _here: int = 0
     _heard: dict[int, int] = field(default_factory=dict)
 
     @staticmethod
@@ -58,17 +59,24 @@ class Patience:
 
     def hear(self, rank: int, notice: int, now: float) -> None:
         """Take in the number of a rank's notice, once."""
-        if notice in {0, MASKED} or self._heard.get(rank) == notice:
+        if notice in (0, MASKED) or self._heard.get(rank) == notice:
             return
         self._heard[rank] = notice
         phase = (notice >> 24) - (self.number & _PHASES)
+        until = now + (_TICKS - (notice & _TICKS)) * _SECONDS_A_TICK
         if phase == -1:
             self._excused |= 1 << rank
-        elif phase in {0, 1}:  # it waits as we do, or for us: we must be done before it gives us up
-            until = now + (_TICKS - (notice & _TICKS)) * _SECONDS_A_TICK
+        elif phase == 0:  # it waits as we do
             self.silent = min(self.silent, until)
             self.end = min(self.end, until + self.reserve)
+        elif phase == 1:  # it waits for us, and has heard all others: nobody is behind, and we must come by its end
+            self.silent = min(self.silent, until)
+            self.end = min(self.end, until)
+
+    def is_here(self, rank: int) -> None:
+        """Note that a rank has begun this phase: that it was late in the one before says nothing any more."""
+        self._here |= 1 << rank
 
     def until(self, rank: int) -> float:
         """Return until when a rank is waited for."""
-        return self.end if self._excused >> rank & 1 else self.silent
+        return self.end if (self._excused & ~self._here) >> rank & 1 else self.silent

@@ -221,13 +221,17 @@ class Session:
         while left:
             idle()
             self._look_around(waiting, Cell(number & 1))
-            came = [rank for rank in left if self.board.number(rank, Cell.PLACE) >= number]
-            left = [rank for rank in left if rank not in came and self.members.is_active(rank)]
-            for rank in came:
-                yield rank, self.board.read(rank, Cell.PLACE)
+            answers = {rank: self.board.read(rank, Cell.PLACE) for rank in left if self.members.is_active(rank)}
+            came = {
+                rank: line
+                for rank, line in answers.items()
+                if line.number >= number and self.channels[rank].is_ready(line.place)
+            }
+            left = [rank for rank in answers if rank not in came]
+            yield from came.items()
             self._give_up(left, waiting, "it gave no place in time")
-            if left and not came:
-                self.board.wait(Cell.PLACE, np.array(left), number, timeout=SLICE, spin=0.0)
+            if left and not came and self.board.wait(Cell.PLACE, np.array(left), number, timeout=SLICE, spin=0.0):
+                time.sleep(1e-3)  # all have answered, and been asked where those slots are
 
     def _wait_on(self, cell: int, waiting: _Waiting, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
@@ -259,8 +263,11 @@ class Session:
         """Hear who is masked, and who waits for whom; tell that we wait."""
         now = self._awake()
         self._take_masks(cell, waiting.patience.number, is_late=now - waiting.began > HEED_AFTER)
+        patience, board = waiting.patience, self.board
         for rank in self.members.ranks:
-            waiting.patience.hear(rank, self.board.number(rank, Cell.NOTICE), now)
+            patience.hear(rank, board.number(rank, Cell.NOTICE), now)
+            if max(board.number(rank, Cell.WANT), board.number(rank, Cell.PLACE)) >= patience.number:
+                patience.is_here(rank)
         if now - waiting.began > NOTICE_AFTER:
             self._notice(waiting, now)
 
