@@ -1,4 +1,4 @@
-"""`Buffer`: DeepEP's V1 interface on `ExpertParallel`, for tensors in host memory."""
+"""`Buffer`: DeepEP's V1 interface on `ExpertParallel`; the normal mode for tensors in host memory."""
 
 from __future__ import annotations
 
