@@ -21,6 +21,9 @@ AMID: Final = "it was lost amid an operation"
 PATIENCE: Final = 0.5
 """Seconds that a rank has to answer a hello."""
 
+SOON: Final = 0.25
+"""Seconds that a rank has to answer that a stage has waited for in vain."""
+
 PAUSE: Final = 0.002
 """Seconds between two rounds of hellos at first; they double up to MOST."""
 
@@ -187,7 +190,7 @@ class Council(Seat):
             self._check_masked()
             if self.due is not None:
                 return False
-            self.suspect(lost, AMID, self.adopted)
+        self.suspect(self._surely(lost), AMID, self.adopted)
         self.go_on()
         with self.changed:
             if self.due is not None:
@@ -211,11 +214,41 @@ class Council(Seat):
             Masked: the others have gone on without us.
         """
         if lost or self._promise is not None:
-            with self.changed:
-                self.watch()
-                self.suspect(lost, AMID, self.adopted)
+            self.watch()
+            self.suspect(self._surely(lost), AMID, self.adopted)
             self.go_on()
             self.watch()
+
+    def _surely(self, lost: set[int]) -> set[int]:
+        """Return who is lost of those whom a stage goes on without: not who is amid the operation, and so waits, too.
+
+        Whoever it waits for is lost: as soon as that is known, there is another view.
+        """
+        view, until = self.adopted, time.monotonic() + self.deadline
+        assert view is not None
+        while self.due is None:
+            latest = self.view
+            doubted = {rank for rank in lost if latest is not None and latest.token(rank) == view.token(rank)}
+            found = self.asking.all({rank: (self.ask("state"), view.token(rank)) for rank in doubted}, SOON)
+            busy = {rank for rank, one in found.items() if isinstance(one, Answer) and one.is_busy}
+            if busy != doubted or not busy or time.monotonic() > until:
+                return doubted - busy or doubted
+            self.awaits_view(LOOK)
+        return set()
+
+    def awaits_view(self, seconds: float) -> bool:
+        """Wait for another view in which the operation under way is to be done; return whether it has come.
+
+        Raises:
+            Masked: it is without us.
+        """
+        until = time.monotonic() + seconds
+        with self.changed:
+            while self.due is None and time.monotonic() < until:
+                self._check_masked()
+                self.changed.wait(max(0.0, until - time.monotonic()))
+            self._check_masked()
+            return self.due is not None
 
     def watch(self) -> None:
         """Look, while something is waited for, whether that still makes sense.

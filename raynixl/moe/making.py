@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raynixl.errors import ConfigError
+from raynixl.errors import ConfigError, RaynixlError
 from raynixl.moe.checks import dtype_of, positive
 from raynixl.moe.cost import Choice, Fabric, Shape, Topology, choose
+from raynixl.moe.council import PATIENCE, Council
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.grid import make_grid
+from raynixl.moe.meeting import Meeting
 from raynixl.moe.parallel import ExpertParallel
 from raynixl.moe.placement import Placement
 from raynixl.moe.two_level import TwoLevel
+from raynixl.moe.view import Ask
 from raynixl.moe.whereabouts import hosts_of
 
 if TYPE_CHECKING:
@@ -29,7 +33,8 @@ def expert_parallel(
     """Make this rank's `ExpertParallel`, or `TwoLevel`; every member calls it with the same arguments.
 
     topology: "flat", "two-level", or "auto": by where the members are and what full dispatches of `max_tokens` would
-    take on `fabric`. options: those of the class; those that only one has are refused by the other.
+    take on `fabric`; who comes back to members that run takes their topology. options: those of the class; those that
+    only one has are refused by the other.
 
     Raises:
         ConfigError: there is no such topology, or the options make no sense.
@@ -37,10 +42,30 @@ def expert_parallel(
     """
     if topology not in (AUTO, *(each.value for each in Topology)):
         raise ConfigError(f"there is no topology {topology!r:.40}", hint="known are auto, flat and two-level")
-    chosen = (
-        predict_for(group, fabric=fabric, **_shape_options(options)).topology.value if topology == AUTO else topology
-    )
+    chosen = topology
+    if topology == AUTO:
+        shape = _shape_options(options)
+        running = running_topology(group, str(options.get("name", "moe")))
+        chosen = (predict_for(group, fabric=fabric, **shape).topology if running is None else running).value
     return TwoLevel(group, **options) if chosen == Topology.TWO_LEVEL.value else ExpertParallel(group, **options)
+
+
+def running_topology(group: Group, name: str) -> Topology | None:
+    """Ask the other members whether they run a layer of this name already; those that begin with us do not."""
+    token = secrets.token_hex(16)
+    asks = {
+        Topology.TWO_LEVEL: (Council.topic(name), Ask(kind="state", rank=group.rank, token=token).to_bytes()),
+        Topology.FLAT: (Meeting.topic(name, "placement"), b""),
+    }
+    for member in group.members:
+        for topology, (topic, payload) in asks.items():
+            try:
+                if member != group.agent.name:
+                    group.agent.peer(member).ask(topic, payload, timeout=PATIENCE).wait()
+                    return topology
+            except RaynixlError:
+                continue  # it is not there, or runs no such layer
+    return None
 
 
 def predict_for(

@@ -199,6 +199,7 @@ class Seat:
             return Answer(
                 rank=self.rank, token=self.token, scene=self.charter.scene, host=self.agent.host, is_running=is_running,
                 view=view, adopted=NOT_YET if adopted is None else adopted.number, position=self.position,
+                is_busy=self._fresh is not None,
                 barred=tuple(self.barred), names=tuple(self.names), is_refused=is_refused,
                 holders=self.charter.holders() if ask.kind == "state" else (),
             )  # fmt: skip

@@ -246,6 +246,9 @@ class StagedRank:
                 return result, error
         except Regrouped:
             pass
+        except Masked:  # by a rank that waits for us, as we do for another one
+            if not self._council.awaits_view(self.deadline):
+                raise
         return None, None
 
     def _begin(self, seconds: float) -> None:

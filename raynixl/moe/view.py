@@ -133,6 +133,8 @@ class Answer(Wire):
     """The number of the view that it works in, or is about to, or -1."""
     position: int
     """How many operations it has ended, or -1 where it does not know."""
+    is_busy: bool
+    """Whether it is amid an operation."""
     barred: Ranks
     names: Annotated[tuple[Name, ...], Field(max_length=1 << 16)]
     holders: Annotated[tuple[int, ...], Field(max_length=1 << 20)] = ()

@@ -52,3 +52,25 @@ def test_what_makes_no_sense_is_refused(crew, more):
 def test_sizes_must_be_given(crew):
     with pytest.raises(ConfigError, match="hidden"):
         crew.experts(2, kind=expert_parallel, experts=8, topk=2, max_tokens=4).__enter__()
+
+
+@pytest.mark.parametrize("more", [{"topology": "two-level"}, {"topology": "flat"}], ids=str)
+def test_who_comes_back_takes_the_topology_of_those_that_run(crew, more):
+    with crew.experts(4, kind=expert_parallel, **OPTIONS, **more) as layer:
+        layer.eps[3].close()
+
+        def come_back(rank, ep):
+            if rank < 3:
+                while True:
+                    r = ep.dispatch(torch.ones(2, 16), torch.tensor([[0, 7], [1, 6]]))
+                    out = ep.combine(r.x, r.handle)
+                    if ep.active == (0, 1, 2, 3):
+                        return out
+            name = layer.groups[3].name
+            layer.eps[3] = expert_parallel(layer.groups[3], name=name, deadline=20.0, **OPTIONS)
+            r = layer.eps[3].dispatch(torch.ones(2, 16), torch.tensor([[0, 7], [1, 6]]))
+            return layer.eps[3].combine(r.x, r.handle)
+
+        for out in layer.run(come_back):
+            assert (out == 2).all()
+        assert type(layer.eps[3]) is type(layer.eps[0])

@@ -11,6 +11,7 @@ from agent_tools import eventually
 from moe_fault_crews import LONG, SOON, alive, left_behind, mostly_slow
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Report, Where
 from moe_tools import Processes
+from weights_nursery import Nursery
 
 from raynixl import Masked
 from raynixl.host import process_state
@@ -25,9 +26,9 @@ EVERY = 40
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Processes]:
+def crew(nursery: Nursery) -> Iterator[Processes]:
     """Five processes; who is killed is replaced."""
-    with Processes(WORLD) as made:
+    with Processes(WORLD, lent=nursery) as made:
         yield made
 
 
