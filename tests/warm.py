@@ -44,9 +44,11 @@ class WarmPython:
         with there:
             path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(there.fileno()), *imports], pass_fds=[there.fileno()],
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+                [sys.executable, __file__, str(there.fileno()), *imports],
+                pass_fds=[there.fileno()],
+                # UCX reads its level when it is loaded, and complains of one that comes later
+                env={"UCX_LOG_LEVEL": "fatal", **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
         self._lock = threading.Lock()  # protects the order of answers
         self._control = here
         self._control.settimeout(_SECONDS)

@@ -104,9 +104,9 @@ def make_target(tmp_path: Path) -> Iterator[Callable[[str], Target]]:
 
 @pytest.fixture(scope="module", params=["cma,tcp", "tcp"])
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A process with 64 MiB, over one lane or the other, that all tests of a file share: they do it no harm."""
+    """A process with 32 MiB, over one lane or the other, that all tests of a file share: they do it no harm."""
     directory: Path = tmp_path_factory.mktemp("target")
-    target = Target(directory / "memory", 64 * MIB, request.param)
+    target = Target(directory / "memory", 32 * MIB, request.param)
     yield target
     target.close()
 

@@ -73,11 +73,17 @@ def test_segments_land_where_numpy_puts_them(
     assert np.array_equal(target, expected(source, rows))
 
 
+@pytest.fixture(scope="module")
+def large() -> np.ndarray:
+    """Bytes to copy that are streamed past the cache, in many pieces, on any machine."""
+    return random_bytes(40 * MIB + 141)
+
+
 @pytest.mark.parametrize("mode", [COPY, VM_READ, VM_WRITE])
 @pytest.mark.parametrize("shift", [0, 1, 33])
-def test_a_block_beyond_every_threshold(engine: Engine, mode: int, shift: int) -> None:
-    nbytes = 40 * MIB + 77  # streamed past the cache, in many pieces, on any machine
-    source, target = random_bytes(nbytes + 64), np.zeros(nbytes + 128, dtype=np.uint8)
+def test_a_block_beyond_every_threshold(engine: Engine, large: np.ndarray, mode: int, shift: int) -> None:
+    nbytes = large.size - 64
+    source, target = large, np.zeros(nbytes + 128, dtype=np.uint8)
     row = (address_of(source) + 5, address_of(target) + shift, nbytes)
     assert finish(engine.program(mode, os.getpid(), table(row), []).run(30.0)) == DONE
     assert np.array_equal(target[shift : shift + nbytes], source[5 : 5 + nbytes])

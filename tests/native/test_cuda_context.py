@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import warm
 
 from raynixl.native import load
 
@@ -69,12 +70,12 @@ def test_a_thread_without_a_context_takes_the_one_that_was_entered(core: str, ha
         pytest.skip("the core is not built")
     tests = Path(__file__).parents[1]
     path = f"import sys; sys.path[:0] = [{str(tests)!r}]\n"
-    done = subprocess.run(
-        [sys.executable, "-c", path + textwrap.dedent(CODE), core, str(has_own)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    argv = [sys.executable, "-c", path + textwrap.dedent(CODE), core, str(has_own)]
+    child = warm.popen(argv, stdout=subprocess.PIPE, text=True)
+    with child.stdout:
+        said = child.stdout.read()
+    assert child.wait(60.0) == 0, said
+    told = json.loads(said)
     assert told["mine"] == context
     assert told["others"] == ([0xC0] if core == "native" else []), "the core's own thread takes it, where there is one"
     assert told["asked"] == (2 if core == "native" else 1), "each thread asks once"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import moe_lines_process
 import numpy as np
 import pytest
+import warm
 from native_tools import address_of
 
 from raynixl.native import DONE, STALE, Native
@@ -235,7 +235,7 @@ def processes(cores: list[str], rounds: int, spin: float) -> None:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS.parent), *sys.path]))
     command = [sys.executable, str(TESTS / "moe_lines_process.py"), str(fd), ",".join(cores)]
     running = [
-        subprocess.Popen([*command, str(rank), str(rounds), str(spin)], pass_fds=[fd], env=environment)
+        warm.popen([*command, str(rank), str(rounds), str(spin)], pass_fds=[fd], env=environment)
         for rank in range(len(cores))
     ]
     os.close(fd)
@@ -244,7 +244,7 @@ def processes(cores: list[str], rounds: int, spin: float) -> None:
     finally:
         for process in running:
             process.kill()
-            process.wait()
+            process.wait(10.0)
     assert codes == [0] * len(cores)
 
 

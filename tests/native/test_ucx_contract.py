@@ -18,7 +18,7 @@ from raynixl.native.ucx import HOST_MEMORY
 
 pytestmark = [pytest.mark.pure, pytest.mark.skipif(not is_installed(), reason="ucxx is not installed")]
 
-SPACE = 64 * MIB
+SPACE = 32 * MIB
 
 
 @pytest.fixture
