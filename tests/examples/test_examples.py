@@ -43,6 +43,7 @@ def test_the_loop_syncs_each_step_draws_its_picture_and_fails_for_want_of_learni
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.pure  # it takes a while, and what it does with either core is tested in tests/actors and by the one above
 def test_sharded_trainers_sync_sharded_rollouts_of_which_one_dies_and_is_replaced(tmp_path: Path) -> None:
     done = _run("rl_weight_sync/sharded.py", "--steps", "4", cwd=tmp_path)
     assert "FAILED: the reward has not clearly risen" in done.stderr, done.stderr
@@ -61,6 +62,7 @@ def test_real_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
     assert "90.9 MB to 3 of 3" in done.stdout
 
 
+@pytest.mark.pure
 def test_experts_on_workers_train_as_in_one_process_although_one_of_them_is_killed(
     tmp_path: Path, nothing_left: Callable[[], list[str]]
 ) -> None:
