@@ -109,7 +109,7 @@ def test_ranks_that_are_all_frozen_together_lose_nobody(crew: Processes) -> None
     """Such as when their container is suspended: the time does not count."""
     with layer(crew, FOUR) as ranks:
         for rank in FOUR:
-            ranks.tell(rank, "moe_faults:steps", "layer", 300, deadline=DEADLINE)
+            ranks.tell(rank, "moe_faults:steps", "layer", 120, deadline=DEADLINE)
         for rank in FOUR:
             ranks.stop(rank)
         until = time.monotonic() + 2 * DEADLINE

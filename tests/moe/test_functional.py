@@ -36,6 +36,7 @@ def own_experts(ep: Any, dtype: torch.dtype = torch.float64) -> dict[int, Tensor
     return {expert: everybody[expert] for expert in ep.local_experts}
 
 
+@pytest.mark.pure
 @in_every_layout
 @pytest.mark.parametrize("given", [True, False], ids=["weights", "no-weights"])
 @pytest.mark.usefixtures("crew")

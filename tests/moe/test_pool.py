@@ -14,6 +14,8 @@ from raynixl.errors import AgentClosed, RangeError
 from raynixl.moe import pool as pools
 from raynixl.moe.pool import Pool
 
+pytestmark = pytest.mark.pure
+
 
 class Clock:
     """A clock that stands still until it is set."""

@@ -12,6 +12,8 @@ from raynixl.moe import reference
 from raynixl.moe.quantising import quantise
 from raynixl.moe.reference import Setting, Tokens
 
+pytestmark = pytest.mark.pure
+
 WAYS = [
     (layout, weights_at) for layout in ("tokens", "experts", "slots") for weights_at in ("holder", "source")
 ]  # fmt: skip

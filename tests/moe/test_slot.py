@@ -17,6 +17,8 @@ from moe_pools import NBYTES, floats
 from raynixl.errors import RangeError
 from raynixl.moe.pool import Pool
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize(
     "derive",
