@@ -95,9 +95,12 @@ class GpuRank(Rank):
     def _gpu_of(self, tensor: Any, failed: RaynixlError | None) -> int | None:
         """Return the GPU that an operation is on; who takes part with an error alone does as it did before."""
         first = tensor[0] if isinstance(tensor, tuple) and tensor else tensor
-        if failed is not None and self._path is not None and self._path.is_used:
-            return self._path.gpu
-        return cuda_device.gpu_of(first)
+        gpu, path = cuda_device.gpu_of(first), self._path
+        if path is not None and failed is not None and path.is_used:
+            return path.gpu
+        if path is not None:
+            path.is_used = gpu is not None
+        return gpu
 
     def _dispatch_on_gpu(
         self, gpu: int, arguments: DispatchArguments, deadline: float | None, failed: RaynixlError | None

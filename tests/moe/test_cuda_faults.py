@@ -147,3 +147,27 @@ def test_a_call_on_another_gpu_is_refused(crew):
         handle = layer.eps[0].dispatch(x, ids, weights).handle
         with crew.gpus.on_host(), pytest.raises(ConfigError, match="is no handle"):
             layer.eps[0].combine(x, handle)
+
+
+def test_a_rank_can_take_part_with_nothing_but_an_error(crew):
+    with crew.experts(3, **OPTIONS) as layer:
+        agree(layer)
+
+        def dispatch(rank, ep):
+            if rank == 0:
+                return ep.fail(RangeError("no tokens came"))
+            return ep.dispatch(*tokens(rank), layout="tokens")
+
+        assert [type(error) for error in layer.errors(dispatch)] == [type(None), RangeError, RangeError]
+        agree(layer, 1, layout="tokens")
+        handles = layer.run(lambda rank, ep: ep.dispatch(*tokens(rank), layout="tokens"))
+
+        def combine(rank, ep):
+            if rank == 0:
+                return ep.fail(ConfigError("no rows"), is_combine=True)
+            return ep.combine(handles[rank].x, handles[rank].handle)
+
+        layer.run(combine)
+        errors = layer.errors(lambda rank, ep: step(rank, ep) if rank else None)
+        assert [type(error) for error in errors] == [type(None), ConfigError, ConfigError]
+        agree(layer, 2)
