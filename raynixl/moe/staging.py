@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from raynixl.errors import ConfigError
+from raynixl.moe import cuda_device
 from raynixl.moe.checks import CombineArguments, combine_call
 from raynixl.moe.local import expert_places
 from raynixl.moe.result import Dispatched
@@ -132,6 +133,11 @@ class Sending:
         rows = self.x[0] if isinstance(self.x, tuple) and self.x else self.x
         if not isinstance(rows, torch.Tensor) or rows.dim() < 1:
             raise ConfigError("x is no tensor with a row for each token", hint="give x as [tokens, hidden]")
+        if cuda_device.gpu_of(rows) is not None:
+            raise ConfigError(
+                f"x is on {rows.device}: two stages take tensors in memory of the host",
+                hint="use ExpertParallel, whose kernels reach the GPUs of one host, or give x.cpu()",
+            )
         if self.handle is None:
             return
         if not isinstance(self.handle, TwoLevelHandle):
