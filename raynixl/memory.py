@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from raynixl import cuda
+from raynixl import cgroup, cuda
 from raynixl.errors import ConfigError, RangeError
 
 PAGE_NBYTES = mmap.PAGESIZE
@@ -211,12 +211,13 @@ def _advise_huge(mapping: mmap.mmap) -> None:
 
 
 def available_nbytes() -> int:
-    """Return how much memory this host can still give without swapping."""
+    """Return how much memory this host, or container, can still give without swapping."""
+    left = cgroup.left_nbytes()
     with open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
+                return min(left, int(line.split()[1]) * 1024)
+    return left
 
 
 def allocate(nbytes: int) -> Memory:
