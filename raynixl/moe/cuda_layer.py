@@ -6,6 +6,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -150,29 +151,33 @@ class GpuLayer:
 
     def begin(self, mask: int) -> Call:
         """Begin to put an operation on the current stream, without these ranks."""
+        inside = cuda.current(self._context)
+        inside.__enter__()
+        try:
+            return self._begin(mask, inside)
+        except BaseException:
+            inside.__exit__(None, None, None)
+            raise
+
+    def _begin(self, mask: int, inside: AbstractContextManager[Any]) -> Call:
         stream = self.gpu.stream()
-        is_captured = self._is_captured(stream)
+        is_captured = cuda.stream_is_capturing(stream)
         if stream != self._stream:
             if not is_captured:
                 self.presence.follow(stream)
             self._stream = stream
         self.note_gone(self.presence.enter())
-        call = Call(self, stream, is_captured=is_captured)
+        call = Call(self, stream, inside, is_captured=is_captured)
         fresh = (mask | self._gone) & ~self._masked
         if fresh:
             self._masked |= fresh
             call.launch("mask", Mask(self.address, self._masked, fresh & ~self._gone), _ONE)
         return call
 
-    def _is_captured(self, stream: int) -> bool:
-        with cuda.current(self._context):
-            return cuda.stream_is_capturing(stream)
-
     def launch(self, kind: str, arguments: ctypes.Structure, grid: tuple[int, int, int], stream: int) -> None:
-        """Start a kernel on a stream."""
+        """Start a kernel on a stream, in the context of this GPU."""
         function, threads = self.kernels[kind]
-        with cuda.current(self._context):
-            cuda.launch(function, grid, (threads, 1, 1), [arguments], stream)
+        cuda.launch(function, grid, (threads, 1, 1), [arguments], stream)
 
     def grid(self, kind: str, *, rows: int, nbytes: int, waits: bool = True) -> tuple[int, int, int]:
         """Return how many CTAs work on so many rows for each rank ("sum": in all), and may wait for others."""
@@ -211,16 +216,19 @@ class GpuLayer:
 
 
 class Call:
-    """One operation on its way to a stream: its kernels in order. `end` says that all have been launched."""
+    """One operation on its way to a stream, its kernels in order, in the context of its GPU; to be left with `with`."""
 
-    def __init__(self, layer: GpuLayer, stream: int, *, is_captured: bool) -> None:
-        self._layer, self._stream, self.is_captured = layer, stream, is_captured
+    def __init__(self, layer: GpuLayer, stream: int, inside: AbstractContextManager[Any], *, is_captured: bool) -> None:
+        self._layer, self._stream, self._inside, self.is_captured = layer, stream, inside, is_captured
 
     def __enter__(self) -> Call:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._layer.presence.put(self._stream, is_captured=self.is_captured)
+        try:
+            self._layer.presence.put(self._stream, is_captured=self.is_captured)
+        finally:
+            self._inside.__exit__(None, None, None)
 
     def launch(self, kind: str, arguments: ctypes.Structure, grid: tuple[int, int, int]) -> None:
         """Start a kernel behind those before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from raynixl.moe.cuda_frame import Frame, aligned, fields_at
 
@@ -18,20 +18,23 @@ class Need:
 
     def with_(self, other: Need) -> Need:
         """Return what serves both."""
-        return Need(*map(max, astuple(self), astuple(other)))
+        return Need(
+            max(self.row_nbytes, other.row_nbytes), max(self.item_nbytes, other.item_nbytes),
+            max(self.items, other.items), max(self.experts, other.experts),
+        )  # fmt: skip
 
     def is_met_by(self, frame: Frame) -> bool:
         """Whether windows of this frame serve."""
-        return self.with_(need_of(frame)) == need_of(frame)
+        return (
+            self.row_nbytes <= frame.row_nbytes
+            and self.item_nbytes <= frame.item_nbytes
+            and self.items <= frame.items
+            and self.experts <= frame.experts
+        )
 
     def frame(self, ranks: int, capacity: int) -> Frame:
         """Return the frame of windows that serve."""
         return Frame(ranks, capacity, self.row_nbytes, self.item_nbytes, self.items, self.experts)
-
-
-def need_of(frame: Frame) -> Need:
-    """Return what windows of a frame serve."""
-    return Need(frame.row_nbytes, frame.item_nbytes, frame.items, frame.experts)
 
 
 def usual_need(*, hidden_nbytes: int, columns: int, topk: int, capacity: int, experts: int) -> Need:
