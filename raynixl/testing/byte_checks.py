@@ -39,13 +39,13 @@ def moves_adjacent_blocks(scene: Scene) -> None:
 
 def moves_many_random_blocks(scene: Scene) -> None:
     """More blocks than one system call takes, shuffled."""
-    pages = np.random.default_rng(3).permutation(3000)
-    _move(scene, 3000 * 512, [(int(page) * 512, index * 512, 500) for index, page in enumerate(pages)])
+    pages = np.random.default_rng(3).permutation(2100)
+    _move(scene, 2100 * 512, [(int(page) * 512, index * 512, 500) for index, page in enumerate(pages)])
 
 
 def moves_large_blocks(scene: Scene) -> None:
     """Many megabytes, which several threads carry together."""
-    _move(scene, 24 * _MIB, [(3, 4097, 20 * _MIB + 1), (22 * _MIB, 23 * _MIB, _MIB - 5)])
+    _move(scene, 12 * _MIB, [(3, 4097, 9 * _MIB + 1), (10 * _MIB, 11 * _MIB, _MIB - 5)])
 
 
 def moves_several_regions(scene: Scene) -> None:
@@ -80,7 +80,7 @@ def posts_prepared_operations_many_times(scene: Scene) -> None:
         mine, theirs = scene.pair(4096, memory)
         write = scene.near.prepare("write", mine, theirs)
         read = scene.near.prepare("read", theirs, mine)
-        for turn in range(200):
+        for turn in range(100):
             sent = pattern(mine.nbytes, turn)
             put(mine.memory, sent)
             write.post().wait(PATIENCE)
@@ -96,7 +96,7 @@ def carries_posts_of_many_threads(scene: Scene) -> None:
 
         def work(part: int, mine: Region = mine, theirs: RemoteRegion = theirs) -> None:
             start = part * 65_536
-            for turn in range(20):
+            for turn in range(10):
                 sent = pattern(65_536, 100 * part + turn)
                 put(mine.memory, sent, start)
                 scene.near.write(mine.span(start, 65_536), theirs.span(start, 65_536)).wait(PATIENCE)

@@ -30,9 +30,9 @@ _MIB = 1 << 20
 def keeps_deadlines(scene: Scene) -> None:
     """A transfer whose deadline passes ends with TransferTimeout, and touches its memory no more."""
     for memory in scene.memories:
-        mine, theirs = scene.pair(32 * _MIB, memory)
+        mine, theirs = scene.pair(16 * _MIB, memory)
         scene.near.read(theirs, mine).wait(PATIENCE)
-        for timeout in (0.0002, 0.002):
+        for timeout in (0.0002, 0.001):
             transfer = scene.near.read(theirs, mine, timeout=timeout)
             _expect_end(transfer, TransferTimeout)
             if transfer.error is not None:
@@ -42,7 +42,7 @@ def keeps_deadlines(scene: Scene) -> None:
 def cancels(scene: Scene) -> None:
     """A cancelled transfer ends with TransferCancelled, and touches its memory no more."""
     for memory in scene.memories:
-        mine, theirs = scene.pair(32 * _MIB, memory)
+        mine, theirs = scene.pair(16 * _MIB, memory)
         for _ in range(3):
             transfer = scene.near.read(theirs, mine)
             was_cancelled = transfer.cancel()

@@ -15,6 +15,7 @@ from raynixl.testing import Check, Outcome, Place, backend_checks, check_backend
 from raynixl.testing.conformance import DEFAULT_CONFIG
 
 CONFIG = from_env(DEFAULT_CONFIG)
+not_twice = pytest.mark.skipif(not CONFIG.native, reason="all checks of this run are on the twin")
 
 
 @pytest.mark.parametrize("check", backend_checks(places=(Place.HERE,)), ids=str)
@@ -30,6 +31,7 @@ def test_shm_conforms_between_processes(place: Place, nothing_left: Callable[[],
     assert {result.check for result in report.results} == {check.name for check in backend_checks()}
 
 
+@not_twice
 def test_shm_conforms_on_the_twin_of_the_compiled_core(nothing_left: Callable[[], list[str]]) -> None:
     config = CONFIG.model_copy(update={"native": False})
     report = check_backend(ShmBackend, places=(Place.HERE, Place.IDLE), config=config)
@@ -45,7 +47,7 @@ def test_ucx_conforms_over_each_lane(tls: str, place: Place, nothing_left: Calla
     assert {result.check for result in report.results} == {check.name for check in backend_checks()}
 
 
-@pytest.mark.skipif(not CONFIG.native, reason="all checks of this run are on the twin")
+@not_twice
 def test_ucx_conforms_on_the_twin_of_the_compiled_core(nothing_left: Callable[[], list[str]]) -> None:
     config = CONFIG.model_copy(update={"native": False, "ucx": {"TLS": "tcp"}})
     report = check_backend(UcxBackend, places=(Place.IDLE,), config=config)

@@ -10,7 +10,7 @@ from raynixl.weights.assignment import Topology
 from raynixl.weights.protocol import Holder
 from raynixl.weights.pulling import Blobs, Pulling
 
-COUNT = 1 << 20
+COUNT = 1 << 18
 RECEIVERS = 4
 
 

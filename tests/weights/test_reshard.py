@@ -12,6 +12,8 @@ from raynixl.weights.table import pack
 pytestmark = pytest.mark.pure
 
 BATCHES, CASES = 21, 50
+QUICK = 7
+"""Batches that every run takes; the soak takes the others, too."""
 
 
 def recorded(shards, side):
@@ -90,7 +92,9 @@ def check_outgoing(made):
         assert np.array_equal(rows, made.incoming(image).rows)
 
 
-@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.parametrize(
+    "batch", [*range(QUICK), *(pytest.param(batch, marks=pytest.mark.slow) for batch in range(QUICK, BATCHES))]
+)
 def test_pulled_tensors_are_slices_of_the_full_ones_and_no_byte_is_pulled_in_vain(batch):
     for seed in range(batch * CASES, (batch + 1) * CASES):
         try:

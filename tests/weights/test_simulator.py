@@ -102,22 +102,27 @@ def test_the_origin_gives_at_most_a_tenth_more_than_one_model(receivers):
     assert run.origin_nbytes <= 1.05 * 118 * CHUNK
 
 
-def test_a_thousand_receivers_are_within_15_percent_of_the_bound():
-    scenario = relayed(240, 1024)
+many = pytest.mark.parametrize("receivers", [256, pytest.param(1024, marks=pytest.mark.slow)])
+
+
+@many
+def test_hundreds_of_receivers_are_within_15_percent_of_the_bound(receivers):
+    scenario = relayed(240, receivers)
     run = simulate(scenario)
     assert run.seconds <= 1.15 * lower_bound(scenario)
     assert run.origin_nbytes <= 1.05 * 240 * CHUNK
     assert run.release_seconds < run.seconds
 
 
-def test_a_thousand_receivers_of_which_a_tenth_dies_midway_are_within_30_percent():
-    bound = lower_bound(relayed(240, 1024))
-    doomed = random.Random(1).sample(range(1024), 102)
-    run = simulate(with_deaths(relayed(240, 1024, detection=0.05 * bound), doomed, at=bound / 2))
-    assert run.failures > 100
+@many
+def test_hundreds_of_receivers_of_which_a_tenth_dies_midway_are_within_30_percent(receivers):
+    bound = lower_bound(relayed(240, receivers))
+    doomed = random.Random(1).sample(range(receivers), receivers // 10)
+    run = simulate(with_deaths(relayed(240, receivers, detection=0.05 * bound), doomed, at=bound / 2))
+    assert run.failures >= len(doomed)
     assert run.seconds <= 1.3 * bound
     assert run.origin_nbytes <= 1.1 * 240 * CHUNK
-    assert np.count_nonzero(np.isnan(run.finished)) == 102
+    assert np.count_nonzero(np.isnan(run.finished)) == len(doomed)
 
 
 # faults
