@@ -14,6 +14,8 @@ from ray import cloudpickle
 
 import raynixl as rx
 
+pytestmark = pytest.mark.pure
+
 Make = Callable[..., Any]
 
 

@@ -19,7 +19,7 @@ from raynixl.actors.store import Store
 from raynixl.errors import BackendUnavailable
 from raynixl.record import AgentRecord
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.pure, pytest.mark.ray]
 Make = Callable[..., Any]
 GONE = 4_000_000  # above any process id
 

@@ -18,7 +18,7 @@ from agent_tools import eventually
 
 import raynixl as rx
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.pure, pytest.mark.ray, pytest.mark.timeout(180)]
 Make = Callable[..., Any]
 
 # argv: address, fill; says what it has, waits for a line, says what it sees, waits for another, ends

@@ -13,7 +13,7 @@ from agent_tools import error_of, eventually
 
 import raynixl as rx
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.pure, pytest.mark.ray]
 Make = Callable[..., Any]
 
 

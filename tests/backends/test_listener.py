@@ -19,7 +19,7 @@ from raynixl import BackendUnavailable, ConfigError, PeerLost, TransferTimeout
 from raynixl.backends import listener as listener_module
 from raynixl.backends.listener import Listener, dial
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.pure, pytest.mark.usefixtures("nothing_left")]
 
 
 @pytest.fixture

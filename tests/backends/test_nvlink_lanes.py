@@ -24,6 +24,8 @@ from raynixl.backends.nvlink_mover import Mover
 from raynixl.backends.nvlink_tiles import Tuning
 from raynixl.native import DONE, PENDING, STALE, Gate
 
+pytestmark = pytest.mark.pure
+
 
 def test_a_program_follows_an_event_and_a_stream_follows_the_job(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
     stream = fake.work.stream(cuda.primary(0))

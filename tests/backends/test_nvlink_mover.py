@@ -25,6 +25,8 @@ from raynixl.backends.nvlink_mover import Mover, mover
 from raynixl.backends.nvlink_watch import Watch
 from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, load
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_moves_the_blocks_and_leaves_the_gate(

@@ -22,7 +22,7 @@ from raynixl.backends.link import BaseLink
 from raynixl.backends.stream_link import Frames
 from raynixl.host import process_state
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.pure, pytest.mark.usefixtures("nothing_left")]
 LIMIT = 1 << 16
 
 

@@ -21,7 +21,7 @@ from link_tools import SECRET, End, TcpStranger, framed
 from raynixl import ConfigError, PeerLost, PeerRestarted, TransferTimeout
 from raynixl.backends import greeting
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.pure, pytest.mark.usefixtures("nothing_left")]
 CONNECTIONS = 10_000
 
 

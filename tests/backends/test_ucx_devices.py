@@ -9,6 +9,8 @@ import pytest
 from raynixl import BackendUnavailable
 from raynixl.backends.ucx_devices import check_names, check_ports, network_devices, setting, tcp_devices
 
+pytestmark = pytest.mark.pure
+
 SEEN = ["self/memory", "tcp/eth0", "tcp/lo", "sysv/memory", "posix/memory", "cma/memory", "cuda_copy/cuda"]
 RDMA = [*SEEN, "rc_mlx5/mlx5_0:1", "ud_mlx5/mlx5_0:1", "rc_mlx5/mlx5_1:1"]
 ALONE = ["self/memory", "cma/memory"]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from raynixl import IntegrityError
 from raynixl.backends.ucx_key import MAX_KEY_NBYTES, MAX_RAILS, Keys, seal_workers, unseal_workers
 
+pytestmark = pytest.mark.pure
+
 incarnations = st.binary(min_size=16, max_size=16).map(bytes.hex)
 parts = st.lists(st.binary(min_size=1, max_size=80), min_size=1, max_size=MAX_RAILS).map(tuple)
 

@@ -7,6 +7,8 @@ import pytest
 from raynixl import MemoryKind
 from raynixl.backends.ucx_options import FORCED, TUNED, Lanes, blame, merge
 
+pytestmark = pytest.mark.pure
+
 DRAM, VRAM = MemoryKind.DRAM, MemoryKind.VRAM
 
 

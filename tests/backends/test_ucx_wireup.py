@@ -26,6 +26,8 @@ from raynixl.backends.ucx_wireup import (
     unpack,
 )
 
+pytestmark = pytest.mark.pure
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 numbers = st.integers(0, 2**63 - 1)
 ips = st.ip_addresses().map(str).filter(lambda text: "%" not in text)

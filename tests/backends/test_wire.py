@@ -18,7 +18,7 @@ from link_tools import framed
 from raynixl import IntegrityError
 from raynixl.backends.wire import MAX_GREETING_NBYTES, PacketWire, StreamWire, peer_pid
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.pure, pytest.mark.usefixtures("nothing_left")]
 ANOTHER_USER = """
 import encodings.idna, os, socket, sys  # all that the new user may not be allowed to read
 os.setresuid(65534, 65534, 65534)

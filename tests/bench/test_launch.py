@@ -91,6 +91,7 @@ def test_what_cannot_be_launched_is_refused(fields, message):
 
 
 @needs_ucx
+@pytest.mark.pure
 @pytest.mark.skipif(bool(why_no_hosts()), reason=why_no_hosts() or "there are hosts")
 def test_the_benchmark_between_hosts_measures_both_ways_and_leaves_nothing(tmp_path):
     mounts = Path("/proc/self/mountinfo").read_text("ascii")

@@ -54,6 +54,7 @@ def test_memory_that_cannot_be_measured_is_refused(memory, baselines):
 
 
 @pytest.mark.ray
+@pytest.mark.pure
 def test_ray_s_own_ways_bring_the_same_weights_in_the_same_run():
     left_out = []
     rows = list(run_weights(WeightsSpec("tiny", 2, 1, ("ray", "rdt", "gloo")), skipped=left_out.append))

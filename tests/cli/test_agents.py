@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.pure
+
 ray = pytest.importorskip("ray")
 
 _CLUSTER = """

@@ -12,6 +12,8 @@ from raynixl.weights.meshes import source_shards, target_shards
 from raynixl.weights.plan import plan
 from raynixl.weights.simulator import simulate
 
+pytestmark = pytest.mark.pure
+
 LLAMA_NBYTES = 16_060_522_496
 SMALL = ("plan", "qwen2.5-0.5b", "--source", "fsdp=8", "--target", "tp=2,replicas=4")
 

@@ -24,6 +24,8 @@ from raynixl.collectives.schedules import (
 )
 from raynixl.errors import ConfigError
 
+pytestmark = pytest.mark.pure
+
 WORLDS = range(1, 34)
 
 

@@ -16,6 +16,8 @@ from hosts_tools import PATIENCE, Bed, Host, environment, processes_of, why_no_h
 
 from raynixl.host import process_state
 
+pytestmark = pytest.mark.pure
+
 RECEIVE = """
     import hashlib, socket, sys, time
     with socket.create_server((sys.argv[1], 5001)) as server:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from hosts_tools import PATIENCE, Bed, Host, environment
 
+pytestmark = pytest.mark.pure
+
 LONG = 30.0  # a heartbeat that no test waits for
 CODE = Path(__file__).parent / "link_end.py"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from ray_hosts import DRIVERS, PATIENCE, RayHosts
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.pure, pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 @pytest.mark.usefixtures("_hosts_allowed")

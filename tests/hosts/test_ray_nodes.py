@@ -11,7 +11,7 @@ import pytest
 from hosts_tools import PATIENCE
 from ray_hosts import RayHosts
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("_hosts_allowed")]
+pytestmark = [pytest.mark.pure, pytest.mark.ray, pytest.mark.timeout(240), pytest.mark.usefixtures("_hosts_allowed")]
 
 
 def _spaces() -> list[str]:

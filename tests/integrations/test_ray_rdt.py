@@ -18,6 +18,7 @@ from raynixl.integrations import ray_rdt  # noqa: E402
 from raynixl.integrations.rdt_ray import manager_of, metadata_of  # noqa: E402
 
 pytestmark = [
+    pytest.mark.pure,
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore:RDT ObjectRef:UserWarning"),
 ]

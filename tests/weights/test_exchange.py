@@ -21,6 +21,8 @@ from raynixl.weights.relay import done_topic, next_topic
 from raynixl.weights.relaying import Batch, Failed, Next
 from raynixl.weights.swarm import Swarm
 
+pytestmark = pytest.mark.pure
+
 PUSH = "ab" * 16
 CHUNKS = 3
 

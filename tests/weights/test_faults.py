@@ -12,6 +12,8 @@ from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
 from raynixl.errors import IntegrityError, PeerLost, PeerUnknown, TransferTimeout
 
+pytestmark = pytest.mark.pure
+
 SAFE = "safe"
 """A rollout that reads its weights in a tight loop through all tests."""
 

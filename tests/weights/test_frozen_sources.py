@@ -12,6 +12,8 @@ from raynixl.config import from_env
 from raynixl.errors import PeerLost, TransferTimeout
 from raynixl.weights import WeightSync
 
+pytestmark = pytest.mark.pure
+
 pytest.importorskip("ucxx", reason="shm reads from processes that are stopped; only TCP needs them")
 ROLLOUTS = ["r0", "r1"]
 

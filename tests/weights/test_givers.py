@@ -7,6 +7,8 @@ from raynixl.weights.cargo import Giver
 from raynixl.weights.givers import Givers
 from raynixl.weights.pace import STALL_SECONDS, Pace
 
+pytestmark = pytest.mark.pure
+
 MIB = 1 << 20
 
 

@@ -12,6 +12,8 @@ from raynixl.errors import ConfigError, PeerLost, RaynixlError
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.receiver import Receiver
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture
 def pool():

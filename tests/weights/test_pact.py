@@ -6,6 +6,8 @@ import pytest
 
 from raynixl.weights.pact import Pact, Stage, Terms, ending
 
+pytestmark = pytest.mark.pure
+
 HELD, FLIPPED, BACK, UNKNOWN = Stage.HELD, Stage.FLIPPED, Stage.BACK, Stage.UNKNOWN
 
 

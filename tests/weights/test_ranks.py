@@ -20,6 +20,8 @@ from raynixl.errors import (
 )
 from raynixl.weights import WeightSync, publish, subscribe
 
+pytestmark = pytest.mark.pure
+
 
 def test_targets_that_are_not_there_are_excluded_and_found_when_they_come(fleet):
     cluster = Cluster(fleet, Policy(value=1.0), [Policy().eval()])

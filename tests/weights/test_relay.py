@@ -11,6 +11,8 @@ from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
 from raynixl.weights import WeightSync
 
+pytestmark = pytest.mark.pure
+
 NAMES = [f"r{number}" for number in range(8)]
 
 

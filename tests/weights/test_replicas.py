@@ -13,6 +13,8 @@ from raynixl.weights.protocol import Answer, topic
 from raynixl.weights.receiver import Receiver
 from raynixl.weights.targeting import Hold, Step
 
+pytestmark = pytest.mark.pure
+
 SECONDS = 20.0
 
 

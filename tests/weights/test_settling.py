@@ -9,6 +9,8 @@ from weights_crew import ELEMENTS, TENSORS, Crew
 from raynixl.agents import Agent
 from raynixl.config import AgentConfig, from_env
 
+pytestmark = pytest.mark.pure
+
 RANKS = ["r0", "r1", "r2"]
 
 

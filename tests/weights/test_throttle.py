@@ -10,6 +10,8 @@ from raynixl.errors import RaynixlError, TransferTimeout
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.throttle import Throttle
 
+pytestmark = pytest.mark.pure
+
 CHUNK = 1 << 16
 SLOW_GBPS = 0.004  # eight chunks a second
 

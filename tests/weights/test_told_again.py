@@ -2,11 +2,14 @@
 
 import time
 
+import pytest
 import torch
 
 from raynixl.weights import WeightSync, publish, subscribe
 from raynixl.weights.conversation import Asking
 from raynixl.weights.pulls import Pulls
+
+pytestmark = pytest.mark.pure
 
 
 def test_who_pushes_sleeps_while_a_target_is_told_again(fleet, monkeypatch):
