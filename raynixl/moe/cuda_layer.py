@@ -50,33 +50,52 @@ class GpuLayer:
             self._pinned = cuda.host_alloc(ctypes.sizeof(Page) + ctypes.sizeof(Layer))
             ctypes.memset(self._pinned, 0, ctypes.sizeof(Page) + ctypes.sizeof(Layer))
             self.page: Page | None = Page.from_address(self._pinned)
-            page = cuda.host_device_address(self._pinned)
+            self._page_there = cuda.host_device_address(self._pinned)
         gates = {rank: window.gates[0] for rank, window in agreed.windows.items()}
-        self._known = sum(1 << rank for rank in gates) | 1 << me
         self.presence = Presence(gpu.number, gates, look, f"raynixl-moe-{me}")
-        self._masked = (mask | ~self._known) & ((1 << 64) - 1)
-        self.tickets, self.known_refusals = 0, 0
+        self._me, self._windows = me, _addresses(agreed, me)
         self._lock = threading.Lock()  # protects what the watch writes to the page, and the page's end
-        self._last_lost = self._gone = 0
-        addresses = {rank: window.address for rank, window in agreed.windows.items()}
-        self._upload(agreed, {**addresses, me: agreed.own.memory.address}, me, page)
+        self._lost: dict[int, int] = {}  # by number, what was lost when that agreement was over
         self._stream: int | None = None
+        self._warm_up()
+        self.renew(agreed, mask)
 
-    def _upload(self, agreed: Agreed, windows: dict[int, int], me: int, page: int) -> None:
-        """Tell the GPU what it must know, when every kernel has run once.
+    def serves(self, agreed: Agreed) -> bool:
+        """Whether this layer can go on under another agreement: nothing has another address, as graphs want it."""
+        return agreed.frame == self.frame and _addresses(agreed, self._me).items() <= self._windows.items()
 
-        CUDA loads code at first use, for which kernels that wait for others would be in the way, and so it would be in
-        the way of a capture.
+    def renew(self, agreed: Agreed, mask: int) -> None:
+        """Begin anew under an agreement, without these ranks; nothing that was launched is left."""
+        if self.number != agreed.number:
+            self._lost[self.number] = self.lost_of(self.number)
+        self.number = agreed.number
+        windows = _addresses(agreed, self._me)
+        self._known = sum(1 << rank for rank in windows)
+        self._masked = (mask | ~self._known) & ((1 << 64) - 1)
+        self.tickets = self.known_refusals = self._gone = 0
+        self._upload(
+            self.frame.layer(self._me, windows, page=self._page_there, operation=agreed.number << 32, mask=self._masked)
+        )
+
+    def _warm_up(self) -> None:
+        """Run every kernel once: CUDA loads code at first use, when one that waits for others would be in the way.
+
+        So would a capture.
         """
-        cold = Layer(page=page, masked=RANKS, ranks=1, capacity=1)
-        layer = self.frame.layer(me, windows, page=page, operation=agreed.number << 32, mask=self._masked)
+        self._upload(Layer(page=self._page_there, masked=RANKS, ranks=1, capacity=1))
         with cuda.current(self._context):
             stream = cuda.stream_create()
             try:
-                self._put(cold, stream)
                 for kind, arguments in nothings(self.address):
                     self.launch(kind, arguments, _ONE, stream)
                 self._wait(stream)
+            finally:
+                cuda.stream_destroy(stream)
+
+    def _upload(self, layer: Layer) -> None:
+        with cuda.current(self._context):
+            stream = cuda.stream_create()
+            try:
                 ctypes.memset(self._pinned, 0, ctypes.sizeof(Page))
                 self._put(layer, stream)
                 self._wait(stream)
@@ -107,9 +126,15 @@ class GpuLayer:
 
     @property
     def lost(self) -> int:
-        """Ranks that did not come in time, or are gone, 1 bit each."""
+        """Ranks that did not come in time, or are gone, 1 bit each, under the present agreement."""
+        return self.lost_of(self.number)
+
+    def lost_of(self, number: int) -> int:
+        """Return the same of an agreement, by its number."""
         page = self.page
-        return ((self._last_lost if page is None else int(page.lost)) | self._gone) & self._known
+        if number != self.number or page is None:
+            return self._lost.get(number, 0)
+        return (int(page.lost) | self._gone) & self._known
 
     @property
     def masked_by(self) -> int | None:
@@ -207,8 +232,7 @@ class GpuLayer:
         if not self.presence.close(deadline):
             return False
         with self._lock:
-            assert self.page is not None
-            self._last_lost, self.page = int(self.page.lost), None
+            self._lost[self.number], self.page = self.lost_of(self.number), None
         with cuda.current(self._context):
             cuda.host_free(self._pinned)
         self._memory.close()
@@ -239,6 +263,12 @@ def _kernels(device: int) -> Kernels:
     """Return the kernels of a GPU, loaded once for the process."""
     made: Kernels = cuda.kept(("moe kernels", device), lambda: load_kernels(device))
     return made
+
+
+def _addresses(agreed: Agreed, me: int) -> dict[int, int]:
+    """Return by rank where its window is reached."""
+    assert agreed.own is not None
+    return {rank: window.address for rank, window in agreed.windows.items()} | {me: agreed.own.memory.address}
 
 
 def nanoseconds(seconds: float) -> int:

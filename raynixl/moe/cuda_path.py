@@ -91,6 +91,9 @@ class CudaPath:
             former, self._usual().with_(need), self._gpu if gpu is None else gpu, placement=self._placement().digest,
             until=until, settle=lambda: self._settle(until),
         )  # fmt: skip
+        layer = self._layer
+        if layer is not None and (agreed.reason or not layer.serves(agreed)):
+            self._let_go(until)
         self._gpu = self._gpu if gpu is None else gpu
         self._agreed = agreed
         self._number, self._told = agreed.number << 20, 0
@@ -107,6 +110,9 @@ class CudaPath:
             return
         assert self._gpu is not None
         mask = session.members.mask & _ALL
+        if self._layer is not None:
+            self._layer.renew(agreed, mask)
+            return
         self._layer = GpuLayer(
             cuda_device.gpu(self._gpu), agreed, session.agent.native, me=session.members.me, mask=mask,
             look=self._look_safely,
@@ -136,7 +142,12 @@ class CudaPath:
         return max(1, *(len(placement.experts_of(rank)) for rank in ranks))
 
     def _settle(self, until: float) -> None:
-        """Wait until nothing is left of what was put on streams, and let go of the layer there is."""
+        """Wait until nothing is left of what was put on streams."""
+        if self._layer is not None and not self._layer.presence.wait_idle(until):
+            self._let_go(until)
+
+    def _let_go(self, until: float) -> None:
+        """Give the layer up that there is."""
         layer, self._layer = self._layer, None
         if layer is not None and not layer.close(until):
             self._stuck.append(layer)
@@ -235,7 +246,7 @@ class CudaPath:
     def close(self) -> None:
         """Let go of everything once the GPU is through; no graph that has captured operations is replayed any more."""
         self._agreement.close()
-        self._settle(time.monotonic() + _CLOSE_SECONDS)
+        self._let_go(time.monotonic() + _CLOSE_SECONDS)
         own, self._agreed = self._agreed.own, Agreed()
         if own is not None:
             self._withdraw(own)
@@ -278,7 +289,8 @@ class CudaPath:
 
 def _lost_since(layer: GpuLayer, before: int) -> Callable[[], tuple[int, ...]]:
     """Return what tells who was lost since then."""
-    return lambda: ranks_of(layer.lost & ~before)
+    number = layer.number
+    return lambda: ranks_of(layer.lost_of(number) & ~before)
 
 
 def _with_lost(result: Dispatched, lost: Any) -> Dispatched:

@@ -87,10 +87,15 @@ class Presence:
         except RaynixlError:
             return True
 
-    def close(self, deadline: float) -> bool:
-        """Leave the gates once nothing is left; no graph is replayed any more. False if it takes longer."""
+    def wait_idle(self, deadline: float) -> bool:
+        """Wait until nothing that was put is left; False at the deadline."""
         while not (is_idle := self.is_idle()) and time.monotonic() < deadline:
             time.sleep(_PAUSE)
+        return is_idle
+
+    def close(self, deadline: float) -> bool:
+        """Leave the gates once nothing is left; no graph is replayed any more. False if it takes longer."""
+        is_idle = self.wait_idle(deadline)
         with self._lock:
             self._is_held = False
         if is_idle:

@@ -52,13 +52,47 @@ def test_a_step_is_captured_once_and_replayed_with_other_rows(crew, layout):
         for rank, results in enumerate(layer.run(run)):
             ep = layer.eps[rank]
             for number, out in enumerate(results, 1):
-                x, ids, weights = tokens(rank, number)
-                if layout == "experts":  # the holders weigh each pair
-                    total = x * weights.sum(1, keepdim=True)
-                else:
-                    total = x * holders_of(ep, tokens(rank)[1])
-                assert torch.equal(out, total), (rank, number)
+                x, _, weights = tokens(rank, number)
+                is_weighed = layout == "experts"  # by the holders, each pair
+                factor = weights.sum(1, keepdim=True) if is_weighed else holders_of(ep, tokens(rank)[1])
+                assert torch.equal(out, x * factor), (rank, number)
         agree(layer, 9)
+
+
+def test_a_graph_lives_through_agreements_that_leave_windows_as_they_are(crew):
+    work = crew.gpus.fake.work
+    with crew.experts(WORLD, **OPTIONS, deadline=2.0) as layer:
+        agree(layer)
+
+        def run(rank, ep):
+            x, ids, weights = tokens(rank)
+            stream = crew.gpus.stream()
+            work.begin_capture(stream)
+            r = ep.dispatch(x, ids, weights, layout="slots")
+            out = ep.combine(r.x, r.handle)
+            graph = work.end_capture(stream)
+            ep.synchronise()
+            graph.launch()
+            crew.gpus.settle()
+            assert torch.equal(out, x * holders_of(ep, ids))
+            return graph, stream, out, x, ids, r
+
+        kept = layer.run(run)
+        agree(layer, 1)
+        layer.run(lambda _, ep: ep.mask(2), [0, 1])
+        layer.run(lambda _, ep: ep.synchronise(), [0, 1])
+
+        def without(rank, ep):
+            graph, stream, out, x, ids, r = kept[rank]
+            graph.launch()
+            with crew.gpus.on_stream(stream):
+                crew.gpus.settle()
+            holders = torch.from_numpy(ep.placement.holders.copy())[ids]
+            count = torch.tensor([len(set(row.tolist()) - {2}) for row in holders], dtype=torch.float32)
+            assert torch.equal(out, x * count[:, None])
+            assert tuple(r.lost) == ()
+
+        layer.run(without, [0, 1])
 
 
 def test_what_the_host_must_hear_of_cannot_be_captured(crew):
@@ -118,5 +152,3 @@ def test_asynchronous_calls_stay_on_the_stream_of_their_caller(crew):
         for rank, (out, streams) in enumerate(layer.run(run)):
             assert torch.equal(out, tokens(rank)[0] * holders_of(layer.eps[rank], tokens(rank)[1]))
             assert streams <= 2
-
-
