@@ -17,7 +17,7 @@ from moe_cuda_crews import OPTIONS, step, tokens, wanted
 from moe_programs import Program, check, play
 
 from raynixl import Group
-from raynixl.moe import ExpertParallel
+from raynixl.moe import ExpertParallel, cuda_device
 
 BACKENDS = ["nvlink", "shm"]
 PATIENCE = 120.0
@@ -33,18 +33,18 @@ class OnGpu:
         self, x: Any, topk_idx: Any = None, topk_weights: Any = None, *, handle: Any = None, **more: Any
     ) -> Any:
         """Dispatch on the GPU; the result's tensors are brought back."""
-        r = self.ep.dispatch(_put(x), _put(topk_idx), _put(topk_weights), **more)
+        r = self.ep.dispatch(_put(x), _put(topk_idx), _put(topk_weights), handle=handle, **more)
         names = ("x", "scales", "topk_idx", "topk_weights", "counts", "offsets", "tokens")
         return replace(r, **{name: _fetched(getattr(r, name)) for name in names}, lost=tuple(r.lost))
 
     def combine(self, y: Any, handle: Any, *, bias: Any = None, out: Any = None, **more: Any) -> Any:
         """Combine on the GPU."""
         made = self.ep.combine(_put(y), handle, bias=_put(bias), out=_put(out), **more)
-        return made.cpu() if out is None else out.copy_(made)
+        return _fetched(made) if out is None else out.copy_(_fetched(made))
 
     def combine_weights(self, y: Any, weights: Any, handle: Any) -> Any:
         """Combine, and bring weights back."""
-        return tuple(one.cpu() for one in self.ep.combine_weights(_put(y), _put(weights), handle))
+        return tuple(_fetched(one) for one in self.ep.combine_weights(_put(y), _put(weights), handle))
 
     def place(self, placement: Any) -> None:
         """Use another placement."""
@@ -54,11 +54,11 @@ class OnGpu:
 def _put(given: Any) -> Any:
     if isinstance(given, tuple):
         return tuple(_put(one) for one in given)
-    return given.cuda() if isinstance(given, torch.Tensor) else given
+    return cuda_device.gpu(0).bring(given) if isinstance(given, torch.Tensor) else given
 
 
 def _fetched(given: Any) -> Any:
-    return given.cpu() if isinstance(given, torch.Tensor) else given
+    return cuda_device.gpu(0).fetch(given) if isinstance(given, torch.Tensor) else given
 
 
 class Crew:
