@@ -15,7 +15,7 @@ from raynixl.moe.channel import Place
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
 from raynixl.moe.lines import Heard
-from raynixl.moe.outgoing import Outgoing, outgoing
+from raynixl.moe.outgoing import Outgoing, outgoing, spaced
 from raynixl.moe.result import Combined, Handle
 from raynixl.moe.session import ANY, Session
 from raynixl.moe.summing import Terms, lost_scale, pair_table, sum_terms, terms_of
@@ -141,20 +141,18 @@ class Combine:
         begins, nbytes = self._starts_here(), landing.form.fields[0]
         total, me = int(self.call.handle.totals[self.session.members.me]), self.session.members.me
         own = slice(int(begins[me]), int(begins[me]) + int(sent.counts[me]))
-        at = np.arange(total, dtype=np.uint64) * np.uint64(nbytes)
         first = {piece.slot.address + (piece.offset - int(begins[piece.source])) * nbytes for piece in pieces}
         if sum(piece.count for piece in pieces) + own.stop - own.start == total and len(first) < 2:
-            at += np.uint64(first.pop() + landing.form.layout(pieces[0].slot.nbytes).starts[0] if first else 0)
+            start = first.pop() + landing.form.layout(pieces[0].slot.nbytes).starts[0] if first else 0
+            at = spaced(start, total, nbytes)
             at[own] = sent.addresses(me)
             return _Came(at, None)
-        is_there = np.zeros(total, np.bool_)
+        at, is_there = np.zeros(total, np.uint64), np.zeros(total, np.bool_)
         for piece in pieces:
             begin = int(begins[piece.source])
             start = landing.form.layout(piece.slot.nbytes).starts[0]
-            at[begin : begin + piece.count] = (
-                piece.slot.address + start + piece.offset * nbytes
-                + np.arange(piece.count, dtype=np.uint64) * np.uint64(nbytes)
-            )  # fmt: skip
+            start += piece.slot.address + piece.offset * nbytes
+            at[begin : begin + piece.count] = spaced(start, piece.count, nbytes)
             is_there[begin : begin + piece.count] = True
         at[own], is_there[own] = sent.addresses(me), True
         return _Came(at, None if is_there.all() else is_there)

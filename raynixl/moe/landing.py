@@ -178,6 +178,7 @@ def collect(landing: Landing, pieces: list[Piece], targets: list[int], rows: int
     if fits and all(p.slot is first.slot and p.offset - t == shift for p, t in zip(pieces, targets, strict=True)):
         return first.slot, shift
     slot = landing.take(rows)
+    rows_in = {slot: landing.rows_in(slot) for slot in {piece.slot for piece in pieces}}
     for piece, target in zip(pieces, targets, strict=True):
-        landing.put_here(slot, target, landing.rows_in(piece.slot), piece.offset, piece.count)
+        landing.put_here(slot, target, rows_in[piece.slot], piece.offset, piece.count)
     return slot, 0

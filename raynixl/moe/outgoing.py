@@ -22,6 +22,13 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 
+def spaced(first: int, count: int, stride: int) -> U64:
+    """Return the addresses of so many items, one behind the other."""
+    if not stride:
+        return np.full(count, first, np.uint64)
+    return np.arange(first, first + count * stride, stride, np.uint64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Outgoing:
     """Rows (or, with the weights at the source, pairs) by source: item i lies at address + index[i] * stride."""
@@ -47,8 +54,9 @@ class Outgoing:
     def addresses(self, rank: int) -> U64:
         """Return where each item that goes to a source lies."""
         begin, end = int(self.begins[rank]), int(self.begins[rank + 1])
-        at = np.arange(begin, end) if self.index is None else self.index[begin:end]
-        return self.address + at.astype(np.uint64) * np.uint64(self.stride)
+        if self.index is None:
+            return spaced(self.address + begin * self.stride, end - begin, self.stride)
+        return self.address + self.index[begin:end].astype(np.uint64) * np.uint64(self.stride)
 
 
 def outgoing(landing: Landing, y: Tensor, handle: Handle, weights: Tensor | None) -> Outgoing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -214,6 +215,7 @@ class ExpertParallel(GpuRank):
         return Scene(self.topk, self.max_tokens, self.world, placement, local_experts, self.is_eager)
 
 
+@functools.lru_cache(8)
 def _no_routing(ranks: int, topk: int) -> Routing:
     """Return the routing of no tokens."""
     return Routing(

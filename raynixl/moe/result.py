@@ -63,7 +63,9 @@ class Handle:
     @property
     def begins(self) -> npt.NDArray[np.int64]:
         """By source: the first of its rows here, and one more at the end."""
-        return np.concatenate([[0], np.cumsum(self.counts)])
+        begins = np.zeros(len(self.counts) + 1, np.int64)
+        np.cumsum(self.counts, out=begins[1:])
+        return begins
 
     @property
     def rows(self) -> int:
