@@ -70,11 +70,12 @@ class Agreement:
 
     def come_to(
         self, former: Agreed, need: Need, device: int | None, *, placement: int, until: float,
-        settle: Callable[[], None],
+        settle: Callable[[], None], prepare: Callable[[Agreed], None],
     ) -> Agreed:  # fmt: skip
         """Agree anew, all ranks at the same time. `device`: the GPU that our windows are to lie on, if there is one.
 
         `settle` is called before anything of the former agreement is touched: what was put on streams is over then.
+        `prepare` makes all that kernels need, before any other rank's kernels may wait for ours.
         The former windows stay the caller's to close; they may be those that are returned, too.
 
         Raises:
@@ -109,6 +110,8 @@ class Agreement:
         heard = self._exchange(until, flags=_HAS_WINDOW * has_window)
         if has_window and all(line.total & _HAS_WINDOW for line in heard.values()):
             self._reach_all(made, device or 0, until)
+            if not made.reason:
+                self._prepare(made, prepare)
         else:
             made.reason = made.reason or self._without(heard, _HAS_WINDOW, "has no window")
         heard = self._exchange(until, flags=_REACHES * (not made.reason))
@@ -148,6 +151,12 @@ class Agreement:
                 made.reason = f"rank {self._session.members.me} has no window: {exc}"
                 return
         self._offer = Offer(number=made.number, frame=_numbers(frame), arena=Arena.of(made.own))
+
+    def _prepare(self, made: Agreed, prepare: Callable[[Agreed], None]) -> None:
+        try:
+            prepare(made)
+        except RaynixlError as exc:
+            made.reason = f"rank {self._session.members.me} is not ready: {exc}"
 
     def _reach_all(self, made: Agreed, device: int, until: float) -> None:
         assert made.own is not None

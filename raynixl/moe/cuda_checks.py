@@ -55,14 +55,14 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
     if given.stats is not None:
         check_stats(given.stats, sizes.local_experts, of_counts=True, gpu=gpu)
     weights = _weights(given.topk_weights, (tokens, sizes.topk), gpu)
-    if weights is not None and weights_at == "source" and weights.data_ptr() == given.topk_weights.data_ptr():
-        weights = weights.clone()  # the sum takes them, when the caller may have changed his
+    if weights is not None and weights.data_ptr() == given.topk_weights.data_ptr():
+        weights = weights.clone()  # the handle keeps them, and the caller may change his
     has_other_weights = weights is not None
     ids: Tensor | None
     if handle is None:
         ids = _ids(given.topk_idx, (tokens, sizes.topk), gpu)
     else:
-        ids = _cached_ids(handle, given.topk_idx, tokens, sizes)
+        ids = _cached_ids(handle, given.topk_idx, tokens, sizes, gpu)
         has_other_weights = has_other_weights or (handle.weights_at, weights_at) == ("source", "holder")
         weights = handle.weights if weights is None else weights
     return CudaDispatchCall(
@@ -91,8 +91,8 @@ def _weights(topk_weights: Any, shape: tuple[int, int], gpu: int) -> Tensor | No
     return plain(topk_weights).float().contiguous()
 
 
-def _cached_ids(handle: CudaHandle, topk_idx: Any, tokens: int, sizes: Sizes) -> Tensor | None:
-    _check_session(handle, sizes.session)
+def _cached_ids(handle: CudaHandle, topk_idx: Any, tokens: int, sizes: Sizes, gpu: int) -> Tensor | None:
+    _check_handle(handle, sizes.session, gpu)
     if topk_idx is not None:
         raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
     if tokens != handle.call.tokens:
@@ -104,7 +104,8 @@ def _cached_ids(handle: CudaHandle, topk_idx: Any, tokens: int, sizes: Sizes) ->
     return handle.call.ids
 
 
-def _check_session(handle: CudaHandle, session: int) -> None:
+def _check_handle(handle: CudaHandle, session: int, gpu: int) -> None:
+    check_place(handle.row_of, "the handle", gpu)
     if handle.session != session:
         raise ConfigError(
             "the handle is of another layer, or from before this rank has rejoined",
@@ -128,7 +129,7 @@ def _combine_call(given: CombineArguments, hidden: int, session: int, gpu: int) 
         raise ConfigError(
             f"{type(handle).__name__} is no handle of a dispatch on a GPU", hint="give r.handle of the dispatch"
         )
-    _check_session(handle, session)
+    _check_handle(handle, session, gpu)
     if not given.summed and handle.weights_at != "source":
         raise ConfigError(
             "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from raynixl.errors import RaynixlError
+from raynixl.errors import ConfigError, RaynixlError
 from raynixl.moe.calls import CODES
 from raynixl.moe.cuda_dispatch import refusal_of
 from raynixl.moe.cuda_layer import address, nanoseconds
@@ -41,6 +41,10 @@ class CudaCombine:
                 self._skip(op)
                 return self.error
             call = self.call
+            if op.is_captured and not call.is_summed:
+                return ConfigError(
+                    "pairs that come back as they are cannot be captured", hint="leave summed=False away"
+                )
             assert call.y is not None
             assert call.handle is not None
             handle = call.handle.for_ranks(self.layer.ranks)
@@ -56,7 +60,7 @@ class CudaCombine:
             beside=address(call.weights), row_ids=address(handle.row_ids), counts=address(handle.counts),
             signature=call.signature(), hidden=y.shape[1], dtype=CODES[y.dtype], item_nbytes=nbytes,
             beside_at=beside_at, topk=handle.topk, ranks=layer.ranks, mode=_giving(handle),
-            is_packed=handle.is_packed,
+            is_packed=handle.is_packed, y_rows=len(y),
         )  # fmt: skip
         pairs = None
         if made.mode != Giving.ROWS:

@@ -152,7 +152,7 @@ class GpuLayer:
         if not ranks:
             return None
         rank = (ranks & -ranks).bit_length() - 1
-        return rank, int(page.status[rank])
+        return rank, int(page.reasons[rank])
 
     def note_gone(self, ranks: int) -> None:
         """Hear which ranks have ended, or let go of their memory."""
@@ -195,9 +195,16 @@ class GpuLayer:
         call = Call(self, stream, inside, is_captured=is_captured)
         fresh = (mask | self._gone) & ~self._masked
         if fresh:
-            self._masked |= fresh
-            call.launch("mask", Mask(self.address, self._masked, fresh & ~self._gone), _ONE)
+            if not is_captured:  # what is captured may never run
+                self._masked |= fresh
+            call.launch("mask", Mask(self.address, self._masked | fresh, fresh & ~self._gone), _ONE)
         return call
+
+    def note_replays(self) -> None:
+        """Have who waits for the end wait for replays of graphs on this thread's current stream, too."""
+        if self.presence.is_held:
+            with cuda.current(self._context):
+                self.presence.note(self.gpu.stream())
 
     def launch(self, kind: str, arguments: ctypes.Structure, grid: tuple[int, int, int], stream: int) -> None:
         """Start a kernel on a stream, in the context of this GPU."""

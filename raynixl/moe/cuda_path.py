@@ -64,6 +64,8 @@ class CudaPath:
         self._tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._told = 0
         self._stuck: list[object] = []
+        self._kept: list[GpuLayer] = []  # of former agreements, that graphs have captured
+        self._held: list[Region] = []  # and their windows
         self.is_used = False
         """Whether the last operation was one on a GPU."""
 
@@ -87,34 +89,35 @@ class CudaPath:
         """
         session, former = self._session, self._agreed
         self.look()
+        number = self._gpu if gpu is None else gpu
         agreed = self._agreement.come_to(
-            former, self._usual().with_(need), self._gpu if gpu is None else gpu, placement=self._placement().digest,
-            until=until, settle=lambda: self._settle(until),
+            former, self._usual().with_(need), number, placement=self._placement().digest, until=until,
+            settle=lambda: self._settle(until), prepare=lambda made: self._prepare(made, number, until),
         )  # fmt: skip
-        layer = self._layer
-        if layer is not None and (agreed.reason or not layer.serves(agreed)):
-            self._let_go(until)
-        self._gpu = self._gpu if gpu is None else gpu
-        self._agreed = agreed
+        self._gpu, self._agreed = number, agreed
         self._number, self._told = agreed.number << 20, 0
-        if former.own is not None and former.own is not agreed.own:
-            self._withdraw(former.own)
         if agreed.reason:
-            if self._gpu is not None:
-                logger.warning(
-                    "rows of %r go through the host: %s", session.members.names[session.members.me], self.reason
-                )
-            if agreed.own is not None:
-                self._withdraw(agreed.own)
-                agreed.own = None
-            return
-        assert self._gpu is not None
+            self._let_go(until)
+            if number is not None:
+                name = session.members.names[session.members.me]
+                logger.warning("rows of %r go through the host: %s", name, agreed.reason)
+        own = None if agreed.reason else agreed.own
+        for region in {id(one): one for one in (former.own, agreed.own) if one is not None}.values():
+            if region is not own and region not in self._held:
+                self._withdraw(region)
+        agreed.own = own
+
+    def _prepare(self, agreed: Agreed, gpu: int | None, until: float) -> None:
+        """Have a layer for an agreement: the one there is, if nothing has another address."""
+        assert gpu is not None
+        session = self._session
         mask = session.members.mask & _ALL
-        if self._layer is not None:
+        if self._layer is not None and self._layer.serves(agreed):
             self._layer.renew(agreed, mask)
             return
+        self._let_go(until)
         self._layer = GpuLayer(
-            cuda_device.gpu(self._gpu), agreed, session.agent.native, me=session.members.me, mask=mask,
+            cuda_device.gpu(gpu), agreed, session.agent.native, me=session.members.me, mask=mask,
             look=self._look_safely,
         )  # fmt: skip
 
@@ -142,14 +145,29 @@ class CudaPath:
         return max(1, *(len(placement.experts_of(rank)) for rank in ranks))
 
     def _settle(self, until: float) -> None:
-        """Wait until nothing is left of what was put on streams."""
-        if self._layer is not None and not self._layer.presence.wait_idle(until):
-            self._let_go(until)
+        """Wait until nothing is left of what was put on streams, replays of graphs on this thread's among them."""
+        layer = self._layer
+        if layer is not None:
+            layer.note_replays()
+            if not layer.presence.wait_idle(until):
+                self._let_go(until)
 
     def _let_go(self, until: float) -> None:
-        """Give the layer up that there is."""
+        """Give the layer up that there is; what graphs have captured stays, with its window, until we are closed."""
         layer, self._layer = self._layer, None
-        if layer is not None and not layer.close(until):
+        if layer is None:
+            return
+        if layer.presence.is_held:
+            logger.warning("windows of %r are others now: capture graphs anew", self._session.agent.name)
+            self._kept.append(layer)
+            if self._agreed.own is not None:
+                self._held.append(self._agreed.own)
+        else:
+            self._close_layer(layer, until)
+
+    def _close_layer(self, layer: GpuLayer, until: float) -> None:
+        layer.note_replays()
+        if not layer.close(until):
             self._stuck.append(layer)
             logger.error("a GPU does not end what it does for %r: its memory stays", self._session.agent.name)
 
@@ -246,10 +264,17 @@ class CudaPath:
     def close(self) -> None:
         """Let go of everything once the GPU is through; no graph that has captured operations is replayed any more."""
         self._agreement.close()
-        self._let_go(time.monotonic() + _CLOSE_SECONDS)
-        own, self._agreed = self._agreed.own, Agreed()
-        if own is not None:
-            self._withdraw(own)
+        until = time.monotonic() + _CLOSE_SECONDS
+        layers = [*self._kept, *([] if self._layer is None else [self._layer])]
+        self._layer = None
+        self._kept.clear()
+        for layer in layers:
+            self._close_layer(layer, until)
+        regions = [*self._held, *([] if self._agreed.own is None else [self._agreed.own])]
+        self._agreed = Agreed()
+        self._held.clear()
+        for region in regions:
+            self._withdraw(region)
         self._tables.clear()
 
     def _begin(self) -> GpuLayer | RaynixlError:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from raynixl.native import Gate
 
 _PAUSE = 2e-4
+_SELDOM_SECONDS = 0.02
+"""Between two looks while a graph has captured work, which may run at any time."""
 
 
 class Presence:
@@ -36,6 +38,7 @@ class Presence:
         self._last: cuda.Event | None = None
         self._is_under_way = False
         self._is_held = False
+        self._next_look = 0.0
         self._watch = Watch(self._look, name)
 
     @property
@@ -69,6 +72,12 @@ class Presence:
             else:
                 self._last = event
         self._watch.wake()
+
+    def note(self, stream: int) -> None:
+        """Note what else is on a stream, such as replays of graphs."""
+        event = cuda.record(stream, self._device)
+        with self._lock:
+            self._last = event
 
     def follow(self, stream: int) -> None:
         """Have a stream wait for what was put on another one."""
@@ -104,7 +113,10 @@ class Presence:
         return is_idle  # otherwise the watch leaves them
 
     def _look(self) -> bool:
-        """Leave gates if nothing is under way; whether some are still entered and will be left."""
+        """Leave gates if nothing is under way; whether there is anything to look at again."""
+        if self._is_held and not self._leaving and time.monotonic() < self._next_look:
+            return True
+        self._next_look = time.monotonic() + _SELDOM_SECONDS
         self._look_too()
         with self._lock:
             if not self._is_under_way and self.is_idle():
@@ -115,4 +127,4 @@ class Presence:
                     self._inside.clear()
                 for gate in left:
                     gate.leave()
-            return bool(self._leaving or (self._inside and not self._is_held))
+            return bool(self._leaving or self._inside)
