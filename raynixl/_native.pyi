@@ -91,6 +91,15 @@ def post_line(
     bell: int,
     gates: Sequence[Any] = ...,
 ) -> int: ...
+def put_fields(
+    fields: npt.NDArray[np.uint64],
+    first: int,
+    starts: npt.NDArray[np.uint64],
+    base: int,
+    offset: int,
+    gates: Sequence[Any],
+    count: int,
+) -> int: ...
 def put_rows(
     src: int,
     src_stride: int,
@@ -129,6 +138,12 @@ def route(
     row_ids: npt.NDArray[np.int32],
     row_weights: npt.NDArray[np.float32] | None,
 ) -> int: ...
+def take_ids(
+    source: int,
+    copy: npt.NDArray[np.int32],
+    wide: npt.NDArray[np.int64] | None,
+    counts: npt.NDArray[np.int64],
+) -> None: ...
 def wait_lines(
     addresses: npt.NDArray[np.uint64],
     numbers: npt.NDArray[np.uint64],

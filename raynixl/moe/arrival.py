@@ -190,7 +190,8 @@ class _Arranging:
     def _rows_at(self) -> npt.NDArray[np.int64]:
         """Return at which row of fixed slots each row that came lies."""
         sources = sources_of(self.counts)
-        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - np.array(self.begins)[sources]
+        begins = np.array(self.begins, np.int64)
+        return sources * np.int64(self.scene.max_tokens) + np.arange(self.rows) - begins[sources]
 
     def _dispatched(
         self,

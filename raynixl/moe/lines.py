@@ -135,7 +135,7 @@ class Heard(NamedTuple):
     slot: int
     place: int
     offset: int
-    count: int
+    count: int  # type: ignore[assignment]  # nobody counts the items of a line
     back: int
     total: int
     mask: int
@@ -148,7 +148,7 @@ def read_line(form: LineForm, memory: memoryview, at: int) -> Heard:
     if form.mask_nbytes == 8:
         return heard
     *rest, mask, ready = tuple[Any, ...](heard)
-    return Heard(*rest, int.from_bytes(mask, "little"), int.from_bytes(ready, "little"))
+    return Heard._make([*rest, int.from_bytes(mask, "little"), int.from_bytes(ready, "little")])
 
 
 def read_number(memory: memoryview, at: int) -> int:

@@ -26,7 +26,8 @@ def spaced(first: int, count: int, stride: int) -> U64:
     """Return the addresses of so many items, one behind the other."""
     if not stride:
         return np.full(count, first, np.uint64)
-    return np.arange(first, first + count * stride, stride, np.uint64)
+    addresses: U64 = np.arange(first, first + count * stride, stride, dtype=np.uint64)
+    return addresses
 
 
 @dataclass(frozen=True, slots=True, eq=False)
