@@ -95,6 +95,49 @@ def test_a_graph_lives_through_agreements_that_leave_windows_as_they_are(crew):
         layer.run(without, [0, 1])
 
 
+def test_a_graph_of_former_windows_harms_nobody_and_goes_on_among_its_like(crew):
+    work = crew.gpus.fake.work
+    with crew.experts(WORLD, **OPTIONS) as layer:
+        agree(layer)
+
+        def run(rank, ep):
+            x, ids, weights = tokens(rank)
+            stream = crew.gpus.stream()
+            work.begin_capture(stream)
+            r = ep.dispatch(x, ids, weights, layout="slots")
+            out = ep.combine(r.x, r.handle)
+            graph = work.end_capture(stream)
+            longer = ep.dispatch(x, ids, weights, layout="tokens", extra=(torch.ones(TOKENS, 900),))
+            assert longer.extra[0].shape[1] == 900
+            for number in range(3):
+                x.copy_(tokens(rank, number)[0])
+                graph.launch()
+                crew.gpus.settle()
+                assert torch.equal(out, x * holders_of(ep, ids))
+            again = ep.dispatch(x, ids, weights, layout="slots")
+            assert torch.equal(ep.combine(again.x, again.handle), out)
+            graph.launch()  # in flight when the layer is closed
+            return r, out, x, ids, weights
+
+        kept = layer.run(run)
+        agree(layer, 1)
+        assert len(kept) == WORLD
+
+
+def test_pairs_that_come_back_as_they_are_cannot_be_captured(crew):
+    work = crew.gpus.fake.work
+    with crew.experts(1, **OPTIONS) as layer:
+        ep = layer.eps[0]
+        r = ep.dispatch(*tokens(0), layout="tokens", weights_at="source")
+        row, _ = (r.topk_idx >= 0).nonzero(as_tuple=True)
+        assert torch.equal(ep.combine(r.x[row], r.handle, summed=False), r.x[row])
+        work.begin_capture(crew.gpus.stream())
+        with pytest.raises(ConfigError, match="cannot be captured"):
+            ep.combine(r.x[row], r.handle, summed=False)
+        work.end_capture(crew.gpus.stream())
+        assert torch.equal(ep.combine(r.x[row], r.handle, summed=False), r.x[row])
+
+
 def test_what_the_host_must_hear_of_cannot_be_captured(crew):
     work = crew.gpus.fake.work
     with crew.experts(WORLD, **OPTIONS) as layer:
