@@ -31,6 +31,7 @@ class Welcome:
     """How a rank was let in: who runs, and under which placement."""
 
     running: tuple[int, ...]
+    mask: int
     placement: int
 
 
@@ -59,6 +60,7 @@ def start(session: Session, meeting: Meeting, deadline: float) -> Welcome | None
         session.watch()
         pause = STEP if is_running else min(MOST, 2 * pause)
         session.board.wait(Cell.WELCOME, np.array([me]), 1, timeout=pause, spin=0.0)
+    session.members.view = session.members.mask if welcome is None else welcome.mask
     for rank in range(limit):
         if not session.members.is_active(rank):
             session.pool.gone(rank)  # nobody has come, or was told that we take part
@@ -90,7 +92,10 @@ def _late(session: Session, meeting: Meeting, is_running: bool) -> TransferTimeo
 def _welcome(session: Session, met: Met, gone: Set[int]) -> Welcome | None:
     """Take the place that we were given, if all that run have given the same one; those that ended since need not."""
     members, board = session.members, session.board
-    lines = {rank: line for rank in met if (line := board.read(rank, Cell.WELCOME)).number}
+    lines = {rank: board.read(rank, Cell.WELCOME) for rank in met}
+    lines = {
+        rank: line for rank, line in lines.items() if line.number and line.number == line.phase
+    }  # else amid another
     if not lines:
         return None
     first = max(lines.values(), key=lambda line: line.number)
@@ -114,7 +119,7 @@ def _welcome(session: Session, met: Met, gone: Set[int]) -> Welcome | None:
         session.slots[rank] = lines[rank].slot
     for rank in ended:
         members.lose(rank, "its process has ended")
-    return Welcome(tuple(alike), first.signature)
+    return Welcome(tuple(alike), first.mask, first.signature)
 
 
 def let_in(session: Session, meeting: Meeting) -> None:

@@ -19,6 +19,8 @@ class Members:
     limit: int
     mask: int
     names: dict[int, str] = field(default_factory=dict)
+    view: int = 0
+    """The ranks that lines have told to all that they do not take part: `mask` but for what is found in this phase."""
     ready: int = 0
     """Ranks that we have met again, and would admit."""
     renewed: int = 0
@@ -79,6 +81,7 @@ class Members:
     def dismiss(self, rank: int) -> None:
         """Mask a rank that leaves."""
         self._take_out(rank)
+        self.view |= 1 << rank
         self.barred |= 1 << rank
 
     def _take_out(self, rank: int) -> None:
@@ -92,12 +95,14 @@ class Members:
     def admit(self, ranks: int) -> None:
         """Let ranks in, 1 bit each."""
         self.mask &= ~ranks
+        self.view &= ~ranks
         self.ready &= ~ranks
         self.fresh |= ranks
 
     def put_off(self, rank: int) -> None:
         """Take back that a rank was let in: others have not, so that it waits still."""
         self.mask |= 1 << rank
+        self.view |= 1 << rank
         self.fresh &= ~(1 << rank)
         self.admit_later(rank)
 

@@ -19,6 +19,7 @@ from raynixl.moe.board import Board
 from raynixl.moe.checks import dtype_of, positive
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.joining import admit, let_in, start
+from raynixl.moe.lines import ranks_of
 from raynixl.moe.meeting import Meeting
 from raynixl.moe.members import Members
 from raynixl.moe.pending import Pending
@@ -100,8 +101,18 @@ class Rank:
 
     @property
     def active(self) -> tuple[int, ...]:
-        """The ranks that take part, ascending."""
+        """The ranks that take part, ascending, as far as this one knows; another may hear of a death a phase later."""
         return self._session.members.active
+
+    @property
+    def agreed(self) -> tuple[int, ...]:
+        """The ranks that take part as all of them know, alike on all behind the same operation: what to place by.
+
+        A rank that is lost amid an exchange is in it until the next one, whose lines tell all. Only if the sole rank
+        that knows is itself lost amid that one may some be a step ahead of others.
+        """
+        members = self._session.members
+        return ranks_of(~members.view & ((1 << members.limit) - 1))
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -137,6 +148,7 @@ class Rank:
             self._session.members.barred |= 1 << rank
             if self._session.members.is_active(rank):
                 self._session.lose(rank, "it was masked by hand")
+            self._session.members.view |= 1 << rank
 
         self._submit(mask)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -344,8 +346,12 @@ class Session:
             if members.fresh >> rank & 1:  # what it was told of before it began, it has not used
                 members.fresh &= ~(1 << rank)
                 self.pool.begun(rank, self.landing)
+        told = self._mask_sent
         if not agreed:
-            self._settle({rank: line.mask for rank, line in heard.items()})
+            masks = {rank: line.mask for rank, line in heard.items()}
+            self._settle(masks)
+            told = functools.reduce(operator.or_, masks.values(), told)
+        members.view |= told & members.mask
         members.admitted = ready & members.mask if agreed else 0
         return agreed
 

@@ -30,6 +30,21 @@ def test_of_two_ranks_that_mask_each_other_the_lower_one_stays(crew: Threads) ->
             assert out[:, 0].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("knowing", [[0], [1, 3], [0, 1, 3]])
+def test_all_agree_behind_the_same_operation_that_a_rank_is_lost(crew: Threads, knowing: list[int]) -> None:
+    """Such as one that died amid its lines of the operation before, of which some had its line and others had not."""
+    x, ids = torch.ones(2, 16, dtype=torch.bfloat16), torch.tensor([[0, 1], [2, 3]])
+    rest = [0, 1, 3]
+    with crew.experts(4, experts=4, hidden=16, topk=2, max_tokens=2) as made:
+        handles = made.run(lambda rank, ep: ep.dispatch(x, ids))
+        for rank in knowing:
+            made.eps[rank]._session.members.lose(2, "it died")
+        assert [ep.agreed for ep in made.eps] == [(0, 1, 2, 3)] * 4
+        made.run(lambda rank, ep: ep.combine(handles[rank].x, handles[rank].handle), ranks=rest)
+        assert [made.eps[rank].agreed for rank in rest] == [(0, 1, 3)] * 3
+        assert [made.eps[rank].active for rank in rest] == [(0, 1, 3)] * 3
+
+
 def step(ep, x, ids):
     """Experts that return what they get."""
     made = ep.dispatch(x, ids)
