@@ -14,8 +14,9 @@ class PeerCounts:
     """What went to one rank, as its channel has counted it, and the seconds that we waited for it.
 
     lines: those of phases, one for each: two of a dispatch (counts; rows), one of a combine, one of a dispatch by a
-    handle or into fixed slots. puts: writes of rows, all fields in one, at most one of an operation; the line of its
-    phase follows it. asides: other lines: who waits for long says so, who overflows asks for room, who joins is told.
+    handle, into fixed slots, or of few bytes. puts: writes of rows, all fields in one, at most one of an operation; the
+    line of its phase follows it. asides: other lines: who waits for long says so, who overflows asks for room, who
+    joins is told.
     """
 
     rank: int
