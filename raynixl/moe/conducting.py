@@ -68,9 +68,7 @@ class Conductor:
             if latest.has(council.rank, council.token):
                 self._commit(latest, latest.live)
             return True
-        for rank in coming:
-            if rank not in heard:
-                council.applicants.pop(rank, None)
+        council.put_off(rank for rank in coming if rank not in heard)
         silent = {rank for rank in rest if rank not in heard}
         for rank in silent:
             council.suspect({rank}, f"it does not prepare a view: {answers[rank]}", view)
@@ -79,8 +77,7 @@ class Conductor:
             return bool(silent)
         let_in = self._eligible(coming, [heard[rank] for rank in rest], heard)
         if not lost and not let_in:
-            for rank in coming:
-                council.applicants.pop(rank, None)  # it asks again
+            council.put_off(coming)
             self._commit(view, rest)
             return False
         since = max(one.position for one in [*(heard[rank] for rank in rest), self._own()])

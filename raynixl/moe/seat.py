@@ -149,6 +149,8 @@ class Seat:
             was_in = self.view is not None and self.view.has(self.rank, self.token)
             if was_in and not view.has(self.rank, self.token):
                 self._masked = f"rank {self.rank} ({self.agent.name!r}) was masked by the others"
+            elif was_in and view.since < self.position:  # our promise had run out before
+                self._masked = f"rank {self.rank} ({self.agent.name!r}) has ended an operation that the others redo"
             self.view = view
             self.names.extend(member.name for member in view.members[len(self.names) :])
             self.suspects = self.lost_of_view()
@@ -162,6 +164,12 @@ class Seat:
         with self.changed:
             self._promise = None
             self.changed.notify_all()
+
+    def put_off(self, ranks: Iterable[int]) -> None:
+        """Forget that ranks want to come in, until they ask again."""
+        with self.changed:
+            for rank in ranks:
+                self.applicants.pop(rank, None)
 
     def promise(self, number: int, leader: int) -> bool:
         """Promise to end no operation until this view is there; whether no lower rank has asked that already."""
