@@ -34,9 +34,11 @@ _POISON = 0xCD
 class MadeUp:
     """The GPUs of this process, for `moe_cuda.made_up`."""
 
-    def __init__(self, fake: FakeCuda, *, is_patient: bool = True) -> None:
+    def __init__(self, fake: FakeCuda, *, is_patient: bool = True, is_everywhere: bool = True) -> None:
         library()
         self.fake = fake
+        self.is_everywhere = is_everywhere
+        """Whether tensors of all threads are on the GPU; else those of threads with a stream that was given to them."""
         self.is_patient = is_patient
         """Whether who launches a kernel waits for its end."""
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="fake-kernel")
@@ -72,12 +74,12 @@ class MadeUp:
     @contextlib.contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
         """Make another stream this thread's current one."""
-        before = self.stream()
-        self._local.stream = stream
+        before = self.stream(), getattr(self._local, "is_on_gpu", False)
+        self._local.stream, self._local.is_on_gpu = stream, True
         try:
             yield
         finally:
-            self._local.stream = before
+            self._local.stream, self._local.is_on_gpu = before
 
     @contextlib.contextmanager
     def on_host(self) -> Iterator[None]:
@@ -90,8 +92,9 @@ class MadeUp:
 
     def gpu_of(self, tensor: Any) -> int | None:
         """Where a tensor is."""
+        is_here = self.is_everywhere or getattr(self._local, "is_on_gpu", False)
         is_there = isinstance(tensor, torch.Tensor) and not getattr(self._local, "is_on_host", False)
-        return 0 if is_there else None
+        return 0 if is_here and is_there else None
 
     def launch(self, function: int, grid: Any, block: Any, arguments: Sequence[Any], stream: int, **more: Any) -> None:
         """Start a kernel, and wait for its end if that is wanted."""
@@ -160,12 +163,12 @@ class StandInGpu:
 
 
 @contextlib.contextmanager
-def made_up(*, is_patient: bool = True, gpus: int = 1) -> Iterator[MadeUp]:
+def made_up(*, is_patient: bool = True, is_everywhere: bool = True, gpus: int = 1) -> Iterator[MadeUp]:
     """GPUs in this process, which fail the test for every misuse of the driver and for what is not given back."""
     fake = cuda_fake.install(is_host=True, gpus=gpus)
     cuda_kernels.register(fake)
     fake.work.patience = 60.0
-    made = MadeUp(fake, is_patient=is_patient)
+    made = MadeUp(fake, is_patient=is_patient, is_everywhere=is_everywhere)
     stand_ins = [StandInGpu(made, number) for number in range(gpus)]
     kept = cuda.launch, cuda_device.gpu_of, cuda_device.gpu, cuda_device.used_gpu
     cuda.launch, cuda_device.gpu_of = made.launch, made.gpu_of

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from moe_cuda import MadeUp, made_up
 from moe_programs import Program, check, play
-from moe_tools import Layer, Threads
+from moe_tools import SECONDS, Layer, Threads
 
 BACKENDS = ("loopback", "shm", "nvlink")
 EXPERTS, HIDDEN, TOPK, TOKENS = 6, 16, 2, 8
@@ -23,6 +23,15 @@ class GpuCrew(Threads):
         self.gpus = gpus
         super().__init__(world, **{"backends": BACKENDS, **settings})
 
+    def run(self, works: Sequence[Callable[[], Any]], timeout: float = SECONDS) -> list[Any]:
+        """Run one function on each rank, with a stream of its own."""
+
+        def on_gpu(work: Callable[[], Any]) -> Any:
+            with self.gpus.on_stream(self.gpus.stream()):
+                return work()
+
+        return super().run([lambda work=work: on_gpu(work) for work in works], timeout)
+
     def play(self, program: Program) -> None:
         """Play a program, and hold what it returns against the reference."""
         with self.experts(program.world, **program.options()) as layer:
@@ -32,9 +41,12 @@ class GpuCrew(Threads):
 
 
 @contextlib.contextmanager
-def gpu_crew(world: int, *, is_patient: bool = True, **settings: Any) -> Iterator[GpuCrew]:
+def gpu_crew(world: int, *, is_patient: bool = True, is_everywhere: bool = True, **settings: Any) -> Iterator[GpuCrew]:
     """A crew, and the GPUs that it works on."""
-    with made_up(is_patient=is_patient) as gpus, GpuCrew(gpus, world, **settings) as crew:
+    with (
+        made_up(is_patient=is_patient, is_everywhere=is_everywhere) as gpus,
+        GpuCrew(gpus, world, **settings) as crew,
+    ):
         yield crew
 
 

@@ -21,7 +21,7 @@ COUNT = (1 << 32) - 1
 @pytest.fixture(scope="module", params=[1, 2, 4, 0], ids=lambda world: f"{world} ranks" if world else "GPUs")
 def crew(request: pytest.FixtureRequest) -> Iterator[Threads]:
     """Ranks in threads; two of them on GPUs that are made up."""
-    with Threads(request.param) if request.param else gpu_crew(2) as made:
+    with Threads(request.param) if request.param else gpu_crew(2, is_everywhere=False) as made:
         yield made
 
 
