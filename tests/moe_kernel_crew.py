@@ -249,7 +249,7 @@ def give(gpu: Gpu, y: Tensor, held: Held, *, beside: Tensor | None = None, signa
         pairs=address(pairs), weights=address(held.row_weights), row_ids=address(held.row_ids),
         counts=address(held.rows_by_source), signature=signature, hidden=flat.shape[1], dtype=CODES[flat.dtype],
         item_nbytes=item_nbytes, beside_at=NOWHERE if beside is None else beside_at, topk=topk, ranks=gpu.frame.ranks,
-        mode=mode, is_packed=held.layout != "slots", status=status,
+        mode=mode, is_packed=held.layout != "slots", status=status, y_rows=len(flat),
     ))  # fmt: skip
 
 

@@ -114,10 +114,11 @@ class Page(ctypes.Structure):
         ("lost", c_uint64),  # ranks that were masked here so far
         ("masked", c_uint64),  # 1 + the rank that has masked us
         ("excused", c_uint64),  # the host's: ranks that need not be waited for
-        ("refused", c_uint64),  # ranks whose line was refused, in whatever operation; `status` says why, the last time
-        ("status", c_uint32 * RANKS),
+        ("refused", c_uint64),  # ranks whose line was refused, in whatever operation; `reasons` says why, the last time
+        ("status", c_uint32 * RANKS),  # `arrive`: what is wrong with each rank's line
         ("counts", c_uint32 * RANKS),  # `arrive` of a dispatch: rows by source
         ("experts", c_uint32 * LOCAL_EXPERTS),  # likewise: pairs by local expert
+        ("reasons", c_uint32 * RANKS),
     )
 
 
@@ -176,7 +177,7 @@ class Give(ctypes.Structure):
         ("weights", c_uint64), ("row_ids", c_uint64), ("counts", c_uint64), ("signature", c_uint64),
         ("hidden", c_uint32), ("dtype", c_uint32), ("item_nbytes", c_uint32), ("beside_at", c_uint32),
         ("topk", c_uint32), ("ranks", c_uint32), ("mode", c_uint32), ("is_packed", c_uint32), ("status", c_uint32),
-        ("spare", c_uint32),
+        ("y_rows", c_uint32),
     )  # fmt: skip
 
 

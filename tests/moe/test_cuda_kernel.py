@@ -37,6 +37,7 @@ def test_sizes_and_bounds_are_those_in_the_sources() -> None:
         "kRanks": cuda_structs.RANKS, "kColumns": cuda_structs.COLUMNS, "kLocalExperts": cuda_structs.LOCAL_EXPERTS,
         "kTerms": cuda_structs.TOPK, "kLineNbytes": cuda_structs.LINE_NBYTES, "kThreads": THREADS,
         "kRange": cuda_structs.Refusal.RANGE, "kDiffers": cuda_structs.Refusal.DIFFERS,
+        "kConfig": cuda_structs.Refusal.CONFIG,
         "kDamaged": cuda_structs.Refusal.DAMAGED, "kSums": cuda_structs.Giving.SUMS,
         "kGivePairs": cuda_structs.Giving.PAIRS, "kApart": cuda_structs.Summing.APART,
     }  # fmt: skip

@@ -3,8 +3,10 @@ namespace {
 
 // Give
 
-__device__ __forceinline__ void sum_pairs(const Give& a, u64 row, u64 to, Terms& terms, u32 piece, u32 pieces) {
+// Returns whether a pair's row is beyond those of y, which none of the warp reads then.
+__device__ __forceinline__ bool sum_pairs(const Give& a, u64 row, u64 to, Terms& terms, u32 piece, u32 pieces) {
   u32 lane = threadIdx.x % kWarp;
+  bool is_wrong = false;
   u64 rows[2] = {0, 0};
   float weights[2] = {1.0f, 1.0f};
 #pragma unroll
@@ -13,38 +15,50 @@ __device__ __forceinline__ void sum_pairs(const Give& a, u64 row, u64 to, Terms&
     if (k >= a.topk) continue;
     i32 place = item<i32>(a.pairs, row * a.topk + k);
     if (place < 0) continue;
+    is_wrong |= u32(place) >= a.y_rows;
     rows[half] = a.y + u64(place) * a.y_stride;
     if (a.weights != 0) weights[half] = item<float>(a.weights, row * a.topk + k);
   }
+  if (__ballot_sync(kFull, is_wrong) != 0) return true;
   Addition work = {};
   work.terms = &terms, work.count = gather_terms(terms, rows, weights, lane), work.is_weighted = a.weights != 0;
   work.hidden = a.hidden, work.out_dtype = a.dtype, work.out = to;
   bool is_aligned = (a.y | a.y_stride | u64(a.hidden) * itemsize_of(a.dtype)) % 16 == 0;
   switch (a.dtype) {
-    case kF32: return add_up_plain<kF32>(work, is_aligned, piece, pieces, lane);
-    case kBf16: return add_up_plain<kBf16>(work, is_aligned, piece, pieces, lane);
-    case kF16: return add_up_plain<kF16>(work, is_aligned, piece, pieces, lane);
-    default: return add_up_plain<kF64>(work, is_aligned, piece, pieces, lane);
+    case kF32: add_up_plain<kF32>(work, is_aligned, piece, pieces, lane); break;
+    case kBf16: add_up_plain<kBf16>(work, is_aligned, piece, pieces, lane); break;
+    case kF16: add_up_plain<kF16>(work, is_aligned, piece, pieces, lane); break;
+    default: add_up_plain<kF64>(work, is_aligned, piece, pieces, lane);
   }
+  return false;
 }
 
-__device__ __forceinline__ void give_item(const Give& a, u64 row, u32 number, u64 items, Terms& terms, u32 piece, u32 pieces) {
+// Returns whether y has not the rows that are wanted.
+__device__ __forceinline__ bool give_item(const Give& a, u64 row, u32 number, u64 items, Terms& terms, u32 piece, u32 pieces) {
   u32 lane = threadIdx.x % kWarp, nbytes = a.hidden * itemsize_of(a.dtype);
   if (a.mode == kGivePairs) {
     for (u32 k = 0; k < a.topk; ++k) {
       u64 pair = row * a.topk + k, to = items + (u64(number) * a.topk + k) * a.item_nbytes;
       i32 place = item<i32>(a.pairs, pair);
       if (place < 0) continue;
+      if (u32(place) >= a.y_rows) return true;
       copy_span(a.y + u64(place) * a.y_stride, to, nbytes, piece, pieces, lane);
       if (a.beside_at != kNowhere && piece == 0 && lane == 0) item<float>(to + a.beside_at, 0) = item<float>(a.beside, pair);
     }
-    return;
+    return false;
   }
   u64 to = items + u64(number) * a.item_nbytes;
-  if (a.mode == kSums) sum_pairs(a, row, to, terms, piece, pieces);
-  else copy_span(a.y + row * a.y_stride, to, nbytes, piece, pieces, lane);
+  bool is_wrong = a.mode == kSums ? sum_pairs(a, row, to, terms, piece, pieces) : row >= a.y_rows;
+  if (a.mode != kSums && !is_wrong) copy_span(a.y + row * a.y_stride, to, nbytes, piece, pieces, lane);
   for (u32 k = lane; a.beside_at != kNowhere && piece == 0 && k < a.topk; k += kWarp)
     item<float>(to + a.beside_at, k) = item<float>(a.beside, row * a.topk + k);
+  return is_wrong;
+}
+
+// Have our own host hear that this call of ours was refused, whichever ranks have heard of it.
+__device__ __forceinline__ void tell_wrong(const Scene& scene) {
+  auto* page = reinterpret_cast<volatile Page*>(scene.layer->page);
+  page->reasons[scene.me] = kConfig, page->refused |= bit(scene.me);
 }
 
 __device__ __forceinline__ void give_part(const Give& a, const Scene& scene, u32 rank, u32 part, u32 parts) {
@@ -60,11 +74,14 @@ __device__ __forceinline__ void give_part(const Give& a, const Scene& scene, u32
   }
   u64 items = items_of(scene, scene.layer->windows[rank], scene.me);
   Share share = share_of(rows_of_part(fits ? count : 0, part, parts));
+  bool is_wrong = false;
   for (u32 i = warp; i < share.items; i += warps) {
     u32 number = part + i / share.pieces * parts;
-    give_item(a, u64(begin) + number, number, items, terms[warp], i % share.pieces, share.pieces);
+    is_wrong |= give_item(a, u64(begin) + number, number, items, terms[warp], i % share.pieces, share.pieces);
   }
-  finish_line(scene, rank, parts, count, fits ? a.status : kRange, a.signature);
+  is_wrong = __syncthreads_or(is_wrong);
+  if (is_wrong && threadIdx.x == 0) tell_wrong(scene);
+  finish_line(scene, rank, parts, count, fits ? a.status : kRange, a.signature, is_wrong);
 }
 
 // Sum

@@ -19,7 +19,7 @@ __device__ __forceinline__ void send_row(const Send& a, const Scene& scene, u32 
   for (u32 k = lane; k < a.topk; k += kWarp) {
     u64 pair = u64(token) * a.topk + k;
     i64 id = id_of(a, pair);
-    bool is_here = id >= 0 && item<i32>(a.holders, id) == i32(rank);
+    bool is_here = id >= 0 && id < i64(a.experts) && item<i32>(a.holders, id) == i32(rank);
     if (a.ids_at != kNowhere) item<i32>(to + a.ids_at, k) = is_here ? item<i32>(a.local, id) : -1;
     if (a.weights_at != kNowhere) item<float>(to + a.weights_at, k) = is_here ? item<float>(a.weights, pair) : 0.0f;
   }
@@ -97,7 +97,7 @@ __device__ __forceinline__ void send_part(const Send& a, const Scene& scene, u32
   for (u32 k = threadIdx.x; counts_loads && k < a.loads_count; k += blockDim.x)
     item<u32>(loads_of(scene, window, scene.me), k) = sending.loads[k];
   u32 status = a.status != kFine ? a.status : is_wrong || !fits ? kRange : kFine;
-  finish_line(scene, rank, parts, status == kFine ? count : 0, status, a.signature);
+  finish_line(scene, rank, parts, status == kFine ? count : 0, status, a.signature, false);
 }
 
 // Take

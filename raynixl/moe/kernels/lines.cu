@@ -1,13 +1,19 @@
 // Lines: written behind rows, waited for, and learnt from. An operation ends here.
 namespace {
 
-// The last CTA of all that work for a rank writes the line, behind everything that they have written.
-__device__ __forceinline__ void finish_line(const Scene& scene, u32 rank, u32 parts, u32 count, u32 status, u64 signature) {
+constexpr u32 kWrong = 1u << 16;  // more than there are CTAs
+
+// The last CTA of all that work for a rank writes the line, behind everything that they have written. `is_wrong`: this CTA,
+// all of it, has found that the call cannot be used.
+__device__ __forceinline__ void finish_line(const Scene& scene, u32 rank, u32 parts, u32 count, u32 status, u64 signature,
+                                            bool is_wrong) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   __threadfence_system();
   Layer* layer = scene.layer;
-  if (atomicAdd(&layer->counters[rank], 1u) != parts - 1) return;
+  u32 mine = is_wrong ? kWrong : 0, before = atomicAdd(&layer->counters[rank], mine + 1);
+  if (before % kWrong != parts - 1) return;
+  if (status == kFine && (before + mine) >= kWrong) status = kConfig, count = 0;
   layer->counters[rank] = 0;  // for the next kernel, which begins when this one has ended
   __threadfence_system();
   Line* line = line_of(scene, layer->windows[rank], scene.me);
@@ -105,7 +111,8 @@ __device__ __forceinline__ bool wait_for(const Scene& scene, u32 rank, u64 deadl
     u64 number = load_acquire(word);
     if (number >= scene.number) return is_ours(scene, rank, number, deadline);
     u64 verdict = look_at(&layer->verdicts[rank]);
-    if (verdict != 0) return verdict == 1;
+    if (verdict == 2) return false;
+    if (verdict == 1) continue;  // another CTA has seen the line: so shall we, and what lies behind it
     if (!is_worth_waiting(scene, rank, time, patience)) return decided(layer, rank, false);
     __nanosleep(nap);
   }
@@ -183,7 +190,7 @@ __device__ __forceinline__ void lose(const Scene& scene, u64 ranks) {
 __device__ __forceinline__ void tell_refusals(const Scene& scene, const Seen& seen) {
   auto* page = reinterpret_cast<volatile Page*>(scene.layer->page);
   for (u32 rank = 0; rank < scene.ranks; ++rank)
-    if (seen.status[rank] != kFine) page->status[rank] = seen.status[rank], page->refused |= bit(rank);
+    if (seen.status[rank] != kFine) page->reasons[rank] = seen.status[rank], page->refused |= bit(rank);
 }
 
 // Whether this CTA is the last of its launch to come here. All its threads do.

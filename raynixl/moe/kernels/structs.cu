@@ -56,7 +56,7 @@ constexpr u32 kThreads = 512, kWarps = kThreads / kWarp;
 constexpr u64 kMillisecond = 1000000;
 
 constexpr u32 kDispatch = 0, kCombine = 1;
-constexpr u32 kFine = 0, kRange = 1, kDiffers = 3, kDamaged = 4;  // of Refusal
+constexpr u32 kFine = 0, kRange = 1, kConfig = 2, kDiffers = 3, kDamaged = 4;  // of Refusal
 constexpr u32 kSums = 1, kGivePairs = 2;                          // of Giving
 constexpr u32 kRows = 0, kApart = 2;                              // of Summing
 constexpr i32 kNotChosen = -1, kNobody = -2;
@@ -83,7 +83,7 @@ struct Layer {
 };
 struct Page {
   u64 ticket, operation, turns[2], lost, masked, excused, refused;
-  u32 status[kRanks], counts[kRanks], experts[kLocalExperts];
+  u32 status[kRanks], counts[kRanks], experts[kLocalExperts], reasons[kRanks];
 };
 struct Send {
   u64 layer;
@@ -109,7 +109,7 @@ struct Take {
 };
 struct Give {
   u64 layer, y, y_stride, beside, pairs, weights, row_ids, counts, signature;
-  u32 hidden, dtype, item_nbytes, beside_at, topk, ranks, mode, is_packed, status, spare;
+  u32 hidden, dtype, item_nbytes, beside_at, topk, ranks, mode, is_packed, status, y_rows;
 };
 struct Sum {
   u64 layer, row_of, holder_of, sent, weights, out, out_stride, biases[2], bias_strides[2], out_weights, signature, deadline;
@@ -119,7 +119,7 @@ struct Sum {
 struct Mask {
   u64 layer, mask, told;
 };
-static_assert(sizeof(Column) == 24 && sizeof(Line) == kLineNbytes && sizeof(Layer) == 1472 && sizeof(Page) == 8768, "");
+static_assert(sizeof(Column) == 24 && sizeof(Line) == kLineNbytes && sizeof(Layer) == 1472 && sizeof(Page) == 9024, "");
 static_assert(sizeof(Send) == 312 && sizeof(Arrive) == 56 && sizeof(Order) == 272 && sizeof(Take) == 344, "");
 static_assert(sizeof(Give) == 112 && sizeof(Sum) == 168 && sizeof(Mask) == 24, "");
 
