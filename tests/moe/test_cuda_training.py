@@ -28,7 +28,7 @@ class Scaled(nn.Module):
         self.weight = nn.Parameter(torch.arange(1.0, HIDDEN + 1) / (number + 2))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(rows * self.weight)
+        return torch.relu(rows * self.weight)
 
 
 def made(ep=None, weights_at="source"):
