@@ -32,8 +32,9 @@ class Scaled(nn.Module):
 
 
 def made(ep=None, weights_at="source"):
-    torch.manual_seed(3)
     router = Router(hidden=HIDDEN, experts=EXPERTS, topk=TOPK)
+    with torch.no_grad():  # ranks are threads, which share torch's own generator
+        router.linear.weight.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(3)))
     held = range(EXPERTS) if ep is None else ep.local_experts
     return MoELayer(router, {number: Scaled(number) for number in held}, ep=ep, weights_at=weights_at)
 
