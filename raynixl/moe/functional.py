@@ -7,8 +7,8 @@
 
 **Backward is collective, as forward is.** All ranks of `ep` call dispatch and combine alike, and all of them run
 backward; autograd then comes to the combines and dispatches in the reverse order on every rank. It does so on the
-thread that called backward (for CPU tensors), one operation after the other, so each rank is a process of its own, or
-at least a thread with an agent of its own. With gradients enabled each combine and each dispatch takes part in
+thread that called backward (on a GPU: autograd's own), one operation after the other, so each rank is a process of its
+own, or at least a thread with an agent of its own. With gradients enabled each combine and each dispatch takes part in
 backward whatever requires a gradient on this rank: a rank without tokens, or without rows, does not keep the others
 waiting. What it must do itself: its loss depends on what its last combine returned, if only as `out.sum() * 0`, and it
 calls `backward()`, not `torch.autograd.grad` of a few inputs, which leaves out what these do not need.
