@@ -1,4 +1,4 @@
-"""Ranks in processes of their own, on GPUs that are made up: memory is opened by CUDA IPC; who is killed harms nobody."""
+"""Ranks in processes of their own, on GPUs that are made up: memory is opened by CUDA IPC; who dies harms nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepEP's interface on raynixl: `import raynixl.compat.deep_ep as deep_ep`, and code for it runs without a GPU, too."""
+"""DeepEP's interface on raynixl: `import raynixl.compat.deep_ep as deep_ep`; code for it runs without a GPU, too."""
 
 from __future__ import annotations
 
