@@ -131,7 +131,11 @@ class Session:
             self.lose(rank, REFUSED)
 
     def lose(self, rank: int, why: str) -> None:
-        """Mask a rank, and tell it if it still listens."""
+        """Mask a rank, and tell it if it still listens; unless it has told that it is we who are masked.
+
+        So it is where we were frozen: its memory is out of reach since it has gone on without us.
+        """
+        self._check_notice(rank)
         self.members.lose(rank, why)
         if not self.members.others_mask:
             logger.warning("rank %d goes on alone: %s", self.members.me, self.members.lost)
@@ -313,9 +317,12 @@ class Session:
         """Raise if a rank has told that we are masked."""
         self.watch()
         for rank in self.members.ranks:
-            notice = self.board.read(rank, Cell.NOTICE)
-            if notice.number and notice.mask >> self.members.me & 1:
-                raise self._masked(rank)
+            self._check_notice(rank)
+
+    def _check_notice(self, rank: int) -> None:
+        notice = self.board.read(rank, Cell.NOTICE)
+        if notice.number and notice.mask >> self.members.me & 1:
+            raise self._masked(rank)
 
     def _heed(self, mask: int) -> None:
         for rank in ranks_of(mask & ~self.members.mask & ~(1 << self.members.me)):

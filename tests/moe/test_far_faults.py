@@ -24,7 +24,7 @@ from moe_tools import Processes
 from weights_nursery import Nursery
 
 pytest.importorskip("ucxx")
-DEADLINE = 1.5
+DEADLINE = 2.5
 PLACES = (DISPATCH[1], DISPATCH[3], DISPATCH[5], DISPATCH[-1], COMBINE[1], COMBINE[3], COMBINE[-1])
 
 

@@ -27,7 +27,7 @@ from weights_nursery import Nursery
 
 WORLD = 5
 FOUR, JOINER = [0, 1, 2, 3], 4
-DEADLINE = 1.0
+DEADLINE = 2.0
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from weights_nursery import Nursery
 
 from raynixl.moe import OnLost
 
-DEADLINE = 1.0
+DEADLINE = 2.0
 RENORMALISED = (DISPATCH[3], DISPATCH[5], COMBINE[2])
 PLACES = [(OnLost.DROP, where) for where in (*DISPATCH, *COMBINE)]
 PLACES += [(OnLost.RENORMALISE, where) for where in RENORMALISED]

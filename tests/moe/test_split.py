@@ -45,6 +45,19 @@ def test_all_agree_behind_the_same_operation_that_a_rank_is_lost(crew: Threads, 
         assert [made.eps[rank].active for rank in rest] == [(0, 1, 3)] * 3
 
 
+def test_who_was_masked_and_can_reach_nobody_is_told_so_and_does_not_go_on_alone(crew: Threads) -> None:
+    """Such as one that was frozen amid its puts, whose former peers have withdrawn what it knows."""
+    x, ids = torch.ones(2, 16, dtype=torch.bfloat16), torch.tensor([[0, 1], [2, 3]])
+    with crew.experts(3, experts=4, hidden=16, topk=2, max_tokens=2) as made:
+        made.run(lambda rank, ep: ep.dispatch(x, ids))
+        for rank in (1, 2):
+            made.eps[rank]._session.lose(0, "it did not come in time")
+        for channel in made.eps[0]._session.channels.values():
+            channel.post = lambda *_: False
+        with pytest.raises(Masked, match="rejoin"):
+            made.eps[0].dispatch(x, ids)
+
+
 def step(ep, x, ids):
     """Experts that return what they get."""
     made = ep.dispatch(x, ids)
@@ -53,7 +66,7 @@ def step(ep, x, ids):
 
 def test_memory_that_a_replaced_process_may_write_is_kept_from_others_while_it_lives(nursery: Nursery) -> None:
     with Processes(WORLD, lent=nursery) as crew, layer(crew) as ranks:
-        harm(ranks, DISPATCH[3], signal.SIGSTOP, deadline=1.0)
+        harm(ranks, DISPATCH[3], signal.SIGSTOP, deadline=2.0)
         check(ranks.call("moe_faults:steps", "layer", 3, ranks=REST), gone=[VICTIM])
         former = ranks.replace(VICTIM)
         ranks.tell(VICTIM, "moe_faults:join_round", ranks.names, {"name": "layer", "deadline": 20.0, **OPTIONS})
@@ -75,7 +88,7 @@ def test_lines_that_a_replaced_process_writes_when_it_wakes_change_none_of_its_s
     if backend == "ucx":
         pytest.importorskip("ucxx")
     with Processes(WORLD, backends=(backend,), lent=nursery) as crew, layer(crew) as ranks:
-        phase = harm(ranks, DISPATCH[0], signal.SIGSTOP, deadline=1.0)[0].phase
+        phase = harm(ranks, DISPATCH[0], signal.SIGSTOP, deadline=2.0)[0].phase
         check(ranks.call("moe_faults:steps", "layer", 3, ranks=REST), gone=[VICTIM])
         former = ranks.replace(VICTIM)
         ranks.tell(VICTIM, "moe_faults:join_round", ranks.names, {"name": "layer", "deadline": 20.0, **OPTIONS})
