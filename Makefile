@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 FAST := not gpu and not slow and not heavy
+# Processes that run tests side by side; what must not (tests/conftest.py) stays in one of them.
+WORKERS ?= 2
 
 .PHONY: test test-verl test-vllm demo lint soak bench-hosts gpu-check clean install
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(FAST)" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python examples/rl_weight_sync/train.py

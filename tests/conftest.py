@@ -103,6 +103,22 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("asyncio_default_fixture_loop_scope", "unused: pytest-asyncio is not installed")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say what must not run side by side, where several workers run tests: Ray clusters, hosts, tests of one module."""
+    if config.pluginmanager.has_plugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+
+
+def _group_of(item: pytest.Item) -> str:
+    place = item.nodeid.partition("::")[0]
+    if place.startswith("tests/hosts/"):
+        return "hosts"
+    is_of_ray = item.get_closest_marker("ray") is not None or place.startswith(("tests/actors/", "tests/docs/"))
+    return "ray" if is_of_ray else place
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_collections() -> None:
     """Leave what imports (torch, ray) and reports have made out of garbage collections: a test makes two of them."""
