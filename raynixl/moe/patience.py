@@ -80,3 +80,16 @@ class Patience:
     def until(self, rank: int) -> float:
         """Return until when a rank is waited for."""
         return self.end if (self._excused & ~self._here) >> rank & 1 else self.silent
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A phase in which a rank waits for longer than a moment."""
+
+    patience: Patience
+    began: float
+    told: set[int] = field(default_factory=set)
+
+    def slice(self, now: float, most: float) -> float:
+        """Return for how long to sleep before it looks again."""
+        return max(1e-3, min(most, self.patience.silent - now))

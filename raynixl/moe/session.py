@@ -8,7 +8,6 @@ import operator
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -18,7 +17,7 @@ from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, Place
 from raynixl.moe.lines import NOWHERE, PHASES, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
-from raynixl.moe.patience import MASKED, Patience, notice_number, reserve
+from raynixl.moe.patience import MASKED, Patience, Waiting, notice_number, reserve
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -78,7 +77,7 @@ class Session:
         self._replaced = 0
         self._looked, self._stood = 0.0, 0.0  # when we looked last, and for how long this operation stood still
         self._began = 0.0
-        self._waiting: _Waiting | None = None
+        self._waiting: Waiting | None = None
         self.siblings: tuple[Session, ...] = ()
         """Those of other groups in which this rank takes part by turns: who waits for it there must hear why."""
 
@@ -239,7 +238,7 @@ class Session:
             if left and not came and self.board.wait(Cell.PLACE, np.array(left), number, timeout=SLICE, spin=0.0):
                 time.sleep(1e-3)  # all have answered, and been asked where those slots are
 
-    def _wait_on(self, cell: int, waiting: _Waiting, idle: Callable[[], None] | None) -> None:
+    def _wait_on(self, cell: int, waiting: Waiting, idle: Callable[[], None] | None) -> None:
         """Wait for longer than a moment: look who is gone, who is late, and tell that we wait."""
         number = waiting.patience.number
         while True:
@@ -250,22 +249,22 @@ class Session:
             missing = self._missing(cell, number)
             if not missing:
                 return
-            self.board.wait(cell, np.array(missing), number, timeout=waiting.slice(self._awake()), spin=0.0)
+            self.board.wait(cell, np.array(missing), number, timeout=waiting.slice(self._awake(), SLICE), spin=0.0)
 
     def kept(self, deadline: float, needed: float = 0.0) -> float:
         """Return the seconds of this operation that are kept for what comes once ranks are given up."""
         return reserve(self._began, deadline, needed)
 
-    def _wait_in(self, number: int, deadline: float, kept: float | None = None) -> _Waiting:
+    def _wait_in(self, number: int, deadline: float, kept: float | None = None) -> Waiting:
         """Return what is known of this phase's waits, which begin now if there was none yet."""
         waiting = self._waiting
         if waiting is None or waiting.patience.number != number:
             now = self._awake()
             patience = Patience.of(number, now, deadline, self.kept(deadline) if kept is None else kept)
-            waiting = self._waiting = _Waiting(patience, now)
+            waiting = self._waiting = Waiting(patience, now)
         return waiting
 
-    def _look_around(self, waiting: _Waiting, cell: int) -> None:
+    def _look_around(self, waiting: Waiting, cell: int) -> None:
         """Hear who is masked, and who waits for whom; tell that we wait."""
         now = self._awake()
         self._take_masks(cell, waiting.patience.number, is_late=now - waiting.began > HEED_AFTER)
@@ -277,7 +276,7 @@ class Session:
         if now - waiting.began > NOTICE_AFTER:
             self._notice(waiting, now)
 
-    def _give_up(self, ranks: list[int], waiting: _Waiting, why: str) -> None:
+    def _give_up(self, ranks: list[int], waiting: Waiting, why: str) -> None:
         """Lose those of these ranks that are gone, or for which we have waited for long enough."""
         now = self._awake()
         for rank in ranks:
@@ -385,7 +384,7 @@ class Session:
 
     # Notices
 
-    def _notice(self, waiting: _Waiting, now: float) -> None:
+    def _notice(self, waiting: Waiting, now: float) -> None:
         """Tell all ranks until when we wait for those that say nothing, once."""
         remaining = waiting.patience.silent - now
         for rank in self.members.ranks:
@@ -405,19 +404,6 @@ class Session:
     def _notify(self, rank: int, number: int = MASKED) -> None:
         self._aside.fill(number, mask=self.members.mask)
         self.channels[rank].post(Cell.NOTICE, self._aside)
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A phase in which we wait for longer than a moment."""
-
-    patience: Patience
-    began: float
-    told: set[int] = field(default_factory=set)
-
-    def slice(self, now: float) -> float:
-        """Return for how long to sleep before we look again."""
-        return max(1e-3, min(SLICE, self.patience.silent - now))
 
 
 def status_of(error: RaynixlError) -> Status:
