@@ -77,7 +77,11 @@ class GpuWay:
         else:
             ids, weights = (self._gpu.fetch(one.flatten(0, -2)) for one in (made.topk_idx, made.topk_weights))
             run_experts(load, self._rank, Received(x, ids, weights, counts), y)
-        self._y = self._gpu.bring(y).view(made.x.shape)
+        brought = self._gpu.bring(y).view(made.x.shape)
+        if self._graphs is None:
+            self._y = brought
+        else:
+            self._y.copy_(brought)  # where the graph reads it
         return int((self._gpu.fetch(made.tokens) >= 0).sum())
 
     def combine(self) -> torch.Tensor:
@@ -100,7 +104,7 @@ class GpuWay:
     def _on_gpu(self, tokens: Tokens) -> Any:
         """Return tokens on the GPU, copied once; a graph takes them where the first ones were."""
         if self._tokens[0] != id(tokens):
-            fresh = tuple(self._gpu.bring(one) for one in (tokens.x, tokens.ids, tokens.weights))
+            fresh = tuple(self._gpu.bring(one.contiguous()) for one in (tokens.x, tokens.ids, tokens.weights))
             if self._graphs is not None:
                 for old, new in zip(self._tokens[1], fresh, strict=True):
                     old.copy_(new)

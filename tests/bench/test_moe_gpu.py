@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from moe_cuda_crews import GpuCrew, gpu_crew
@@ -39,6 +41,42 @@ def test_it_brings_the_right_rows_and_sums(crew: GpuCrew, layout: str) -> None:
         return found
 
     assert crew.run([lambda rank=rank: run(rank) for rank in range(3)]) == [[True] * 4] * 3
+
+
+def test_a_graph_that_is_replayed_brings_what_other_tokens_and_experts_give(
+    crew: GpuCrew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, work = Load(3, 10, 64, 3, 8, layout="slots", memory="vram"), crew.gpus.fake.work
+
+    class Graph:
+        captured: Any = None
+
+        def replay(self) -> None:
+            self.captured.launch()
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        stream = crew.gpus.stream()
+        work.begin_capture(stream)
+        yield
+        graph.captured = work.end_capture(stream)
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph", capture)
+
+    def run(rank: int) -> list[bool]:
+        with Group(crew.agents[rank], crew.names, name="bench-graph") as group:
+            way, found = GpuWay(group, load, is_graph=True), []
+            for seed in (1, 2, 3):
+                tokens = make_tokens(load, rank, seed)
+                way.dispatch(tokens)
+                found.append(is_received(load, rank, way.received(), seed))
+                way.compute()
+                found.append(is_result(load, way.combine(), tokens, is_exact=True))
+            way.close()
+        return found
+
+    assert crew.run([lambda rank=rank: run(rank) for rank in range(3)]) == [[True] * 6] * 3
 
 
 def test_memory_of_a_gpu_is_refused_where_there_is_none_and_beside_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
