@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from moe_cuda_crews import GpuCrew, gpu_crew
 
 from raynixl import Group
 from raynixl.bench.moe import MoeSpec
 from raynixl.bench.moe_gpu import GpuWay, gathers
-from raynixl.bench.moe_load import Load, is_received, is_result, make_tokens
+from raynixl.bench.moe_load import Load, Tokens, is_received, is_result, make_tokens
 from raynixl.errors import ConfigError
 
 
@@ -64,11 +65,19 @@ def test_a_graph_that_is_replayed_brings_what_other_tokens_and_experts_give(
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", capture)
 
+    def fixed(load: Load, rank: int, seed: int) -> Tokens:
+        made = make_tokens(load, rank, seed)
+        return Tokens(
+            made.x, made.ids, torch.full(made.weights.shape, 0.25)
+        )  # torch copies them, which nobody captures here
+
+    monkeypatch.setattr("raynixl.bench.moe_load.make_tokens", fixed)
+
     def run(rank: int) -> list[bool]:
         with Group(crew.agents[rank], crew.names, name="bench-graph") as group:
             way, found = GpuWay(group, load, is_graph=True), []
             for seed in (1, 2, 3):
-                tokens = make_tokens(load, rank, seed)
+                tokens = fixed(load, rank, seed)
                 way.dispatch(tokens)
                 found.append(is_received(load, rank, way.received(), seed))
                 way.compute()
