@@ -240,10 +240,12 @@ def test_memory_is_kept_while_the_gpu_of_an_importer_that_has_closed_goes_on(gpu
         far.ask("start", op="read", mine="into", record=owner.record().decode(), theirs="mine")
         far.ask("leave")
         eventually(lambda: owner.lost("far") is not None, "it has hung up")
+        frees = gpus.calls["cuMemFree_v2"]
         owner.deregister(mine)
         del mine
         assert np.array_equal(gpus.view(address, N), random_bytes(N, 7)), "it was freed under a GPU"
     far.kill()
+    eventually(lambda: gpus.calls["cuMemFree_v2"] == frees + 1, "it is freed once the importer has ended")
 
 
 def test_memory_is_freed_at_once_when_an_importer_has_closed_with_nothing_under_way(gpus: Any, far: FarAgent) -> None:
