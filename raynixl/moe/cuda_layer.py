@@ -57,6 +57,7 @@ class GpuLayer:
         self._lock = threading.Lock()  # protects what the watch writes to the page, and the page's end
         self._lost: dict[int, int] = {}  # by number, what was lost when that agreement was over
         self._stream: int | None = None
+        self.tickets = 0  # grows for good: what a graph has captured tells its former one at every replay
         self._warm_up()
         self.renew(agreed, mask)
 
@@ -72,7 +73,7 @@ class GpuLayer:
         windows = _addresses(agreed, self._me)
         self._known = sum(1 << rank for rank in windows)
         self._masked = (mask | ~self._known) & ((1 << 64) - 1)
-        self.tickets = self.known_refusals = self._gone = 0
+        self.known_refusals = self._gone = 0
         self._upload(
             self.frame.layer(self._me, windows, page=self._page_there, operation=agreed.number << 32, mask=self._masked)
         )

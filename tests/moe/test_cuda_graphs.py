@@ -138,6 +138,29 @@ def test_pairs_that_come_back_as_they_are_cannot_be_captured(crew):
         assert torch.equal(ep.combine(r.x[row], r.handle, summed=False), r.x[row])
 
 
+def test_a_replay_behind_a_new_agreement_tells_nothing_that_a_later_call_waits_for(crew):
+    work = crew.gpus.fake.work
+    with crew.experts(WORLD, **OPTIONS) as layer:
+        for number in range(3):
+            agree(layer, number, layout="tokens")
+
+        def run(rank, ep):
+            stream = crew.gpus.stream()
+            work.begin_capture(stream)
+            kept = ep.dispatch(*tokens(rank), layout="slots")
+            out = ep.combine(kept.x, kept.handle)
+            graph = work.end_capture(stream)
+            ep.synchronise()
+            graph.launch()
+            crew.gpus.settle()
+            gpu = ep._path._layer
+            return gpu.told.ticket, gpu.tickets, kept, out
+
+        for told, tickets, _, _ in layer.run(run):
+            assert 0 < told <= tickets, "the next one is taken for told already"
+        agree(layer, 4, layout="tokens")
+
+
 def test_what_the_host_must_hear_of_cannot_be_captured(crew):
     work = crew.gpus.fake.work
     with crew.experts(WORLD, **OPTIONS) as layer:
