@@ -10,6 +10,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from raynixl.errors import ConfigError, RangeError, RaynixlError
+
 TEXT_NBYTES: Final = 200
 NOWHERE: Final = 0xFFFFFFFF
 """The number of no slot."""
@@ -39,6 +41,17 @@ class Status(enum.IntEnum):
     FINE = 0
     RANGE = 1
     CONFIG = 2
+
+    @staticmethod
+    def of(error: RaynixlError) -> Status:
+        """Return how a line names an error."""
+        return Status.RANGE if isinstance(error, RangeError) else Status.CONFIG
+
+    @staticmethod
+    def kind(status: int) -> type[RaynixlError]:
+        """Return what is raised where a line says so; a status that nobody knows is an error, too."""
+        kinds: dict[int, type[RaynixlError]] = {Status.RANGE: RangeError, Status.CONFIG: ConfigError}
+        return kinds.get(status, RaynixlError)
 
 
 PHASES: Final = (Cell.EVEN, Cell.ODD)

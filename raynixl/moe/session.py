@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from raynixl.errors import ConfigError, Masked, RangeError, RaynixlError
+from raynixl.errors import ConfigError, Masked, RaynixlError
 from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, Place
 from raynixl.moe.lines import NOWHERE, PHASES, Cell, Heard, Line, Status, ranks_of
@@ -42,8 +40,6 @@ HEED_AFTER: Final = 0.1
 
 ANY: Final = 0
 """The signature of a call that is wrong."""
-
-_ERRORS: dict[int, type[RaynixlError]] = {Status.RANGE: RangeError, Status.CONFIG: ConfigError}
 
 
 class Session:
@@ -104,7 +100,7 @@ class Session:
             ready=members.ready,
         )  # fmt: skip
         if error is not None:
-            line.refuse(status_of(error), str(error))
+            line.refuse(Status.of(error), str(error))
         return line
 
     def post(self, rank: int, line: Line) -> None:
@@ -356,7 +352,8 @@ class Session:
         if not agreed:
             masks = {rank: line.mask for rank, line in heard.items()}
             self._settle(masks)
-            told = functools.reduce(operator.or_, masks.values(), told)
+            for mask in masks.values():
+                told |= mask
         members.view |= told & members.mask
         members.admitted = ready & members.mask if agreed else 0
         return agreed
@@ -365,9 +362,8 @@ class Session:
         """Raise what a rank says that is wrong with its call, or that it called something else."""
         for rank, line in heard.items():
             if line.status:
-                kind = _ERRORS.get(line.status, RaynixlError)
                 text = f"rank {rank} ({self.members.names.get(rank)!r}): {self.board.text(rank, cell)}"
-                raise kind(text, hint="mend that rank's call")
+                raise Status.kind(line.status)(text, hint="mend that rank's call")
         for rank, line in heard.items():
             if signature not in (ANY, line.signature):
                 raise ConfigError(
@@ -393,19 +389,10 @@ class Session:
                 self._notify(rank, notice_number(waiting.patience.number, remaining))
         if self.members.me not in waiting.told:
             waiting.told.add(self.members.me)
-            for sibling in self.siblings:
-                sibling._excuse(remaining)
-
-    def _excuse(self, remaining: float) -> None:
-        """Tell all that we come later: we wait for somebody in another group."""
-        for rank in self.members.ranks:
-            self._notify(rank, notice_number(self.phase, remaining))
+            for sibling in self.siblings:  # their others wait for us, who wait for somebody in this group
+                for rank in sibling.members.ranks:
+                    sibling._notify(rank, notice_number(sibling.phase, remaining))
 
     def _notify(self, rank: int, number: int = MASKED) -> None:
         self._aside.fill(number, mask=self.members.mask)
         self.channels[rank].post(Cell.NOTICE, self._aside)
-
-
-def status_of(error: RaynixlError) -> Status:
-    """Return how a line names an error."""
-    return Status.RANGE if isinstance(error, RangeError) else Status.CONFIG
