@@ -6,13 +6,12 @@ exact whatever the grid: what comes must be what flat expert parallelism brings.
 
 from __future__ import annotations
 
-import itertools
 import time
 from typing import Any
 
-import numpy as np
 import torch
-from moe_faults import EXPERTS, HIDDEN, Given, Harm, Report, Where, given, run_experts, terms
+from moe_fault_rows import HIDDEN, Given, explain, given, run_experts
+from moe_faults import Harm, Report, Where, step
 from moe_tools import make_experts
 
 from raynixl.moe.two_level import TwoLevel
@@ -36,75 +35,6 @@ class StagedHarm(Harm):
 def make(member: Any, names: list[str], options: dict[str, Any]) -> None:
     """Make a `TwoLevel`."""
     make_experts(member, names, {"kind": TwoLevel, **options})
-
-
-def step(
-    member: Any, layer: str, deadline: float = 20.0, keep: bool = False, moves: bool = False, **options: Any
-) -> Report:
-    """Dispatch and combine once; everything that comes is as it must be, but for what the report says."""
-    ep = member.eps[layer]
-    look_out(member, ep, "dispatch")
-    phase, began = ep._council.position, time.monotonic()
-    one = given(ep.rank, phase)
-    made = ep.dispatch(one.x, one.ids, one.weights, deadline=deadline, **options)
-    seconds = time.monotonic() - began
-    unheard = check_rows(ep, made, phase)
-    look_out(member, ep, "combine")
-    began = time.monotonic()
-    out = ep.combine(run_experts(ep, made), made.handle, deadline=deadline)
-    seconds = max(seconds, time.monotonic() - began)
-    missing = explain(out, one, ep)
-    if keep:
-        held = [each for each in (made.x, made.topk_idx, made.topk_weights, out) if each is not None]
-        member.kept.setdefault("held", []).extend((each, each.clone()) for each in held)
-    if moves and member.kept.get("placed") != ep.active:
-        member.kept["placed"] = ep.active
-        ep.place([ep.active[expert % len(ep.active)] for expert in range(EXPERTS)])
-    return Report(seconds, phase, made.lost, ep.active, unheard, missing)
-
-
-def look_out(member: Any, ep: Any, operation: str) -> None:
-    """Come to harm in the next operation, if it is the one."""
-    harm = member.kept.get("harm")
-    if harm is not None and harm.is_time(ep, operation):
-        del member.kept["harm"]
-        harm.arm(ep)
-
-
-def check_rows(ep: Any, made: Any, phase: int) -> tuple[int, ...]:
-    """Fail unless every row is that of its token, and a source's rows are all there or none; return whose are not."""
-    mine = np.flatnonzero(np.array(ep.placement.holders) == ep.rank)
-    x = made.x[(made.topk_idx >= 0).any(-1)] if made.handle.layout == "slots" else made.x
-    sources, tokens = made.sources.numpy(), made.tokens.numpy()
-    unheard = []
-    for source in range(ep.world):
-        theirs, here = given(source, phase), sources == source
-        wanted = np.flatnonzero(np.isin(theirs.ids.numpy(), mine).any(1))
-        if len(wanted) and not here.any():
-            unheard.append(source)
-            continue
-        assert tokens[here].tolist() == wanted.tolist(), f"rank {ep.rank}: tokens of {source} in {phase}"
-        if made.handle.layout != "experts":
-            assert torch.equal(x[torch.from_numpy(here)], theirs.x[wanted]), f"rank {ep.rank}: rows of {source}"
-    if made.handle.layout == "slots":
-        assert np.all(np.diff(sources) >= 0)
-    return tuple(unheard)
-
-
-def explain(out: torch.Tensor, one: Given, ep: Any) -> tuple[int, ...]:
-    """Return the fewest holders without whose terms the sums are these, to the bit."""
-    by_holder = terms(one, ep.placement.holders)
-    for count in range(len(by_holder) + 1):
-        for gone in itertools.combinations(sorted(by_holder), count):
-            rest = [term for rank, term in by_holder.items() if rank not in gone]
-            if torch.equal(out, sum(rest, torch.zeros_like(one.x))):
-                return gone
-    raise AssertionError(f"rank {ep.rank} of {ep.active}: no holders' terms add up to {out}")
-
-
-def steps(member: Any, layer: str, count: int, **options: Any) -> list[Report]:
-    """Take so many steps."""
-    return [step(member, layer, **options) for _ in range(count)]
 
 
 def steps_until(member: Any, layer: str, active: tuple[int, ...], most: int = 4000, **options: Any) -> list[Report]:

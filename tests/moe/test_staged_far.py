@@ -31,9 +31,9 @@ def crew(nursery: Nursery) -> Iterator[Processes]:
 def go_on_without(crew: Processes, victim: int, **options: object) -> list[int]:
     """Take a step in which a rank comes to harm, then some more; return the others."""
     rest = [rank for rank in EVERYBODY if rank != victim]
-    crew.tell(victim, "moe_staged_faults:step", "layer")
+    crew.tell(victim, "moe_faults:step", "layer")
     for rank in rest:
-        crew.tell(rank, "moe_staged_faults:steps", "layer", 4, **options)
+        crew.tell(rank, "moe_faults:steps", "layer", 4, **options)
     for reports in [crew.hear(rank) for rank in rest]:
         assert all(report.seconds < SOON for report in reports)
         assert all(set(report.missing) == set(report.unheard) == {victim} for report in reports)
@@ -47,7 +47,7 @@ def come_back(crew: Processes, victim: int, rest: Sequence[int], function: str, 
         crew.tell(rank, "moe_staged_faults:steps_until", "layer", EVERYBODY)
     for rank in EVERYBODY:
         crew.hear(rank)
-    for reports in crew.call("moe_staged_faults:steps", "layer", 2):
+    for reports in crew.call("moe_faults:steps", "layer", 2):
         assert all(report.missing == report.unheard == report.lost == () for report in reports)
 
 
@@ -64,6 +64,6 @@ def test_ranks_of_other_hosts_are_killed_and_frozen_and_come_back(crew: Processe
     with contextlib.suppress(Masked):
         crew.hear(0)
     with pytest.raises(Masked):
-        crew.call("moe_staged_faults:step", "layer", ranks=[0])
+        crew.call("moe_faults:step", "layer", ranks=[0])
     come_back(crew, 0, rest, "moe_staged_faults:rejoin", "layer")
     crew.call("moe_faults:drop", "layer")

@@ -45,7 +45,7 @@ def layer(crew: Processes, ranks: Sequence[int] = EVERYBODY, **more: object) -> 
         before = crew.call("moe_faults:footprint")
         names = [crew.names[rank] for rank in ranks]
         crew.call("moe_staged_faults:make", names, options_of(ranks, **more), ranks=ranks)
-        check(crew.call("moe_staged_faults:steps", "layer", 2, ranks=ranks))
+        check(crew.call("moe_faults:steps", "layer", 2, ranks=ranks))
         yield crew
         left = alive(crew)
         crew.call("moe_faults:drop", "layer", ranks=left)
@@ -71,10 +71,10 @@ def check(found: Sequence[Sequence[Report]], *, gone: Sequence[int] = (), first:
 def harm(crew: Processes, victim: int, where: Where, number: int, **options: object) -> list[Report]:
     """Have a rank come to harm at a place of a step; return what the others say of that step, which they keep."""
     crew.call("moe_staged_faults:harm", where, number, ranks=[victim])
-    crew.tell(victim, "moe_staged_faults:step", "layer", LONG)
+    crew.tell(victim, "moe_faults:step", "layer", LONG)
     rest = [rank for rank in EVERYBODY if rank != victim]
     for rank in rest:
-        crew.tell(rank, "moe_staged_faults:step", "layer", keep=True, **options)
+        crew.tell(rank, "moe_faults:step", "layer", keep=True, **options)
     found = [crew.hear(rank) for rank in rest]
     if number == signal.SIGKILL:
         crew.children[victim].wait_ended()
@@ -115,7 +115,7 @@ def test_others_forward_for_a_rank_that_is_killed_already_in_that_step(
         found = harm(ranks, victim, where, signal.SIGKILL)
         assert max(report.seconds for report in found) < SOON
         check_harmed(found, victim, where)
-        check(ranks.call("moe_staged_faults:steps", "layer", 3, ranks=rest), gone=[victim], first=[victim])
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=rest), gone=[victim], first=[victim])
         assert min(ranks.call("moe_faults:held_is_as_it_was", ranks=rest)) > 0
 
 
@@ -132,7 +132,7 @@ def come_back(crew: Processes, rank: int, how: str = "rejoin") -> None:
     crew.hear(rank)
     check([each[:-1] for each in found], gone=[rank], first=[rank])
     check([each[-1:] for each in found])
-    check(crew.call("moe_staged_faults:steps", "layer", 3))
+    check(crew.call("moe_faults:steps", "layer", 3))
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,13 @@ def test_a_frozen_rank_is_forwarded_for_and_comes_back(crew: Processes, victim: 
         found = harm(ranks, victim, where, signal.SIGSTOP, deadline=SHORT)
         check_harmed(found, victim, where)
         assert max(report.seconds for report in found) < SHORT + SOON
-        check(ranks.call("moe_staged_faults:steps", "layer", 3, ranks=rest), gone=[victim], first=[victim])
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=rest), gone=[victim], first=[victim])
         ranks.resume(victim)
         with contextlib.suppress(Masked):
             ranks.hear(victim)
         with pytest.raises(Masked, match="rejoin"):
-            ranks.call("moe_staged_faults:step", "layer", ranks=[victim])
-        check(ranks.call("moe_staged_faults:steps", "layer", 1, ranks=rest), gone=[victim])
+            ranks.call("moe_faults:step", "layer", ranks=[victim])
+        check(ranks.call("moe_faults:steps", "layer", 1, ranks=rest), gone=[victim])
         assert min(ranks.call("moe_faults:held_is_as_it_was", ranks=rest)) > 0
         come_back(ranks, victim)
 
@@ -166,7 +166,7 @@ def test_who_holds_a_handle_of_before_lacks_what_was_lost_since(crew: Processes)
                 for report in ranks.call("moe_staged_faults:step_again", "layer", (3,), ranks=[0, 1, 2, 4]):
                     assert report.missing == (3,)
                     assert report.seconds < SOON
-            check(ranks.call("moe_staged_faults:steps", "layer", 2, ranks=[0, 1, 2, 4]), gone=[3])
+            check(ranks.call("moe_faults:steps", "layer", 2, ranks=[0, 1, 2, 4]), gone=[3])
 
 
 @pytest.mark.parametrize("victims", mostly_slow([((3, 4),), ((0, 1),), ((1, 2, 4),), ((0, 3),)], 3), ids=str)
@@ -177,13 +177,13 @@ def test_several_are_killed_at_once_whole_groups_and_those_who_lead_among_them(
     with layer(crew) as ranks:
         ranks.call("moe_staged_faults:harm", DISPATCH[3], signal.SIGKILL, ranks=victims)
         for rank in EVERYBODY:
-            ranks.tell(rank, "moe_staged_faults:steps", "layer", 2)
+            ranks.tell(rank, "moe_faults:steps", "layer", 2)
         for reports in [ranks.hear(rank) for rank in rest]:
             for report in reports:
                 assert report.seconds < SOON
         for victim in victims:
             ranks.children[victim].wait_ended()
-        check(ranks.call("moe_staged_faults:steps", "layer", 3, ranks=rest), gone=victims)
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=rest), gone=victims)
 
 
 def test_a_rank_that_is_killed_is_replaced_under_its_name_by_all_whom_it_meets(crew: Processes) -> None:
@@ -191,7 +191,7 @@ def test_a_rank_that_is_killed_is_replaced_under_its_name_by_all_whom_it_meets(c
         for victim in (3, 0):
             ranks.kill(victim)
             rest = [rank for rank in EVERYBODY if rank != victim]
-            reports = ranks.call("moe_staged_faults:steps", "layer", 2, ranks=rest)
+            reports = ranks.call("moe_faults:steps", "layer", 2, ranks=rest)
             check(reports, gone=[victim], first=[victim])
             ranks.restart(victim)
             come_back(ranks, victim, "make")
@@ -213,7 +213,7 @@ def let_join(crew: Processes, present: Sequence[int], new: Sequence[int]) -> Non
 
 def check_settled(crew: Processes, ranks: Sequence[int]) -> None:
     """Fail unless these ranks hold all experts after a step, and steps are whole."""
-    for reports in crew.call("moe_staged_faults:steps", "layer", 4, moves=True, ranks=ranks):
+    for reports in crew.call("moe_faults:steps", "layer", 4, moves=True, ranks=ranks):
         for report in reports:
             assert (report.active, report.lost) == (tuple(ranks), ())
         assert reports[-1].missing == ()
@@ -225,7 +225,7 @@ def test_a_plan_of_memberships_under_load(crew: Processes) -> None:
         check_settled(crew, [0, 1])
         let_join(crew, [0, 1], [2, 3])
         crew.call("moe_faults:leave", "layer", [2], ranks=[0, 1, 2, 3])
-        crew.call("moe_staged_faults:steps", "layer", 1, moves=True, ranks=[0, 1, 3])  # it is named in this one
+        crew.call("moe_faults:steps", "layer", 1, moves=True, ranks=[0, 1, 3])  # it is named in this one
         check_settled(crew, [0, 1, 3])
         crew.call("moe_faults:unmask", "layer", 2, ranks=[0, 1, 3])
         let_join(crew, [0, 1, 3], [2, 4])
@@ -235,15 +235,15 @@ def test_a_masked_rank_stays_out_until_it_is_unmasked(crew: Processes) -> None:
     with layer(crew) as ranks:
         rest = [0, 1, 2, 4]
         ranks.call("moe_faults:mask", "layer", 3, ranks=rest)
-        check(ranks.call("moe_staged_faults:steps", "layer", 2, ranks=rest), gone=[3], first=[3])
+        check(ranks.call("moe_faults:steps", "layer", 2, ranks=rest), gone=[3], first=[3])
         ranks.tell(3, "moe_staged_faults:rejoin", "layer")
-        check(ranks.call("moe_staged_faults:steps", "layer", 10, ranks=rest), gone=[3])
+        check(ranks.call("moe_faults:steps", "layer", 10, ranks=rest), gone=[3])
         ranks.call("moe_faults:unmask", "layer", 3, ranks=rest)
         for rank in rest:
             ranks.tell(rank, "moe_staged_faults:steps_until", "layer", EVERYBODY)
         for rank in EVERYBODY:
             ranks.hear(rank)
-        check(ranks.call("moe_staged_faults:steps", "layer", 2))
+        check(ranks.call("moe_faults:steps", "layer", 2))
 
 
 @pytest.mark.parametrize(
@@ -275,5 +275,5 @@ def test_a_rank_is_killed_while_another_joins(crew: Processes, victim: int, wher
         assert all(report.seconds < SOON for reports in found for report in reports)
         if ranks.children[victim].is_alive:
             ranks.children[victim].wait_ended()
-        last = ranks.call("moe_staged_faults:steps", "layer", 3, ranks=[*rest, joiner])
+        last = ranks.call("moe_faults:steps", "layer", 3, ranks=[*rest, joiner])
         assert {report.missing for reports in last for report in reports} == {(victim,)}

@@ -53,7 +53,7 @@ class Trial:
         """Let everybody come back; then nothing is missing any more."""
         while self.active != set(range(WORLD)):
             self.round(most=0)
-        for reports in self.crew.call("moe_staged_faults:steps", "layer", 3):
+        for reports in self.crew.call("moe_faults:steps", "layer", 3):
             assert not any(report.missing or report.unheard for report in reports)
 
     def _kill(self, rank: int) -> None:
