@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from raynixl.moe.view import NOT_YET, Answer, Ask, Member, View
@@ -20,6 +21,7 @@ class Conductor:
     def __init__(self, council: Seat) -> None:
         self._council = council
         self._turn = threading.Lock()  # held through each change of the view
+        self._number = NOT_YET  # the highest of which we have heard that somebody has promised it
         self._is_closed = False
 
     def run(self, *, waits: bool = True) -> None:
@@ -48,20 +50,20 @@ class Conductor:
                 return False
             if min(rank for rank in view.live if rank not in lost) != council.rank:
                 return False
-            if not council.promise(view.number + 1, council.rank):
+            number = council.next_number(self._number)
+            if not council.promise(number, council.rank):
                 return False
         try:
-            return self._conduct(view, lost, {} if lost else coming)
+            return self._conduct(view, number, lost, {} if lost else coming)
         finally:
-            with council.changed:
-                if council.view == view:
-                    council.release()
+            council.release(leader=council.rank)
 
-    def _conduct(self, view: View, lost: dict[int, str], coming: dict[int, Ask]) -> bool:
+    def _conduct(self, view: View, number: int, lost: dict[int, str], coming: dict[int, Ask]) -> bool:
         council = self._council
         rest = [rank for rank in view.live if rank not in lost and rank != council.rank]
-        answers = self._prepare(view, lost, rest, coming)
+        answers = self._prepare(number, view, lost, rest, coming)
         heard = {rank: one for rank, one in answers.items() if isinstance(one, Answer)}
+        self._number = max([self._number, *(one.granted for one in heard.values())])
         latest = max((one.view for one in heard.values() if one.view is not None), default=view, key=_order)
         if latest.order > view.order:
             council.take(latest)
@@ -73,30 +75,36 @@ class Conductor:
         for rank in silent:
             council.suspect({rank}, f"it does not prepare a view: {answers[rank]}", view)
         if silent or any(one.is_refused for one in heard.values()):
-            self._commit(view, rest)  # they may go on
+            self._commit(view, heard)  # they may go on
             return bool(silent)
-        let_in = self._eligible(coming, [heard[rank] for rank in rest], heard)
+        others = [heard[rank] for rank in rest]
+        is_due = all(one.adopted == view.number for one in [*others, self._own()])
+        let_in = self._eligible(coming, others, heard) if is_due else {}  # the operation under way is done in it first
         if not lost and not let_in:
             council.put_off(coming)
             self._commit(view, rest)
             return False
-        since = max(one.position for one in [*(heard[rank] for rank in rest), self._own()])
+        since = max(one.position for one in [*others, self._own()])
+        if since == NOT_YET:  # nobody is left that was there before, as in `Council.learn`
+            since = view.since
         members = _members(view, council.names, lost, let_in)
-        is_awaited = view.is_joining and any(heard[rank].adopted != view.number for rank in rest)
+        is_joining = bool(let_in) or (view.is_joining and not is_due)
         made = view.changed(
-            leader=council.rank, since=since, members=members, is_joining=bool(let_in) or is_awaited
+            number=number, leader=council.rank, since=since, members=members, is_joining=is_joining
         )  # fmt: skip
         if not council.commit(made, council.rank):
-            return False
+            return True  # somebody else is at it, or we were frozen, and others have gone on
         self._commit(made, made.live)
         for rank in lost:
             council.asking.tell(rank, council.ask("commit", view=made))
         return True
 
-    def _prepare(self, view: View, lost: dict[int, str], rest: list[int], coming: dict[int, Ask]) -> dict[int, object]:
+    def _prepare(
+        self, number: int, view: View, lost: dict[int, str], rest: list[int], coming: dict[int, Ask]
+    ) -> dict[int, object]:
         """Have the others prepare the next view; where nobody else is left, look whether it is us who are lost."""
         council = self._council
-        ask = council.ask("prepare", number=view.number + 1, suspects=tuple(lost.items()))
+        ask = council.ask("prepare", number=number, suspects=tuple(lost.items()))
         asked = {rank: (ask, view.token(rank)) for rank in rest}
         asked |= {rank: (ask, one.token) for rank, one in coming.items()}
         answers: dict[int, object] = dict(council.asking.all(asked, council.deadline))
@@ -113,15 +121,17 @@ class Conductor:
         known = min([len(self._council.names), *(len(one.names) for one in rest)])
         return {rank: one for rank, one in coming.items() if rank in heard and rank not in barred and rank < known}
 
-    def _commit(self, view: View, ranks: object) -> None:
-        """Tell ranks of a view; who cannot be told is lost."""
+    def _commit(self, view: View, ranks: Iterable[int]) -> None:
+        """Tell ranks of a view; who cannot be told is lost, and who knows of a later one tells us."""
         council = self._council
         ask = council.ask("commit", view=view)
-        told = {rank: (ask, view.token(rank)) for rank in ranks if rank != council.rank}  # type: ignore[attr-defined]
+        told = {rank: (ask, view.token(rank)) for rank in ranks if rank != council.rank and view.token(rank)}
         answers = council.asking.all(told, council.deadline)
         for rank, one in answers.items():
             if not isinstance(one, Answer):
                 council.suspect({rank}, f"it cannot be told of a view: {one}", view)
+            elif one.view is not None:
+                council.take(one.view)
 
 
 def _order(view: View) -> tuple[int, int]:

@@ -115,8 +115,20 @@ class Council(Seat):
         with self.changed:
             self.token, self.view, self.adopted = secrets.token_hex(16), None, None
             self.position, self._promise, self._fresh, self._masked = 0, None, None, None
+            self._granted = (NOT_YET, NOT_YET)
             self.suspects.clear()
             self.applicants.clear()
+
+    def withdraw(self) -> None:
+        """Be nobody's, after we were not let in in time; tell those that have let us in meanwhile, lest they wait."""
+        with self.changed:
+            view, token = self.view, self.token
+            self.restart()
+            self._masked = f"rank {self.rank} ({self.agent.name!r}) has not come back"
+        if view is not None and view.has(self.rank, token):
+            for rank in view.live:
+                if rank != self.rank:
+                    self.asking.tell(rank, self.ask("report", suspects=((self.rank, token),)))
 
     def learn(self, view: View) -> tuple[int, ...] | None:
         """Ask those that were there before which operation is under way; return where experts are, unless we knew.
@@ -314,10 +326,12 @@ class Council(Seat):
         if leader == self.rank:
             self.conductor.run()
             return
-        ask = self.ask("report", suspects=tuple(lost.items()))
+        began, ask = time.monotonic(), self.ask("report", suspects=tuple(lost.items()))
         answer = self.asking.one(leader, ask, self.deadline + PATIENCE, view.token(leader))
+        is_crowded = isinstance(answer, TransferTimeout) and time.monotonic() - began < self.deadline
         with self.changed:
-            if isinstance(answer, RaynixlError):
+            if isinstance(answer, Answer):
+                if answer.view is not None:
+                    self.take(answer.view)
+            elif not is_crowded:
                 self.suspect({leader}, f"it does not answer a report: {answer.message}", view)
-            elif answer.view is not None:
-                self.take(answer.view)

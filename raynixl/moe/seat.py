@@ -73,6 +73,7 @@ class Seat:
         self.changed = threading.Condition(threading.RLock())  # protects all of this
         self.conductor = Conductor(self)
         self._promise: Promise | None = None
+        self._granted = (NOT_YET, NOT_YET)  # number and leader of the last promise, also when that is over
         self._fresh: bool | None = None  # of the operation under way, if there is one
         self._masked: str | None = None
 
@@ -157,12 +158,14 @@ class Seat:
             self.applicants = {
                 rank: one for rank, one in self.applicants.items() if not view.has(rank, one.token)
             }  # fmt: skip
-            self.release()
+            self.release(view.number)
 
-    def release(self) -> None:
-        """Go on: nothing is prepared any more."""
+    def release(self, number: int | None = None, *, leader: int | None = None) -> None:
+        """Go on, unless it is a later view that is prepared, or another leader's."""
         with self.changed:
-            self._promise = None
+            held = self._promise
+            if held is not None and leader in (None, held.leader) and (number is None or held.number <= number):
+                self._promise = None
             self.changed.notify_all()
 
     def put_off(self, ranks: Iterable[int]) -> None:
@@ -172,13 +175,25 @@ class Seat:
                 self.applicants.pop(rank, None)
 
     def promise(self, number: int, leader: int) -> bool:
-        """Promise to end no operation until this view is there; whether no lower rank has asked that already."""
+        """Promise to end no operation until this view is there; whether nobody else has, for it or a later one.
+
+        Nor has a lower rank, which is still at it.
+        """
         with self.changed:
-            held = self._promise
+            held, (highest, by) = self._promise, self._granted
             if held is not None and held.leader < leader and time.monotonic() < held.until:
                 return False
+            if number <= highest and leader != by:
+                return False
+            self._granted = (number, leader)
             self._promise = Promise(number, leader, time.monotonic() + self.deadline + GRACE)
             return True
+
+    def next_number(self, *heard: int) -> int:
+        """Return the number for a view that we prepare: no view of it was ever prepared, as far as we know or heard."""
+        with self.changed:
+            known = NOT_YET if self.view is None else self.view.number
+            return max(known, self._granted[0], *heard) + 1
 
     def _answer(self, peer: str, payload: bytes) -> bytes:
         ask = Ask.from_bytes(payload)
@@ -193,7 +208,7 @@ class Seat:
                 self._hear_hello(ask)
             case "report":
                 self._hear_of(ask)
-                self.conductor.run()
+                self.conductor.run(waits=False)  # who asks does so again until it is done
             case "prepare":
                 is_refused = not self._prepare(ask)
             case "commit" if ask.view is not None:
@@ -207,7 +222,7 @@ class Seat:
             return Answer(
                 rank=self.rank, token=self.token, scene=self.charter.scene, host=self.agent.host, is_running=is_running,
                 view=view, adopted=NOT_YET if adopted is None else adopted.number, position=self.position,
-                is_busy=self._fresh is not None,
+                is_busy=self._fresh is not None, granted=self._granted[0],
                 barred=tuple(self.barred), names=tuple(self.names), is_refused=is_refused,
                 holders=self.charter.holders() if ask.kind == "state" else (),
             )  # fmt: skip
@@ -241,14 +256,19 @@ class Seat:
             return self.promise(ask.number, ask.rank)
 
     def commit(self, view: View, by: int) -> bool:
-        """Take the view that a leader has made, or left as it was; False if we have promised another one meanwhile."""
+        """Take the view that a leader has made, or left as it was; False if we have promised another one meanwhile.
+
+        A leader that was frozen meanwhile, so that its own promise has run out, must prepare again.
+        """
         with self.changed:
-            held = self._promise
-            if held is not None and held.number == view.number and held.leader < by:
+            held, (number, leader) = self._promise, self._granted
+            is_new = self.view is None or view.order > self.view.order
+            is_awaited = view.number > number or by == leader or (view.number, view.leader) == (number, leader)
+            is_late = by == self.rank and (held is None or held.leader != by or time.monotonic() > held.until)
+            if is_new and (is_late or not is_awaited):
                 return False
             self.take(view)
-            if held is not None and held.leader == by:
-                self.release()
+            self.release(leader=by)
             return True
 
     def ask(self, kind: str, **more: object) -> Ask:

@@ -257,12 +257,15 @@ class StagedRank:
         while True:
             self._drop_stages()
             self._council.restart()
-            view = self._council.begin(max(0.0, until - time.monotonic()))
             try:
+                view = self._council.begin(max(0.0, until - time.monotonic()))
                 self._council.adopt(view)
                 self._regroup(until)
             except (Masked, Regrouped):
                 continue  # until it is too late, which the council says
+            except BaseException:
+                self._council.withdraw()
+                raise
             self._before = self.active
             return
 

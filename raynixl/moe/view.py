@@ -64,15 +64,17 @@ class View(Wire):
         groups = (tuple(place[rank] for rank in group if rank in place) for group in self.groups)
         return Grid(tuple(group for group in groups if group)), live
 
-    def changed(self, *, leader: int, since: int, members: tuple[Member, ...], is_joining: bool) -> View:
+    def changed(
+        self, *, leader: int, since: int, members: tuple[Member, ...], is_joining: bool, number: int | None = None
+    ) -> View:
         """Return the next view; where ranks come that no group has, or from other hosts, groups are made anew."""
         groups = self.groups
         hosts = [member.host for member in members]
         if len(members) > len(self.members) or hosts != [member.host for member in self.members]:
             groups = _added(groups, len(members)) if self.is_given else make_grid(len(members), hosts).groups
         return View(
-            number=self.number + 1, leader=leader, since=since, is_joining=is_joining, members=members, groups=groups,
-            is_given=self.is_given,
+            number=self.number + 1 if number is None else number, leader=leader, since=since, is_joining=is_joining,
+            members=members, groups=groups, is_given=self.is_given,
         )  # fmt: skip
 
 
@@ -135,6 +137,8 @@ class Answer(Wire):
     """How many operations it has ended, or -1 where it does not know."""
     is_busy: bool
     """Whether it is amid an operation."""
+    granted: int = NOT_YET
+    """The highest number of a view for which it has promised anything."""
     barred: Ranks
     names: Annotated[tuple[Name, ...], Field(max_length=1 << 16)]
     holders: Annotated[tuple[int, ...], Field(max_length=1 << 20)] = ()
