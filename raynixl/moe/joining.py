@@ -114,7 +114,7 @@ def _welcome(session: Session, met: Met, gone: Set[int]) -> Welcome | None:
     if any(rank not in met for rank in active if rank not in [members.me, *ended]):
         return None
     members.mask = first.mask
-    session.phase = first.phase - 1
+    session.phase = session.first = first.phase - 1  # who has masked us before that has let us in since
     for rank in alike:
         session.slots[rank] = lines[rank].slot
     for rank in ended:

@@ -335,4 +335,6 @@ class Meeting:
             self.agent.control.unserve(self._topic(what))
         self.agent.undeliver(self._topic("line"))
         self._rows.close()
+        with self._lock:
+            self._arrivals.clear()
         self._channels.clear()  # they hold on to us: without this, arenas stay mapped until Python collects its garbage

@@ -16,12 +16,11 @@ SHARE: Final = 0.2
 MOST: Final = 2.0
 """The share of an operation's time, and the seconds at most, that are kept for what comes once ranks are given up."""
 
-_PHASES: Final = (1 << 40) - 1
+_PHASES: Final = (1 << 39) - 1
 _TICKS: Final = (1 << 24) - 1
 _SECONDS_A_TICK: Final = 1e-3
 
-MASKED: Final = _PHASES << 24
-"""The number of a notice that only says who is masked."""
+_MASKED: Final = 1 << 63
 
 
 def reserve(began: float, deadline: float, needed: float = 0.0) -> float:
@@ -34,6 +33,16 @@ def notice_number(phase: int, remaining: float) -> int:
     """Return the number of a notice: it says all that is acted on, since a number alone is never torn; and it grows."""
     ticks = min(_TICKS, max(0, int(remaining / _SECONDS_A_TICK)))
     return (phase & _PHASES) << 24 | _TICKS - ticks
+
+
+def masked_number(phase: int) -> int:
+    """Return the number of a notice that only says who is masked, as of a phase: higher than all others."""
+    return _MASKED | phase
+
+
+def says_masked(notice: int, first: int) -> bool:
+    """Whether a notice's number says who is masked, as of this phase or a later one."""
+    return notice >= _MASKED + first
 
 
 @dataclass(slots=True)
@@ -59,7 +68,7 @@ class Patience:
 
     def hear(self, rank: int, notice: int, now: float) -> None:
         """Take in the number of a rank's notice, once."""
-        if notice in (0, MASKED) or self._heard.get(rank) == notice:
+        if not 0 < notice < _MASKED or self._heard.get(rank) == notice:
             return
         self._heard[rank] = notice
         phase = (notice >> 24) - (self.number & _PHASES)

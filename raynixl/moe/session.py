@@ -15,7 +15,7 @@ from raynixl.moe.board import Board
 from raynixl.moe.channel import Channel, Place
 from raynixl.moe.lines import NOWHERE, PHASES, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
-from raynixl.moe.patience import MASKED, Patience, Waiting, notice_number, reserve
+from raynixl.moe.patience import Patience, Waiting, masked_number, notice_number, reserve, says_masked
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -55,7 +55,7 @@ class Session:
         self.board = board
         self.pool = pool
         self.channels: dict[int, Channel] = {}
-        self.phase = 0
+        self.phase = self.first = 0
         self.is_amid = False
         """Whether an operation is under way: what ends it now ends it here alone, and other ranks go on."""
         self.landing: Slot = pool.take()
@@ -316,7 +316,7 @@ class Session:
 
     def _check_notice(self, rank: int) -> None:
         notice = self.board.read(rank, Cell.NOTICE)
-        if notice.number and notice.mask >> self.members.me & 1:
+        if says_masked(notice.number, self.first) and notice.mask >> self.members.me & 1:
             raise self._masked(rank)
 
     def _heed(self, mask: int) -> None:
@@ -393,6 +393,6 @@ class Session:
                 for rank in sibling.members.ranks:
                     sibling._notify(rank, notice_number(sibling.phase, remaining))
 
-    def _notify(self, rank: int, number: int = MASKED) -> None:
-        self._aside.fill(number, mask=self.members.mask)
+    def _notify(self, rank: int, number: int = 0) -> None:
+        self._aside.fill(number or masked_number(self.phase), mask=self.members.mask)
         self.channels[rank].post(Cell.NOTICE, self._aside)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from raynixl.moe.patience import LEAST, MASKED, Patience, notice_number, reserve
+from raynixl.moe.patience import LEAST, Patience, masked_number, notice_number, reserve, says_masked
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,9 @@ def test_who_has_begun_the_phase_is_excused_no_more() -> None:
     assert patience.until(1) == 8.0
 
 
-@pytest.mark.parametrize("notice", [0, MASKED, notice_number(5, 0.0), notice_number(9, 0.0), notice_number(0, 0.0)])
+@pytest.mark.parametrize(
+    "notice", [0, masked_number(7), notice_number(5, 0.0), notice_number(9, 0.0), notice_number(0, 0.0)]
+)
 def test_notices_of_other_phases_change_nothing(notice: int) -> None:
     patience = Patience.of(7, 0.0, 10.0, 2.0)
     patience.hear(1, notice, 1.0)
@@ -59,8 +61,17 @@ def test_a_phase_that_begins_late_has_a_moment_still() -> None:
 def test_numbers_of_notices_grow() -> None:
     numbers = [
         notice_number(phase, remaining)
-        for phase, remaining in itertools.product((0, 1, 2, 1 << 30, (1 << 40) - 2), (1e9, 30.0, 29.0, 0.5, 0.0, -1.0))
+        for phase, remaining in itertools.product((0, 1, 2, 1 << 30, (1 << 39) - 2), (1e9, 30.0, 29.0, 0.5, 0.0, -1.0))
     ]
     assert numbers == sorted(numbers)
-    assert numbers[-1] < MASKED
-    assert max(numbers) < 1 << 64
+    masked = [masked_number(0), masked_number(1), masked_number(1 << 40)]
+    assert masked == sorted(masked)
+    assert numbers[-1] < masked[0]
+    assert masked[-1] < 1 << 64
+
+
+def test_who_was_masked_before_it_was_let_in_is_not_masked_by_that() -> None:
+    assert not says_masked(masked_number(4), 5)
+    assert says_masked(masked_number(5), 5)
+    assert says_masked(masked_number(0), 0)
+    assert not says_masked(notice_number((1 << 39) - 1, 0.0), 0)
