@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+import time
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -23,12 +25,18 @@ MAX_NAME_CHARS = 200
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 Incarnation = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""One life of an agent: 16 hex digits of when it began, in nanoseconds of its host's clock, and 16 that are random."""
 Unsigned = Annotated[int, Field(ge=0, lt=1 << 63)]
 Fields = Annotated[dict[str, str | int], Field(max_length=32)]
 Labels = Annotated[
     dict[Annotated[str, Field(max_length=200)], Annotated[str, Field(max_length=200)]], Field(max_length=16)
 ]
 _LABELS = TypeAdapter(Labels, config=ConfigDict(strict=True))
+
+
+def new_incarnation() -> str:
+    """Return the name of a life that begins now. Of two of one host the later one is the greater text."""
+    return f"{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
 def check_name(name: str, what: str = "name") -> str:

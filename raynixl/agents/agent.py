@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import threading
 import time
 import weakref
@@ -35,7 +34,7 @@ from raynixl.host import host_identity
 from raynixl.memory import resolve
 from raynixl.native import Engine, load
 from raynixl.reactor import Reactor
-from raynixl.record import AgentRecord, check_labels, check_name
+from raynixl.record import AgentRecord, check_labels, check_name, new_incarnation
 from raynixl.region import Region, RemoteRegion
 from raynixl.telemetry import AgentStatistics, RouteCounter
 
@@ -64,7 +63,7 @@ class Agent(Messaging):
     ) -> None:
         self.name = check_name(name, "agent name")
         self.config = check_config(config)
-        self.incarnation = secrets.token_hex(16)
+        self.incarnation = new_incarnation()
         self.host = host_identity()
         self.transfer_timeout = self.config.transfer_timeout
         self.settled = threading.Condition()  # protects the stages of transfers that did not end at once

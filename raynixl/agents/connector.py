@@ -39,6 +39,7 @@ class Connector:
         self._lock = threading.Lock()  # protects everything below
         self._connections: dict[str, Connection] = {}
         self._enough = 2 * MAX_LOST  # connections, for those that are lost to be looked through
+        self._replaced: dict[str, None] = {}  # incarnations that a later one has replaced, the latest of them
         self._making: dict[str, threading.Lock] = {}
         self._pending: dict[str, list[tuple[Prepared, Transfer]]] = {}
         self._threads: set[threading.Thread] = set()
@@ -61,18 +62,24 @@ class Connector:
             return connection
         return None
 
-    def accept(self, link: Link) -> Connection:
-        """Take a link that a peer opened; a new incarnation replaces the old one."""
+    def accept(self, link: Link) -> None:
+        """Take a link that a peer opened; a new incarnation replaces the old one, and no replaced one comes back.
+
+        It may try: a process that was frozen, and replaced under its name meanwhile, wakes and knows nothing of that.
+        """
         with self._lock:
             old = self._connections.get(link.peer)
-            if old is not None and old.incarnation == link.incarnation and old.add_link(link):
-                return old
-            connection = Connection(link.peer, link.incarnation, None)
-            connection.links.append(link)
-            self._remember(connection)
-        if old is not None and old.incarnation != link.incarnation:
+            is_replaced = link.incarnation in self._replaced
+            if not is_replaced:
+                if old is not None and old.incarnation == link.incarnation and old.add_link(link):
+                    return
+                connection = Connection(link.peer, link.incarnation, None)
+                connection.links.append(link)
+                self._remember(connection)
+        if is_replaced:
+            link.close(_restarted(link.peer))
+        elif old is not None and old.incarnation != link.incarnation:
             old.lose(_restarted(link.peer))
-        return connection
 
     def messenger(self, link: Link) -> Link:
         """Return the link that carries messages beside one that carries none.
@@ -235,8 +242,12 @@ class Connector:
 
     def _remember(self, connection: Connection) -> None:
         """Hold a connection; of those that are lost, the latest only. _lock is held."""
-        self._connections.pop(connection.name, None)
+        old = self._connections.pop(connection.name, None)
         self._connections[connection.name] = connection
+        if old is not None and old.incarnation < connection.incarnation:  # so says the clock; else nobody can tell
+            self._replaced[old.incarnation] = None
+            if len(self._replaced) > MAX_LOST:
+                del self._replaced[next(iter(self._replaced))]
         if len(self._connections) >= self._enough:
             lost = [name for name, one in self._connections.items() if one.lost is not None]
             for name in lost[:-MAX_LOST]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import signal
 import threading
 import weakref
 
 import numpy as np
 import pytest
+import warm
 from agent_tools import PATIENCE, eventually
-from liveness_tools import World, ends_with, mapped_arenas, pattern
+from liveness_tools import QUICK, N, World, ends_with, mapped_arenas, pattern
 
 from raynixl import PeerLost, PeerRestarted, RaynixlError, Region, RemoteRegion
 from raynixl.agents.reply import Reply
+from raynixl.backends.shm import ShmBackend
+from raynixl.testing.places import FarProcess
 
 MIB = 1 << 20
 
@@ -137,6 +142,29 @@ def test_a_restarted_peer_that_greets_first_replaces_its_earlier_life(world: Wor
     world.victim.ask("copy", "write", "new", "near", "ours")
     assert np.array_equal(mine.array(), pattern(mine.nbytes, 5))
     ends_with(lambda: world.near.read(theirs, mine), PeerRestarted)
+
+
+def test_a_process_that_wakes_when_it_was_replaced_does_not_come_back(world: World) -> None:
+    former = world.victim
+    world.near.read(world.theirs(), world.mine()).wait(PATIENCE)
+    world.stop()
+    eventually(lambda: world.near.lost("victim"), "its silence is noticed")
+    world.victim = FarProcess(ShmBackend, QUICK, is_busy=False, launch=warm.popen)
+    try:
+        world.open(world.victim, "victim")
+        world.victim.ask("make", "new", N, "user", 5)
+        world.check_reads("new", 5)
+        os.kill(former.pid, signal.SIGCONT)
+        world.is_stopped = False
+        world.near.serve("echo", lambda _peer, payload: payload, threaded=False)
+        for _ in range(3):
+            with pytest.raises(PeerLost):
+                former.ask("ask", "near", b"I am back")
+            assert world.near.ask("victim", "echo", b"it is me").wait() == b"it is me"
+        assert world.near.lost("victim") is None
+        world.check_reads("new", 5)
+    finally:
+        former.close()
 
 
 def test_a_peer_killed_while_deregistering_holds_nobody_up(world: World) -> None:
