@@ -84,13 +84,16 @@ class Conductor:
             council.put_off(coming)
             self._commit(view, rest)
             return False
-        since = max(one.position for one in [*others, self._own()])
+        known = [*others, self._own()]
+        since = max(one.position for one in known)
         if since == NOT_YET:  # nobody is left that was there before, as in `Council.learn`
             since = view.since
+        elif not any(one.adopted == view.number and one.position != NOT_YET for one in known):
+            # what is under way may be no dispatch: who was to come in with the next one must ask again
+            lost = lost | {one.rank: one.token for one in known if one.position == NOT_YET}
         members = _members(view, council.names, lost, let_in)
-        is_joining = bool(let_in) or (view.is_joining and not is_due)
         made = view.changed(
-            number=number, leader=council.rank, since=since, members=members, is_joining=is_joining
+            number=number, leader=council.rank, since=since, members=members, is_joining=bool(let_in)
         )  # fmt: skip
         if not council.commit(made, council.rank):
             return True  # somebody else is at it, or we were frozen, and others have gone on

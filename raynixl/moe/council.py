@@ -184,7 +184,8 @@ class Council(Seat):
         view = self.view
         if view is None or view == self.adopted or NOT_YET < self.position < view.since:
             return None
-        return view if self._fresh or not view.is_joining else None
+        is_coming = self.position == NOT_YET  # so that it has nothing to end in any other view
+        return view if self._fresh or is_coming or not view.is_joining else None
 
     def adopt(self, view: View) -> None:
         """Work in a view from now on."""
@@ -282,7 +283,7 @@ class Council(Seat):
         """
         with self.changed:
             self._check_masked()
-            if self.view is not None and self.view != self.adopted:
+            if self.due is not None:
                 raise Regrouped
         now = time.monotonic()
         if now - self._looked < PATIENCE:

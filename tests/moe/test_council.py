@@ -15,7 +15,7 @@ from agent_tools import eventually
 from moe_tools import Layer, Threads
 
 from raynixl import Agent, Masked, TransferTimeout
-from raynixl.moe.council import Council
+from raynixl.moe.council import Council, Regrouped
 from raynixl.moe.grid import Grid
 from raynixl.moe.seat import Charter
 from raynixl.moe.two_level import TwoLevel
@@ -210,3 +210,52 @@ def test_nobody_comes_in_before_all_work_in_the_present_view(agent: Agent, monke
     assert one.view.live == (0, 1)
     assert one.view.is_joining
     one.close()
+
+
+def joining(council: Council, number: int = 1) -> View:
+    assert council.view is not None
+    return council.view.changed(number=number, leader=0, since=0, members=members(council), is_joining=True)
+
+
+def test_a_view_that_is_for_the_next_dispatch_ends_no_making_of_another_one(council: Council) -> None:
+    council.enter(is_fresh=False)
+    assert council.commit(view := joining(council), 0)
+    council.watch_building()
+    assert council.due is None
+    council.enter(is_fresh=True)
+    assert council.due == view
+    with pytest.raises(Regrouped):
+        council.watch_building()
+
+
+def test_who_comes_in_follows_any_later_view(council: Council) -> None:
+    council.position = NOT_YET
+    assert council.commit(view := joining(council), 0)
+    assert council.due == view
+    with pytest.raises(Regrouped):
+        council.watch_building()
+
+
+def test_who_was_to_come_in_asks_again_where_one_is_lost_before(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may be amid a combine, which is to be done again without it; behind the next dispatch it stays."""
+    for adopted, live in ((0, (0, 1)), (1, (0, 1, 3))):
+        names = ["owner", "b", "c", "d"]
+        one = Council(agent, Charter("layer", 0, names, "", 5.0, 8, None, lambda: ()))
+        tokens = [one.token, *TOKENS[1:]]
+        every = tuple(Member(name=name, token=token) for name, token in zip(names, tokens, strict=True))
+        one.take(view := first_view((*every[:3], Member(name="d")), None))
+        one.adopt(view)
+        one.take(view.changed(leader=0, since=7, members=every, is_joining=True))
+        one.position = 7
+        asks = Ask(kind="state", rank=1, token=TOKENS[1])
+        said = one.said(asks, False)
+        answers = {
+            1: said.model_copy(update={"rank": 1, "token": TOKENS[1], "adopted": adopted}),
+            3: said.model_copy(update={"rank": 3, "token": TOKENS[3], "adopted": 1, "position": NOT_YET}),
+        }
+        monkeypatch.setattr(one.asking, "all", lambda asked, *_, known=answers: {rank: known[rank] for rank in asked})
+        one.suspect({2}, "it has ended")
+        one.conductor.run()
+        assert one.view is not None
+        assert (one.view.live, one.view.is_joining, one.view.since) == (live, False, 7)
+        one.close()
