@@ -152,6 +152,8 @@ class Seat:
                 self._masked = f"rank {self.rank} ({self.agent.name!r}) was masked by the others"
             elif was_in and view.since < self.position:  # our promise had run out before
                 self._masked = f"rank {self.rank} ({self.agent.name!r}) has ended an operation that the others redo"
+            elif not was_in and view.has(self.rank, self.token) and view.number > 0:
+                self.position = NOT_YET  # whatever they tell of themselves: it may be later than that we are in
             self.view = view
             self.names.extend(member.name for member in view.members[len(self.names) :])
             self.suspects = self.lost_of_view()

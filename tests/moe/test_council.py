@@ -259,3 +259,15 @@ def test_who_was_to_come_in_asks_again_where_one_is_lost_before(agent: Agent, mo
         assert one.view is not None
         assert (one.view.live, one.view.is_joining, one.view.since) == (live, False, 7)
         one.close()
+
+
+def test_who_is_let_in_before_it_hears_that_the_others_run_asks_where_they_are(agent: Agent) -> None:
+    one = Council(agent, Charter("layer", 2, NAMES, "", 5.0, 8, None, lambda: ()))
+    view = first_view(members(one), None)
+    assert one.commit(view.changed(leader=0, since=7, members=members(one), is_joining=True), 0)
+    assert one.position == NOT_YET
+    one.restart()
+    assert one.position == 0
+    one.take(first_view(members(one), None))
+    assert one.position == 0  # it is one of those that began
+    one.close()
