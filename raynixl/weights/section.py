@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from raynixl.weights.versionlock import VersionLock
+
+Hooked = TypeVar("Hooked", bound=Callable[..., None])
 
 
 def guard_forward(model: Any, lock: VersionLock, *, timeout: float) -> Callable[[], None]:
@@ -30,6 +32,15 @@ def guard_forward(model: Any, lock: VersionLock, *, timeout: float) -> Callable[
     return unhook
 
 
+def _not_traced(function: Hooked) -> Hooked:
+    """Have torch.compile call a function as it is, as `torch.compiler.disable` would, which adds a frame to each call.
+
+    Without that it warns, once in each process, that it cannot trace what looks at frames.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
 class _Section:
     """The pins of one module's forwards, counted for each thread."""
 
@@ -38,11 +49,13 @@ class _Section:
         self._timeout = timeout
         self._local = threading.local()
 
+    @_not_traced
     def enter(self) -> None:
         frame = sys._getframe(2)  # the caller of the hook: torch's frame around this forward
         self._lock.pin(self._timeout, frame=frame)
         self._local.depth = getattr(self._local, "depth", 0) + 1
 
+    @_not_traced
     def leave(self) -> None:
         depth = getattr(self._local, "depth", 0)
         if depth == 0:  # entering failed, and torch calls the hook that always runs
