@@ -166,7 +166,7 @@ class _Arranging:
                 f"rows came for experts that are not here: {exc}",
                 hint="the ranks run different versions of raynixl, or one's memory is damaged",
             ) from exc
-        return _Told(ids, torch.from_numpy(ids if wide is None else wide), torch.from_numpy(counts))
+        return _Told(ids, torch.from_numpy(ids.copy() if wide is None else wide), torch.from_numpy(counts))
 
     def _columns(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
         """Return x, its scales and what came beside as tensors: views of the slot, which they lease."""
@@ -203,12 +203,12 @@ class _Arranging:
         call, scene = self.call, self.scene
         major = None
         ids, row_ids = told.ids, told.row_ids
-        weights = None if row_weights is None else torch.from_numpy(row_weights)
+        weights = None if row_weights is None else torch.from_numpy(row_weights.copy())  # the handle keeps its own
         offsets = None
         if call.layout == "experts":
             major = expert_major(row_ids, scene.local_experts, call.alignment)
             columns = [self._by_expert(column, major) for column in columns]
-            offsets = torch.from_numpy(major.offsets)
+            offsets = torch.from_numpy(major.offsets.copy())
             weights = None if row_weights is None else torch.from_numpy(major.weights(row_weights))
         elif call.layout == "slots":
             ids, weights = self._in_slots(ids, -1), None if weights is None else self._in_slots(weights, 0)
@@ -216,7 +216,7 @@ class _Arranging:
         scales, extra = (columns[1], columns[2:]) if call.has_scales else (None, columns[1:])
         return Dispatched(
             columns[0], scales, ids, weights, told.counts, offsets,
-            torch.from_numpy(tokens), tuple(extra), self._lost(),
+            torch.from_numpy(tokens.copy()), tuple(extra), self._lost(),
             self._handle(row_ids, row_weights, tokens, major),
         )  # fmt: skip
 

@@ -81,6 +81,29 @@ def test_memory_is_used_again_when_nobody_views_it(crew):
         assert len(first | later) <= 8
 
 
+@every_way
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_what_a_dispatch_returned_may_be_changed_in_place(crew, way, ids_dtype):
+    x, weights = torch.arange(8.0).reshape(8, 1).expand(8, 16), torch.full((8, 2), 0.5)
+    ids = (torch.arange(16).reshape(8, 2) % 4).to(ids_dtype)
+
+    def work(rank, ep, changes):
+        r = ep.dispatch(x, ids, weights, layout=way[0], weights_at=way[1])
+        is_pairs = way[1] == "source" and way[0] != "experts"
+        y = r.x[(r.topk_idx >= 0).nonzero()[:, :-1].unbind(1)] if is_pairs else r.x.clone()
+        for told in (r.topk_idx, r.topk_weights, r.counts, r.offsets, r.tokens, r.sources):
+            if changes and told is not None:
+                told.fill_(-1)
+        out, again = ep.combine(y, r.handle), ep.dispatch(x, handle=r.handle)
+        return [out, again.topk_idx, again.counts, again.tokens, again.topk_weights]
+
+    with crew.experts(experts=4, hidden=16, topk=2, max_tokens=8, dtype=torch.float32) as layer:
+        wanted = layer.run(lambda rank, ep: work(rank, ep, changes=False))
+        found = layer.run(lambda rank, ep: work(rank, ep, changes=True))
+    for want, have in zip(wanted, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(want, have, strict=True) if a is not None)
+
+
 @pytest.mark.parametrize("count", [0, 2, 4, 8])
 def test_a_handle_for_another_number_of_tokens_is_refused_on_all_ranks(crew, count):
     ids = torch.zeros(3, 1, dtype=torch.int64)
