@@ -111,6 +111,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(_group_of(item)))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Forget which tests failed where the run itself broke: `--last-failed` shall not pass for those that never ran."""
+    if exitstatus == pytest.ExitCode.INTERNAL_ERROR and session.config.cache is not None:
+        session.config.cache.set("cache/lastfailed", {})
+
+
 def _group_of(item: pytest.Item) -> str:
     place = item.nodeid.partition("::")[0]
     if place.startswith("tests/hosts/"):
