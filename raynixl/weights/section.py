@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raynixl.weights.versionlock import VersionLock
-
-Hooked = TypeVar("Hooked", bound=Callable[..., None])
 
 
 def guard_forward(model: Any, lock: VersionLock, *, timeout: float) -> Callable[[], None]:
@@ -32,15 +31,6 @@ def guard_forward(model: Any, lock: VersionLock, *, timeout: float) -> Callable[
     return unhook
 
 
-def _not_traced(function: Hooked) -> Hooked:
-    """Have torch.compile call a function as it is, as `torch.compiler.disable` would, which adds a frame to each call.
-
-    Without that it warns, once in each process, that it cannot trace what looks at frames.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
-
-
 class _Section:
     """The pins of one module's forwards, counted for each thread."""
 
@@ -49,14 +39,11 @@ class _Section:
         self._timeout = timeout
         self._local = threading.local()
 
-    @_not_traced
-    def enter(self) -> None:
-        frame = sys._getframe(2)  # the caller of the hook: torch's frame around this forward
+    def enter(self, frame: FrameType) -> None:
         self._lock.pin(self._timeout, frame=frame)
         self._local.depth = getattr(self._local, "depth", 0) + 1
 
-    @_not_traced
-    def leave(self) -> None:
+    def leave(self, _frame: FrameType) -> None:
         depth = getattr(self._local, "depth", 0)
         if depth == 0:  # entering failed, and torch calls the hook that always runs
             return
@@ -65,13 +52,23 @@ class _Section:
 
 
 class _Hook:
-    """A hook that a copied or pickled module leaves behind: the copy follows no pushes."""
+    """A hook that a copied or pickled module leaves behind: the copy follows no pushes.
 
-    def __init__(self, action: Callable[[], None]) -> None:
+    torch.compile leaves it alone, and all that it calls: it would warn of what it cannot trace there.
+    """
+
+    def __init__(self, action: Callable[[FrameType], None]) -> None:
         self._action = action
+        self._is_disabled = False
 
     def __call__(self, *_arguments: Any) -> None:
-        self._action()
+        if not self._is_disabled and "torch._dynamo" in sys.modules:  # a slow import, for whoever compiles only
+            import torch
+
+            self._action, self._is_disabled = torch.compiler.disable(self._action), True  # type: ignore[no-untyped-call]
+        self._action(sys._getframe(1))  # torch's frame around this forward
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return (_no_hook, ())
