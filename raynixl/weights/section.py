@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,11 +38,12 @@ class _Section:
         self._timeout = timeout
         self._local = threading.local()
 
-    def enter(self, frame: FrameType) -> None:
+    def enter(self) -> None:
+        frame = sys._getframe(2)  # the caller of the hook: torch's frame around this forward
         self._lock.pin(self._timeout, frame=frame)
         self._local.depth = getattr(self._local, "depth", 0) + 1
 
-    def leave(self, _frame: FrameType) -> None:
+    def leave(self) -> None:
         depth = getattr(self._local, "depth", 0)
         if depth == 0:  # entering failed, and torch calls the hook that always runs
             return
@@ -52,23 +52,13 @@ class _Section:
 
 
 class _Hook:
-    """A hook that a copied or pickled module leaves behind: the copy follows no pushes.
+    """A hook that a copied or pickled module leaves behind: the copy follows no pushes."""
 
-    torch.compile leaves it alone, and all that it calls: it would warn of what it cannot trace there.
-    """
-
-    def __init__(self, action: Callable[[FrameType], None]) -> None:
+    def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
-        self._is_disabled = False
 
     def __call__(self, *_arguments: Any) -> None:
-        if not self._is_disabled and "torch._dynamo" in sys.modules:  # a slow import, for whoever compiles only
-            import torch
-
-            self._action, self._is_disabled = torch.compiler.disable(self._action), True  # type: ignore[no-untyped-call]
-        self._action(sys._getframe(1))  # torch's frame around this forward
-
-    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+        self._action()
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return (_no_hook, ())

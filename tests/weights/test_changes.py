@@ -183,6 +183,7 @@ def test_a_compiled_module_follows_an_uncompiled_one_and_the_other_way_round(fle
     assert plain(batch).unique().tolist() == [25]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")  # once in each process: it does not trace our hooks
 def test_a_module_compiled_after_it_subscribed_sees_every_version(fleet):
     source, target = square(1), square(0)
     cluster = Cluster(fleet, source, [target])
