@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from raynixl.config import check_timeout
 from raynixl.errors import ConfigError, Masked
 from raynixl.moe.board import Board
-from raynixl.moe.checks import dtype_of, positive
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.joining import admit, let_in, start
+from raynixl.moe.layer_rank import LayerRank
 from raynixl.moe.lines import ranks_of
 from raynixl.moe.meeting import Meeting
 from raynixl.moe.members import Members
-from raynixl.moe.pending import Pending
 from raynixl.moe.placement import Placement
 from raynixl.moe.pool import Pool
 from raynixl.moe.session import Session
@@ -31,8 +27,6 @@ from raynixl.record import check_name
 
 if TYPE_CHECKING:
     from raynixl.collectives import Group
-
-T = TypeVar("T")
 
 EAGER_NBYTES: Final = 4 << 20
 """Bytes of rows that a rank may get at most for which a copy more costs less than to hear of counts first."""
@@ -45,7 +39,7 @@ class OnLost(enum.Enum):
     RENORMALISE = "renormalise"
 
 
-class Rank:
+class Rank(LayerRank):
     """One rank of a group: its sizes, its session with the others, and who takes part. Operations are built on it."""
 
     def __init__(  # noqa: PLR0913 - the sizes of a layer
@@ -54,43 +48,23 @@ class Rank:
         capacity: int | None = None, deadline: float | None = None, on_lost: OnLost = OnLost.DROP,
         max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES, watch: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        self.agent = group.agent
-        self.name = check_name(name, "name of an expert-parallel group")
-        self.rank = group.rank
-        self.experts, self.hidden = positive(experts, "experts"), positive(hidden, "hidden")
-        self.topk, self.max_tokens = positive(topk, "topk"), positive(max_tokens, "max_tokens")
-        self.dtype = dtype_of(dtype)
+        super().__init__(
+            group, experts=experts, hidden=hidden, topk=topk, max_tokens=max_tokens, dtype=dtype, placement=placement,
+            name=name, deadline=deadline, max_ranks=max_ranks,
+        )  # fmt: skip
         self.on_lost = OnLost(on_lost)
-        self.deadline = check_timeout(deadline, self.agent.config.transfer_timeout, what="deadline")
-        self._limit = default_limit(len(group.members)) if max_ranks is None else positive(max_ranks, "max_ranks")
-        if len(group.members) > self._limit:
-            raise ConfigError(f"{len(group.members)} members with max_ranks={max_ranks}", hint="raise max_ranks")
         row_nbytes = self.hidden * self.dtype.itemsize
         self.is_eager = self._limit * self.max_tokens * row_nbytes <= eager_nbytes
         """Whether rows of a dispatch go to fixed places at once, and no counts before them."""
         self._names = dict(enumerate(group.members))
         self._capacity = capacity
         self._watch = watch
-        self._turn = threading.RLock()  # held through each operation: they are carried out one after another
-        self._worker: ThreadPoolExecutor | None = None
-        self._is_closed = False
         self._masked: Masked | None = None
         self._counts = {"dispatches": 0, "combines": 0, "rows": 0}
-        given = Placement.even(self.experts, len(group.members)) if placement is None else placement
-        self.placement = given if isinstance(given, Placement) else Placement(given)
-        self.placement.check(experts=self.experts, ranks=len(group.members))
         self._open(self.deadline)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, rank {self.rank}, active {self.active}, {self.experts} experts)"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # What it is
 
@@ -113,11 +87,6 @@ class Rank:
         """
         members = self._session.members
         return ranks_of(~members.view & ((1 << members.limit) - 1))
-
-    @property
-    def local_experts(self) -> tuple[int, ...]:
-        """The physical experts that this rank holds; their place here is their local id."""
-        return self.placement.experts_of(self.rank)
 
     # Who takes part
 
@@ -230,32 +199,7 @@ class Rank:
         """Return what was counted so far."""
         return statistics_of(self._session, **self._counts)
 
-    def close(self) -> None:
-        """Withdraw this rank's memory; idempotent. Results that live keep theirs."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.shutdown()
-        with self._turn:
-            if not self._is_closed:
-                self._is_closed = True
-                self._shut()
-
     # Within
-
-    @overload
-    def _submit(self, operation: Callable[[], T], async_: Literal[False] = False) -> T: ...
-    @overload
-    def _submit(self, operation: Callable[[], T], async_: bool) -> T | Pending[T]: ...
-    def _submit(self, operation: Callable[[], T], async_: bool = False) -> T | Pending[T]:
-        """Carry out an operation behind all that were called before; in this thread if none is asynchronous."""
-        self._check_open()
-        if self._worker is None and not async_:
-            with self._turn:
-                return operation()
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="raynixl-moe")
-        pending = Pending(self._worker.submit(operation))
-        return pending if async_ else pending.wait()
 
     def _open(self, deadline: float) -> None:
         until = time.monotonic() + deadline
@@ -317,15 +261,3 @@ class Rank:
         self._check_open()
         if rank not in self._names:
             raise ConfigError(f"there is no rank {rank}", hint=f"members are {self._names}")
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ConfigError(f"the ExpertParallel {self.name!r} is closed", hint="make a new one on every rank")
-
-
-def default_limit(members: int) -> int:
-    """Return how many ranks there may be by default: some more than there are."""
-    limit = 16
-    while limit < members + 4:
-        limit *= 2
-    return limit

@@ -5,23 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from raynixl.config import check_timeout
 from raynixl.errors import ConfigError, Masked, RangeError, RaynixlError, TransferTimeout
-from raynixl.moe.checks import dtype_of, positive
 from raynixl.moe.council import Council, Regrouped
 from raynixl.moe.grid import Grid
-from raynixl.moe.pending import Pending
+from raynixl.moe.layer_rank import LayerRank
 from raynixl.moe.placement import Placement
-from raynixl.moe.rank import EAGER_NBYTES, default_limit
+from raynixl.moe.rank import EAGER_NBYTES
 from raynixl.moe.seat import Charter
 from raynixl.moe.stages import Sizes, Stages
-from raynixl.record import check_name
 
 if TYPE_CHECKING:
     from raynixl.collectives import Group
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class StagedRank:
+class StagedRank(LayerRank):
     """One rank of a layer of two stages, and who takes part beside it. Operations are built on it."""
 
     def __init__(  # noqa: PLR0913 - those of ExpertParallel
@@ -38,21 +34,12 @@ class StagedRank:
         capacity: int | None = None, deadline: float | None = None, grid: Grid | None = None,
         max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES,
     ) -> None:  # fmt: skip
-        self.agent, self.name, self.rank = group.agent, check_name(name, "name of an expert-parallel group"), group.rank
-        self.experts, self.hidden = positive(experts, "experts"), positive(hidden, "hidden")
-        self.topk, self.max_tokens = positive(topk, "topk"), positive(max_tokens, "max_tokens")
-        self.dtype = dtype_of(dtype)
-        self.deadline = check_timeout(deadline, self.agent.config.transfer_timeout, what="deadline")
+        super().__init__(
+            group, experts=experts, hidden=hidden, topk=topk, max_tokens=max_tokens, dtype=dtype, placement=placement,
+            name=name, deadline=deadline, max_ranks=max_ranks,
+        )  # fmt: skip
         if grid is not None and grid.world != group.world:
             raise ConfigError(f"{grid} for {group.world} members", hint="give each member a place in the grid")
-        self._limit = default_limit(group.world) if max_ranks is None else positive(max_ranks, "max_ranks")
-        if group.world > self._limit:
-            raise ConfigError(f"{group.world} members with max_ranks={max_ranks}", hint="raise max_ranks")
-        given = Placement.even(self.experts, group.world) if placement is None else placement
-        self.placement = self._checked(given, group.world)
-        self._turn = threading.RLock()  # held through each operation: they are carried out one after another
-        self._worker: ThreadPoolExecutor | None = None
-        self._is_closed = False
         self._stages: Stages | None = None
         self._before: tuple[int, ...] = ()  # who took part when the last operation ended
         self._droppers: list[threading.Thread] = []
@@ -80,14 +67,6 @@ class StagedRank:
         grid = "no grid" if self._stages is None else self._stages.grid
         return f"TwoLevel({self.name!r}, rank {self.rank}, active {self.active}, {grid}, {self.experts} experts)"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # What it is
 
     @property
@@ -107,11 +86,6 @@ class StagedRank:
     def active(self) -> tuple[int, ...]:
         """The ranks that take part, ascending."""
         return self._council.active
-
-    @property
-    def local_experts(self) -> tuple[int, ...]:
-        """The physical experts that this rank holds; their place here is their local id."""
-        return self.placement.experts_of(self.rank)
 
     # Who takes part
 
@@ -150,8 +124,7 @@ class StagedRank:
         Raises:
             ConfigError: a member is there already.
         """
-        ranks: tuple[int, ...] = self._submit(lambda: tuple(self._council.expect(member) for member in members))
-        return ranks
+        return self._submit(lambda: tuple(self._council.expect(member) for member in members))
 
     def leave(self, ranks: Sequence[int]) -> None:
         """Take ranks out, ours perhaps among them; every rank calls it between the same two operations."""
@@ -180,33 +153,15 @@ class StagedRank:
 
         self._submit(rejoin)
 
-    def close(self) -> None:
-        """Withdraw this rank's memory; idempotent. Results that live keep theirs."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.shutdown()
-        with self._turn:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._council.close()
-            stages, self._stages = self._stages, None
-            if stages is not None:
-                stages.close()
-            for thread in self._droppers:
-                thread.join()
-
     # Within
 
-    def _submit(self, operation: Callable[[], T], async_: bool = False) -> Any:
-        self._check_open()
-        if self._worker is None and not async_:
-            with self._turn:
-                return operation()
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="raynixl-moe")
-        pending = Pending(self._worker.submit(operation))
-        return pending if async_ else pending.wait()
+    def _shut(self) -> None:
+        self._council.close()
+        stages, self._stages = self._stages, None
+        if stages is not None:
+            stages.close()
+        for thread in self._droppers:
+            thread.join()
 
     def _carry_out(self, work: Callable[[Stages], T], *, is_fresh: bool) -> tuple[T, tuple[int, ...]]:
         """Do an operation in the present view, and again for as long as ranks are lost in it.
@@ -305,11 +260,6 @@ class StagedRank:
             self._droppers.append(thread)
             thread.start()
 
-    def _checked(self, given: Placement | Sequence[int], ranks: int) -> Placement:
-        placement = given if isinstance(given, Placement) else Placement(given)
-        placement.check(experts=self.experts, ranks=ranks)
-        return placement
-
     def _scene(self) -> str:
         return (
             f"two-level, experts={self.experts}, hidden={self.hidden}, topk={self.topk}, "
@@ -321,7 +271,3 @@ class StagedRank:
         self._check_open()
         if not 0 <= rank < self.world:
             raise ConfigError(f"there is no rank {rank}", hint=f"members are {self._council.names}")
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ConfigError(f"the TwoLevel {self.name!r} is closed", hint="make a new one on every rank")
