@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -41,11 +41,22 @@ def alive(crew: Processes) -> list[int]:
 @contextlib.contextmanager
 def layer(crew: Processes, ranks: Sequence[int] | None = None, **options: Any) -> Iterator[Processes]:
     """The crew with a layer that it has used; nothing is left of it afterwards, and who was killed is replaced."""
-    try:
-        before = crew.call("moe_faults:footprint")
+
+    def begin() -> None:
         crew.make("layer", ranks=ranks, **{**OPTIONS, **options})
         check(crew.call("moe_faults:steps", "layer", 3, ranks=ranks))
+
+    with begun(crew, begin):
         yield crew
+
+
+@contextlib.contextmanager
+def begun(crew: Processes, begin: Callable[[], None]) -> Iterator[None]:
+    """Make a layer; nothing is left of it afterwards, and who was killed is replaced."""
+    try:
+        before = crew.call("moe_faults:footprint")
+        begin()
+        yield
         left = alive(crew)
         crew.call("moe_faults:drop", "layer", ranks=left)
         eventually(lambda: not left_behind(crew, left, before), f"nothing is left of {before}")

@@ -19,6 +19,12 @@ from raynixl.moe.grid import Grid
 from raynixl.moe.rank import EAGER_NBYTES
 from raynixl.moe.reference import Setting, Tokens
 
+WAYS = (
+    ("tokens", 1, "holder"), ("tokens", 1, "source"), ("experts", 8, "holder"), ("experts", 4, "source"),
+    ("slots", 1, "holder"), ("slots", 1, "source"),
+)  # fmt: skip
+"""Layouts, alignments, and where the weights are."""
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

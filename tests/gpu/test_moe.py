@@ -11,17 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gpu_moe import OPTIONS, Crew, crew_of
-from moe_programs import Cached, Combine, CombineWeights, Dispatch, Place, Program, even
+from moe_programs import WAYS, Cached, Combine, CombineWeights, Dispatch, Place, Program, even
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.timeout(300),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch with CUDA"),
 ]  # fmt: skip
 
-WAYS = [
-    ("tokens", 1, "holder"), ("tokens", 1, "source"), ("experts", 8, "holder"), ("experts", 4, "source"),
-    ("slots", 1, "holder"), ("slots", 1, "source"),
-]  # fmt: skip
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
 
 

@@ -7,14 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from moe_cuda_crews import GpuCrew, gpu_crew
-from moe_programs import Cached, Combine, CombineWeights, Dispatch, Drop, Place, Program, even
+from moe_programs import WAYS, Cached, Combine, CombineWeights, Dispatch, Drop, Place, Program, even
 
 from raynixl.moe.cuda_layer import GpuLayer
 
-WAYS = [
-    ("tokens", 1, "holder"), ("tokens", 1, "source"), ("experts", 8, "holder"), ("experts", 4, "source"),
-    ("slots", 1, "holder"), ("slots", 1, "source"),
-]  # fmt: skip
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
 
 

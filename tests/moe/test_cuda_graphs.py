@@ -59,23 +59,27 @@ def test_a_step_is_captured_once_and_replayed_with_other_rows(crew, layout):
         agree(layer, 9)
 
 
+def captured(crew, ep, x, ids, weights):
+    """A graph of a step in fixed slots, what its dispatch returned, and the sums."""
+    work, stream = crew.gpus.fake.work, crew.gpus.stream()
+    work.begin_capture(stream)
+    r = ep.dispatch(x, ids, weights, layout="slots")
+    out = ep.combine(r.x, r.handle)
+    return work.end_capture(stream), r, out
+
+
 def test_a_graph_lives_through_agreements_that_leave_windows_as_they_are(crew):
-    work = crew.gpus.fake.work
     with crew.experts(WORLD, **OPTIONS, deadline=2.0) as layer:
         agree(layer)
 
         def run(rank, ep):
             x, ids, weights = tokens(rank)
-            stream = crew.gpus.stream()
-            work.begin_capture(stream)
-            r = ep.dispatch(x, ids, weights, layout="slots")
-            out = ep.combine(r.x, r.handle)
-            graph = work.end_capture(stream)
+            graph, r, out = captured(crew, ep, x, ids, weights)
             ep.synchronise()
             graph.launch()
             crew.gpus.settle()
             assert torch.equal(out, x * holders_of(ep, ids))
-            return graph, stream, out, x, ids, r
+            return graph, crew.gpus.stream(), out, x, ids, r
 
         kept = layer.run(run)
         agree(layer, 1)
@@ -96,17 +100,12 @@ def test_a_graph_lives_through_agreements_that_leave_windows_as_they_are(crew):
 
 
 def test_a_graph_of_former_windows_harms_nobody_and_goes_on_among_its_like(crew):
-    work = crew.gpus.fake.work
     with crew.experts(WORLD, **OPTIONS) as layer:
         agree(layer)
 
         def run(rank, ep):
             x, ids, weights = tokens(rank)
-            stream = crew.gpus.stream()
-            work.begin_capture(stream)
-            r = ep.dispatch(x, ids, weights, layout="slots")
-            out = ep.combine(r.x, r.handle)
-            graph = work.end_capture(stream)
+            graph, r, out = captured(crew, ep, x, ids, weights)
             longer = ep.dispatch(x, ids, weights, layout="tokens", extra=(torch.ones(TOKENS, 900),))
             assert longer.extra[0].shape[1] == 900
             for number in range(3):
@@ -139,17 +138,12 @@ def test_pairs_that_come_back_as_they_are_cannot_be_captured(crew):
 
 
 def test_a_replay_behind_a_new_agreement_tells_nothing_that_a_later_call_waits_for(crew):
-    work = crew.gpus.fake.work
     with crew.experts(WORLD, **OPTIONS) as layer:
         for number in range(3):
             agree(layer, number, layout="tokens")
 
         def run(rank, ep):
-            stream = crew.gpus.stream()
-            work.begin_capture(stream)
-            kept = ep.dispatch(*tokens(rank), layout="slots")
-            out = ep.combine(kept.x, kept.handle)
-            graph = work.end_capture(stream)
+            graph, kept, out = captured(crew, ep, *tokens(rank))
             ep.synchronise()
             graph.launch()
             crew.gpus.settle()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from agent_tools import eventually
-from moe_fault_crews import LONG, SOON, alive, left_behind, mostly_slow
+from moe_fault_crews import LONG, SOON, begun, mostly_slow
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Report, Where
 from moe_tools import Processes
 from weights_nursery import Nursery
@@ -41,22 +41,14 @@ def options_of(ranks: Sequence[int], **more: object) -> dict[str, object]:
 @contextlib.contextmanager
 def layer(crew: Processes, ranks: Sequence[int] = EVERYBODY, **more: object) -> Iterator[Processes]:
     """The crew with a layer that it has used; nothing is left of it afterwards, and who was killed is replaced."""
-    try:
-        before = crew.call("moe_faults:footprint")
+
+    def begin() -> None:
         names = [crew.names[rank] for rank in ranks]
         crew.call("moe_staged_faults:make", names, options_of(ranks, **more), ranks=ranks)
         check(crew.call("moe_faults:steps", "layer", 2, ranks=ranks))
+
+    with begun(crew, begin):
         yield crew
-        left = alive(crew)
-        crew.call("moe_faults:drop", "layer", ranks=left)
-        eventually(lambda: not left_behind(crew, left, before), f"nothing is left of {before}")
-    except BaseException:
-        for rank in alive(crew):  # what they are amid nobody knows
-            crew.kill(rank)
-        raise
-    finally:
-        for rank in set(range(WORLD)) - set(alive(crew)):
-            crew.restart(rank)
 
 
 def check(found: Sequence[Sequence[Report]], *, gone: Sequence[int] = (), first: Sequence[int] = ()) -> None:
