@@ -157,11 +157,11 @@ def columns_of(
     return Columns(tensor, items * itemsize, tensor.data_ptr(), stride)
 
 
-def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
-    """Check expert ids and return them as int64.
+def check_ids(topk_idx: Any, tokens: int, topk: int) -> None:
+    """Refuse expert ids that are not int32 or int64 [tokens, topk].
 
     Raises:
-        ConfigError: not int32 or int64 [tokens, topk].
+        ConfigError: as said.
     """
     if not isinstance(topk_idx, torch.Tensor) or topk_idx.dtype not in (torch.int32, torch.int64):
         raise ConfigError("topk_idx is no int32 or int64 tensor", hint="give the experts' ids as [tokens, topk]")
@@ -169,21 +169,39 @@ def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
         raise ConfigError(
             f"topk_idx has the shape {list(topk_idx.shape)} for {tokens} tokens", hint=f"give [tokens, {topk}]"
         )
+
+
+def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
+    """Check expert ids and return them as int64.
+
+    Raises:
+        ConfigError: see `check_ids`.
+    """
+    check_ids(topk_idx, tokens, topk)
     return np.ascontiguousarray(topk_idx.cpu().numpy(), np.int64)
+
+
+def check_weights(topk_weights: Any, tokens: int, topk: int) -> None:
+    """Refuse weights that are not floating [tokens, topk].
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not isinstance(topk_weights, torch.Tensor) or not topk_weights.is_floating_point():
+        raise ConfigError("topk_weights is no floating tensor", hint="give a weight for each id, or None")
+    if tuple(topk_weights.shape) != (tokens, topk):
+        raise ConfigError(f"topk_weights has the shape {list(topk_weights.shape)}", hint=f"give [{tokens}, {topk}]")
 
 
 def weights_of(topk_weights: Any, tokens: int, topk: int) -> npt.NDArray[np.float32] | None:
     """Check weights and return them as float32: a copy, since handles keep them.
 
     Raises:
-        ConfigError: not floating [tokens, topk].
+        ConfigError: see `check_weights`.
     """
     if topk_weights is None:
         return None
-    if not isinstance(topk_weights, torch.Tensor) or not topk_weights.is_floating_point():
-        raise ConfigError("topk_weights is no floating tensor", hint="give a weight for each id, or None")
-    if tuple(topk_weights.shape) != (tokens, topk):
-        raise ConfigError(f"topk_weights has the shape {list(topk_weights.shape)}", hint=f"give [{tokens}, {topk}]")
+    check_weights(topk_weights, tokens, topk)
     return np.array(plain(topk_weights).cpu().float().numpy(), order="C")
 
 

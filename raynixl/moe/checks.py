@@ -29,6 +29,8 @@ from raynixl.moe.result import Handle, no_handle
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from raynixl.moe.cuda_result import CudaHandle
+
 
 def positive(value: Any, what: str) -> int:
     """Check a count.
@@ -136,7 +138,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
     if handle is None:
         ids, ids_dtype = ids_of(given.topk_idx, tokens, sizes.topk), given.topk_idx.dtype
     else:
-        _check_cached(handle, given.topk_idx, tokens, sizes)
+        check_cached(handle, handle.routing.tokens, given.topk_idx, tokens, sizes)
         ids_dtype = handle.ids_dtype
         if weights is None and (handle.weights_at, weights_at) == ("source", "holder"):
             weights = handle.weights  # they have not gone to the holders so far
@@ -168,7 +170,8 @@ def check_stats(stats: Any, length: int, *, of_counts: bool, gpu: int | None = N
         raise ConfigError(f"stats has {len(stats)} items", hint=f"give one for each of {length}")
 
 
-def check_session(handle: Handle, session: int) -> None:
+def check_session(handle: Handle | CudaHandle, session: int) -> None:
+    """Refuse a handle of another layer, or of a former session of this one."""
     if handle.session != session:
         raise ConfigError(
             "the handle is of another layer, or from before this rank has rejoined",
@@ -176,14 +179,13 @@ def check_session(handle: Handle, session: int) -> None:
         )
 
 
-def _check_cached(handle: Handle, topk_idx: Any, tokens: int, sizes: Sizes) -> None:
+def check_cached(handle: Handle | CudaHandle, known: int, topk_idx: Any, tokens: int, sizes: Sizes) -> None:
+    """Refuse what does not go with a handle, which knows of so many tokens."""
     check_session(handle, sizes.session)
     if topk_idx is not None:
         raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
-    if tokens != handle.routing.tokens:
-        raise ConfigError(
-            f"{tokens} tokens with a handle of {handle.routing.tokens}", hint="dispatch with ids instead of a handle"
-        )
+    if tokens != known:
+        raise ConfigError(f"{tokens} tokens with a handle of {known}", hint="dispatch with ids instead of a handle")
     if sizes.placement != handle.placement:
         raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
 

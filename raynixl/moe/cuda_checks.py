@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from raynixl.errors import ConfigError, RaynixlError
-from raynixl.moe.calls import check_place, check_tokens, columns_of, plain
+from raynixl.moe.calls import check_ids, check_place, check_tokens, check_weights, columns_of, plain
 from raynixl.moe.checks import (
     CombineArguments,
     DispatchArguments,
     Sizes,
     biases_of,
     check_apart,
+    check_cached,
     check_out,
+    check_session,
     check_stats,
     options,
     rows_of,
@@ -62,7 +63,9 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
     if handle is None:
         ids = _ids(given.topk_idx, (tokens, sizes.topk), gpu)
     else:
-        ids = _cached_ids(handle, given.topk_idx, tokens, sizes, gpu)
+        check_place(handle.row_of, "the handle", gpu)
+        check_cached(handle, handle.call.tokens, given.topk_idx, tokens, sizes)
+        ids = handle.call.ids
         has_other_weights = has_other_weights or (handle.weights_at, weights_at) == ("source", "holder")
         weights = handle.weights if weights is None else weights
     return CudaDispatchCall(
@@ -72,45 +75,17 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
 
 
 def _ids(topk_idx: Any, shape: tuple[int, int], gpu: int) -> Tensor:
-    if not isinstance(topk_idx, Tensor) or topk_idx.dtype not in (torch.int32, torch.int64):
-        raise ConfigError("topk_idx is no int32 or int64 tensor", hint="give the experts' ids as [tokens, topk]")
-    if tuple(topk_idx.shape) != shape:
-        raise ConfigError(f"topk_idx has the shape {list(topk_idx.shape)}", hint=f"give {list(shape)}")
+    check_ids(topk_idx, *shape)
     check_place(topk_idx, "topk_idx", gpu)
-    return topk_idx.contiguous()
+    return cast(Tensor, topk_idx).contiguous()
 
 
 def _weights(topk_weights: Any, shape: tuple[int, int], gpu: int) -> Tensor | None:
     if topk_weights is None:
         return None
-    if not isinstance(topk_weights, Tensor) or not topk_weights.is_floating_point():
-        raise ConfigError("topk_weights is no floating tensor", hint="give a weight for each id, or None")
-    if tuple(topk_weights.shape) != shape:
-        raise ConfigError(f"topk_weights has the shape {list(topk_weights.shape)}", hint=f"give {list(shape)}")
+    check_weights(topk_weights, *shape)
     check_place(topk_weights, "topk_weights", gpu)
     return plain(topk_weights).float().contiguous()
-
-
-def _cached_ids(handle: CudaHandle, topk_idx: Any, tokens: int, sizes: Sizes, gpu: int) -> Tensor | None:
-    _check_handle(handle, sizes.session, gpu)
-    if topk_idx is not None:
-        raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
-    if tokens != handle.call.tokens:
-        raise ConfigError(
-            f"{tokens} tokens with a handle of {handle.call.tokens}", hint="dispatch with ids instead of a handle"
-        )
-    if sizes.placement != handle.placement:
-        raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
-    return handle.call.ids
-
-
-def _check_handle(handle: CudaHandle, session: int, gpu: int) -> None:
-    check_place(handle.row_of, "the handle", gpu)
-    if handle.session != session:
-        raise ConfigError(
-            "the handle is of another layer, or from before this rank has rejoined",
-            hint="give the handle of a dispatch of this layer since then",
-        )
 
 
 def cuda_combine_call(
@@ -129,7 +104,8 @@ def _combine_call(given: CombineArguments, hidden: int, session: int, gpu: int) 
         raise ConfigError(
             f"{type(handle).__name__} is no handle of a dispatch on a GPU", hint="give r.handle of the dispatch"
         )
-    _check_handle(handle, session, gpu)
+    check_place(handle.row_of, "the handle", gpu)
+    check_session(handle, session)
     if not given.summed and handle.weights_at != "source":
         raise ConfigError(
             "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"

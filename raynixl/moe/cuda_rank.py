@@ -173,11 +173,6 @@ class GpuRank(Rank):
         path = self._path
         self._guarded(lambda: path.synchronise(need, gpu, until))
 
-    def _check_active(self) -> None:
-        self._check_open()
-        if self._masked is not None:
-            raise self._masked.afresh()
-
     def _on_gpu(self, operation: Callable[[], T | RaynixlError]) -> T:
         """Carry out an operation. Of an error that it returns all hear; what it raises leaves us out of step."""
         try:

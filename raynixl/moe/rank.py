@@ -246,9 +246,7 @@ class Rank(LayerRank):
 
     def _begin(self, *, is_start: bool) -> None:
         """Begin an operation. Where it may be the first of ranks that join, a dispatch of tokens, let them in."""
-        self._check_open()
-        if self._masked is not None:
-            raise self._masked.afresh()
+        self._check_active()
         session = self._session
         session.begin()
         let_in(session, self._meeting)
@@ -256,6 +254,11 @@ class Rank(LayerRank):
             admit(session, self.placement.digest)
         if session.members.mask and session.pool.quarantined:
             session.sweep()
+
+    def _check_active(self) -> None:
+        self._check_open()
+        if self._masked is not None:
+            raise self._masked.afresh()
 
     def _check_rank(self, rank: int) -> None:
         self._check_open()
