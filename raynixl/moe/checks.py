@@ -179,13 +179,18 @@ def check_session(handle: Handle | CudaHandle, session: int) -> None:
         )
 
 
-def check_cached(handle: Handle | CudaHandle, known: int, topk_idx: Any, tokens: int, sizes: Sizes) -> None:
-    """Refuse what does not go with a handle, which knows of so many tokens."""
-    check_session(handle, sizes.session)
+def check_known(known: int, topk_idx: Any, tokens: int) -> None:
+    """Refuse ids, and another number of tokens than a handle knows."""
     if topk_idx is not None:
         raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
     if tokens != known:
         raise ConfigError(f"{tokens} tokens with a handle of {known}", hint="dispatch with ids instead of a handle")
+
+
+def check_cached(handle: Handle | CudaHandle, known: int, topk_idx: Any, tokens: int, sizes: Sizes) -> None:
+    """Refuse what does not go with a handle, which knows of so many tokens."""
+    check_session(handle, sizes.session)
+    check_known(known, topk_idx, tokens)
     if sizes.placement != handle.placement:
         raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from raynixl.errors import ConfigError
+from raynixl.moe.checks import check_known
 from raynixl.moe.major import expert_major
 from raynixl.moe.slots import in_slots, places_of
 from raynixl.moe.staging import Returning, Sending, TwoLevelDispatched, TwoLevelHandle, handle_of
@@ -54,12 +55,7 @@ def fresh(sending: Sending) -> Sending:
     """
     handle = sending.handle
     x = sending.x[0] if isinstance(sending.x, tuple) else sending.x
-    if sending.topk_idx is not None:
-        raise ConfigError("both ids and a handle", hint="a handle knows the ids: leave topk_idx away, or the handle")
-    if len(x) != len(handle.ids):
-        raise ConfigError(
-            f"{len(x)} tokens with a handle of {len(handle.ids)}", hint="dispatch with ids instead of a handle"
-        )
+    check_known(len(handle.ids), sending.topk_idx, len(x))
     weights = _weights(handle) if sending.topk_weights is None else sending.topk_weights
     return replace(
         sending, topk_idx=handle.ids, topk_weights=weights, handle=None, layout="tokens", alignment=1,
