@@ -112,7 +112,8 @@ class _Arranging:
         slot, shift = collect(self.landing, self.arrival.pieces, targets, total)
         if slot is None and total:
             slot = self.landing.take(total)
-        fields = self._behind(slot, shift, self._rows_at() if is_slots else None)
+        rows_at = self._rows_at() if is_slots else None
+        fields = self._behind(slot, shift, rows_at)
         ids = handle.row_ids if handle is not None else next(fields)
         row_weights = next(fields).copy() if call.sends_weights else None
         if row_weights is not None:
@@ -125,7 +126,7 @@ class _Arranging:
         self._blank_holes(columns)
         told = self._told(ids)
         self.landing.release()
-        return self._dispatched(columns, told, row_weights, tokens)
+        return self._dispatched(columns, told, row_weights, tokens, rows_at)
 
     def _behind(
         self, slot: Slot | None, shift: int, rows_at: npt.NDArray[np.int64] | None
@@ -199,19 +200,23 @@ class _Arranging:
         told: _Told,
         row_weights: npt.NDArray[np.float32] | None,
         tokens: npt.NDArray[np.int32],
+        rows_at: npt.NDArray[np.int64] | None,
     ) -> Dispatched:
         call, scene = self.call, self.scene
         major = None
         ids, row_ids = told.ids, told.row_ids
-        weights = None if row_weights is None else torch.from_numpy(row_weights.copy())  # the handle keeps its own
+        weights = None if row_weights is None else torch.from_numpy(row_weights)
         offsets = None
         if call.layout == "experts":
             major = expert_major(row_ids, scene.local_experts, call.alignment)
             columns = [self._by_expert(column, major) for column in columns]
             offsets = torch.from_numpy(major.offsets.copy())
             weights = None if row_weights is None else torch.from_numpy(major.weights(row_weights))
-        elif call.layout == "slots":
-            ids, weights = self._in_slots(ids, -1), None if weights is None else self._in_slots(weights, 0)
+        elif rows_at is None:
+            weights = None if weights is None else weights.clone()  # the handle keeps its own
+        else:
+            at = torch.from_numpy(rows_at)
+            ids, weights = self._in_slots(ids, at, -1), None if weights is None else self._in_slots(weights, at, 0)
             columns = [column.view(scene.world, scene.max_tokens, *column.shape[1:]) for column in columns]
         scales, extra = (columns[1], columns[2:]) if call.has_scales else (None, columns[1:])
         return Dispatched(
@@ -236,10 +241,10 @@ class _Arranging:
         major.gather(source, out.view(torch.uint8).reshape(padded, nbytes).numpy(), self.session.agent.native)
         return out
 
-    def _in_slots(self, rows: Tensor, blank: int) -> Tensor:
+    def _in_slots(self, rows: Tensor, at: Tensor, blank: int) -> Tensor:
         scene = self.scene
         out = torch.full((scene.world * scene.max_tokens, *rows.shape[1:]), blank, dtype=rows.dtype)
-        out[torch.from_numpy(self._rows_at())] = rows
+        out[at] = rows
         return out.view(scene.world, scene.max_tokens, *rows.shape[1:])
 
     def _handle(self, row_ids: Any, row_weights: Any, tokens: Any, major: Any) -> Handle:
