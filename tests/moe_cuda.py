@@ -67,9 +67,13 @@ class MadeUp:
     def stream(self) -> int:
         """This thread's current stream."""
         if not hasattr(self._local, "stream"):
-            self._local.stream = self.fake.work.stream(self.fake.devices.retain(0))
+            self._local.stream = self.another()
             self._streams.append(self._local.stream)
         return int(self._local.stream)
+
+    def another(self) -> int:
+        """A stream of its own."""
+        return int(self.fake.work.stream(self.fake.devices.retain(0)))
 
     @contextlib.contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
@@ -160,6 +164,12 @@ class StandInGpu:
     def here(self) -> Callable[[], Any]:
         stream = self._made_up.stream()
         return lambda: self._made_up.on_stream(stream)
+
+    def another(self) -> int:
+        return self._made_up.another()
+
+    def on(self, stream: int) -> Any:
+        return self._made_up.on_stream(stream)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,12 @@ class Gpu(Protocol):
     def here(self) -> Callable[[], AbstractContextManager[Any]]:
         """Return what makes the stream that is current now that of another thread, meanwhile."""
 
+    def another(self) -> Any:
+        """Return a stream of its own, as torch has it."""
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """Make such a stream the current one of this thread, meanwhile."""
+
 
 class TorchGpu:
     """A GPU as torch knows it."""
@@ -94,6 +100,14 @@ class TorchGpu:
         """See `Gpu`."""
         stream = torch.cuda.current_stream(self.number)
         return lambda: torch.cuda.stream(stream)
+
+    def another(self) -> Any:
+        """See `Gpu`."""
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """See `Gpu`."""
+        return torch.cuda.stream(stream)
 
 
 def gpu_of(tensor: Any) -> int | None:

@@ -53,6 +53,12 @@ class GpuRank(Rank):
 
         self._submit(synchronise)
 
+    @property
+    def is_direct(self) -> bool | None:
+        """Whether kernels put rows on a GPU into the peers' memory, alike on all ranks; None before an agreement."""
+        path = self._path
+        return None if path is None or path.gpu is None else not path.reason
+
     def explain(self) -> str:
         """Say which way rows of tensors on a GPU go, and why."""
         path = self._path

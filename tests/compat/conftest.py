@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from moe_cuda_crews import gpu_crew
 from moe_tools import Threads
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda world: f"{world} ranks")
+@pytest.fixture(scope="module", params=[1, 2, 4, 0], ids=lambda world: f"{world} ranks" if world else "GPUs")
 def crew(request: pytest.FixtureRequest) -> Iterator[Threads]:
-    """Ranks in threads."""
-    with Threads(request.param) as made:
+    """Ranks in threads; three of them on GPUs that are made up."""
+    with Threads(request.param) if request.param else gpu_crew(3, is_everywhere=False) as made:
         yield made
 
 

@@ -1,4 +1,4 @@
-"""`Buffer`: DeepEP's V1 interface on `ExpertParallel`; the normal mode for tensors in host memory."""
+"""`Buffer`: DeepEP's V1 interface on `ExpertParallel`, for tensors in memory of the host, and of GPUs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from torch import Tensor
 from raynixl.compat.deep_ep.config import Config, align, low_latency_size
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Work, wait_for
 from raynixl.compat.deep_ep.instances import Instances, Shape
-from raynixl.compat.deep_ep.layout import Handle, lay_out, local_experts, make_handle, pad
+from raynixl.compat.deep_ep.layout import (
+    GivenLayout,
+    Handle,
+    counts_of,
+    lay_out,
+    local_experts,
+    make_handle,
+    pad,
+)
 from raynixl.compat.deep_ep.low_latency import LowLatency
 from raynixl.compat.deep_ep.members import join
 from raynixl.compat.deep_ep.reuse import Reuse
 from raynixl.compat.deep_ep.runtime import Runtime
+from raynixl.compat.deep_ep.streams import Streams
+from raynixl.compat.deep_ep.worst import SideBySide
 from raynixl.errors import ConfigError
 from raynixl.moe import cuda_device
 
@@ -64,6 +74,7 @@ class Buffer(LowLatency):
         self.runtime: Runtime | None = Runtime(members.rank, members.world)
         self._instances = Instances(members, deadline=deadline, may_shrink=enable_shrink)
         self._memory = Reuse()
+        self._streams = Streams()
         self._next_buffers: dict[tuple[int, ...], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -88,7 +99,7 @@ class Buffer(LowLatency):
 
     @staticmethod
     def capture() -> EventOverlap:
-        """Return an event that is reached: whoever calls has done everything before it."""
+        """Return an event behind all that this thread has called, and has put on its current stream of a GPU."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -108,9 +119,9 @@ class Buffer(LowLatency):
         """Return a config for any number of ranks; nothing depends on it."""
         return Config(Buffer.num_sms)
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
-        """Return a stream of the CPU, which orders nothing: operations end in the order of their calls."""
-        return torch.cpu.Stream()
+    def get_comm_stream(self) -> Any:
+        """Return the stream of a GPU that asynchronous operations go on; without one, one of the CPU's, for nothing."""
+        return self._streams.beside(cuda_device.used_gpu())
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
@@ -135,16 +146,23 @@ class Buffer(LowLatency):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
         """Return tokens by rank, by node of 8 ranks (None up to 8), pairs by expert, and who goes to which rank.
 
+        They are where topk_idx is; on a GPU nobody waits for it.
+
         Raises:
-            RangeError: an id is no expert.
+            RangeError: an id is no expert. On a GPU dispatch says that.
             ConfigError: experts do not divide among ranks.
         """
-        wait_for(previous_event)
-        found = lay_out(topk_idx, num_experts, self.group_size)
-        return (
-            found.num_tokens_per_rank, found.num_tokens_per_rdma_rank, found.num_tokens_per_expert,
-            found.is_token_in_rank, self._event(async_finish),
-        )  # fmt: skip
+
+        def count() -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+            found = lay_out(topk_idx, num_experts, self.group_size)
+            return (
+                found.num_tokens_per_rank, found.num_tokens_per_rdma_rank, found.num_tokens_per_expert,
+                found.is_token_in_rank,
+            )  # fmt: skip
+
+        number = cuda_device.gpu_of(topk_idx)
+        counts, event = self._streams.put(number, count, uses=topk_idx, after=previous_event, is_async=async_finish)
+        return (*counts, event)
 
     def dispatch(
         self,
@@ -165,43 +183,35 @@ class Buffer(LowLatency):
     ) -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap]:
         """Send each token once to every rank that it goes to; rows come in the order of (source rank, token).
 
-        The rows are there when this returns, also with async_finish. Received weights are 0 where the id is -1.
+        Received weights are 0 where the id is -1. In memory of the host the rows are there when this returns, also with
+        async_finish. On a GPU they are on the stream; the host waits until it knows how many come, and with
+        num_worst_tokens, alike on all ranks, or a handle, for nothing.
 
         Raises:
             ConfigError: arguments that do not go together; a rank that calls something else.
             RangeError: an id is no expert; more rows than num_worst_tokens.
             PeerLost: a rank is lost, and the buffer was made without enable_shrink.
         """
-        wait_for(previous_event)
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
-        _check_on_host(rows)
-        if handle is not None:
-            return self._dispatch_again(rows, handle, topk_idx, topk_weights, async_finish)
-        if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
-            raise ConfigError(
-                "a dispatch without a handle needs its layout", hint="give what get_dispatch_layout returned"
-            )
-        if (topk_idx is None) != (topk_weights is None):
-            raise ConfigError("topk_idx comes without topk_weights, or they without it", hint="give both, or none")
-        if num_worst_tokens and topk_idx is None:
-            raise ConfigError("num_worst_tokens needs topk_idx", hint="give topk_idx and topk_weights too")
-        experts = len(num_tokens_per_expert)
-        each = local_experts(experts, self.group_size)
-        if topk_idx is None:
-            parallel, arrived = self._by_rank(rows, is_token_in_rank)
-            mine = self._instances.members.gather(num_tokens_per_expert.int().numpy()).sum(0)
-            counts = mine[self.rank * each : (self.rank + 1) * each].tolist()
-        else:
-            self._check_layout(topk_idx, experts, is_token_in_rank)
-            parallel, arrived = self._by_expert(rows, experts, topk_idx, topk_weights)
-            counts = arrived.counts.tolist()
-        self._instances.check(parallel)
-        count = num_worst_tokens if num_worst_tokens else len(arrived.tokens)
-        ids = None if topk_idx is None else pad(arrived.topk_idx, count, -1)
-        weights = None if topk_idx is None else pad(arrived.topk_weights, count)
-        listed = [] if num_worst_tokens else [align(one, expert_alignment) for one in counts]
-        made = make_handle(arrived, parallel, in_rank=is_token_in_rank, padded=count)
-        return _rows(arrived, count), ids, weights, listed, made, self._event(async_finish)
+        number = _gpu_of(rows)
+
+        def send() -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None]:
+            if handle is not None:
+                return self._dispatch_again(rows, self._own(handle), topk_idx, topk_weights), None, None, None, None
+            layout = GivenLayout(num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
+            if (topk_idx is None) != (topk_weights is None):
+                raise ConfigError("topk_idx comes without topk_weights, or they without it", hint="give both, or none")
+            if topk_idx is not None:
+                return self._by_expert(
+                    rows, layout, topk_idx, topk_weights, alignment=expert_alignment, worst=num_worst_tokens
+                )
+            if num_worst_tokens:
+                raise ConfigError("num_worst_tokens needs topk_idx", hint="give topk_idx and topk_weights too")
+            return self._by_rank(rows, layout, expert_alignment)
+
+        uses = (rows, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert, handle)
+        sent, event = self._streams.put(number, send, uses=uses, after=previous_event, is_async=async_finish)
+        return (*sent, event)
 
     def combine(
         self,
@@ -217,32 +227,31 @@ class Buffer(LowLatency):
         """Bring rows back to their tokens and add them up: in float32 by ascending rank, then the biases, rounded once.
 
         `topk_weights` [rows, topk] come back too, added up at [tokens, topk]: the gradient of what dispatch sent.
-        With async_finish the sum is there once the event was waited for; with weights, when this returns.
+        With async_finish the sum is there once the event was waited for. On a GPU nobody waits; in memory of the host
+        this returns with the weights, if there are any.
         """
-        wait_for(previous_event)
-        if not isinstance(handle, Handle):
-            raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned, as it is")
+        self._own(handle)
         if len(x) != handle.padded:
             raise ConfigError(
                 f"x has {len(x)} rows", hint=f"give one for each of the {handle.padded} that dispatch returned"
             )
         rows, biases = x.detach()[: handle.rows], None if bias is None else _biases(bias)
-        if topk_weights is not None:
+        parallel, number = handle.parallel, cuda_device.gpu_of(x)
+        if number is None and topk_weights is None:
+            return self._combine_behind(rows, handle, biases, previous_event, async_finish)
+
+        def bring() -> tuple[Tensor, Tensor | None]:
+            if topk_weights is None:
+                return parallel.combine(rows, handle.inner, bias=biases), None
             weights = topk_weights.detach()[: handle.rows]
-            total, back = handle.parallel.combine_weights(rows, weights, handle.inner, bias=biases)
-            self._instances.check(handle.parallel)
-            return total, back, self._event(async_finish)
-        total = torch.empty((handle.inner.routing.tokens, x.shape[1]), dtype=x.dtype)
-        pending = handle.parallel.combine(rows, handle.inner, bias=biases, out=total, async_=True)
+            total, back = parallel.combine_weights(rows, weights, handle.inner, bias=biases)
+            return total, back
 
-        def receive() -> None:
-            self._instances.wait(handle.parallel, pending)
-
-        work = Work(receive)
-        if async_finish:
-            return total, None, EventOverlap(EventHandle(work))
-        work.finish()
-        return total, None, EventOverlap()
+        brought, event = self._streams.put(
+            number, lambda: self._instances.done(parallel, bring), uses=(rows, topk_weights, biases, handle),
+            after=previous_event, is_async=async_finish,
+        )  # fmt: skip
+        return (*brought, event)
 
     def internode_dispatch(self, x: Rows, **options: Any) -> Any:
         """Dispatch; there is one implementation for any number of ranks."""
@@ -254,26 +263,96 @@ class Buffer(LowLatency):
 
     # Within
 
-    def _by_expert(self, rows: Rows, experts: int, topk_idx: Tensor, topk_weights: Tensor | None) -> tuple[Any, Any]:
-        tokens, hidden = _shape(rows)
-        shape = Shape(experts, hidden, topk_idx.shape[1])
-        return self._instances.run(shape, tokens, lambda parallel: parallel.dispatch(rows, topk_idx, topk_weights))
+    def _by_expert(
+        self,
+        rows: Rows,
+        layout: GivenLayout,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        alignment: int,
+        worst: int,
+    ) -> tuple[Rows, Tensor, Tensor, list[int], Handle]:
+        experts, number = layout.experts, _gpu_of(rows)
+        local_experts(experts, self.group_size)
+        if number is None:
+            self._check_layout(topk_idx, experts, layout.in_rank)
+        else:
+            layout.check_on(number)
+            topk_idx = topk_idx.detach().clone()  # the handle keeps them, and the caller may change his
+        shape = Shape(experts, _shape(rows)[1], topk_idx.shape[1])
+        parallel, arrived, fixed = self._send(rows, shape, topk_idx, topk_weights, worst)
+        count = worst if worst else len(arrived.tokens)
+        listed = [] if worst else [align(one, alignment) for one in counts_of(arrived)]
+        made = make_handle(arrived, parallel, in_rank=layout.in_rank, padded=count, fixed=fixed)
+        ids, weights = pad(arrived.topk_idx, count, -1), pad(arrived.topk_weights, count)
+        return _rows(arrived, count), ids, weights, listed, made
 
-    def _by_rank(self, rows: Rows, is_token_in_rank: Tensor) -> tuple[Any, Any]:
+    def _send(
+        self, rows: Rows, shape: Shape, ids: Tensor, weights: Tensor | None, worst: int
+    ) -> tuple[Any, Any, SideBySide | None]:
+        """Dispatch; on a GPU without a word of the host's if it is known how many rows come at the worst."""
+        tokens, number = _shape(rows)[0], _gpu_of(rows)
+        if worst and number is not None:
+            parallel = self._instances.fixed(shape, tokens, worst)
+            if self._instances.is_direct(parallel, number):
+                arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, ids, weights, layout="slots"))
+                fixed = SideBySide.of(arrived, worst)
+                return parallel, fixed.taken(arrived), fixed
+        return (*self._instances.run(shape, tokens, lambda parallel: parallel.dispatch(rows, ids, weights)), None)
+
+    def _by_rank(self, rows: Rows, layout: GivenLayout, alignment: int) -> tuple[Rows, None, None, list[int], Handle]:
         """Dispatch by ranks alone: as if each had one expert."""
         tokens, hidden = _shape(rows)
+        each, number = local_experts(layout.experts, self.group_size), _gpu_of(rows)
+        if number is not None:
+            layout.check_on(number)
         shape = Shape(self.group_size, hidden, self.group_size)
-        ids = torch.where(is_token_in_rank, torch.arange(self.group_size), -1)
-        return self._instances.run(shape, tokens, lambda parallel: parallel.dispatch(rows, ids))
+        ids = torch.where(layout.in_rank, torch.arange(self.group_size, device=layout.in_rank.device), -1)
+        parallel, arrived = self._instances.run(shape, tokens, lambda parallel: parallel.dispatch(rows, ids))
+        told = layout.per_expert.int()
+        told = told if number is None else cuda_device.gpu(number).fetch(told)
+        counts = self._instances.members.gather(told.numpy()).sum(0)[self.rank * each : (self.rank + 1) * each]
+        listed = [align(one, alignment) for one in counts.tolist()]
+        count = len(arrived.tokens)
+        made = make_handle(arrived, parallel, in_rank=layout.in_rank, padded=count)
+        return _rows(arrived, count), None, None, listed, made
 
-    def _dispatch_again(
-        self, rows: Rows, handle: Handle, topk_idx: Tensor | None, topk_weights: Tensor | None, is_async: bool
-    ) -> tuple[Rows, None, None, None, None, EventOverlap]:
+    def _dispatch_again(self, rows: Rows, handle: Handle, topk_idx: Tensor | None, topk_weights: Tensor | None) -> Rows:
         if topk_idx is not None or topk_weights is not None:
             raise ConfigError("a handle comes with its own ids", hint="leave topk_idx and topk_weights out")
-        arrived = handle.parallel.dispatch(rows, handle=handle.inner)
-        self._instances.check(handle.parallel)
-        return _rows(arrived, handle.padded), None, None, None, None, self._event(is_async)
+        parallel, fixed = handle.parallel, handle.fixed
+        inner = handle.inner if fixed is None else fixed.handle
+        arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, handle=inner))
+        return _rows(arrived if fixed is None else fixed.taken(arrived), handle.padded)
+
+    def _combine_behind(
+        self, rows: Tensor, handle: Handle, biases: Any, after: EventOverlap | None, is_async: bool
+    ) -> tuple[Tensor, None, EventOverlap]:
+        """Combine in memory of the host, if that is wanted behind the caller's back."""
+        wait_for(after)
+        parallel = handle.parallel
+        total = torch.empty((handle.inner.routing.tokens, rows.shape[1]), dtype=rows.dtype)
+        pending = parallel.combine(rows, handle.inner, bias=biases, out=total, async_=True)
+
+        def receive() -> None:
+            self._instances.done(parallel, pending.wait)
+
+        work = Work(receive)
+        if is_async:
+            return total, None, EventOverlap(EventHandle(work))
+        work.finish()
+        return total, None, EventOverlap()
+
+    def _own(self, handle: Any) -> Handle:
+        """Return a handle that is one of this buffer's."""
+        if not isinstance(handle, Handle):
+            raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned, as it is")
+        if not self._instances.owns(handle.parallel):
+            raise ConfigError(
+                "the handle is of another buffer", hint="give it to the buffer whose dispatch returned it"
+            )
+        return handle
 
     def _check_layout(self, topk_idx: Tensor, experts: int, is_token_in_rank: Tensor) -> None:
         if not torch.equal(lay_out(topk_idx, experts, self.group_size).is_token_in_rank, is_token_in_rank):
@@ -281,17 +360,9 @@ class Buffer(LowLatency):
                 "is_token_in_rank is not what topk_idx says", hint="call get_dispatch_layout with the same topk_idx"
             )
 
-    def _event(self, is_async: bool) -> EventOverlap:
-        return EventOverlap(EventHandle()) if is_async else EventOverlap()
 
-
-def _check_on_host(rows: Rows) -> None:
-    first = rows[0] if isinstance(rows, tuple) else rows
-    if cuda_device.gpu_of(first) is not None:
-        raise ConfigError(
-            f"rows are on {first.device}: the normal mode takes tensors in memory of the host",
-            hint="use the low-latency mode, or the layouts tokens and experts of raynixl.moe itself",
-        )
+def _gpu_of(rows: Rows) -> int | None:
+    return cuda_device.gpu_of(rows[0] if isinstance(rows, tuple) else rows)
 
 
 def _shape(rows: Rows) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`ElasticBuffer`: DeepEP's V2 interface on `ExpertParallel`, for tensors in host memory."""
+"""`ElasticBuffer`: DeepEP's V2 interface on `ExpertParallel`, for tensors in memory of the host, and of GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from raynixl.compat.deep_ep.experimental import Experimental
 from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import local_experts, pad
 from raynixl.compat.deep_ep.members import join
+from raynixl.compat.deep_ep.streams import Streams
+from raynixl.compat.deep_ep.worst import at_places
 from raynixl.errors import ConfigError
+from raynixl.moe import cuda_device
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
@@ -76,6 +79,7 @@ class ElasticBuffer(Experimental):
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self._members = members
+        self._streams = Streams()
         self._instances = Instances(members, deadline=float(num_cpu_timeout_secs), may_shrink=False)
 
     def __repr__(self) -> str:
@@ -105,12 +109,12 @@ class ElasticBuffer(Experimental):
 
     @staticmethod
     def capture() -> EventHandle:
-        """Return an event that is reached: whoever calls has done everything before it."""
+        """Return an event behind all that this thread has called, and has put on its current stream of a GPU."""
         return EventHandle()
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
-        """Return a stream of the CPU, which orders nothing: operations end in the order of their calls."""
-        return torch.cpu.Stream()
+    def get_comm_stream(self) -> Any:
+        """Return the stream of a GPU that asynchronous operations go on; without one, one of the CPU's, for nothing."""
+        return self._streams.beside(cuda_device.used_gpu())
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """Return (RDMA ranks, NVLink ranks): all ranks are in one domain."""
@@ -129,7 +133,10 @@ class ElasticBuffer(Experimental):
         return min(num_sms, self.num_allocated_qps)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Return when every rank has come."""
+        """Return when every rank has come; on a GPU, with all that was on its current stream, and on ours, done."""
+        number = cuda_device.used_gpu()
+        if number is not None:
+            self._streams.finish(number)
         self._members.group.barrier()
 
     def dispatch(
@@ -157,34 +164,40 @@ class ElasticBuffer(Experimental):
         """Send each token once to every rank that it goes to; rows come in the order of (source rank, token).
 
         With do_expand a row comes once for each of its experts here, by expert, then in that order; padding is always
-        zero. The rows are there when this returns, also with async_with_compute_stream.
+        zero. In memory of the host the rows are there when this returns, also with async_with_compute_stream. On a GPU
+        they are on the stream; the host waits until it knows how many come, unless do_cpu_sync is False or there is a
+        handle.
         """
-        wait_for(previous_event)
-        wait_for(previous_event_before_epilogue)
         if do_zero_padding and not do_expand:
             raise ConfigError("do_zero_padding pads expanded rows", hint="set do_expand too")
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
-        if handle is None:
-            made = self._first(
-                rows, topk_idx, topk_weights, copies=do_handle_copy,
-                request=Request(
-                    num_experts or 0, expert_alignment or 1, num_max_tokens_per_rank or self.num_max_tokens_per_rank,
-                    num_sms or _SMS, do_expand, do_cpu_sync is None or do_cpu_sync,
-                ),
-            )  # fmt: skip
-        else:
-            _check_cached(handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync)
+        if handle is not None:
+            self._check_cached(handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync)
             if do_expand != handle.do_expand:
                 raise ConfigError("the handle has the other layout", hint=f"set do_expand={handle.do_expand}")
-            made = handle, self._again(rows, handle, topk_weights)
-        handle, arrived = made
-        self._instances.check(handle.parallel)
-        if cumulative_local_expert_recv_stats is not None:
-            cumulative_local_expert_recv_stats += handle.num_unaligned_recv_tokens_per_expert
-        weights = None if topk_weights is None else self._weights(arrived, handle)
-        ids = None if do_expand else pad(handle.recv_ids.clone(), handle.allocated, -1)
-        event = EventOverlap(EventHandle()) if async_with_compute_stream else EventOverlap()
-        return self._rows(arrived, handle, use_tma_aligned_col_major_sf), ids, weights, handle, event
+        request = Request(
+            num_experts or 0, expert_alignment or 1, num_max_tokens_per_rank or self.num_max_tokens_per_rank,
+            num_sms or _SMS, do_expand, do_cpu_sync is None or do_cpu_sync,
+        )  # fmt: skip
+
+        def send() -> tuple[Rows, Tensor | None, Tensor | None, EPHandle]:
+            wait_for(previous_event_before_epilogue)
+            if handle is not None:
+                made = handle, self._again(rows, handle, topk_weights)
+            else:
+                made = self._first(rows, topk_idx, topk_weights, copies=do_handle_copy, request=request)
+            found, arrived = made
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(found.num_unaligned_recv_tokens_per_expert)
+            weights = None if topk_weights is None else _weights(arrived, found)
+            ids = None if do_expand else pad(arrived.topk_idx.clone(), found.allocated, -1)
+            return _rows(arrived, found, use_tma_aligned_col_major_sf), ids, weights, found
+
+        uses = (rows, topk_idx, topk_weights, cumulative_local_expert_recv_stats, handle)
+        sent, event = self._streams.put(
+            _gpu_of(rows), send, uses=uses, after=previous_event, is_async=async_with_compute_stream
+        )
+        return (*sent, event)
 
     def combine(
         self,
@@ -204,22 +217,26 @@ class ElasticBuffer(Experimental):
         Expanded rows are added up by token first, in the order of k, and rounded; with allow_multiple_reduction=False
         each goes back by itself and all are added up at the source, in the order of k. `topk_weights` come back too.
         """
-        wait_for(previous_event)
-        wait_for(previous_event_before_epilogue)
+        self._own(handle)
         if len(x) != handle.allocated:
             raise ConfigError(
                 f"x has {len(x)} rows", hint=f"give one for each of the {handle.allocated} that dispatch returned"
             )
         rows = x.detach()[: handle.expanded if handle.do_expand else handle.rows]
-        inner = handle.inner.plain()
-        back = None
-        if topk_weights is None:
-            total = handle.parallel.combine(rows, inner, bias=bias)
-        else:
-            weights = self._returned(topk_weights.detach(), handle)
-            total, back = handle.parallel.combine_weights(rows, weights, inner, bias=bias)
-        self._instances.check(handle.parallel)
-        return total, back, EventOverlap(EventHandle()) if async_with_compute_stream else EventOverlap()
+        inner, parallel = handle.inner.plain(), handle.parallel
+
+        def bring() -> tuple[Tensor, Tensor | None]:
+            wait_for(previous_event_before_epilogue)
+            if topk_weights is None:
+                return parallel.combine(rows, inner, bias=bias), None
+            total, back = parallel.combine_weights(rows, _returned(topk_weights.detach(), handle), inner, bias=bias)
+            return total, back
+
+        brought, event = self._streams.put(
+            cuda_device.gpu_of(x), lambda: self._instances.done(parallel, bring),
+            uses=(rows, topk_weights, bias, handle), after=previous_event, is_async=async_with_compute_stream,
+        )  # fmt: skip
+        return (*brought, event)
 
     # Within
 
@@ -232,71 +249,93 @@ class ElasticBuffer(Experimental):
                 hint="give them, or a handle",
             )
         local_experts(request.experts, self.num_ranks)
-        hidden = (rows[0] if isinstance(rows, tuple) else rows).shape[1]
+        hidden, number = (rows[0] if isinstance(rows, tuple) else rows).shape[1], _gpu_of(rows)
         parallel = self._instances.get(Shape(request.experts, hidden, topk_idx.shape[1]), request.tokens)
-        options: dict[str, Any] = {}
-        if request.is_expanded:
-            options = {"layout": "experts", "alignment": request.alignment}
+        is_fixed = not request.is_synchronous and self._instances.is_direct(parallel, number)
+        options: dict[str, Any] = {"topk_weights": topk_weights}
         if request.is_expanded and not self.allow_multiple_reduction:
-            options["weights_at"] = "source"
-            options["extra"] = () if topk_weights is None else (topk_weights.detach(),)
-            arrived = parallel.dispatch(rows, topk_idx, **options)
-        else:
-            arrived = parallel.dispatch(rows, topk_idx, topk_weights, **options)
+            given = () if topk_weights is None else (topk_weights.detach(),)
+            options = {"weights_at": "source", "extra": given}
+        if is_fixed:
+            options["layout"] = "slots"
+        elif request.is_expanded:
+            options |= {"layout": "experts", "alignment": request.alignment}
         kept = topk_idx.detach().clone() if copies else topk_idx
-        return make_ephandle(request, arrived, parallel, kept), arrived
+        arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, kept, **options))
+        handle = make_ephandle(request, arrived, parallel, kept, is_fixed=is_fixed)
+        return handle, arrived if handle.fixed is None else handle.fixed.taken(arrived)
 
     def _again(self, rows: Rows, handle: EPHandle, topk_weights: Tensor | None) -> Any:
-        options: dict[str, Any] = {"handle": handle.inner, "alignment": handle.expert_alignment}
-        if topk_weights is None:
-            return handle.parallel.dispatch(rows, **options)
+        parallel, options = handle.parallel, {"handle": handle.sent, "topk_weights": topk_weights}
+        if handle.fixed is None:
+            options["alignment"] = handle.expert_alignment
         if handle.inner.weights_at == "source":
-            return handle.parallel.dispatch(rows, extra=(topk_weights.detach(),), **options)
-        return handle.parallel.dispatch(rows, topk_weights=topk_weights, **options)
+            options |= {"topk_weights": None, "extra": () if topk_weights is None else (topk_weights.detach(),)}
+        arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, **options))
+        return arrived if handle.fixed is None else handle.fixed.taken(arrived)
 
-    def _weights(self, arrived: Any, handle: EPHandle) -> Tensor:
-        if handle.inner.weights_at == "holder":
-            return pad(arrived.topk_weights, handle.allocated)
-        row, k = (handle.places >= 0).nonzero(as_tuple=True)
-        place = handle.places[row, k]
-        weights = torch.zeros(handle.expanded)
-        weights[place] = arrived.extra[0][place, k]
-        return pad(weights, handle.allocated)
-
-    def _rows(self, arrived: Any, handle: EPHandle, is_column_major: bool) -> Rows:
-        x = pad(arrived.x, handle.allocated)
-        if arrived.scales is None:
-            return x
-        scales = pad(arrived.scales, handle.allocated)
-        if is_column_major:
-            room = torch.empty((scales.shape[1], align(max(1, len(scales)), 4)), dtype=scales.dtype)
-            scales = room.t()[: len(scales)].copy_(scales)
-        return x, scales
-
-    def _returned(self, weights: Tensor, handle: EPHandle) -> Tensor:
-        """Return the weights that go back, by row and k."""
-        if not handle.do_expand:
-            return weights[: handle.rows].masked_fill(handle.recv_ids < 0, 0)
-        if handle.inner.weights_at == "source":
+    def _own(self, handle: Any) -> None:
+        if not isinstance(handle, EPHandle):
+            raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned")
+        if not self._instances.owns(handle.parallel):
             raise ConfigError(
-                "weights do not come back where every row does",
-                hint="make the buffer with allow_multiple_reduction=True",
+                "the handle is of another buffer", hint="give it to the buffer whose dispatch returned it"
             )
-        spread = torch.where(handle.places >= 0, weights[handle.places.clamp(min=0)], torch.zeros(()))
-        return spread.contiguous()
+
+    def _check_cached(
+        self,
+        handle: EPHandle,
+        topk_idx: Tensor | None,
+        experts: int | None,
+        tokens: int | None,
+        alignment: int | None,
+        is_synchronous: bool | None,
+    ) -> None:
+        self._own(handle)
+        if topk_idx is not None or is_synchronous:
+            raise ConfigError("a handle comes with its own ids and counts", hint="leave topk_idx and do_cpu_sync out")
+        given = (experts, tokens, alignment)
+        own = (handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment)
+        if any(one is not None and one != other for one, other in zip(given, own, strict=True)):
+            raise ConfigError(
+                f"experts, tokens and alignment {given} are not the handle's {own}", hint="leave them out"
+            )
 
 
-def _check_cached(
-    handle: EPHandle,
-    topk_idx: Tensor | None,
-    experts: int | None,
-    tokens: int | None,
-    alignment: int | None,
-    is_synchronous: bool | None,
-) -> None:
-    if topk_idx is not None or is_synchronous:
-        raise ConfigError("a handle comes with its own ids and counts", hint="leave topk_idx and do_cpu_sync out")
-    given = (experts, tokens, alignment)
-    own = (handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment)
-    if any(one is not None and one != other for one, other in zip(given, own, strict=True)):
-        raise ConfigError(f"experts, tokens and alignment {given} are not the handle's {own}", hint="leave them out")
+def _gpu_of(rows: Rows) -> int | None:
+    return cuda_device.gpu_of(rows[0] if isinstance(rows, tuple) else rows)
+
+
+def _weights(arrived: Any, handle: EPHandle) -> Tensor:
+    if handle.inner.weights_at == "holder":
+        return pad(arrived.topk_weights, handle.allocated)
+    if handle.fixed is not None:
+        weights: Tensor = arrived.extra[0]
+        return weights
+    places, count = handle.places, handle.expanded
+    which = torch.zeros(count + 1, dtype=torch.int64, device=places.device)
+    which[torch.where(places >= 0, places, count)] = torch.arange(places.shape[1], device=places.device)
+    return pad(arrived.extra[0].gather(1, which[:count, None])[:, 0], handle.allocated)
+
+
+def _rows(arrived: Any, handle: EPHandle, is_column_major: bool) -> Rows:
+    x = pad(arrived.x, handle.allocated)
+    if arrived.scales is None:
+        return x
+    scales = pad(arrived.scales, handle.allocated)
+    if is_column_major:
+        room = torch.empty((scales.shape[1], align(max(1, len(scales)), 4)), dtype=scales.dtype, device=scales.device)
+        scales = room.t()[: len(scales)].copy_(scales)
+    return x, scales
+
+
+def _returned(weights: Tensor, handle: EPHandle) -> Tensor:
+    """Return the weights that go back, by row and k."""
+    if not handle.do_expand:
+        return weights[: handle.rows].masked_fill(handle.recv_ids < 0, 0)
+    if handle.inner.weights_at == "source":
+        raise ConfigError(
+            "weights do not come back where every row does",
+            hint="make the buffer with allow_multiple_reduction=True",
+        )
+    return at_places(weights, handle.places if handle.fixed is None else handle.inner.positions)

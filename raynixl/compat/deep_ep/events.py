@@ -1,4 +1,4 @@
-"""Events: DeepEP's handles of work that goes on, for work that has no stream of a GPU to go on in."""
+"""Events: DeepEP's handles of work that goes on, behind the caller's back or on a stream of a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from raynixl.errors import ConfigError, RaynixlError
+from raynixl.moe import cuda_device
 
 
 class Work:
@@ -35,18 +36,28 @@ class Work:
 
 
 class EventHandle:
-    """A point in the work of a buffer. Without any work it has been reached: whoever calls has done all before it."""
+    """A point in work: all that was put on the current stream of a GPU so far, where this process uses one.
 
-    def __init__(self, work: Work | None = None) -> None:
+    For work of the host it has been reached, since whoever calls has done all before it, unless `work` says what is
+    left. `gpu` is the GPU whose stream is meant: that of this thread if not given.
+    """
+
+    def __init__(self, work: Work | None = None, *, gpu: int | None = None) -> None:
+        number = cuda_device.used_gpu() if gpu is None and work is None else gpu
         self._work = work
+        self._follow = None if number is None else cuda_device.gpu(number).mark()
 
     def __repr__(self) -> str:
+        if self._follow is not None:
+            return "EventHandle(on a stream)"
         return f"EventHandle({'reached' if self._work is None or self._work.is_done else 'under way'})"
 
     def current_stream_wait(self) -> None:
-        """Return when the work before this point is done."""
+        """Have what is put on the current stream from now on come after this point; for work of the host, wait."""
         if self._work is not None:
             self._work.finish()
+        if self._follow is not None:
+            self._follow()
 
 
 class EventOverlap:
@@ -62,7 +73,7 @@ class EventOverlap:
         return f"EventOverlap({self.event!r})"
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
-        """Return when the event is reached, and call the hook, if there is one, once.
+        """Wait for the event, as `EventHandle` does, and call the hook, if there is one, once.
 
         Raises:
             ConfigError: there is no event: the operation was not asynchronous.

@@ -10,30 +10,18 @@ import torch
 from torch import Tensor
 
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap
+from raynixl.compat.deep_ep.layout import counted
 from raynixl.compat.deep_ep.packing import COUNT_BITS, Form
 from raynixl.compat.deep_ep.utils import pack_scales
 from raynixl.errors import ConfigError
-from raynixl.moe import cuda_device
 
 if TYPE_CHECKING:
     from raynixl.moe.result import Dispatched
 
 
-class GpuEvent(EventHandle):
-    """What was put on a stream so far: another stream waits for it, and this thread for nothing."""
-
-    def __init__(self, gpu: int) -> None:
-        super().__init__()
-        self._wait: Callable[[], None] = cuda_device.gpu(gpu).mark()
-
-    def current_stream_wait(self) -> None:
-        """Have what is put on the current stream from now on come after it."""
-        self._wait()
-
-
 def left(gpu: int, is_async: bool, has_hook: bool) -> tuple[EventOverlap, Callable[[], None] | None]:
     """Return the event and the hook of an operation that is on the stream: there is nothing left for the hook."""
-    event = EventOverlap(GpuEvent(gpu)) if is_async else EventOverlap()
+    event = EventOverlap(EventHandle(gpu=gpu)) if is_async else EventOverlap()
     return event, (lambda: None) if has_hook else None
 
 
@@ -44,7 +32,7 @@ class PackedRows:
         room = most * world
         ids = arrived.topk_idx.flatten().long()
         place, self._order = _places(ids, experts, room)
-        counts = _counts(ids, experts)
+        counts = counted(ids, experts)
         rows = self._order // arrived.topk_idx.shape[-1]
         self.x = _spread(arrived.x.flatten(0, 1), rows, place, (experts, room))
         self.counts = counts.int()
@@ -52,7 +40,7 @@ class PackedRows:
         self.scales = (
             None if arrived.scales is None else self._scales(arrived.scales, form, rows, place, (experts, room))
         )
-        by_source = _counts(torch.where(ids >= 0, ids * world + _sources(arrived, ids), -1), experts * world)
+        by_source = counted(torch.where(ids >= 0, ids * world + _sources(arrived, ids), -1), experts * world)
         by_source = by_source.view(experts, world)
         self.layout_range = by_source.cumsum(1) - by_source << COUNT_BITS | by_source
         self.handle = self._placed(arrived.handle, place, experts * room)
@@ -84,20 +72,13 @@ def _places(ids: Tensor, experts: int, room: int) -> tuple[Tensor, Tensor]:
     """Return where each pair goes, by expert and then in order, and which pair that is; behind all if it has none."""
     known = torch.where(ids >= 0, ids, experts)
     order = torch.argsort(known, stable=True)
-    counts = _counts(ids, experts + 1)
+    counts = counted(ids, experts + 1)
     counts[experts] = 0
     starts = counts.cumsum(0) - counts
     sorted_ids = known[order]
     inside = torch.arange(len(ids), device=ids.device) - starts[sorted_ids]
     is_there = (sorted_ids < experts) & (inside < room)
     return torch.where(is_there, sorted_ids * room + inside, experts * room), order
-
-
-def _counts(ids: Tensor, most: int) -> Tensor:
-    """Return how often each number comes, without a word of the host's; -1 does not count."""
-    counts = torch.zeros(most + 1, dtype=torch.int64, device=ids.device)
-    counts.scatter_add_(0, torch.where(ids >= 0, ids, most), torch.ones_like(ids))
-    return counts[:most]
 
 
 def _spread(rows: Tensor, which: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:

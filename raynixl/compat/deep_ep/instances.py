@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from raynixl.compat.deep_ep.members import Members
     from raynixl.moe.parallel import ExpertParallel
-    from raynixl.moe.pending import Pending
 
+T = TypeVar("T")
 _LEAST_TOKENS = 128
 
 
@@ -38,6 +38,7 @@ class Instances:
         self._may_shrink = may_shrink
         self._made: dict[tuple[Shape, int], ExpertParallel] = {}
         self._current: dict[Shape, ExpertParallel] = {}
+        self._fixed: dict[tuple[Shape, int], ExpertParallel] = {}
         self._masked: set[int] = set()
         self._out: list[ExpertParallel] = []
         self._end = weakref.finalize(self, _close, self._made, members)
@@ -67,12 +68,31 @@ class Instances:
         if current is None:
             current = self._grow(shape, tokens)
         try:
-            return current, step(current)
+            return current, self.done(current, lambda: step(current))
         except RangeError:
             grown = self._grow(shape, tokens)
             if grown is current:
                 raise
-        return grown, step(grown)
+        return grown, self.done(grown, lambda: step(grown))
+
+    def fixed(self, shape: Shape, tokens: int, worst: int) -> ExpertParallel:
+        """Return the instance for steps whose sizes no host hears, where so many rows come to a rank at the worst.
+
+        All ranks give the same `worst`. At the first step with it they agree on how many tokens each may have.
+        """
+        if (shape, worst) not in self._fixed:
+            self._fixed[shape, worst] = self._grow(shape, max(tokens, -(-worst // self.members.world)))
+        return self._fixed[shape, worst]
+
+    def is_direct(self, parallel: ExpertParallel, gpu: int | None) -> bool:
+        """Whether kernels put rows of tensors on this GPU into the peers' memory. Collective the first time."""
+        if gpu is not None and parallel.is_direct is None:
+            self.done(parallel, lambda: parallel.synchronise(gpu))
+        return gpu is not None and bool(parallel.is_direct)
+
+    def owns(self, parallel: ExpertParallel) -> bool:
+        """Whether an instance is one of these."""
+        return any(parallel is made for made in self._made.values())
 
     def check(self, parallel: ExpertParallel) -> None:
         """Refuse the result of a step that went on without some ranks, unless the buffer may shrink.
@@ -90,14 +110,14 @@ class Instances:
                 hint="make the buffer with enable_shrink=True to go on without them", peer=names[0],
             )  # fmt: skip
 
-    def wait(self, parallel: ExpertParallel, pending: Pending[Any]) -> Any:
-        """Return the result of a step that was started, unless `check` refuses it.
+    def done(self, parallel: ExpertParallel, step: Callable[[], T]) -> T:
+        """Take a step, or wait for one that was started; return its result, unless `check` refuses it.
 
         Raises:
             Masked: the others have gone on without us; `unmask` of our own rank comes back.
         """
         try:
-            result = pending.wait()
+            result = step()
         except Masked:
             if parallel not in self._out:
                 self._out.append(parallel)
@@ -138,6 +158,9 @@ class Instances:
     def _grow(self, shape: Shape, tokens: int) -> ExpertParallel:
         """Return the instance for as many tokens as the rank that has most; all ranks call this."""
         most = int(self.members.gather(np.array([tokens], np.int64)).max())
+        current = self._current.get(shape)
+        if current is not None and most <= current.max_tokens:
+            return current
         made = self.get(shape, max(_LEAST_TOKENS, 1 << max(0, most - 1).bit_length()))
         self._current[shape] = made
         return made

@@ -89,8 +89,8 @@ class LowLatency:
         if number is not None:
             step = _Step(parallel, topk_idx)
             rows = quantise(x, round_scale=round_scale) if use_fp8 else x.detach()
-            arrived = self._instances.wait(
-                parallel, parallel.dispatch(rows, topk_idx, layout="slots", weights_at="source", async_=True)
+            arrived = self._instances.done(
+                parallel, lambda: parallel.dispatch(rows, topk_idx, layout="slots", weights_at="source")
             )
             made = gpu.PackedRows(arrived, form, experts=num_experts // world, most=most, world=world)
             step.work, step.inner = Work(lambda: None), made.handle
@@ -109,7 +109,7 @@ class LowLatency:
         pending = parallel.dispatch(rows, step.topk_idx, layout="slots", weights_at="source", async_=True)
 
         def receive() -> None:
-            arrived = self._instances.wait(parallel, pending)
+            arrived = self._instances.done(parallel, pending.wait)
             step.inner = pack(arrived, packed, parallel.agent.native)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(packed.counts)
@@ -149,8 +149,7 @@ class LowLatency:
             given = gpu.weights_of(topk_idx, topk_weights, step.topk_idx)
             inner = dataclasses.replace(inner, call=dataclasses.replace(inner.call, weights=given))
             rows = x.detach().reshape(-1, handle[3])
-            pending = step.parallel.combine(rows, inner, out=out, async_=True)
-            made = self._instances.wait(step.parallel, pending)
+            made = self._instances.done(step.parallel, lambda: step.parallel.combine(rows, inner, out=out))
             total = made if out is None else out
             event, hook = gpu.left(number, async_finish, return_recv_hook)
             return total, event, hook
@@ -169,7 +168,7 @@ class LowLatency:
         pending = step.parallel.combine(rows, inner, out=total, async_=True, stats=waited)
 
         def receive() -> None:
-            self._instances.wait(step.parallel, pending)
+            self._instances.done(step.parallel, pending.wait)
             if combine_wait_recv_cost_stats is not None:
                 combine_wait_recv_cost_stats.add_((waited * NANOSECONDS).long())
 
