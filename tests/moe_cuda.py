@@ -46,6 +46,10 @@ class MadeUp:
         self._launch = cuda.launch
         self._streams: list[int] = []
         self.kept: list[torch.Tensor] = []
+        self.brought: set[int] = set()
+        """Where tensors lie that were brought from memory of the host."""
+        self.at_host: list[torch.Tensor] = []
+        """Tensors that count as in memory of the host, whoever has them."""
         for kind, struct in STRUCTS.items():
             fake.kernel(f"raynixl_moe_{kind}", struct)(self._runner(kind))
 
@@ -98,6 +102,7 @@ class MadeUp:
         """Where a tensor is."""
         is_here = self.is_everywhere or getattr(self._local, "is_on_gpu", False)
         is_there = isinstance(tensor, torch.Tensor) and not getattr(self._local, "is_on_host", False)
+        is_there = is_there and not any(tensor is one for one in self.at_host)
         return 0 if is_here and is_there else None
 
     def launch(self, function: int, grid: Any, block: Any, arguments: Sequence[Any], stream: int, **more: Any) -> None:
@@ -150,10 +155,16 @@ class StandInGpu:
         return torch.from_numpy(array.copy())
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone()
+        return self.fetch_all([tensor])[0]
+
+    def fetch_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self.finish()
+        return [one.detach().clone() for one in tensors]
 
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone()
+        made = tensor.detach().clone()
+        self._made_up.brought.add(made.data_ptr())
+        return made
 
     def finish(self) -> None:
         self._made_up.settle()

@@ -181,7 +181,7 @@ def send(gpu: Gpu, setting: Setting, given: Tokens, *, extra: Sequence[Tensor] =
 
 
 def take(gpu: Gpu, setting: Setting, given: Tokens, held: Held, *, extra: Sequence[Tensor] = (), waits: bool = False,
-         signature: int = 0, expected: Tensor | None = None) -> Held:  # fmt: skip
+         signature: int = 0, expected: Tensor | None = None, waited: Tensor | None = None) -> Held:  # fmt: skip
     """The second half; in layouts without fixed places the lines are waited for before."""
     tensors = [given.x, *([] if given.scales is None else [given.scales]), *extra]
     topk, ranks, capacity = given.topk_idx.shape[1], gpu.frame.ranks, gpu.frame.capacity
@@ -222,7 +222,8 @@ def take(gpu: Gpu, setting: Setting, given: Tokens, held: Held, *, extra: Sequen
         positions=address(held.positions), place_weights=address(held.place_weights), signature=signature,
         deadline=int(gpu.deadline * SECOND), columns_count=len(outs), row_nbytes=form.row_nbytes, ids_at=form.ids_at,
         weights_at=form.weights_at, token_at=form.token_at, ids_nbytes=given.topk_idx.element_size(), topk=topk,
-        ranks=ranks, loads_count=local, is_packed=not is_fixed, waits=waits,
+        ranks=ranks, loads_count=local, is_packed=not is_fixed, waits=waits, waited=address(waited),
+        waited_count=0 if waited is None else len(waited),
     ))  # fmt: skip
     held.sources = torch.repeat_interleave(torch.arange(ranks, dtype=torch.int32), held.rows_by_source)
     held.x, rest = outs[0], outs[1:]
@@ -255,7 +256,7 @@ def give(gpu: Gpu, y: Tensor, held: Held, *, beside: Tensor | None = None, signa
 
 def add_up(gpu: Gpu, y: Tensor, held: Held, *, biases: Sequence[Tensor] = (), out: Tensor | None = None,
            beside: bool = False, renormalises: bool = False, apart: bool = False, waits: bool = True,
-           signature: int = 0) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+           signature: int = 0, waited: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The second half."""
     by_pair, topk, hidden = held.weights_at == "source", held.holder_of.shape[1], y.shape[-1]
     rows = held.tokens_count * (topk if apart else 1)
@@ -273,7 +274,7 @@ def add_up(gpu: Gpu, y: Tensor, held: Held, *, biases: Sequence[Tensor] = (), ou
         bias_dtype=CODES[biases[0].dtype] if biases else 0, bias_count=len(biases), item_nbytes=item_nbytes,
         beside_at=beside_at if beside else NOWHERE,
         mode=Summing.APART if apart else Summing.PAIRS if by_pair else Summing.ROWS, renormalises=renormalises,
-        waits=waits,
+        waits=waits, waited=address(waited), waited_count=0 if waited is None else len(waited),
     )  # fmt: skip
     for n, bias in enumerate(biases):
         arguments.biases[n], arguments.bias_strides[n] = bias.data_ptr(), strides[n]

@@ -82,6 +82,7 @@ class DispatchArguments:
     weights_at: Any = None
     extra: Any = ()
     stats: Any = None
+    waited: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +134,8 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
     columns += [columns_of(one, "extra", tokens) for one in given.extra]
     if given.stats is not None:
         check_stats(given.stats, sizes.local_experts, of_counts=True)
+    if given.waited is not None:
+        check_stats(given.waited, sizes.ranks, of_counts=False)
     weights = weights_of(given.topk_weights, tokens, sizes.topk)
     ids, ids_dtype = None, torch.int64
     if handle is None:

@@ -43,6 +43,8 @@ class CudaDispatchCall:
     weights_at: str
     has_other_weights: bool = False
     """Whether it has a handle, and other weights than that."""
+    waited: Tensor | None = None
+    """float64 by rank, contiguous: the seconds are added that we wait for it."""
 
     @property
     def sends_weights(self) -> bool:
@@ -73,7 +75,7 @@ class CudaDispatchCall:
 
     def kept(self) -> CudaDispatchCall:
         """Return what a handle keeps of it."""
-        return replace(self, columns=(), handle=None)
+        return replace(self, columns=(), handle=None, waited=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,8 @@ class CudaCombineCall:
     out: Tensor | None
     """Where the sums go, if the caller says so."""
     is_summed: bool
+    waited: Tensor | None = None
+    """float64 by rank, contiguous: the seconds are added that we wait for it."""
 
     @property
     def by_pair(self) -> bool:

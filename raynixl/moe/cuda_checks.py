@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from raynixl.errors import ConfigError, RaynixlError
@@ -55,6 +56,8 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
         raise ConfigError(f"{len(columns)} tensors travel with a row", hint=f"on a GPU {COLUMNS} do: put some together")
     if given.stats is not None:
         check_stats(given.stats, sizes.local_experts, of_counts=True, gpu=gpu)
+    if given.waited is not None:
+        _check_waited(given.waited, sizes.ranks, gpu)
     weights = _weights(given.topk_weights, (tokens, sizes.topk), gpu)
     if weights is not None and weights.data_ptr() == given.topk_weights.data_ptr():
         weights = weights.clone()  # the handle keeps them, and the caller may change his
@@ -70,8 +73,14 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
         weights = handle.weights if weights is None else weights
     return CudaDispatchCall(
         tuple(columns), scales is not None, tokens, ids, weights, handle, layout, alignment, weights_at,
-        has_other_weights,
+        has_other_weights, given.waited,
     )  # fmt: skip
+
+
+def _check_waited(waited: Any, ranks: int, gpu: int) -> None:
+    check_stats(waited, ranks, of_counts=False, gpu=gpu)
+    if waited.dtype != torch.float64 or not waited.is_contiguous():
+        raise ConfigError(f"seconds are added to {waited.dtype}", hint="on a GPU give a contiguous float64 tensor")
 
 
 def _ids(topk_idx: Any, shape: tuple[int, int], gpu: int) -> Tensor:
@@ -88,30 +97,28 @@ def _weights(topk_weights: Any, shape: tuple[int, int], gpu: int) -> Tensor | No
     return plain(topk_weights).float().contiguous()
 
 
-def cuda_combine_call(
-    given: CombineArguments, *, hidden: int, session: int, gpu: int
-) -> tuple[CudaCombineCall, RaynixlError | None]:
+def cuda_combine_call(given: CombineArguments, sizes: Sizes, gpu: int) -> tuple[CudaCombineCall, RaynixlError | None]:
     """Return the call, and what is wrong with it; then the call is one of nothing."""
     try:
-        return _combine_call(given, hidden, session, gpu), None
+        return _combine_call(given, sizes, gpu), None
     except Exception as exc:  # noqa: BLE001 - the other ranks hear of it, and the caller gets it
         return CudaCombineCall(None, None, None, (), None, True), said(exc)
 
 
-def _combine_call(given: CombineArguments, hidden: int, session: int, gpu: int) -> CudaCombineCall:
-    handle, weights, out = given.handle, given.weights, given.out
+def _combine_call(given: CombineArguments, sizes: Sizes, gpu: int) -> CudaCombineCall:
+    handle, weights, out, hidden = given.handle, given.weights, given.out, sizes.hidden
     if not isinstance(handle, CudaHandle):
         raise ConfigError(
             f"{type(handle).__name__} is no handle of a dispatch on a GPU", hint="give r.handle of the dispatch"
         )
     check_place(handle.row_of, "the handle", gpu)
-    check_session(handle, session)
+    check_session(handle, sizes.session)
     if not given.summed and handle.weights_at != "source":
         raise ConfigError(
             "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"
         )
     if given.stats is not None:
-        raise ConfigError("stats of a combine on a GPU are not known", hint="leave stats= away")
+        _check_waited(given.stats, sizes.ranks, gpu)
     y = rows_of(given.y, "y", expected_shape(handle), hidden, gpu=gpu)
     shape = (handle.call.tokens, hidden)
     if weights is not None:
@@ -122,7 +129,7 @@ def _combine_call(given: CombineArguments, hidden: int, session: int, gpu: int) 
         check_out(out, shape, y.dtype, gpu=gpu)
         check_apart(out, y, biases, weights)
         out = out.detach()
-    return CudaCombineCall(y, handle, weights, biases, out, given.summed)
+    return CudaCombineCall(y, handle, weights, biases, out, given.summed, given.stats)
 
 
 def expected_shape(handle: CudaHandle) -> tuple[int | None, ...]:

@@ -89,7 +89,8 @@ class CudaCombine:
             ranks=layer.ranks, hidden=hidden, dtype=CODES[y.dtype], out_dtype=CODES[out.dtype],
             bias_count=len(call.biases), item_nbytes=nbytes, beside_at=beside_at,
             mode=Summing.ROWS if not call.by_pair else Summing.PAIRS if call.is_summed else Summing.APART,
-            renormalises=self.renormalises, waits=waits,
+            renormalises=self.renormalises, waits=waits, waited=address(call.waited),
+            waited_count=0 if call.waited is None else len(call.waited),
         )  # fmt: skip
         for number, bias in enumerate(call.biases if call.is_summed else ()):
             made.biases[number], made.bias_dtype = address(bias), CODES[bias.dtype]

@@ -33,6 +33,9 @@ class Gpu(Protocol):
     def fetch(self, tensor: Tensor) -> Tensor:
         """Return a copy in memory of the host; this thread waits for it."""
 
+    def fetch_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return copies of them in memory of the host; this thread waits once, for all."""
+
     def bring(self, tensor: Tensor) -> Tensor:
         """Return a copy of what is in memory of the host, which may be changed from now on."""
 
@@ -80,8 +83,15 @@ class TorchGpu:
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """See `Gpu`."""
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor.detach())
+        return self.fetch_all([tensor])[0]
+
+    def fetch_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See `Gpu`. Into pinned memory, which torch keeps for the next time: what is not pinned costs a copy more."""
+        found = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in tensors]
+        for host, one in zip(found, tensors, strict=True):
+            host.copy_(one.detach(), non_blocking=True)
+        self.finish()
+        return found
 
     def bring(self, tensor: Tensor) -> Tensor:
         """See `Gpu`."""

@@ -181,7 +181,8 @@ class CudaDispatch:
             place_weights=address(place_weights), signature=self.signature, deadline=nanoseconds(self.seconds),
             columns_count=len(outs), row_nbytes=plan.nbytes, ids_at=plan.ids_at, weights_at=plan.weights_at,
             token_at=plan.token_at, ids_nbytes=ids.element_size(), topk=scene.topk, ranks=layer.ranks,
-            loads_count=scene.loads_count, is_packed=call.layout != "slots", waits=waits,
+            loads_count=scene.loads_count, is_packed=call.layout != "slots", waits=waits, waited=address(call.waited),
+            waited_count=0 if call.waited is None else len(call.waited),
         )  # fmt: skip
         _fill(made.columns, outs, call, plan)
         op.launch("take", made, layer.grid("take", rows=scene.max_tokens, nbytes=plan.nbytes, waits=waits))

@@ -14,7 +14,14 @@ from raynixl.moe.checks import CombineArguments, DispatchArguments, Sizes
 from raynixl.moe.cuda_checks import cuda_combine_call, cuda_dispatch_call
 from raynixl.moe.cuda_need import Need
 from raynixl.moe.cuda_path import CudaPath, Facts
-from raynixl.moe.cuda_staged import StagedHandle, fetched_combine, fetched_dispatch, put_combined, put_dispatched
+from raynixl.moe.cuda_staged import (
+    StagedHandle,
+    fetched_combine,
+    fetched_dispatch,
+    put_added,
+    put_combined,
+    put_dispatched,
+)
 from raynixl.moe.cuda_structs import Kind
 from raynixl.moe.rank import OnLost, Rank
 from raynixl.moe.result import Combined, Dispatched
@@ -119,8 +126,11 @@ class GpuRank(Rank):
             path = self._agreed_path(Need() if error else call.need(self.topk, 1), Kind.DISPATCH, gpu, until)
             path.is_used = True
             if path.reason:
-                fetched = fetched_dispatch(arguments, cuda_device.gpu(gpu))
-                return put_dispatched(self._dispatch_on_host(fetched, deadline, failed), cuda_device.gpu(gpu))
+                there = cuda_device.gpu(gpu)
+                fetched, wrong = fetched_dispatch(arguments, there)
+                made = self._dispatch_on_host(fetched, deadline, failed or wrong)
+                put_added(arguments, fetched, ("stats", "waited"))
+                return put_dispatched(made, there)
             result = self._on_gpu(lambda: path.dispatch(call, error, until - time.monotonic()))
             self._counts["dispatches"] += 1
             self._counts["rows"] += result.handle.rows
@@ -135,10 +145,12 @@ class GpuRank(Rank):
             self._check_active()
             until, late = self._until(deadline)
             if isinstance(arguments.handle, StagedHandle) or (self._path is not None and self._path.reason):
-                fetched = fetched_combine(arguments, cuda_device.gpu(gpu))
-                made = self._combine_on_host(fetched, deadline, failed)
-                return put_combined(made, arguments, cuda_device.gpu(gpu))
-            call, error = cuda_combine_call(arguments, hidden=self.hidden, session=self._session.key, gpu=gpu)
+                there = cuda_device.gpu(gpu)
+                fetched, wrong = fetched_combine(arguments, there)
+                made = self._combine_on_host(fetched, deadline, failed or wrong)
+                put_added(arguments, fetched, ("stats",))
+                return put_combined(made, arguments, there)
+            call, error = cuda_combine_call(arguments, self._sizes(), gpu)
             error = failed or error or late or self._other_gpu(gpu)
             need = Need() if error else call.need(self.max_tokens, self.topk)
             path = self._agreed_path(need, Kind.COMBINE, gpu, until)
@@ -226,17 +238,3 @@ class GpuRank(Rank):
         return Sizes(
             self.topk, self.max_tokens, self.hidden, placement, local_experts, self._limit, self._session.key
         )  # fmt: skip
-
-    def _within(self, tensor: Any, operation: Callable[[], T], async_: bool) -> Callable[[], T]:
-        """Return an operation as it is done by another thread: on the stream that is this one's now."""
-        first = tensor[0] if isinstance(tensor, tuple) and tensor else tensor
-        gpu = cuda_device.gpu_of(first)
-        if gpu is None or not (async_ or self._worker is not None):
-            return operation
-        here = cuda_device.gpu(gpu).here()
-
-        def within() -> T:
-            with here():
-                return operation()
-
-        return within

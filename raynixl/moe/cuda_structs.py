@@ -100,7 +100,8 @@ class Layer(ctypes.Structure):
         ("me", c_uint32), ("capacity", c_uint32), ("loads_width", c_uint32), ("ranks", c_uint32),
         ("operation", c_uint64), ("turns", c_uint64 * 2), ("mask", c_uint64), ("masked", c_uint64), ("base", c_uint64),
         ("began", c_uint64), ("since", c_uint64), ("found", c_uint64), ("told", c_uint64), ("came", c_uint64),
-        ("verdicts", c_uint64 * RANKS), ("counters", c_uint32 * RANKS), ("ended", c_uint32), ("spare", c_uint32),
+        ("verdicts", c_uint64 * RANKS), ("waits", c_uint64 * RANKS), ("counters", c_uint32 * RANKS),
+        ("ended", c_uint32), ("spare", c_uint32),
     )  # fmt: skip
 
 
@@ -162,10 +163,11 @@ class Take(ctypes.Structure):
         ("layer", c_uint64), ("columns", Column * COLUMNS), ("ids", c_uint64), ("row_ids", c_uint64),
         ("weights", c_uint64), ("row_weights", c_uint64), ("tokens", c_uint64), ("counts", c_uint64),
         ("experts", c_uint64), ("expected", c_uint64), ("positions", c_uint64), ("place_weights", c_uint64),
+        ("waited", c_uint64),  # float64 by rank: the seconds are added that it was waited for
         ("signature", c_uint64), ("deadline", c_uint64),
         ("columns_count", c_uint32), ("row_nbytes", c_uint32), ("ids_at", c_uint32), ("weights_at", c_uint32),
         ("token_at", c_uint32), ("ids_nbytes", c_uint32), ("topk", c_uint32), ("ranks", c_uint32),
-        ("loads_count", c_uint32), ("is_packed", c_uint32), ("waits", c_uint32), ("spare", c_uint32),
+        ("loads_count", c_uint32), ("is_packed", c_uint32), ("waits", c_uint32), ("waited_count", c_uint32),
     )  # fmt: skip
 
 
@@ -187,11 +189,11 @@ class Sum(ctypes.Structure):
     _fields_ = (
         ("layer", c_uint64), ("row_of", c_uint64), ("holder_of", c_uint64), ("sent", c_uint64), ("weights", c_uint64),
         ("out", c_uint64), ("out_stride", c_uint64), ("biases", c_uint64 * 2), ("bias_strides", c_uint64 * 2),
-        ("out_weights", c_uint64), ("signature", c_uint64), ("deadline", c_uint64),
+        ("out_weights", c_uint64), ("waited", c_uint64), ("signature", c_uint64), ("deadline", c_uint64),
         ("tokens", c_uint32), ("topk", c_uint32), ("ranks", c_uint32), ("hidden", c_uint32), ("dtype", c_uint32),
         ("out_dtype", c_uint32), ("bias_dtype", c_uint32), ("bias_count", c_uint32), ("item_nbytes", c_uint32),
         ("beside_at", c_uint32), ("mode", c_uint32), ("renormalises", c_uint32), ("waits", c_uint32),
-        ("spare", c_uint32),
+        ("waited_count", c_uint32),
     )  # fmt: skip
 
 

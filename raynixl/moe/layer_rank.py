@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import torch
 
 from raynixl.config import check_timeout
 from raynixl.errors import ConfigError
+from raynixl.moe import cuda_device
 from raynixl.moe.checks import dtype_of, positive
 from raynixl.moe.pending import Pending
 from raynixl.moe.placement import Placement
@@ -89,6 +90,20 @@ class LayerRank(ABC):
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="raynixl-moe")
         pending = Pending(self._worker.submit(operation))
         return pending if async_ else pending.wait()
+
+    def _within(self, tensor: Any, operation: Callable[[], T], async_: bool) -> Callable[[], T]:
+        """Return an operation as it is done by another thread: on the stream that is this one's now."""
+        first = tensor[0] if isinstance(tensor, tuple) and tensor else tensor
+        gpu = cuda_device.gpu_of(first)
+        if gpu is None or not (async_ or self._worker is not None):
+            return operation
+        here = cuda_device.gpu(gpu).here()
+
+        def within() -> T:
+            with here():
+                return operation()
+
+        return within
 
     def _checked(self, given: Placement | Sequence[int], ranks: int) -> Placement:
         placement = given if isinstance(given, Placement) else Placement(given)

@@ -57,6 +57,7 @@ class ExpertParallel(GpuRank):
         handle: Handle | None = None, layout: str | None = None, alignment: int | None = None,
         weights_at: str | None = None,
         extra: Sequence[Tensor] = (), async_: bool = False, deadline: float | None = None, stats: Tensor | None = None,
+        waited: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Send each token's row to the ranks that hold its experts, once to each; return the rows that came here.
 
@@ -69,6 +70,7 @@ class ExpertParallel(GpuRank):
         of it), "slots" (fixed places by source: one exchange instead of two; what is beyond a source's rows is
         undefined). weights_at: "holder" (default; weights travel) or "source" (combine weighs what comes back by
         expert). extra: tensors [tokens, ...] that travel beside. stats: int64 [local experts], counts are added.
+        waited: float64 [world], seconds that we waited for each rank are added.
         The arguments may be changed once it has returned. With `async_`, returns a `Pending`.
 
         Raises:
@@ -76,7 +78,9 @@ class ExpertParallel(GpuRank):
                 arguments, or that differs from other ranks'. All ranks raise alike.
             Masked: the others have gone on without this rank.
         """
-        arguments = DispatchArguments(x, topk_idx, topk_weights, handle, layout, alignment, weights_at, extra, stats)
+        arguments = DispatchArguments(
+            x, topk_idx, topk_weights, handle, layout, alignment, weights_at, extra, stats, waited
+        )  # fmt: skip
         return self._submit(self._within(x, lambda: self._dispatch(arguments, deadline), async_), async_)
 
     def combine(
@@ -157,6 +161,7 @@ class ExpertParallel(GpuRank):
     ) -> Dispatched:
         with self._turn:
             self._begin(is_start=arguments.handle is None)
+            before = self._session.waited.copy()
             call, error = dispatch_call(arguments, self._sizes())
             until, late = self._until(deadline)
             error = failed or error or late
@@ -171,6 +176,7 @@ class ExpertParallel(GpuRank):
             self._counts["rows"] += result.handle.rows
             if arguments.stats is not None:
                 arguments.stats.add_(result.counts)
+            self._add_waits(arguments.waited, before)
             return result
 
     def _combine_on_host(
@@ -187,9 +193,13 @@ class ExpertParallel(GpuRank):
             error = failed or error or late
             combined = self._guarded(lambda: Combine(self._session, call, error, until).run())
             self._counts["combines"] += 1
-            if arguments.stats is not None:
-                arguments.stats.add_(torch.from_numpy((self._session.waited - before)[: len(arguments.stats)]))
+            self._add_waits(arguments.stats, before)
             return combined
+
+    def _add_waits(self, waited: Tensor | None, before: np.ndarray[Any, Any]) -> None:
+        """Add the seconds that we have waited for each rank since then, where the caller wants them."""
+        if waited is not None:
+            waited.add_(torch.from_numpy((self._session.waited - before)[: len(waited)]))
 
     def _route(self, call: DispatchCall) -> Routing:
         if call.handle is not None:

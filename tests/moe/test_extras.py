@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -127,8 +128,11 @@ def test_pairs_come_back_as_they_are(trio, layout):
 def test_counts_and_waits_are_added_to_what_is_given(trio):
     def work(rank, ep):
         counts, seconds = torch.ones(len(ep.local_experts), dtype=torch.int64), torch.zeros(3, dtype=torch.float64)
-        one = GIVEN[rank]
-        made = ep.dispatch(one.x, one.topk_idx, one.topk_weights, stats=counts)
+        one, waited = GIVEN[rank], torch.zeros(3)
+        time.sleep(0.2 * (rank == 1))
+        made = ep.dispatch(one.x, one.topk_idx, one.topk_weights, stats=counts, waited=waited)
+        assert waited[rank] == 0
+        assert waited[1] > 0.1 or rank == 1
         ep.combine(made.x, made.handle, stats=seconds)
         assert torch.equal(counts, 1 + made.counts)
         assert (seconds >= 0).all()

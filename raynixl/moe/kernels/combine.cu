@@ -235,7 +235,9 @@ __global__ void __launch_bounds__(kThreads, 2) raynixl_moe_sum(const __grid_cons
   if (pieces > most) pieces = most > 0 ? most : 1;
   for (u64 i = u64(blockIdx.x) * warps + warp; i < rows * pieces; i += all)
     sum_row(backs, i / pieces, terms[warp], u32(i % pieces), pieces);
-  if (is_last(scene)) end_operation(scene, seen);
+  if (!is_last(scene)) return;
+  add_waits(scene, seen, a.waited, a.waited_count);
+  end_operation(scene, seen);
 }
 
 }  // extern "C"

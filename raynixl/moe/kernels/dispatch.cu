@@ -212,6 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2) raynixl_moe_take(const __grid_con
   if (!is_last(scene)) return;
   look_for(scene, look, ~0ull, seen);
   for (u32 e = threadIdx.x; a.experts != 0 && e < a.loads_count; e += blockDim.x) item<i64>(a.experts, e) = load_of(scene, seen, e);
+  add_waits(scene, seen, a.waited, a.waited_count);
   end_operation(scene, seen);
 }
 

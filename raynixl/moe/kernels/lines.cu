@@ -95,6 +95,11 @@ __device__ __forceinline__ bool is_worth_waiting(const Scene& scene, u32 rank, u
   return waited < 100 * kMillisecond || !is_masked_by_others(scene, rank);
 }
 
+// Note how long a rank was waited for: of all CTAs, by that which waited for the longest.
+__device__ __forceinline__ void note_wait(const Scene& scene, u32 rank, u64 since, u64 time) {
+  if (time > since) atomicMax(&scene.layer->waits[rank], time - since);
+}
+
 // Wait until a rank's line is there, or it is given up: alike in all CTAs.
 __device__ __forceinline__ bool wait_for(const Scene& scene, u32 rank, u64 deadline) {
   Layer* layer = scene.layer;
@@ -109,7 +114,10 @@ __device__ __forceinline__ bool wait_for(const Scene& scene, u32 rank, u64 deadl
   for (u32 nap = 32;; nap = nap < 1000 ? 2 * nap : nap) {
     time = nanoseconds();  // before the look at the line
     u64 number = load_acquire(word);
-    if (number >= scene.number) return is_ours(scene, rank, number, deadline);
+    if (number >= scene.number) {
+      note_wait(scene, rank, since, time);
+      return is_ours(scene, rank, number, deadline);
+    }
     u64 verdict = look_at(&layer->verdicts[rank]);
     if (verdict == 2) return false;
     if (verdict == 1) continue;  // another CTA has seen the line: so shall we, and what lies behind it
@@ -204,6 +212,15 @@ __device__ __forceinline__ bool is_last(const Scene& scene) {
   }
   __syncthreads();
   return is_it;
+}
+
+// Add the seconds that ranks were waited for in this operation, if they came, and forget them.
+__device__ __forceinline__ void add_waits(const Scene& scene, const Seen& seen, u64 waited, u32 count) {
+  Layer* layer = scene.layer;
+  for (u32 rank = threadIdx.x; rank < kRanks; rank += blockDim.x) {
+    if (waited != 0 && rank < count && has(seen.came, rank)) item<double>(waited, rank) += double(look_at(&layer->waits[rank])) * 1e-9;
+    layer->waits[rank] = 0;
+  }
 }
 
 // End the operation: the last CTA's, which has seen all lines.

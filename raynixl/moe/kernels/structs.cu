@@ -79,6 +79,7 @@ struct Layer {
   u32 me, capacity, loads_width, ranks;
   u64 operation, turns[2], mask, masked, base, began, since, found, told, came;
   u64 verdicts[kRanks];  // 0: none so far, 1: came, 2: lost
+  u64 waits[kRanks];     // nanoseconds
   u32 counters[kRanks], ended, spare;
 };
 struct Page {
@@ -104,24 +105,27 @@ struct Order {
 struct Take {
   u64 layer;
   Column columns[kColumns];
-  u64 ids, row_ids, weights, row_weights, tokens, counts, experts, expected, positions, place_weights, signature, deadline;
-  u32 columns_count, row_nbytes, ids_at, weights_at, token_at, ids_nbytes, topk, ranks, loads_count, is_packed, waits, spare;
+  u64 ids, row_ids, weights, row_weights, tokens, counts, experts, expected, positions, place_weights, waited, signature;
+  u64 deadline;
+  u32 columns_count, row_nbytes, ids_at, weights_at, token_at, ids_nbytes, topk, ranks, loads_count, is_packed, waits;
+  u32 waited_count;
 };
 struct Give {
   u64 layer, y, y_stride, beside, pairs, weights, row_ids, counts, signature;
   u32 hidden, dtype, item_nbytes, beside_at, topk, ranks, mode, is_packed, status, y_rows;
 };
 struct Sum {
-  u64 layer, row_of, holder_of, sent, weights, out, out_stride, biases[2], bias_strides[2], out_weights, signature, deadline;
+  u64 layer, row_of, holder_of, sent, weights, out, out_stride, biases[2], bias_strides[2], out_weights, waited, signature;
+  u64 deadline;
   u32 tokens, topk, ranks, hidden, dtype, out_dtype, bias_dtype, bias_count, item_nbytes, beside_at, mode, renormalises, waits,
-      spare;
+      waited_count;
 };
 struct Mask {
   u64 layer, mask, told;
 };
-static_assert(sizeof(Column) == 24 && sizeof(Line) == kLineNbytes && sizeof(Layer) == 1472 && sizeof(Page) == 9024, "");
-static_assert(sizeof(Send) == 312 && sizeof(Arrive) == 56 && sizeof(Order) == 272 && sizeof(Take) == 344, "");
-static_assert(sizeof(Give) == 112 && sizeof(Sum) == 168 && sizeof(Mask) == 24, "");
+static_assert(sizeof(Column) == 24 && sizeof(Line) == kLineNbytes && sizeof(Layer) == 1984 && sizeof(Page) == 9024, "");
+static_assert(sizeof(Send) == 312 && sizeof(Arrive) == 56 && sizeof(Order) == 272 && sizeof(Take) == 352, "");
+static_assert(sizeof(Give) == 112 && sizeof(Sum) == 176 && sizeof(Mask) == 24, "");
 
 __device__ __forceinline__ u64 bit(u32 rank) { return 1ull << rank; }
 __device__ __forceinline__ bool has(u64 ranks, u32 rank) { return ranks >> rank & 1; }
