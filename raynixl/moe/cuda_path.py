@@ -286,10 +286,12 @@ class CudaPath:
         return layer if status is None else refused(*status, self._session.members.names)
 
     def _look_safely(self) -> None:
-        """On the watch's thread: who is gone need not be waited for."""
+        """On a watch's thread: who is gone need not be waited for, by replays of what is captured neither."""
         layer = self._layer
         if layer is not None:
             layer.excuse(sum(1 << rank for rank in self._session.members.ranks if self._session.is_gone(rank)))
+        for kept in tuple(self._kept):
+            kept.excuse(kept.presence.closed())
 
     def _absent(self) -> int:
         return self._session.members.mask & _ALL

@@ -46,6 +46,10 @@ class Presence:
         """Whether a graph has captured work."""
         return self._is_held
 
+    def closed(self) -> int:
+        """Return the ranks that have ended, or let go of their memory, 1 bit each."""
+        return sum(1 << rank for rank, gate in self._gates.items() if gate.code)
+
     def enter(self) -> int:
         """Enter the gates; return those whose ranks are gone, 1 bit each: nothing may touch their memory."""
         gone = 0

@@ -6,7 +6,7 @@ import pytest
 from moe_cuda_crews import OPTIONS
 from moe_kernels_host import library
 from moe_programs import Cached, Combine, Dispatch, Place, Program, check, even
-from moe_tools import Processes
+from moe_tools import DEADLINE, Processes
 
 WORLD = 3
 
@@ -42,6 +42,23 @@ def test_a_process_that_is_killed_is_not_waited_for(crew):
     everyone, rest = [0, 1, 2], [0, 1]
     assert crew.call("moe_cuda_far:take_step", "layer", 0, everyone) == [(True, (0, 1, 2))] * 3
     crew.kill(2)
+    crew.call("moe_cuda_far:take_step", "layer", 1, rest, ranks=rest)
+    assert crew.call("moe_cuda_far:take_step", "layer", 2, rest, ranks=rest) == [(True, (0, 1))] * 2
+    crew.call("moe_cuda_far:end", ranks=rest)
+
+
+def test_a_graph_of_former_windows_waits_for_no_process_that_was_killed(crew):
+    crew.make("layer", **OPTIONS)
+    everyone, rest = [0, 1, 2], [0, 1]
+    crew.call("moe_cuda_far:take_step", "layer", 0, everyone)
+    for rank in everyone:
+        crew.tell(rank, "moe_cuda_far:keep_graph", "layer", rank)
+    for rank in everyone:
+        crew.hear(rank)
+    assert max(crew.call("moe_cuda_far:replay")) < DEADLINE / 2
+    crew.kill(2)
+    assert max(crew.call("moe_cuda_far:replay", ranks=rest)) < DEADLINE / 2
+    assert max(crew.call("moe_cuda_far:replay", ranks=rest)) < DEADLINE / 2
     crew.call("moe_cuda_far:take_step", "layer", 1, rest, ranks=rest)
     assert crew.call("moe_cuda_far:take_step", "layer", 2, rest, ranks=rest) == [(True, (0, 1))] * 2
     crew.call("moe_cuda_far:end", ranks=rest)
