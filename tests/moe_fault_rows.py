@@ -121,7 +121,7 @@ def total(one: Given, by_holder: dict[int, torch.Tensor], gone: Any, ep: Any) ->
     for rank, term in by_holder.items():
         if rank not in gone:
             sums = sums + term
-    if not is_staged(ep) and ep.on_lost.value == "renormalise" and gone:
+    if ep.on_lost.value == "renormalise" and gone:
         holders = np.array([*ep.placement.holders, -1])[one.ids.numpy()]
         is_left = torch.from_numpy((holders >= 0) & ~np.isin(holders, gone))
         named = torch.where(one.ids >= 0, one.weights, 0).sum(1)

@@ -15,7 +15,7 @@ from raynixl.moe.council import Council, Regrouped
 from raynixl.moe.grid import Grid
 from raynixl.moe.layer_rank import LayerRank
 from raynixl.moe.placement import Placement
-from raynixl.moe.rank import EAGER_NBYTES
+from raynixl.moe.rank import EAGER_NBYTES, OnLost
 from raynixl.moe.seat import Charter
 from raynixl.moe.stages import Sizes, Stages
 
@@ -31,8 +31,8 @@ class StagedRank(LayerRank):
     def __init__(  # noqa: PLR0913 - those of ExpertParallel
         self, group: Group, *, experts: int, hidden: int, topk: int, max_tokens: int,
         dtype: torch.dtype = torch.bfloat16, placement: Placement | Sequence[int] | None = None, name: str = "moe",
-        capacity: int | None = None, deadline: float | None = None, grid: Grid | None = None,
-        max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES,
+        capacity: int | None = None, deadline: float | None = None, on_lost: OnLost = OnLost.DROP,
+        grid: Grid | None = None, max_ranks: int | None = None, eager_nbytes: int = EAGER_NBYTES,
     ) -> None:  # fmt: skip
         super().__init__(
             group, experts=experts, hidden=hidden, topk=topk, max_tokens=max_tokens, dtype=dtype, placement=placement,
@@ -40,12 +40,13 @@ class StagedRank(LayerRank):
         )  # fmt: skip
         if grid is not None and grid.world != group.world:
             raise ConfigError(f"{grid} for {group.world} members", hint="give each member a place in the grid")
+        self.on_lost = OnLost(on_lost)
         self._stages: Stages | None = None
         self._before: tuple[int, ...] = ()  # who took part when the last operation ended
         self._droppers: list[threading.Thread] = []
         self._sizes = Sizes(
             self.name, self.experts, self.hidden, self.topk, self.max_tokens, self.dtype, capacity, self.deadline,
-            eager_nbytes,
+            eager_nbytes, self.on_lost,
         )  # fmt: skip
         if self.agent.control.serves(Council.topic(self.name)):
             raise ConfigError(
@@ -264,7 +265,7 @@ class StagedRank(LayerRank):
         return (
             f"two-level, experts={self.experts}, hidden={self.hidden}, topk={self.topk}, "
             f"max_tokens={self.max_tokens}, dtype={self.dtype}, max_ranks={self._limit}, "
-            f"eager_nbytes={self._sizes.eager_nbytes}"
+            f"on_lost={self.on_lost.value}, eager_nbytes={self._sizes.eager_nbytes}"
         )
 
     def _check_rank(self, rank: int) -> None:

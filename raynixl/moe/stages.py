@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,11 +13,15 @@ import torch
 from raynixl.collectives import Group
 from raynixl.moe.parallel import ExpertParallel
 from raynixl.moe.placement import NOBODY, Placement
+from raynixl.moe.rank import OnLost
 from raynixl.moe.staging import Shares
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent
+    from raynixl.errors import RaynixlError
     from raynixl.moe.view import View
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,30 @@ class Sizes:
     capacity: int | None
     deadline: float
     eager_nbytes: int
+    on_lost: OnLost
+
+
+class Stage(ExpertParallel):
+    """A column, or a group: one stage, which is given tensors in memory of the host."""
+
+    def _gpu_of(self, tensor: Any, failed: RaynixlError | None) -> None:
+        """Whatever the caller has given was fetched."""
+
+    def _within(self, tensor: Any, operation: Callable[[], T], async_: bool) -> Callable[[], T]:
+        return operation
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much one stage takes, and what it makes of terms that are missing.
+
+    Only the source knows all weights of a token: where a group's holders are lost, the columns make up for them, to
+    which their experts are nobody's.
+    """
+
+    max_tokens: int
+    capacity: int | None
+    on_lost: OnLost
 
 
 class Stages:
@@ -66,27 +94,23 @@ class Stages:
             grid.world * sizes.max_tokens, max(spread + spread // 4, sizes.max_tokens)
         )  # fmt: skip
         for column in self.columns:
-            ep = self._meet(
-                grid.column(column), f"column{column}", self._of_groups, sizes.max_tokens, sizes.capacity
-            )  # fmt: skip
-            self.across.append(ep)
-        most = sizes.max_tokens * self._most_served()
-        self.inside = self._meet(self._mates, f"group{self._group}", self._of_mates, most, arriving)
+            room = Room(sizes.max_tokens, sizes.capacity, sizes.on_lost)
+            self.across.append(self._meet(grid.column(column), f"column{column}", self._of_groups, room))
+        room = Room(sizes.max_tokens * self._most_served(), arriving, OnLost.DROP)
+        self.inside = self._meet(self._mates, f"group{self._group}", self._of_mates, room)
         every = [*self.across, self.inside]
         for ep in every:
             ep.beside([other for other in every if other is not ep])
 
-    def _meet(
-        self, places: Sequence[int], label: str, placement: Placement, max_tokens: int, capacity: int | None
-    ) -> ExpertParallel:
+    def _meet(self, places: Sequence[int], label: str, placement: Placement, room: Room) -> Stage:
         sizes, view = self.sizes, self.view
         names = [view.members[self.live[place]].name for place in places]
         name = f"{sizes.name}.v{view.number}.{view.leader}.{label}"
         group = self._stack.enter_context(Group(self._agent, names, name=name))
-        ep = ExpertParallel(
+        ep = Stage(
             group, experts=sizes.experts, hidden=sizes.hidden, topk=sizes.topk, dtype=sizes.dtype,
-            placement=placement, name=name, deadline=sizes.deadline, max_ranks=len(names), max_tokens=max_tokens,
-            capacity=capacity, watch=self._look, eager_nbytes=sizes.eager_nbytes,
+            placement=placement, name=name, deadline=sizes.deadline, max_ranks=len(names), max_tokens=room.max_tokens,
+            capacity=room.capacity, on_lost=room.on_lost, watch=self._look, eager_nbytes=sizes.eager_nbytes,
         )  # fmt: skip
         return self._stack.enter_context(ep)
 
@@ -113,6 +137,10 @@ class Stages:
             (ep, tuple(self.live[place] for place in each))
             for ep, each in zip([*self.across, self.inside], places, strict=True)
         ]
+
+    def waits(self) -> list[torch.Tensor]:
+        """Return for each part zeros, to which the seconds are added that its ranks are waited for."""
+        return [torch.zeros(len(ranks), dtype=torch.float64) for _, ranks in self.parts()]
 
     def gone(self) -> set[int]:
         """Return the ranks that a column or the group goes on without."""

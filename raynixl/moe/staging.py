@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from raynixl.errors import ConfigError
-from raynixl.moe import cuda_device
-from raynixl.moe.checks import CombineArguments, combine_call
+from raynixl.errors import ConfigError, RaynixlError
+from raynixl.moe.checks import CombineArguments, DispatchArguments, check_stats, combine_call, options
+from raynixl.moe.cuda_staged import fetched, host_out
 from raynixl.moe.local import expert_places
 from raynixl.moe.result import Dispatched
 from raynixl.moe.slots import in_slots, pairs_of, places_of
@@ -19,6 +21,7 @@ from raynixl.moe.slots import in_slots, pairs_of, places_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from raynixl.moe.cuda_device import Gpu
     from raynixl.moe.parallel import ExpertParallel
     from raynixl.moe.placement import Placement
     from raynixl.moe.result import Handle
@@ -52,11 +55,22 @@ class TwoLevelHandle:
     """By row in the order in which they came through the last stage: its source, and its token there."""
     places: Tensor | None
     """By row likewise: where it lies among fixed slots, if that is the layout."""
+    lost: tuple[int, ...] = ()
 
     @property
     def slots(self) -> tuple[int, int]:
         """How many fixed slots there are, and of how many rows each."""
         return self.made.slots
+
+    @property
+    def rows(self) -> int:
+        """How many rows came."""
+        return len(self.sources)
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """By source: how many rows came from there."""
+        return np.bincount(self.sources.numpy(), minlength=self.slots[0])
 
     @property
     def placement(self) -> int:
@@ -123,27 +137,38 @@ class Sending:
     layout: str | None
     alignment: Any
     weights_at: str | None
+    stats: Any = None
+    waited: Any = None
+    error: RaynixlError | None = None
+    """What was found wrong before."""
 
-    def check(self, placement: int) -> None:
-        """Refuse what cannot be taken apart for two stages.
+    def fetched(self, gpu: Gpu) -> Sending:
+        """Return the same in memory of the host."""
+        names = ("x", "topk_idx", "topk_weights", "extra", "stats", "waited")
+        found = fetched({name: getattr(self, name) for name in names}, gpu)
+        return replace(self, **found.given, error=found.error)
+
+    def check(self, placement: Placement, rank: int, world: int) -> None:
+        """Refuse what cannot be taken apart for two stages, and what only the last one would find.
 
         Raises:
-            ConfigError: x is no tensor, or the handle is another's or of another placement.
+            ConfigError: x is no tensor, the handle is another's or of another placement, there is no such layout, or
+                what results are added to does not fit.
         """
+        if self.error is not None:
+            raise self.error
         rows = self.x[0] if isinstance(self.x, tuple) and self.x else self.x
         if not isinstance(rows, torch.Tensor) or rows.dim() < 1:
             raise ConfigError("x is no tensor with a row for each token", hint="give x as [tokens, hidden]")
-        if cuda_device.gpu_of(rows) is not None:
-            raise ConfigError(
-                f"x is on {rows.device}: two stages take tensors in memory of the host",
-                hint="use ExpertParallel, whose kernels reach the GPUs of one host, or give x.cpu()",
-            )
-        if self.handle is None:
-            return
-        if not isinstance(self.handle, TwoLevelHandle):
+        if self.handle is not None and not isinstance(self.handle, TwoLevelHandle):
             raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of an earlier dispatch")
-        if self.handle.placement != placement:
+        if self.handle is not None and self.handle.placement != placement.digest:
             raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
+        layout, weights_at = self.way
+        options(DispatchArguments(layout=layout, alignment=self.alignment, weights_at=weights_at))
+        if self.stats is not None:
+            check_stats(self.stats, len(placement.experts_of(rank)), of_counts=True)
+        check_waits(self.waited, world)
 
     def across(self, number: int, rank: int) -> dict[str, Any]:
         """Return what is dispatched in one column: all tokens in our own, none where we stand in for another."""
@@ -227,6 +252,14 @@ class Returning:
     out: Any
     summed: bool
     stats: Any
+    error: RaynixlError | None = None
+    """What was found wrong before."""
+
+    def fetched(self, gpu: Gpu) -> Returning:
+        """Return the same in memory of the host; sums go into memory there."""
+        found = fetched({name: getattr(self, name) for name in ("y", "weights", "bias", "stats")}, gpu)
+        out, error = host_out(self.out, gpu)
+        return replace(self, **found.given, out=out, error=found.error or error)
 
     def checked(self, hidden: int, world: int) -> Returning:
         """Refuse what only the last stage would find: by then others have gone on; return the rest as stages take it.
@@ -234,11 +267,12 @@ class Returning:
         Raises:
             ConfigError: the handle is another's, or y, bias, out or stats do not fit.
         """
+        if self.error is not None:
+            raise self.error
         if not isinstance(self.handle, TwoLevelHandle):
             raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of the dispatch")
         self._check_ends(hidden)
-        if self.stats is not None and (not isinstance(self.stats, torch.Tensor) or self.stats.shape != (world,)):
-            raise ConfigError("stats has no place for each rank", hint=f"give float64 [{world}]")
+        check_waits(self.stats, world)
         return self if self.handle.places is None else self._from_slots(hidden)
 
     def _from_slots(self, hidden: int) -> Returning:
@@ -295,6 +329,19 @@ class Returning:
             **own,
         )
         return both
+
+
+def check_waits(waits: Any, world: int) -> None:
+    """Refuse what seconds cannot be added to, one number for each rank.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if waits is None:
+        return
+    check_stats(waits, world, of_counts=False)
+    if len(waits) != world:
+        raise ConfigError("stats has no place for each rank", hint=f"give float64 [{world}]")
 
 
 def handle_of(r: TwoLevelDispatched) -> TwoLevelHandle:

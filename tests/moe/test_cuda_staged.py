@@ -8,9 +8,6 @@ import pytest
 from moe_cuda_crews import OPTIONS, GpuCrew, agree, gpu_crew, tokens
 from moe_programs import Cached, Combine, CombineWeights, Dispatch, Program, check, even, play
 
-from raynixl.errors import ConfigError
-from raynixl.moe import TwoLevel
-
 WAYS = [("tokens", 1, "holder"), ("experts", 4, "source"), ("slots", 1, "source")]
 
 
@@ -37,12 +34,6 @@ def test_rows_go_through_the_host_with_the_same_bits(crew, way):
         assert "no window" in said[2]
         assert all("rank 2" in one for one in said)
         assert "go through memory of the host" in repr(layer.eps[0])
-
-
-def test_two_stages_take_tensors_of_the_host(crew):
-    with crew.experts(2, **OPTIONS, kind=TwoLevel) as layer:
-        errors = layer.errors(lambda rank, ep: ep.dispatch(*tokens(rank)))
-        assert all(isinstance(error, ConfigError) and "memory of the host" in str(error) for error in errors), errors
 
 
 def test_two_of_them_that_reach_each_other_need_no_host(crew):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from raynixl.moe import OnLost
 from raynixl.moe.grid import Grid, make_grid
 from raynixl.moe.two_level import TwoLevel
 
@@ -58,6 +59,7 @@ class Plan:
                 at = "holder" if self.is_exact and rng.random() < 0.6 else "source"
                 self.steps.append(("fresh", str(rng.choice(LAYOUTS)), int(rng.integers(1, 4)), at, number))
                 handles += 1
+        self.options["on_lost"] = OnLost.RENORMALISE if rng.random() < 0.5 else OnLost.DROP
 
     def _grid(self, rng: np.random.Generator) -> Grid:
         cuts = np.unique(rng.choice(np.arange(1, self.world), rng.integers(0, self.world)))
