@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeGuard, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raynixl.blocks import Segments
 from raynixl.config import AgentConfig
 from raynixl.errors import RaynixlError
@@ -256,6 +259,18 @@ class ServesKernels(Protocol):
 
         Raises:
             BackendUnavailable: they do not.
+        """
+
+
+@runtime_checkable
+class CopiesHere(Protocol):
+    """What a backend may offer that copies between two regions of its own agent, of which one is in a GPU's memory."""
+
+    def copy(self, source: Region, target: Region, rows: NDArray[np.uint64]) -> list[Program]:
+        """Compile rows of (offset in source, offset in target, nbytes); the programs pass both regions' gates.
+
+        Raises:
+            BackendUnavailable: it does not reach both.
         """
 
 

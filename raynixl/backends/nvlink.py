@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raynixl import cuda
 from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
@@ -19,7 +20,7 @@ from raynixl.backends.nvlink_export import export
 from raynixl.backends.nvlink_host import PeerArena, Pins
 from raynixl.backends.nvlink_import import IMPORTS
 from raynixl.backends.nvlink_mover import mover
-from raynixl.backends.nvlink_staging import Staging
+from raynixl.backends.nvlink_staging import StagedProgram, Staging
 from raynixl.backends.shm import addresses
 from raynixl.backends.silent_link import SilentLink
 from raynixl.blocks import refuse_overlap
@@ -166,6 +167,23 @@ class NvlinkBackend:
         if not direct.all():
             programs.append(self._staging.program(device, request, table[~direct]))
         return programs
+
+    def copy(self, source: Region, target: Region, rows: NDArray[np.uint64]) -> list[Program]:
+        """Compile copies between two regions of ours; see `CopiesHere`."""
+        ends = (source, target)
+        at = [self._pins.address_of(one) if one.kind is _DRAM else one.memory.address for one in ends]
+        device = next(one.device for one in (target, source) if one.kind is _VRAM)
+        for one in ends:
+            if one.kind is _VRAM and one.device != device:
+                _check_origin(device, one.memory.address, one.nbytes)
+                cuda.enable_peer(device, one.device)
+        starts = [one.memory.address if place is None else place for place, one in zip(at, ends, strict=True)]
+        table = np.ascontiguousarray(rows + np.array([*starts, 0], np.uint64))
+        gates = [one.gate for one in ends]
+        self._warm.add(device)
+        if None in at:
+            return [StagedProgram(self._staging, device, table, gates, is_upload=target.kind is _VRAM)]
+        return [mover(device).program(table, gates, touches_host=any(one.kind is _DRAM for one in ends))]
 
     def is_ready(self, local: Sequence[Region]) -> bool:
         """Whether kernels are compiled, which takes a second, and arenas pinned, 0.2 s for a GiB."""

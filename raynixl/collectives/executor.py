@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from raynixl.collectives.own import copy_own
 from raynixl.collectives.schedules import Acknowledge, Announce, Await, Buffer, Collect, Pull, Signal, Step
 from raynixl.errors import (
     ConfigError,
@@ -21,7 +22,6 @@ from raynixl.errors import (
     PeerRestarted,
     RangeError,
     RaynixlError,
-    RegionReadOnly,
     TransferTimeout,
 )
 from raynixl.region import Region, RemoteRegion
@@ -243,7 +243,7 @@ class Executor:
         assert out is not None
         if step.source == self._rank:
             assert source is not None
-            _copy(source, step.source_offset, out, step.offset, step.nbytes)
+            copy_own(self._agent, source, out, (step.source_offset, step.offset, step.nbytes), self._left())
             return
         slot, end = _BUFFERS[step.buffer], step.source_offset + step.nbytes
         remote = self._wait(step.source, lambda heard: heard.ready.get(slot, 0) >= end).regions[slot]
@@ -368,12 +368,6 @@ class Executor:
 
     def _left(self) -> float:
         return max(0.001, self._deadline - time.monotonic())
-
-
-def _copy(source: Region, source_offset: int, out: Region, offset: int, nbytes: int) -> None:
-    if not out.memory.writable:
-        raise RegionReadOnly("the buffer of a group's operation cannot be written", hint="give writable memory")
-    out.array()[offset : offset + nbytes] = source.array()[source_offset : source_offset + nbytes]
 
 
 def _is_satisfied(step: Collect | Await | Pull, heard: _Heard) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from raynixl.agents.past import Past, streams_of
 from raynixl.collectives import schedules
 from raynixl.collectives.cost import CHUNK_NBYTES, NETWORK, ONE_HOST, choose_broadcast
 from raynixl.collectives.executor import Executor, Operation
-from raynixl.collectives.registrations import Registrations
+from raynixl.collectives.registrations import Registrations, gpus_of
 from raynixl.errors import ConfigError, RangeError
 from raynixl.record import check_name
 
@@ -25,7 +26,8 @@ class Group:
 
     Every member calls the same operations in the same order, from one thread at a time. Buffers are torch tensors,
     numpy arrays, anything that can be registered, or regions. An operation returns when this member's part is
-    done and its buffers are its own again.
+    done and its buffers are its own again, for any stream of a GPU, too. Buffers on GPUs are touched once all is
+    through that is on this thread's current streams at the call, torch's and cupy's, or on `stream`, if one is named.
 
     A member's death fails the operation on every survivor with `PeerLost` that names it; a member that does not
     come fails it with `TransferTimeout`. A group that has failed does nothing more; `without(member)` goes on.
@@ -66,7 +68,9 @@ class Group:
     ) -> None:
         self.close()
 
-    def broadcast(self, buffer: Any, root: int = 0, *, algorithm: str = "auto", timeout: float | None = None) -> None:
+    def broadcast(
+        self, buffer: Any, root: int = 0, *, algorithm: str = "auto", timeout: float | None = None, stream: Any = None
+    ) -> None:
         """Fill every member's buffer with the root's; all have the same length.
 
         `algorithm` is 'direct' (all read from the root), 'chain' (each reads from the one before, in chunks) or
@@ -74,6 +78,7 @@ class Group:
         """
         if algorithm not in _ALGORITHMS:
             raise ConfigError(f"there is no broadcast {algorithm!r}", hint=f"known are {', '.join(_ALGORITHMS)}")
+        self._catch_up((buffer,), stream, timeout)
         region = self._registrations.get(buffer)
         nbytes = 0 if region is None else region.nbytes
         if algorithm == "auto":
@@ -86,11 +91,14 @@ class Group:
         self._executor.run(steps, operation=operation, out=region, timeout=self._seconds(timeout))
         self._registrations.trim()
 
-    def scatter(self, source: Any, out: Any, root: int = 0, *, timeout: float | None = None) -> None:
+    def scatter(
+        self, source: Any, out: Any, root: int = 0, *, timeout: float | None = None, stream: Any = None
+    ) -> None:
         """Give each member its part of the root's `source` in its own `out`; parts lie in rank order.
 
         `source` is used at the root alone. Members' parts may differ in length: sizes are exchanged first.
         """
+        self._catch_up((source, out), stream, timeout)
         given = self._registrations.get(source) if self.rank == root else None
         target = self._registrations.get(out)
         operation = Operation(f"scatter from rank {root}")
@@ -101,8 +109,9 @@ class Group:
         self._executor.run(steps, operation=operation, source=given, out=target, timeout=self._seconds(timeout))
         self._registrations.trim()
 
-    def gather(self, source: Any, out: Any, root: int = 0, *, timeout: float | None = None) -> None:
+    def gather(self, source: Any, out: Any, root: int = 0, *, timeout: float | None = None, stream: Any = None) -> None:
         """Collect every member's `source` in the root's `out`, in rank order; `out` is used at the root alone."""
+        self._catch_up((source, out), stream, timeout)
         given = self._registrations.get(source)
         target = self._registrations.get(out) if self.rank == root else None
         operation = Operation(f"gather to rank {root}")
@@ -113,8 +122,9 @@ class Group:
         self._executor.run(steps, operation=operation, source=given, out=target, timeout=self._seconds(timeout))
         self._registrations.trim()
 
-    def allgather(self, source: Any, out: Any, *, timeout: float | None = None) -> None:
+    def allgather(self, source: Any, out: Any, *, timeout: float | None = None, stream: Any = None) -> None:
         """Collect every member's `source` in every member's `out`, in rank order."""
+        self._catch_up((source, out), stream, timeout)
         given, target = self._registrations.get(source), self._registrations.get(out)
         operation = Operation("allgather")
         sizes = self._sizes(given, operation, timeout)
@@ -131,19 +141,19 @@ class Group:
 
     async def broadcast_async(self, buffer: Any, root: int = 0, **options: Any) -> None:
         """Broadcast from an event loop; runs on a thread of the loop's."""
-        await asyncio.to_thread(self.broadcast, buffer, root, **options)
+        await asyncio.to_thread(self.broadcast, buffer, root, **_with_streams(options, (buffer,)))
 
     async def scatter_async(self, source: Any, out: Any, root: int = 0, **options: Any) -> None:
         """Scatter from an event loop."""
-        await asyncio.to_thread(self.scatter, source, out, root, **options)
+        await asyncio.to_thread(self.scatter, source, out, root, **_with_streams(options, (source, out)))
 
     async def gather_async(self, source: Any, out: Any, root: int = 0, **options: Any) -> None:
         """Gather from an event loop."""
-        await asyncio.to_thread(self.gather, source, out, root, **options)
+        await asyncio.to_thread(self.gather, source, out, root, **_with_streams(options, (source, out)))
 
     async def allgather_async(self, source: Any, out: Any, **options: Any) -> None:
         """Allgather from an event loop."""
-        await asyncio.to_thread(self.allgather, source, out, **options)
+        await asyncio.to_thread(self.allgather, source, out, **_with_streams(options, (source, out)))
 
     async def barrier_async(self, **options: Any) -> None:
         """Wait at the barrier from an event loop."""
@@ -164,6 +174,12 @@ class Group:
         self._executor.close()
         self._registrations.close()
 
+    def _catch_up(self, buffers: Sequence[Any], stream: Any, timeout: float | None) -> None:
+        """Wait for what is on the streams that buffers on GPUs are used on: from now on peers touch them."""
+        gpus = gpus_of(buffers)
+        if gpus:
+            Past(gpus, stream).wait(self._seconds(timeout))
+
     def _sizes(self, region: Any, operation: Operation, timeout: float | None) -> list[int]:
         nbytes = 0 if region is None else int(region.nbytes)
         return self._executor.exchange(nbytes, operation=operation, timeout=self._seconds(timeout))
@@ -175,3 +191,10 @@ class Group:
         error = RangeError(f"group {self.name!r}: {what} does not fit", hint="sum the parts of all members")
         self._executor.fail(error)
         raise error
+
+
+def _with_streams(options: dict[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
+    """Name the streams of this thread, which carries out nothing, for one that does."""
+    if options.get("stream") is not None:
+        return options
+    return {**options, "stream": streams_of(gpus_of(buffers))}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from raynixl.errors import AgentClosed
-from raynixl.memory import resolve
+from raynixl.errors import AgentClosed, RaynixlError
+from raynixl.memory import MemoryKind, resolve
 from raynixl.region import Region
 
 if TYPE_CHECKING:
@@ -62,6 +63,24 @@ class Registrations:
                 return  # it has withdrawn everything
 
 
+def gpus_of(buffers: Iterable[Any]) -> set[int]:
+    """Return the GPUs that buffers lie on. What is no memory is left to whoever registers it."""
+    found = set()
+    for buffer in buffers:
+        try:
+            memory = buffer if isinstance(buffer, Region) else resolve(buffer)
+        except RaynixlError:
+            continue
+        if memory.kind is MemoryKind.VRAM:
+            found.add(memory.device)
+    return found
+
+
 def _is_empty(buffer: Any) -> bool:
+    if buffer is None:
+        return True
+    face = getattr(buffer, "__cuda_array_interface__", None) if not hasattr(buffer, "nbytes") else None
+    if face is not None:
+        return 0 in face["shape"]
     nbytes = getattr(buffer, "nbytes", None)
-    return buffer is None or (nbytes == 0 if isinstance(nbytes, int) else len(buffer) == 0)
+    return nbytes == 0 if isinstance(nbytes, int) else hasattr(buffer, "__len__") and len(buffer) == 0

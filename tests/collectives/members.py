@@ -82,6 +82,11 @@ class Members:
 
 
 def _serve(pipe, name, names, timeout, config):
+    if "nvlink" in config.get("backends", ()):
+        import cuda_fake
+        import cuda_kernels
+
+        cuda_kernels.register(cuda_fake.install())
     with Agent(name, config=AgentConfig(**config)) as agent:
         pipe.send(agent.record())
         for record in pipe.recv():

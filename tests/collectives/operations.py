@@ -36,6 +36,48 @@ def all_operations(groups, salt=0):
     return group.rank
 
 
+def broadcast_on_gpus(groups, root, algorithm, nbytes, sorts):
+    """Broadcast between memories of these sorts, one for each rank in turn; say whether the bytes are right."""
+    from vram_tools import content, make_region
+
+    group = groups[-1]
+    seed = 7 if group.rank == root else 0
+    region = make_region(group.agent, sorts[group.rank % len(sorts)], nbytes, seed=seed)
+    group.broadcast(region, root, algorithm=algorithm)
+    right = bool((content(region) == pattern(7, nbytes)).all())
+    group.agent.deregister(region)
+    return right
+
+
+def all_operations_on_gpus(groups, sorts):
+    """Run every operation with buffers of these sorts, in turn; return the rank."""
+    from vram_tools import content, make_region
+
+    group, made = groups[-1], []
+
+    def region(nbytes, seed=0):
+        sort = sorts[(group.rank + len(made)) % len(sorts)]
+        made.append(make_region(group.agent, sort, nbytes, seed=seed))
+        return made[-1]
+
+    sizes = [0 if rank == 1 else 100_000 * rank + 13 for rank in range(group.world)]
+    whole = np.concatenate([pattern(1 + rank, nbytes) for rank, nbytes in enumerate(sizes)])
+    mine = region(sizes[group.rank], 1 + group.rank) if sizes[group.rank] else None
+    everything, root = region(sum(sizes)), group.world - 1
+    group.allgather(mine, everything)
+    assert (content(everything) == whole).all()
+    out = region(sizes[group.rank]) if mine is not None else None
+    group.scatter(everything if group.rank == root else None, out, root)
+    assert out is None or (content(out) == content(mine)).all()
+    again = region(sum(sizes))
+    group.gather(mine, again if group.rank == 0 else None, 0)
+    assert group.rank != 0 or (content(again) == whole).all()
+    group.barrier()
+    for one in made:
+        group.agent.deregister(one)
+    return group.rank
+
+
 def many_times(groups, times):
     """Run every operation again and again with buffers that are freed in between."""
     for salt in range(times):

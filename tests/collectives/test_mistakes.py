@@ -188,3 +188,19 @@ def test_members_that_are_no_names_are_refused(members):
 def test_a_name_is_not_taken_for_a_list_of_letters():
     with Agent("a") as agent, pytest.raises(ConfigError, match="each member once"):
         Group(agent, "ab")
+
+
+@pytest.mark.parametrize("wrong", [5, object(), "text", np.zeros((4, 4), np.uint8)[:, ::2]], ids=type)
+def test_what_is_no_memory_is_refused_as_by_register(wrong):
+    with Agent("a") as agent, Group(agent, ["a"]) as group, pytest.raises(ConfigError, match="memory"):
+        group.broadcast(wrong)
+
+
+def test_an_array_of_a_gpu_without_elements_moves_nothing():
+    class Empty:
+        def __init__(self):
+            self.__cuda_array_interface__ = {"version": 3, "typestr": "|u1", "shape": (3, 0), "data": (0, False)}
+
+    with Agent("a") as agent, Group(agent, ["a"]) as group:
+        group.broadcast(Empty())
+        assert agent.statistics().regions == 0
