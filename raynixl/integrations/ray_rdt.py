@@ -83,7 +83,7 @@ def hold(ref: Any, tensors: Sequence[Any], *, timeout: float = 60.0) -> Holder:
 
 def pin(tensors: Sequence[Any]) -> Held:
     """Register tensors' memory beforehand, until `release()`: sources and targets that are used again and again."""
-    return transport().desk().shelf.hold(tensors)
+    return transport().desk().shelf.pin(tensors)
 
 
 def read(ref: Any, *index: Index | tuple[Index, ...] | None, timeout: float = 60.0) -> list[Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raynixl.agents.past import Past
 from raynixl.errors import IntegrityError, RaynixlError
 from raynixl.integrations.strided import Strided
 from raynixl.record import Incarnation, Name, RegionRecord, parse
 from raynixl.region import Region, RemoteRegion
+from raynixl.weights.space import gpus_of
 
 if TYPE_CHECKING:
     from raynixl.agents import Agent, Transfer
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 _SMALL_RUN_NBYTES, _MANY_RUNS = 256, 4096
 """A tensor of more and smaller runs than these is copied at its source instead of read run by run."""
 MAX_HOLDING_NBYTES = 64 << 20
+MADE_SECONDS = 600.0
+"""How long what makes an object's tensors may take on a GPU: steps of training may be queued there."""
 _Unsigned = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -119,11 +123,31 @@ class Shelf:
         return len(self._storages)
 
     def hold(self, tensors: Sequence[Any]) -> Held:
-        """Register the storages of tensors, those that are registered already once more."""
+        """Register the storages of tensors for others to read, or copies that they can read.
+
+        What this thread has put on the current streams of the tensors' GPUs is waited for, nothing else there: readers
+        know nothing of streams.
+
+        Raises:
+            TransferTimeout: that takes longer than `MADE_SECONDS`.
+        """
+        held = self._hold(tensors, _readable)
+        try:
+            Past(gpus_under(tensors)).wait(MADE_SECONDS)  # after the copies, which are put there, too
+        except RaynixlError:
+            held.release()
+            raise
+        return held
+
+    def pin(self, tensors: Sequence[Any]) -> Held:
+        """Register the storages of tensors as they lie, those that are registered already once more."""
+        return self._hold(tensors, lambda tensor: tensor)
+
+    def _hold(self, tensors: Sequence[Any], readable: Callable[[Any], Any]) -> Held:
         places, keep, taken = [], [], []
         try:
             for tensor in tensors:
-                plain = _readable(tensor)
+                plain = readable(tensor)
                 if plain is not tensor:
                     keep.append(plain)
                 pointer = self._take(plain) if plain.numel() else 0
@@ -166,6 +190,11 @@ class Shelf:
         return pointer
 
 
+def gpus_under(tensors: Iterable[Any]) -> set[int]:
+    """Return the numbers of the GPUs that tensors lie on."""
+    return {space.number for space in gpus_of(tensors)}
+
+
 def place_of(tensor: Any) -> Strided:
     """Return where a tensor's elements lie in its storage."""
     size = tensor.element_size()
@@ -184,9 +213,17 @@ def _readable(tensor: Any) -> Any:
 
 
 def read_into(
-    held: Held, holding: Holding, shapes: Sequence[tuple[tuple[int, ...], int]], index: Sequence[Any] | None = None
+    held: Held,
+    holding: Holding,
+    shapes: Sequence[tuple[tuple[int, ...], int]],
+    index: Sequence[Any] | None = None,
+    *,
+    stream: int | None = None,
 ) -> Transfer | None:
-    """Start reading a holding's tensors, or slices of them, into held ones; None if there is nothing to read."""
+    """Start reading a holding's tensors, or slices of them, into held ones; None if there is nothing to read.
+
+    With `stream`, of CUDA, it begins when what is on that stream now is through.
+    """
     wanted = []
     for number, (shape, itemsize) in enumerate(shapes):
         part = holding.parts[number]
@@ -196,4 +233,4 @@ def read_into(
             wanted.append((number, cut))
     if not wanted:
         return None
-    return held.shelf.agent.read(holding.sources(wanted), held.blocks())
+    return held.shelf.agent.read(holding.sources(wanted), held.blocks(), stream=stream)

@@ -13,9 +13,10 @@ import ray
 
 from raynixl.actors import agent as this_agent
 from raynixl.agents import Agent, Transfer
+from raynixl.agents.past import Past, streams_of
 from raynixl.errors import ConfigError, PeerLost, PeerRestarted, PeerUnknown, RaynixlError, RegionStale, RegionUnknown
 from raynixl.integrations.rdt_holders import Holders
-from raynixl.integrations.rdt_memory import Held, Holding, Shelf, read_into
+from raynixl.integrations.rdt_memory import MADE_SECONDS, Held, Holding, Shelf, gpus_under, read_into
 from raynixl.integrations.rdt_ray import (
     CommunicatorMetadata,
     FetchRequest,
@@ -70,6 +71,8 @@ class _Flight:
     """What a fetch has under way, and the memory that it goes into."""
 
     held: Held
+    stream: int | None = None
+    """The stream of CUDA that it begins after."""
     transfer: Transfer | None = None
 
 
@@ -135,13 +138,12 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
         """Register the tensors of a new object where they lie; slices and shared storages only once.
 
         Raises:
-            ConfigError: tensors of several devices, or of a kind without memory of their own.
+            ConfigError: tensors of several kinds of devices, or of a kind without memory of their own.
+            TransferTimeout: a GPU does not come to the kernels that make them.
         """
         kinds = {tensor.device.type for tensor in rdt_object}
         if len(kinds) > 1:
             raise ConfigError(f"one object's tensors lie on {', '.join(sorted(kinds))}", hint="return one kind")
-        if kinds == {"cuda"}:
-            _synchronise(rdt_object)
         desk = self.desk()
         held = desk.shelf.hold(rdt_object)
         holding = held.holding()
@@ -187,6 +189,8 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
     ) -> RaynixlFetch:  # fmt: skip
         """Start reading an object's tensors; wait with `wait_fetch_complete`."""
         meta: RaynixlMetadata = tensor_transport_metadata
+        for target in target_buffers or ():
+            _check_target(target)
         tensors = target_buffers or [
             empty(shape, dtype, meta.tensor_device or "cpu") for shape, dtype in meta.tensor_meta
         ]
@@ -241,7 +245,8 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
         holding = Holding.from_bytes(meta.holding)
         if meta.nbytes >= _SHARED_NBYTES and holding.agent != desk.agent.name:
             holding = self._choose(desk, obj_id, holding)
-        flight = _Flight(desk.shelf.hold(tensors))
+        stream = _stream_for(tensors)  # torch gives memory again while kernels that were put there before still use it
+        flight = _Flight(desk.shelf.pin(tensors), stream)
         fetch = RaynixlFetch(obj_id, tensors, meta, holding, flight, index)
         fetch.dropped = weakref.finalize(fetch, self._dropped.append, (obj_id, flight))
         with self._lock:
@@ -255,7 +260,8 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
     def _post(self, fetch: RaynixlFetch) -> None:
         fetch.tried.add(fetch.holding.agent)
         flight = fetch.flight
-        flight.transfer = read_into(flight.held, fetch.holding, fetch.metadata.shapes, fetch.index)
+        shapes = fetch.metadata.shapes
+        flight.transfer = read_into(flight.held, fetch.holding, shapes, fetch.index, stream=flight.stream)
 
     def _choose(self, desk: Desk, obj_id: str, source: Holding) -> Holding:
         """Return whom to read from, as the source says; the source if it cannot be asked."""
@@ -323,12 +329,20 @@ def empty(shape: Sequence[int], dtype: Any, device: str) -> Any:
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def _synchronise(tensors: Sequence[Any]) -> None:
-    """Wait for the kernels that make the tensors: readers know nothing of streams."""
-    import torch
+def _stream_for(tensors: Sequence[Any]) -> int | None:
+    """Return the stream of this thread that still uses the memory of tensors; several are waited for here."""
+    gpus = gpus_under(tensors)
+    streams = streams_of(gpus)
+    if len(gpus) == len(streams) == 1:
+        return streams[0]
+    Past(gpus, streams).wait(MADE_SECONDS)
+    return None
 
-    for device in {tensor.device for tensor in tensors}:
-        torch.cuda.synchronize(device)
+
+def _check_target(tensor: Any) -> None:
+    """Refuse a target whose memory does not hold its values as they are."""
+    if tensor.is_conj() or tensor.is_neg():
+        raise ConfigError("a target is a conjugate or negative view of other memory", hint="give plain tensors")
 
 
 def transport() -> RaynixlTransport:
