@@ -125,7 +125,7 @@ class Case:
 
 def bits(tensor: Tensor) -> Tensor:
     """A tensor's bytes, to be compared: NaNs are equal to themselves so."""
-    return tensor.contiguous().view(torch.uint8)
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(torch.uint8)
 
 
 def same(one: Tensor, other: Tensor) -> bool:

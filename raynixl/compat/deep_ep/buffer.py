@@ -13,6 +13,7 @@ from raynixl.compat.deep_ep.instances import Instances, Shape
 from raynixl.compat.deep_ep.layout import (
     GivenLayout,
     Handle,
+    check_own,
     counts_of,
     lay_out,
     local_experts,
@@ -197,7 +198,8 @@ class Buffer(LowLatency):
 
         def send() -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None]:
             if handle is not None:
-                return self._dispatch_again(rows, self._own(handle), topk_idx, topk_weights), None, None, None, None
+                check_own(handle, Handle, self._instances, number)
+                return self._dispatch_again(rows, handle, topk_idx, topk_weights), None, None, None, None
             layout = GivenLayout(num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
             if (topk_idx is None) != (topk_weights is None):
                 raise ConfigError("topk_idx comes without topk_weights, or they without it", hint="give both, or none")
@@ -230,13 +232,14 @@ class Buffer(LowLatency):
         With async_finish the sum is there once the event was waited for. On a GPU nobody waits; in memory of the host
         this returns with the weights, if there are any.
         """
-        self._own(handle)
+        number = cuda_device.gpu_of(x)
+        check_own(handle, Handle, self._instances, number)
         if len(x) != handle.padded:
             raise ConfigError(
                 f"x has {len(x)} rows", hint=f"give one for each of the {handle.padded} that dispatch returned"
             )
         rows, biases = x.detach()[: handle.rows], None if bias is None else _biases(bias)
-        parallel, number = handle.parallel, cuda_device.gpu_of(x)
+        parallel = handle.parallel
         if number is None and topk_weights is None:
             return self._combine_behind(rows, handle, biases, previous_event, async_finish)
 
@@ -343,16 +346,6 @@ class Buffer(LowLatency):
             return total, None, EventOverlap(EventHandle(work))
         work.finish()
         return total, None, EventOverlap()
-
-    def _own(self, handle: Any) -> Handle:
-        """Return a handle that is one of this buffer's."""
-        if not isinstance(handle, Handle):
-            raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned, as it is")
-        if not self._instances.owns(handle.parallel):
-            raise ConfigError(
-                "the handle is of another buffer", hint="give it to the buffer whose dispatch returned it"
-            )
-        return handle
 
     def _check_layout(self, topk_idx: Tensor, experts: int, is_token_in_rank: Tensor) -> None:
         if not torch.equal(lay_out(topk_idx, experts, self.group_size).is_token_in_rank, is_token_in_rank):

@@ -13,7 +13,7 @@ from raynixl.compat.deep_ep.ephandle import EPHandle, Request, make_ephandle
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from raynixl.compat.deep_ep.experimental import Experimental
 from raynixl.compat.deep_ep.instances import Instances, Shape
-from raynixl.compat.deep_ep.layout import local_experts, pad
+from raynixl.compat.deep_ep.layout import check_own, local_experts, pad
 from raynixl.compat.deep_ep.members import join
 from raynixl.compat.deep_ep.streams import Streams
 from raynixl.compat.deep_ep.worst import at_places
@@ -172,7 +172,8 @@ class ElasticBuffer(Experimental):
             raise ConfigError("do_zero_padding pads expanded rows", hint="set do_expand too")
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
         if handle is not None:
-            self._check_cached(handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync)
+            check_own(handle, EPHandle, self._instances, _gpu_of(rows))
+            _check_cached(handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync)
             if do_expand != handle.do_expand:
                 raise ConfigError("the handle has the other layout", hint=f"set do_expand={handle.do_expand}")
         request = Request(
@@ -217,7 +218,8 @@ class ElasticBuffer(Experimental):
         Expanded rows are added up by token first, in the order of k, and rounded; with allow_multiple_reduction=False
         each goes back by itself and all are added up at the source, in the order of k. `topk_weights` come back too.
         """
-        self._own(handle)
+        number = cuda_device.gpu_of(x)
+        check_own(handle, EPHandle, self._instances, number)
         if len(x) != handle.allocated:
             raise ConfigError(
                 f"x has {len(x)} rows", hint=f"give one for each of the {handle.allocated} that dispatch returned"
@@ -233,7 +235,7 @@ class ElasticBuffer(Experimental):
             return total, back
 
         brought, event = self._streams.put(
-            cuda_device.gpu_of(x), lambda: self._instances.done(parallel, bring),
+            number, lambda: self._instances.done(parallel, bring),
             uses=(rows, topk_weights, bias, handle), after=previous_event, is_async=async_with_compute_stream,
         )  # fmt: skip
         return (*brought, event)
@@ -262,8 +264,7 @@ class ElasticBuffer(Experimental):
             options |= {"layout": "experts", "alignment": request.alignment}
         kept = topk_idx.detach().clone() if copies else topk_idx
         arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, kept, **options))
-        handle = make_ephandle(request, arrived, parallel, kept, is_fixed=is_fixed)
-        return handle, arrived if handle.fixed is None else handle.fixed.taken(arrived)
+        return make_ephandle(request, arrived, parallel, kept, is_fixed=is_fixed)
 
     def _again(self, rows: Rows, handle: EPHandle, topk_weights: Tensor | None) -> Any:
         parallel, options = handle.parallel, {"handle": handle.sent, "topk_weights": topk_weights}
@@ -273,33 +274,6 @@ class ElasticBuffer(Experimental):
             options |= {"topk_weights": None, "extra": () if topk_weights is None else (topk_weights.detach(),)}
         arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, **options))
         return arrived if handle.fixed is None else handle.fixed.taken(arrived)
-
-    def _own(self, handle: Any) -> None:
-        if not isinstance(handle, EPHandle):
-            raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned")
-        if not self._instances.owns(handle.parallel):
-            raise ConfigError(
-                "the handle is of another buffer", hint="give it to the buffer whose dispatch returned it"
-            )
-
-    def _check_cached(
-        self,
-        handle: EPHandle,
-        topk_idx: Tensor | None,
-        experts: int | None,
-        tokens: int | None,
-        alignment: int | None,
-        is_synchronous: bool | None,
-    ) -> None:
-        self._own(handle)
-        if topk_idx is not None or is_synchronous:
-            raise ConfigError("a handle comes with its own ids and counts", hint="leave topk_idx and do_cpu_sync out")
-        given = (experts, tokens, alignment)
-        own = (handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment)
-        if any(one is not None and one != other for one, other in zip(given, own, strict=True)):
-            raise ConfigError(
-                f"experts, tokens and alignment {given} are not the handle's {own}", hint="leave them out"
-            )
 
 
 def _gpu_of(rows: Rows) -> int | None:
@@ -339,3 +313,19 @@ def _returned(weights: Tensor, handle: EPHandle) -> Tensor:
             hint="make the buffer with allow_multiple_reduction=True",
         )
     return at_places(weights, handle.places if handle.fixed is None else handle.inner.positions)
+
+
+def _check_cached(
+    handle: EPHandle,
+    topk_idx: Tensor | None,
+    experts: int | None,
+    tokens: int | None,
+    alignment: int | None,
+    is_synchronous: bool | None,
+) -> None:
+    if topk_idx is not None or is_synchronous:
+        raise ConfigError("a handle comes with its own ids and counts", hint="leave topk_idx and do_cpu_sync out")
+    given = (experts, tokens, alignment)
+    own = (handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment)
+    if any(one is not None and one != other for one, other in zip(given, own, strict=True)):
+        raise ConfigError(f"experts, tokens and alignment {given} are not the handle's {own}", hint="leave them out")

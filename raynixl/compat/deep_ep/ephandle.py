@@ -12,6 +12,7 @@ from torch import Tensor
 from raynixl.compat.deep_ep.config import align
 from raynixl.compat.deep_ep.layout import counts_of, pad, rows_by_source, sources_of
 from raynixl.compat.deep_ep.worst import ByExpert, SideBySide, pair_places
+from raynixl.moe import cuda_device
 
 if TYPE_CHECKING:
     from raynixl.moe.result import Dispatched
@@ -51,6 +52,8 @@ class EPHandle:
     """The local ids of the rows that came."""
     recv_tokens: Tensor
     """The tokens of the rows that came, at their sources."""
+    gpu: int | None
+    """The GPU that it is of."""
     offsets: Tensor
     """int64 [local experts + 1], where the rows of each expert begin if they are expanded."""
     fixed: SideBySide | ByExpert | None
@@ -122,37 +125,37 @@ class Request:
 
 def make_ephandle(
     request: Request, arrived: Dispatched, parallel: Any, topk_idx: Tensor, *, is_fixed: bool
-) -> EPHandle:
-    """Return the handle of a dispatch that was not cached. `is_fixed`: its rows came in fixed places, on a GPU."""
+) -> tuple[EPHandle, Dispatched]:
+    """Return the handle of a dispatch that was not cached, and the rows as they shall lie.
+
+    is_fixed: they came in fixed places, on a GPU.
+    """
     world, topk = parallel.world, topk_idx.shape[1]
     each, most, step = request.experts // world, request.tokens, request.alignment
     counts = arrived.counts
-    offsets = torch.nn.functional.pad(
-        (torch.div(counts + step - 1, step, rounding_mode="floor") * step).cumsum(0), (1, 0)
-    )
-    sent: Any = arrived.handle
+    aligned = torch.div(counts + step - 1, step, rounding_mode="floor") * step
+    offsets = torch.nn.functional.pad(aligned.cumsum(0), (1, 0))
+    ids, tokens, sent = arrived.topk_idx, arrived.tokens, arrived.handle
     fixed: SideBySide | ByExpert | None = None
     listed: list[int] = []
     padded, padded_expanded = most * world, align(world * most * min(topk, each) + (step - 1) * each, step)
     if is_fixed:
-        side = fixed = SideBySide.of(arrived, padded)
-        arrived = side.taken(arrived)
-        rows, expanded = padded, padded_expanded
+        fixed = side = SideBySide.of(arrived, padded)
+        ids, tokens = side.numbers(ids), side.numbers(tokens)
         if request.is_expanded:
-            fixed = ByExpert.of(side, pair_places(arrived.topk_idx, offsets), padded_expanded)
+            fixed = ByExpert.of(side, pair_places(ids, offsets), padded_expanded)
+        arrived, rows, expanded = fixed.taken(arrived), padded, padded_expanded
     else:
         listed = [align(one, step) for one in counts_of(arrived)]
-        rows, expanded = len(arrived.tokens), sum(listed)
+        rows, expanded = len(tokens), sum(listed)
         if request.is_synchronous:
             padded, padded_expanded = rows, expanded
     handle = EPHandle(
         request.is_expanded, request.experts, step, most, request.num_sms, topk_idx, padded, padded_expanded,
-        listed if request.is_synchronous else [],
-        rows_by_source(arrived, world).cumsum(0).int(),
+        listed if request.is_synchronous else [], rows_by_source(arrived, world).cumsum(0).int(),
         (offsets[:-1] + counts if request.is_expanded else offsets[1:]).int(), counts.int(), None, None,
-        fixed.handle if isinstance(fixed, ByExpert) else arrived.handle, parallel, arrived.topk_idx, arrived.tokens,
-        offsets, fixed, sent, rows, expanded,
+        arrived.handle, parallel, ids, tokens, cuda_device.gpu_of(arrived.x), offsets, fixed, sent, rows, expanded,
     )  # fmt: skip
     if request.is_expanded:
         _ = handle.places  # now, since what is made amid a capture of a CUDA graph is there at a replay alone
-    return handle
+    return handle, arrived

@@ -13,6 +13,7 @@ from raynixl.errors import ConfigError, RangeError
 from raynixl.moe import cuda_device
 
 if TYPE_CHECKING:
+    from raynixl.compat.deep_ep.instances import Instances
     from raynixl.compat.deep_ep.worst import SideBySide
 
 
@@ -143,6 +144,8 @@ class Handle(tuple[Any, ...]):
     """How many rows came."""
     padded: int
     """How many rows the caller has, with those of num_worst_tokens."""
+    gpu: int | None
+    """The GPU that it is of."""
     fixed: SideBySide | None
     """Where rows lay before they were put side by side, if no host has heard how many came."""
 
@@ -179,9 +182,25 @@ def make_handle(
         handle = Handle((
             in_rank, nodes.view(-1, 1), sent, starts[: len(nodes)], ends[last], starts, ends, sources, heads, heads,
         ))  # fmt: skip
-    handle.inner, handle.parallel = dispatched.handle, parallel
+    handle.inner, handle.parallel, handle.gpu = dispatched.handle, parallel, cuda_device.gpu_of(dispatched.x)
     handle.rows, handle.padded, handle.fixed = len(dispatched.tokens), padded, fixed
     return handle
+
+
+def check_own(handle: Any, kind: type, instances: Instances, gpu: int | None) -> None:
+    """Refuse what is no handle of a buffer with these instances, or of rows that are elsewhere than these.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not isinstance(handle, kind):
+        raise ConfigError("this is no handle of dispatch", hint="give what dispatch returned, as it is")
+    known: Any = handle
+    if not instances.owns(known.parallel):
+        raise ConfigError("the handle is of another buffer", hint="give it to the buffer whose dispatch returned it")
+    if known.gpu != gpu:
+        there, here = ("memory of the host" if one is None else f"GPU {one}" for one in (known.gpu, gpu))
+        raise ConfigError(f"the handle is of rows in {there}, these are in {here}", hint=f"bring the rows to {there}")
 
 
 def pad(rows: Tensor, count: int, value: float = 0) -> Tensor:

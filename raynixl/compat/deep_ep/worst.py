@@ -55,6 +55,10 @@ class SideBySide:
             tokens=taken(arrived.tokens.flatten(), places, blank=-1), handle=handle,
         )  # fmt: skip
 
+    def numbers(self, numbers: Tensor) -> Tensor:
+        """Return whole numbers of fixed places [world, tokens, ...] side by side, -1 beyond them."""
+        return taken(numbers.reshape(len(self.handle.row_ids), *numbers.shape[2:]), self.places, blank=-1)
+
     def _packed(self, handle: CudaHandle) -> CudaHandle:
         """Return the handle for a y whose rows lie side by side."""
         call = replace(handle.call, layout="tokens")

@@ -50,7 +50,7 @@ __device__ __forceinline__ bool give_item(const Give& a, u64 row, u32 number, u6
   u64 to = items + u64(number) * a.item_nbytes;
   bool is_wrong = a.mode == kSums ? sum_pairs(a, row, to, terms, piece, pieces) : row >= a.y_rows;
   if (a.mode != kSums && !is_wrong) copy_span(a.y + row * a.y_stride, to, nbytes, piece, pieces, lane);
-  for (u32 k = lane; a.beside_at != kNowhere && piece == 0 && k < a.topk; k += kWarp)
+  for (u32 k = lane; !is_wrong && a.beside_at != kNowhere && piece == 0 && k < a.topk; k += kWarp)
     item<float>(to + a.beside_at, k) = item<float>(a.beside, row * a.topk + k);
   return is_wrong;
 }
