@@ -27,6 +27,7 @@ POPULATE_NBYTES = 1 << 30
 _MADV_POPULATE_WRITE = 23
 _TOUCH_NBYTES = 64 << 20
 _MAX_TOUCHERS = 16
+_MOST_GPUS = 1 << 16
 _SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW: a peer's mapping can never SIGBUS
 
 
@@ -262,15 +263,19 @@ def allocate_on(device: int, nbytes: int) -> Memory:
     """Return fresh zeroed memory of a GPU, which lives for as long as something holds on to its `owner`.
 
     Raises:
-        ConfigError: there is no such GPU.
+        ConfigError: there is no such GPU, or `device` is no number.
         RangeError: the size is not positive or more than the GPU can give.
     """
     if not hasattr(nbytes, "__index__") or not 0 < nbytes < 1 << 62:
         raise RangeError(f"cannot allocate {nbytes!r:.40} bytes", hint="give a positive size that fits the GPU")
+    if isinstance(device, bool) or not hasattr(device, "__index__") or not 0 <= device < _MOST_GPUS:
+        raise ConfigError(
+            f"device={device!r:.40} is no number of a GPU", hint="give 0, 1, ... of those in CUDA_VISIBLE_DEVICES"
+        )
     if not cuda.has_driver():
         raise ConfigError("memory of a GPU needs the NVIDIA driver, which is not here", hint="see `raynixl doctor`")
-    arena = cuda.arena(index(nbytes), device)
-    return Memory(MemoryKind.VRAM, device, arena.address, index(nbytes), True, arena)
+    arena = cuda.arena(index(nbytes), index(device))
+    return Memory(MemoryKind.VRAM, index(device), arena.address, index(nbytes), True, arena)
 
 
 def _touch(address: int, nbytes: int) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from pydantic import TypeAdapter, ValidationError
 
 from raynixl.blocks import Blocks, make_table, page_table
-from raynixl.errors import ConfigError, IntegrityError, RangeError
+from raynixl.errors import BackendUnavailable, ConfigError, IntegrityError, RangeError
 from raynixl.memory import Memory, MemoryKind
 from raynixl.native import Gate
 from raynixl.record import Incarnation, RegionRecord, check_bytes, check_name, parse
@@ -121,9 +121,18 @@ class Region(_Selectable):
         """Return a torch view of the bytes, on the GPU where they are there. Views keep the memory alive.
 
         On a GPU the caller orders what he does with them: a transfer's `stream=` and `Transfer.wait(stream=)`.
+
+        Raises:
+            RangeError: they are outside the region, or lie askew.
+            ConfigError: the bytes are on a GPU, and this torch is one without CUDA.
         """
         import torch
 
+        if not self._is_host and torch.version.cuda is None:
+            raise ConfigError(
+                f"{self.label} is on a GPU, and torch {torch.__version__} is built without CUDA",
+                hint="install a torch with CUDA, or use cupy()",
+            )
         itemsize = torch.empty((), dtype=dtype).element_size()
         span = self._view(np.dtype(f"V{itemsize}"), shape, offset)
         if span.nbytes == 0:
@@ -133,11 +142,20 @@ class Region(_Selectable):
         return torch.as_tensor(_AddressView(span), device=f"cuda:{self.device}").view(dtype).reshape(tuple(shape))
 
     def cupy(self, dtype: Any = np.uint8, shape: Sequence[int] | None = None, *, offset: int = 0) -> Any:
-        """Return a cupy view of the bytes (memory of a GPU only). Views keep the memory alive."""
-        import cupy
+        """Return a cupy view of the bytes (memory of a GPU only). Views keep the memory alive.
 
+        Raises:
+            RangeError: they are outside the region, or lie askew.
+            ConfigError: it is host memory.
+            BackendUnavailable: cupy is not installed.
+        """
         if self._is_host:
             raise ConfigError(f"{self.label} is host memory", hint="use array() or tensor()")
+        try:
+            import cupy
+        except ImportError as exc:
+            hint = "pip install 'raynixl[cu13]' (or cu12), or use tensor()"
+            raise BackendUnavailable("cupy is not installed", hint=hint) from exc
         kind = np.dtype(dtype)
         span = self._view(kind, shape, offset)
         memory = cupy.cuda.UnownedMemory(span.address, span.nbytes, span, self.device)

@@ -67,7 +67,7 @@ class Regions:
         if not keys:
             raise BackendUnavailable(
                 f"no backend takes {memory.kind.value} memory ({'; '.join(refusals)})",
-                hint="run `raynixl doctor`",
+                hint=_hint(memory.kind, [backend.name for backend in self._agent.backends]),
             )
         try:
             return self._insert(number, name, memory, keys)
@@ -291,6 +291,13 @@ def _allocate(nbytes: int, kind: str, device: int) -> Memory:
     if kind == MemoryKind.VRAM.value:
         return allocate_on(device, nbytes)
     raise ConfigError(f"memory of kind {kind!r} cannot be made", hint="use kind='dram' or kind='vram'")
+
+
+def _hint(kind: MemoryKind, names: Sequence[str]) -> str:
+    """Return what to do about memory that no backend takes."""
+    if kind is MemoryKind.VRAM and not {"nvlink", "ucx"} & set(names):
+        return "name nvlink or ucx in AgentConfig(backends=...); see `raynixl doctor` for why one is not there"
+    return "run `raynixl doctor`"
 
 
 def _close_fd(region: Region) -> None:

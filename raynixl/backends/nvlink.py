@@ -127,6 +127,10 @@ class NvlinkBackend:
     def bind(self, link: Link, remote: RemoteRegion, fds: Sequence[int]) -> Binding:
         """Open the handle of the peer's memory, map and pin its arena, or take the address in this process."""
         assert isinstance(link, SilentLink)
+        if not cuda.devices():  # as an actor of Ray's that has asked for none
+            raise BackendUnavailable(
+                "this process sees no GPU", hint="see nvidia-smi and CUDA_VISIBLE_DEVICES", peer=link.peer
+            )
         key = remote.record.keys.get(self.name, {})
         gate = self._local.native.Gate()
         if remote.kind is _VRAM:

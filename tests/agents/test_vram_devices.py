@@ -84,6 +84,22 @@ def test_without_peer_access_it_is_refused_with_the_reason(far: FarAgent) -> Non
         assert np.array_equal(read_from(near, far, device=0), random_bytes(N, 3))
 
 
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_a_process_that_sees_no_gpu_asks_the_next_backend_and_is_told_why(far: FarAgent, op: str) -> None:
+    with made_up_gpus(gpus=0), gpu_agent("near") as near:  # as Ray's actors that have asked for none
+        near.peer(far.record)
+        far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3)
+        mine, theirs = make_region(near, "arena", N), near.peer("far")["theirs"]
+        error = error_of(near.read(theirs, mine) if op == "read" else near.write(mine, theirs))
+        far.ask("drop")
+        assert isinstance(error, BackendUnavailable)
+        assert "nvlink: this process sees no GPU" in str(error)
+        assert "CUDA_VISIBLE_DEVICES" in str(error)
+        with pytest.raises(ConfigError) as refused:
+            near.empty(N, kind="vram")
+        assert "CUDA_VISIBLE_DEVICES" in refused.value.hint
+
+
 @pytest.mark.parametrize("origin", [Origin.VIRTUAL, Origin.POOL], ids=lambda origin: origin.name.lower())
 def test_memory_that_has_no_handle_serves_here_and_is_refused_elsewhere_with_the_setting(
     far: FarAgent, origin: Origin
