@@ -25,11 +25,32 @@ class StagedHarm(Harm):
         is_joined = bool(ep._council.applicants) or len(ep.active) > self.beside
         return operation == self.where.operation and bool(is_joined or not self.waits)
 
+    is_done = False
+
+    def at(self, kind: str, when: str) -> bool:
+        """Whether this is the place, for the first time."""
+        return not self.is_done and super().at(kind, when)
+
+    def do(self) -> None:
+        """Come to harm once."""
+        self.is_done = True
+        super().do()
+
     def arm(self, ep: Any) -> None:
-        """Have the ways to all peers look out for the place."""
-        for part, _ in ep._stages.parts():
-            for channel in part._session.channels.values():
-                self._arm(channel)
+        """Have the ways to all peers look out for the place; those of another view, too, which may come first."""
+        regroup, armed = ep._regroup, []
+
+        def regroup_and_arm(until: float) -> Any:
+            stages = regroup(until)
+            if stages not in armed:
+                armed.append(stages)
+                self.counts = {"put": 0, "line": 0}
+                for part, _ in stages.parts():
+                    for channel in part._session.channels.values():
+                        self._arm(channel)
+            return stages
+
+        ep._regroup = regroup_and_arm
 
 
 def make(member: Any, names: list[str], options: dict[str, Any]) -> None:
