@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe_cuda_crews import BACKENDS, GpuCrew, gpu_crew
 from torch.overrides import TorchFunctionMode
 
 from raynixl import ConfigError, PeerLost, RangeError
-from raynixl.compat.deep_ep import Buffer, ElasticBuffer
+from raynixl.compat.deep_ep import Buffer, ElasticBuffer, EventHandle, EventOverlap
 from raynixl.compat.deep_ep.utils import per_token_cast_to_fp8
 from raynixl.errors import Masked
 from raynixl.moe.cuda_layer import GpuLayer
@@ -384,3 +385,156 @@ def test_a_layout_elsewhere_is_refused(kernels):
 
         work_on_one = [lambda: work(0, group.buffers[0])]
         kernels.run(work_on_one)
+
+
+def test_what_was_waited_for_each_rank_is_counted(crew):
+    case = case_of()
+    is_there = threading.Event()
+
+    def work(rank, buffer):
+        for turn in range(2):
+            sent, back = torch.full((WORLD,), 5), torch.full((WORLD,), 5)
+            if rank == 2 and turn:
+                assert is_there.wait(20)
+                threading.Event().wait(0.05)  # what the others wait for
+            elif turn:
+                is_there.set()
+            packed, _, handle, _, _ = buffer.low_latency_dispatch(
+                case.x(rank), case.topk_idx(rank), MOST, case.experts, use_fp8=False,
+                dispatch_wait_recv_cost_stats=sent,
+            )  # fmt: skip
+            buffer.low_latency_combine(
+                packed, case.topk_idx(rank), case.topk_weights(rank), handle, combine_wait_recv_cost_stats=back
+            )
+        assert sent[rank] == back[rank] == 5
+        assert bool((sent >= 5).all())
+        assert bool((back >= 5).all())
+        assert rank == 2 or int(sent[2]) > 10_000_000
+
+    with ranks(crew, low_latency_mode=True) as group:
+        group.run(work)
+
+
+class Sent(torch.autograd.Function):
+    """Dispatch with gradients, as trainers wrap it: backward is a combine by the handle."""
+
+    @staticmethod
+    def forward(ctx, x, weights, ids, buffer, layout):
+        rows, recv_ids, recv_weights, _, handle, event = buffer.dispatch(
+            x, topk_idx=ids, topk_weights=weights, previous_event=EventOverlap(EventHandle()), async_finish=True,
+            allocate_on_comm_stream=True, **layout,
+        )  # fmt: skip
+        event.current_stream_wait()
+        ctx.buffer, ctx.handle = buffer, handle
+        ctx.mark_non_differentiable(recv_ids)
+        layout["handle"] = handle
+        return rows, recv_weights, recv_ids
+
+    @staticmethod
+    def backward(ctx, rows, weights, _):
+        grad, back, event = ctx.buffer.combine(
+            rows.contiguous(), ctx.handle, topk_weights=weights.float(), previous_event=EventOverlap(EventHandle()),
+            async_finish=True, allocate_on_comm_stream=True,
+        )  # fmt: skip
+        event.current_stream_wait()
+        return grad, back, None, None, None
+
+
+class Brought(torch.autograd.Function):
+    """Combine with gradients: backward is a dispatch by the handle."""
+
+    @staticmethod
+    def forward(ctx, y, buffer, handle):
+        ctx.buffer, ctx.handle = buffer, handle
+        total, _, event = buffer.combine(y, handle, async_finish=True)
+        event.current_stream_wait()
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, *_, event = ctx.buffer.dispatch(grad.contiguous(), handle=ctx.handle, async_finish=True)
+        event.current_stream_wait()
+        return rows, None, None
+
+
+@pytest.mark.parametrize("worst", [0, 99])
+def test_gradients_through_what_callers_wrap_are_those_of_the_host(crew, worst):
+    case = case_of(missing=0.0, tokens=20)
+
+    def train(rank, buffer):
+        x = case.x(rank).requires_grad_()
+        weights = case.topk_weights(rank).requires_grad_()
+        layout = {**case.layout(buffer, rank), "num_worst_tokens": worst}
+        rows, ws, ids = Sent.apply(x, weights, case.topk_idx(rank), buffer, layout)
+        factors = torch.where(ids >= 0, ws * (ids + 1 + rank), 0).sum(1, keepdim=True)
+        out = Brought.apply((rows.float() * factors).bfloat16(), buffer, layout["handle"])
+        out.float().square().sum().backward()
+        return out.detach(), x.grad, weights.grad
+
+    def on_host(rank, buffer):
+        with crew.gpus.on_host():
+            return train(rank, buffer)
+
+    with ranks(crew) as there, ranks(crew) as here:
+        found, wanted = there.run(train), here.run(on_host)
+    alike(found, wanted)
+    for rank, (out, x_grad, weights_grad) in enumerate(found):
+        x, ids = case.x(rank).float().requires_grad_(), case.topk_idx(rank)
+        weights = case.topk_weights(rank).requires_grad_()
+        terms = weights * (ids % case.each + 1 + ids // case.each)
+        (x * terms.sum(1, keepdim=True)).square().sum().backward()
+        torch.testing.assert_close(out.float(), (x * terms.sum(1, keepdim=True)).detach(), atol=0.2, rtol=0.05)
+        torch.testing.assert_close(weights_grad, weights.grad, atol=2e2, rtol=0.05)
+        torch.testing.assert_close(x_grad.float(), x.grad, atol=4.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["normal", "plain", "expanded", "cached"])
+def test_steps_are_captured_in_a_graph(kernels, kind, monkeypatch):
+    """What kernels do is replayed; that of torch between them is done at once here, by the rules of a capture."""
+    case = case_of()
+    options = {} if kind in ("normal", "cached") else {"num_max_tokens_per_rank": MOST, "hidden": case.hidden}
+    work, empty = kernels.gpus.fake.work, StandInGpu.empty
+    kept = []  # what a capture has made is the graph's, whoever else lets go of it
+
+    def keep(*arguments):
+        kept.append(empty(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(StandInGpu, "empty", keep)
+
+    def run(rank, buffer):
+        given = (case.x(rank), case.topk_idx(rank), case.topk_weights(rank))
+        stream = kernels.gpus.stream()
+        layout = case.layout(buffer, rank) if not options else {}
+
+        def step(handle=None):
+            x, ids, weights = given
+            if handle is not None:
+                rows, *_ = buffer.dispatch(x, handle=handle)
+            elif options:
+                rows, _, _, handle, _ = buffer.dispatch(
+                    x, ids, weights, num_experts=case.experts, do_cpu_sync=False, do_expand=kind == "expanded"
+                )
+            else:
+                rows, *_, handle, _ = buffer.dispatch(
+                    x, topk_idx=ids, topk_weights=weights, num_worst_tokens=99 if kind == "normal" else 0, **layout
+                )
+            return rows, handle, buffer.combine(rows, handle)[0]
+
+        _, first, out = step()
+        work.begin_capture(stream)
+        with NoHost():
+            rows, handle, captured = step(first if kind == "cached" else None)
+        graph = work.end_capture(stream)
+        graph.launch()
+        kernels.gpus.settle()
+        assert len(rows) == (handle.padded if not options else handle.allocated)
+        if kind == "cached":
+            assert same(rows, case.received(rank, case.x))
+            assert same(captured, out)
+        again = step(first) if kind == "cached" else step()
+        assert same(again[2], out)
+        return graph, again
+
+    with ranks(kernels, ElasticBuffer if options else Buffer, **options) as group:
+        assert len(group.run(run)) == WORLD

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from deep_ep_tools import Case, bits, ranks, same
-from moe_cuda_crews import GpuCrew, gpu_crew
+from moe_cuda_crews import BACKENDS, GpuCrew, gpu_crew
 from moe_tools import Threads
 
 from raynixl import ConfigError, RangeError
@@ -18,10 +18,12 @@ from raynixl.compat.deep_ep.utils import calc_diff, per_token_cast_back, quantis
 COUNT = (1 << 32) - 1
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4, 0], ids=lambda world: f"{world} ranks" if world else "GPUs")
+@pytest.fixture(scope="module", params=["1 rank", "2 ranks", "4 ranks", "GPUs", "staged"])
 def crew(request: pytest.FixtureRequest) -> Iterator[Threads]:
-    """Ranks in threads; two of them on GPUs that are made up."""
-    with Threads(request.param) if request.param else gpu_crew(2, is_everywhere=False) as made:
+    """Ranks in threads; two of them on GPUs that are made up, whose kernels reach each other's memory or do not."""
+    backends = {"GPUs": BACKENDS, "staged": BACKENDS[:2]}.get(request.param)
+    world = 2 if backends else int(request.param[0])
+    with Threads(world) if backends is None else gpu_crew(2, is_everywhere=False, backends=backends) as made:
         yield made
 
 

@@ -132,15 +132,21 @@ class Instances:
             made.mask(rank)
 
     def unmask(self, rank: int) -> None:
-        """Let a rank take part again. Of our own rank: come back where the others have masked us; it takes a step."""
+        """Let a rank take part again. Of our own rank: come back where the others have masked us; it takes a step.
+
+        Where steps are on GPUs it takes no step but this very call, of all others between the same two steps: who does
+        not come back meanwhile is let in by a later one.
+        """
         self._masked.discard(rank)
         if rank == self.members.rank:
             while self._out:
-                self._out[-1].rejoin()
+                self._come_back(self._out[-1])
                 self._out.pop()
             return
         for made in self._made.values():
             made.unmask(rank)
+            if made.is_direct is not None and rank not in made.active:
+                made.synchronise()
 
     @property
     def masked(self) -> tuple[int, ...]:
@@ -154,6 +160,12 @@ class Instances:
     def close(self) -> None:
         """Close all that was made; idempotent."""
         self._end()
+
+    def _come_back(self, parallel: ExpertParallel) -> None:
+        is_on_gpu = parallel.is_direct is not None
+        parallel.rejoin()
+        if is_on_gpu:
+            parallel.synchronise()
 
     def _grow(self, shape: Shape, tokens: int) -> ExpertParallel:
         """Return the instance for as many tokens as the rank that has most; all ranks call this."""

@@ -87,19 +87,15 @@ class LowLatency:
         parallel = self._parallel(num_experts, x.shape[1], topk_idx.shape[1], most)
         number = cuda_device.gpu_of(x)
         if number is not None:
-            step = _Step(parallel, topk_idx)
-            rows = quantise(x, round_scale=round_scale) if use_fp8 else x.detach()
-            arrived = self._instances.done(
-                parallel, lambda: parallel.dispatch(rows, topk_idx, layout="slots", weights_at="source")
-            )
-            made = gpu.PackedRows(arrived, form, experts=num_experts // world, most=most, world=world)
-            step.work, step.inner = Work(lambda: None), made.handle
+            step, made = _Step(parallel, topk_idx), gpu.Given(x, topk_idx, form, num_experts // world, round_scale)
+            spent = gpu.Waited.of(dispatch_wait_recv_cost_stats, world)
+            found = step.inner = made.dispatch(self._instances, parallel, number, spent)
             if cumulative_local_expert_recv_stats is not None:
-                cumulative_local_expert_recv_stats.add_(made.counts)
-            handle = LowLatencyHandle((made.src_info, made.layout_range, most, x.shape[1], num_experts))
+                cumulative_local_expert_recv_stats.add_(found.counts)
+            handle = LowLatencyHandle((found.src_info, found.layout_range, most, x.shape[1], num_experts))
             handle.step = step
             event, hook = gpu.left(number, async_finish, return_recv_hook)
-            return ((made.x, made.scales) if use_fp8 else made.x), made.counts, handle, event, hook
+            return ((found.x, found.scales) if use_fp8 else found.x), found.counts, handle, event, hook
         packed = Packed.empty(
             form, self._memory, experts=num_experts // world, places=most * world, hidden=x.shape[1], world=world
         )
@@ -145,14 +141,15 @@ class LowLatency:
         if number is not None:
             if zero_copy:
                 x = self.get_next_low_latency_combine_buffer(handle)
-            inner = step.inner
             given = gpu.weights_of(topk_idx, topk_weights, step.topk_idx)
-            inner = dataclasses.replace(inner, call=dataclasses.replace(inner.call, weights=given))
-            rows = x.detach().reshape(-1, handle[3])
-            made = self._instances.done(step.parallel, lambda: step.parallel.combine(rows, inner, out=out))
-            total = made if out is None else out
+            spent = gpu.Waited.of(combine_wait_recv_cost_stats, self.group_size)
+            rows, inner = step.inner.given_back(x.detach().reshape(-1, handle[3]), given)
+            made = self._instances.done(
+                step.parallel, lambda: step.parallel.combine(rows, inner, out=out, stats=spent.seconds)
+            )
+            spent.add()
             event, hook = gpu.left(number, async_finish, return_recv_hook)
-            return total, event, hook
+            return made if out is None else out, event, hook
         weights = _weights(topk_idx, topk_weights, step.topk_idx)
         if zero_copy:
             x = self.get_next_low_latency_combine_buffer(handle)
