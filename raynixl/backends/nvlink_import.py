@@ -33,14 +33,18 @@ class Source:
 class _Opened(Protocol):
     @property
     def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
     def close(self) -> None: ...
 
 
 class _Handed:
     """An allocation of CUDA IPC, in the current context."""
 
-    def __init__(self, handle: bytes) -> None:
+    def __init__(self, handle: bytes, claimed_nbytes: int) -> None:
         self.address = cuda.ipc_open(handle)
+        left = cuda.left_from(self.address)
+        self.nbytes = claimed_nbytes if left is None else left
 
     def close(self) -> None:
         """Unmap it."""
@@ -98,7 +102,7 @@ class ImportCache:
         """Reach a peer's region of `nbytes`, in the context of its GPU, or of `home_device` if we do not see that.
 
         Raises:
-            IntegrityError: that is no key of such a region.
+            IntegrityError: that is no key of such a region, or there is less memory than it says.
             BackendUnavailable: the memory cannot be mapped, here or by anyone.
             RegionStale: its owner has freed it and made it anew, while what there was before is still in use here.
         """
@@ -108,12 +112,15 @@ class ImportCache:
         with self._lock:
             found = self._found.get(place)
             if found is None:
-                found = self._found[place] = _open(source, device, nbytes)
+                found = self._found[place] = _open(source, device)
             elif found.owner != source.owner:
                 raise RegionStale(
                     "a peer has freed memory and made it anew, while what it was before is still in use here",
                     hint="its owner must deregister memory before freeing it",
                 )
+            if source.offset + nbytes > found.opened.nbytes:  # what lies behind may be memory of this process
+                self._close_unused(place, found)
+                raise IntegrityError("a peer's memory is smaller than its key says")
             found.users += 1
         address = found.opened.address + source.offset
         return Import(address, device, lambda: self._release(place, found))
@@ -121,8 +128,10 @@ class ImportCache:
     def _release(self, place: _Place, found: _Allocation) -> None:
         with self._lock:
             found.users -= 1
-            if found.users:
-                return
+            self._close_unused(place, found)
+
+    def _close_unused(self, place: _Place, found: _Allocation) -> None:
+        if not found.users:
             del self._found[place]
             cuda.let_go(found.context, found.opened.close)
 
@@ -187,18 +196,12 @@ def _no_key() -> IntegrityError:
     return IntegrityError("a peer's key for memory of its GPU is malformed")
 
 
-def _open(source: Source, device: int, nbytes: int) -> _Allocation:
+def _open(source: Source, device: int) -> _Allocation:
     context = cuda.primary(device)
     with cuda.current(context):
         opened: _Opened
         if source.is_fabric:
             opened = cuda.MappedChunks(tuple(zip(source.handles, source.sizes, strict=True)), device)
         else:
-            opened = _Handed(source.handles[0])
-        try:
-            if cuda.is_beyond(opened.address + source.offset, nbytes):
-                raise IntegrityError("a peer's memory is smaller than its key says")
-        except BaseException:
-            opened.close()
-            raise
+            opened = _Handed(source.handles[0], source.sizes[0])
     return _Allocation(source.owner, device, context, opened)

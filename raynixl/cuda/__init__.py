@@ -12,6 +12,7 @@ from raynixl.cuda.arena import (
     close_kept,
     pin,
     record,
+    stream_device,
     stream_handle,
 )
 from raynixl.cuda.chunks import Chunk, MappedChunks, export_chunks
@@ -21,6 +22,7 @@ from raynixl.cuda.contexts import (
     current,
     current_functions,
     device_attribute,
+    device_here,
     device_of_context,
     devices,
     enable_peer,
@@ -57,7 +59,7 @@ from raynixl.cuda.pointers import (
     context_for,
     device_of,
     examine,
-    is_beyond,
+    left_from,
     piece_at,
     pinned_address,
 )
@@ -85,13 +87,13 @@ from raynixl.cuda.streams import (
 __all__ = [
     "FABRIC", "HANDLE_NBYTES", "POSIX_FD", "Allocation", "Arena", "Chunk", "Device", "Event", "MappedChunks",
     "Origin", "Pin", "alloc", "arena", "bus_id", "close_kept", "context_for", "current", "current_functions",
-    "device_attribute", "device_of", "device_of_context", "devices", "enable_peer", "event_create",
+    "device_attribute", "device_here", "device_of", "device_of_context", "devices", "enable_peer", "event_create",
     "event_destroy", "event_elapsed_ms", "event_query", "event_record", "event_synchronize", "examine",
     "export_chunks", "failure", "free", "function_address", "give_back", "has_driver", "host_alloc", "host_bytes",
     "host_device_address", "host_free", "host_register", "host_unregister", "ipc_close", "ipc_export",
-    "ipc_export_event", "ipc_open", "ipc_open_event", "is_beyond", "kept", "launch", "let_go", "memcpy_async",
+    "ipc_export_event", "ipc_open", "ipc_open_event", "kept", "launch", "left_from", "let_go", "memcpy_async",
     "memcpy_d2d_async", "memcpy_d2h_async", "memcpy_h2d_async", "memcpy_peer_async", "memory_info",
     "memset_async", "module_function", "module_load", "module_unload", "on", "piece_at", "pin", "pinned_address",
-    "primary", "record", "relaxed", "replace_driver", "stream_create", "stream_destroy", "stream_handle",
-    "stream_is_capturing", "stream_query", "stream_synchronize", "stream_wait_event",
+    "primary", "record", "relaxed", "replace_driver", "stream_create", "stream_destroy", "stream_device",
+    "stream_handle", "stream_is_capturing", "stream_query", "stream_synchronize", "stream_wait_event",
 ]  # fmt: skip

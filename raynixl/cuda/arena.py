@@ -179,6 +179,15 @@ def stream_handle(stream: Any) -> int:
     return index(stream)
 
 
+def stream_device(stream: Any) -> int | None:
+    """Return the GPU whose stream it is, as torch and cupy say it; None where that is not said, as by a number."""
+    device = getattr(stream, "device", None)
+    for found in (getattr(device, "index", None), getattr(stream, "device_id", None)):
+        if isinstance(found, int) and found >= 0:
+            return found
+    return None
+
+
 def record(stream: Any, device: int) -> Event:
     """Return an event that comes after what is on a stream now. `device` counts for the default streams only.
 

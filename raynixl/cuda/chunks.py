@@ -48,16 +48,16 @@ class MappedChunks:
     """
 
     def __init__(self, chunks: Sequence[tuple[bytes, int]], device: int) -> None:
-        self._nbytes = sum(nbytes for _, nbytes in chunks)
+        self.nbytes = sum(nbytes for _, nbytes in chunks)
         self._mapped = 0
         address = c_uint64()
-        check("cuMemAddressReserve", byref(address), self._nbytes, 0, 0, 0, what=f"{self._nbytes} bytes")
+        check("cuMemAddressReserve", byref(address), self.nbytes, 0, 0, 0, what=f"{self.nbytes} bytes")
         self.address = address.value
         try:
             for handle, nbytes in chunks:
                 self._map(handle, nbytes)
             access = Access(Location(_ON_DEVICE, device), _READ_WRITE)
-            check("cuMemSetAccess", self.address, self._nbytes, byref(access), 1, what=f"GPU {device}")
+            check("cuMemSetAccess", self.address, self.nbytes, byref(access), 1, what=f"GPU {device}")
         except RaynixlError:
             self.close()
             raise
@@ -67,9 +67,9 @@ class MappedChunks:
         if self._mapped:
             give_back("cuMemUnmap", self.address, self._mapped)
             self._mapped = 0
-        if self._nbytes:
-            give_back("cuMemAddressFree", self.address, self._nbytes)
-            self._nbytes = 0
+        if self.nbytes:
+            give_back("cuMemAddressFree", self.address, self.nbytes)
+            self.nbytes = 0
 
     def _map(self, handle: bytes, nbytes: int) -> None:
         chunk, data = c_uint64(), Handle.from_buffer_copy(handle)

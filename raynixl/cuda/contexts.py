@@ -126,6 +126,14 @@ def a_context() -> int:
     return next(iter(list(current_driver().primaries.values())), 0) or primary(0)
 
 
+def device_here() -> int:
+    """Return the GPU that this thread works with: its context's, else one that we use already, else the first."""
+    now = c_void_p()
+    if call("cuCtxGetCurrent", byref(now)) == 0 and now.value:
+        return device_of_context(now.value)
+    return next(iter(list(current_driver().primaries)), 0)
+
+
 def device_of_context(context: int) -> int:
     """Return the number of the GPU that a context belongs to."""
     driver = current_driver()

@@ -115,15 +115,10 @@ def piece_at(address: int) -> tuple[int, int]:
     return start, size
 
 
-def is_beyond(address: int, nbytes: int) -> bool:
-    """Whether memory of a GPU goes beyond its allocation, as far as the driver can tell. Adjoining pieces are one."""
-    at, end = address, address + nbytes
-    while at < end:
-        start, size = _ask(_Attribute.START, at, c_uint64()), _ask(_Attribute.SIZE, at, c_size_t())
-        if start is None or not size:
-            return at > address
-        at = start + size
-    return False
+def left_from(address: int) -> int | None:
+    """Return how many bytes an allocation has from an address on; None if the driver cannot tell."""
+    start, size = _ask(_Attribute.START, address, c_uint64()), _ask(_Attribute.SIZE, address, c_size_t())
+    return None if start is None or not size else int(start + size - address)
 
 
 def device_of(address: int) -> int:

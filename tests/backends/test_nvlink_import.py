@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cuda_fake import PRIMARY, FakeCuda
+from cuda_fake_memory import Block
 from cuda_far import FarCuda
 from cuda_fixtures import fake_driver
 
@@ -229,6 +230,38 @@ def test_memory_that_is_smaller_than_its_key_says_is_refused_and_closed(fake_cud
     with pytest.raises(IntegrityError, match="smaller than its key says"):
         cache.open({**key, "size": 64 * MIB}, 32 * MIB, 0)
     assert (len(cache), fake_cuda.leaks()) == (0, [])
+
+
+def test_a_lie_about_memory_that_is_open_already_is_found_and_closes_nothing(fake_cuda: FakeCuda, far: FarCuda):
+    cache, key = ImportCache(), far.ask("key", name="a")
+    honest = cache.open(key, MIB, 0)
+    for lie in ({"size": 64 * MIB, "offset": 32 * MIB}, {"size": 2 * MIB + 1, "offset": 2 * MIB}):
+        with pytest.raises(IntegrityError, match="smaller than its key says"):
+            cache.open({**key, **lie}, 1, 0)
+    assert not fake_cuda.view(honest.address, MIB).any()
+    honest.close()
+    assert (len(cache), fake_cuda.leaks()) == (0, [])
+
+
+def test_a_lie_does_not_reach_what_lies_behind_a_peers_memory(fake_cuda: FakeCuda, far: FarCuda):
+    cache, key = ImportCache(), far.ask("key", name="a")
+    honest = cache.open(key, MIB, 0)
+    behind = Block(0, PRIMARY, 2 * MIB, address=honest.address + 2 * MIB, is_users=True)
+    fake_cuda.memory.add(behind)
+    with pytest.raises(IntegrityError, match="smaller than its key says"):
+        cache.open({**key, "size": 4 * MIB}, 3 * MIB, 0)
+    fake_cuda.drop(behind.address)
+    honest.close()
+
+
+def test_chunks_that_another_key_has_mapped_are_no_longer_for_a_lie(fake_cuda: FakeCuda):
+    with FarCuda() as far:
+        address = far.ask("make", nbytes=0, origin="VIRTUAL", chunks=(2 * MIB,), handle_types=FABRIC)
+        key, cache = far.ask("key_at", address=address, nbytes=MIB), ImportCache()
+        honest = cache.open(key, MIB, 0)
+        with pytest.raises(IntegrityError, match="smaller than its key says"):
+            cache.open({**key, "chunks": str(8 * MIB), "size": 8 * MIB}, 3 * MIB, 0)
+        honest.close()
 
 
 GOOD: dict[str, Any] = {"uuid": "f0", "process": "p", "handle": "00" * 64, "offset": 0, "size": MIB, "buffer": 1}

@@ -154,6 +154,14 @@ def test_streams_of_torch_and_cupy_and_handles_are_streams():
     assert cuda.stream_handle(np.uint64(80)) == 80
 
 
+def test_streams_say_whose_they_are_and_numbers_do_not():
+    assert cuda.stream_device(SimpleNamespace(cuda_stream=0, device=SimpleNamespace(index=3))) == 3
+    assert cuda.stream_device(SimpleNamespace(ptr=0, device_id=2)) == 2
+    assert cuda.stream_device(SimpleNamespace(ptr=0, device_id=-1)) is None, "that of whichever GPU is current"
+    assert cuda.stream_device(SimpleNamespace(cuda_stream=0, device="cuda")) is None
+    assert cuda.stream_device(0) is None
+
+
 @pytest.mark.parametrize("wrong", [None, "0", 1.5, True, -1, 1 << 64, object()])
 def test_what_is_no_stream_is_refused(wrong: object):
     with pytest.raises(ConfigError, match=r"is no stream of CUDA; give a torch\.cuda\.Stream"):

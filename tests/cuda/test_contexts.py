@@ -109,6 +109,16 @@ def test_attributes_of_a_gpu_are_read(fake_cuda: FakeCuda):
     assert cuda.device_of_context(fake_cuda.devices.make_context(1)) == 1
 
 
+def test_a_thread_works_with_the_gpu_of_its_context_or_with_one_that_is_in_use(fake_cuda: FakeCuda):
+    assert cuda.device_here() == 0
+    assert fake_cuda.devices.retained == [], "asking makes no context"
+    with cuda.on(1):
+        assert cuda.device_here() == 1
+    assert cuda.device_here() == 1
+    with cuda.on(0):
+        assert cuda.device_here() == 0
+
+
 def test_a_kernel_that_has_failed_is_told_by_what_is_asked_and_not_by_the_asking(fake_cuda: FakeCuda):
     fake_cuda.fail("cuThreadExchangeStreamCaptureMode", 700)
     fake_cuda.fail("cuMemGetInfo_v2", 700)

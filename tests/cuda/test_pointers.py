@@ -49,15 +49,13 @@ def test_memory_beyond_its_allocation_is_refused(fake_cuda: FakeCuda):
     cuda.examine(address + 4096, MIB - 4096)
     with pytest.raises(RangeError, match="beyond its allocation"):
         cuda.examine(address + 4096, MIB - 4095)
-    assert cuda.is_beyond(address + 4096, MIB - 4095)
-    assert not cuda.is_beyond(address + 4096, MIB - 4096)
+    assert cuda.left_from(address + 4096) == MIB - 4096
+    assert cuda.left_from(0x1234) is None
 
 
 def test_virtual_memory_may_be_pieced_together(fake_cuda: FakeCuda):
     address = fake_cuda.make(0, origin=Origin.VIRTUAL, chunks=(2 * MIB, 2 * MIB))
     assert cuda.examine(address + MIB, 3 * MIB).origin is Origin.VIRTUAL
-    assert not cuda.is_beyond(address + MIB, 3 * MIB)
-    assert cuda.is_beyond(address + MIB, 3 * MIB + 1)
 
 
 def test_memory_that_is_on_no_gpu_is_refused(fake_cuda: FakeCuda):
