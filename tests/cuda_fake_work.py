@@ -18,7 +18,7 @@ from cuda_fake_events import Events
 if TYPE_CHECKING:
     from cuda_fake import FakeCuda
 
-NOT_READY, CAPTURE_UNSUPPORTED = 600, 900
+NOT_READY, CAPTURE_UNSUPPORTED, CAPTURE_ISOLATION = 600, 900, 905
 SPECIAL = (0, 1, 2)
 """The default stream of a context, the legacy one, that of a thread."""
 _RELAXED = 2
@@ -294,6 +294,8 @@ class Work:
 
     def _cuStreamWaitEvent(self, handle: int | None, number: int | None, flags: int) -> None:  # noqa: N802
         event, stream = self.events.recorded(number), self.of(handle)
+        if (stream.captured is not None) != event.is_captured:
+            raise Refused(CAPTURE_ISOLATION)
         is_done = event.moment()
         self.queue(stream, Piece("a wait for an event", lambda: None, is_ready=is_done))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raynixl import cuda
@@ -15,32 +16,42 @@ if TYPE_CHECKING:
     from raynixl.agents.transfer import Transfer
     from raynixl.native import Job
 
-_SPECIAL = (0, 1, 2)  # the default streams, which are never captured
+_LEGACY = (0, 1)  # the default streams that are never captured; asking breaks what is captured on others
 _SHORTEST, _LONGEST = 20e-6, 1e-3  # pauses between two looks at an event
 
 
-def handle_of(stream: Any, device: int) -> int:
-    """Return the handle of a stream that transfers can be ordered with; `device` is meant by the default streams.
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream of CUDA by its handle, and the GPU that is meant: each has default streams under the same handles."""
+
+    handle: int
+    device: int
+
+
+def stream_of(stream: Any, gpu: int | None) -> Stream:
+    """Return a stream that transfers can be ordered with; `gpu` is meant by the default streams that name no other.
 
     Raises:
         ConfigError: that is no stream, or one that is being captured into a graph.
     """
-    handle = cuda.stream_handle(stream)
+    handle, device = cuda.stream_handle(stream), cuda.stream_device(stream)
     if not cuda.has_driver():
         raise ConfigError("streams need the NVIDIA driver, which is not here", hint="leave stream= away")
+    if device is None:
+        device = cuda.device_here() if gpu is None else gpu
     with cuda.on(device):
-        if handle not in _SPECIAL and cuda.stream_is_capturing(handle):
+        if handle not in _LEGACY and cuda.stream_is_capturing(handle):
             raise ConfigError(
                 "the stream is being captured into a CUDA graph", hint="use prepared.capture(stream), or order it later"
             )
-    return handle
+    return Stream(handle, device)
 
 
-def order(jobs: Sequence[Job], stream: int) -> bool:
+def order(jobs: Sequence[Job], stream: Stream) -> bool:
     """Have a stream wait for jobs that a GPU runs; False if others are among them, which the host must wait for."""
     on_gpu = [job for job in jobs if can_be_followed(job)]
     for job in on_gpu:
-        job.order(stream)
+        job.order(stream.handle, stream.device)
     return len(on_gpu) == len(jobs)
 
 

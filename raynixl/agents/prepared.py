@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from raynixl import cuda
 from raynixl.agents.captured import Captured
-from raynixl.agents.ordering import follow, handle_of
+from raynixl.agents.ordering import follow, stream_of
 from raynixl.agents.selections import Selections, as_blocks, as_list, distinct
 from raynixl.agents.transfer import Stage, Transfer, settle_seconds
 from raynixl.backends.base import Binding, Link, Op, Request, takes_events
@@ -161,7 +161,8 @@ class Prepared:
             return self._take(code, self._route, self._new_transfer(None, None, None))
         transfer = self._new_transfer(notify, timeout, digest)
         if stream is not None:
-            transfer.after = cuda.record(handle_of(stream, self.gpu), self.gpu)
+            followed = stream_of(stream, self.gpu)
+            transfer.after = cuda.record(followed.handle, followed.device)
         return self._post(transfer)
 
     def capture(self, stream: Any) -> Captured:
@@ -288,9 +289,9 @@ class Prepared:
         return self._remote
 
     @property
-    def gpu(self) -> int:
+    def gpu(self) -> int | None:
         """The GPU whose streams are meant where a stream does not say whose it is: that of our own memory."""
-        return next((region.device for region in self.local if region.kind is MemoryKind.VRAM), 0)
+        return next((region.device for region in self.local if region.kind is MemoryKind.VRAM), None)
 
     def kinds(self) -> Kinds:
         """Return the (local, remote) kinds of memory that take part."""

@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raynixl.agents.ordering import handle_of, order
+from raynixl.agents.ordering import order, stream_of
 from raynixl.agents.waiters import Waiters
 from raynixl.backends.base import can_be_followed
 from raynixl.config import check_wait
@@ -162,12 +162,12 @@ class Transfer:
             RaynixlError: whatever else ended the transfer.
             ConfigError: no stream, or none of a GPU of this process.
         """
-        handle = None if stream is None else handle_of(stream, self._prepared.gpu)
+        follower = None if stream is None else stream_of(stream, self._prepared.gpu)
         if self._stage is _DONE:
             return
         limit = self._deadline if timeout is None else min(self._deadline, time.monotonic() + check_wait(timeout))
         while not self._advance():
-            if handle is not None and self._stage is Stage.COPYING and order(self._jobs, handle):
+            if follower is not None and self._stage is Stage.COPYING and order(self._jobs, follower):
                 return
             remaining = limit - time.monotonic()
             if remaining <= 0 and limit < self._deadline:
@@ -302,7 +302,7 @@ class Transfer:
         """Record the end and wake those who wait; `settled` is held."""
         self._ended = time.monotonic()
         self._error = error
-        self.after = None
+        self._forget_event()
         self._stage = Stage.DONE if error is None else Stage.FAILED
         self._prepared.count_end(error)
         if error is not None:
@@ -311,6 +311,11 @@ class Transfer:
         self._prepared.agent.settled.notify_all()
         if self._waiters is not None:
             self._waiters.wake()
+
+    def _forget_event(self) -> None:
+        """Give the event back, unless somebody starts it just now: programs without one would not wait."""
+        if not self._is_starting:
+            self.after = None
 
     def starts(self) -> bool:
         """Whether it still wants to be started, now that it can be; its memory is touched from here on.
@@ -327,6 +332,7 @@ class Transfer:
         with settled:
             self._is_starting = False
             self._jobs, self._link = jobs, link
+            self._forget_event()
             if self._stage is Stage.CONNECTING:
                 self._stage = Stage.COPYING
                 self._advance_locked()
@@ -340,6 +346,7 @@ class Transfer:
         settled = self._prepared.agent.settled
         with settled:
             self._is_starting = False
+            self._forget_event()
             if self._stage not in (Stage.DONE, Stage.FAILED):
                 self._end_locked(error)
             settled.notify_all()

@@ -230,8 +230,8 @@ class GraphProgram(Protocol):
 class StreamJob(Protocol):
     """A job that a GPU runs: streams may wait for it."""
 
-    def order(self, stream: int) -> None:
-        """Have what is put on a stream from now on wait for the job's end, without this thread waiting."""
+    def order(self, stream: int, device: int) -> None:
+        """Have what is put on a stream of a GPU from now on wait for the job's end, without this thread waiting."""
 
 
 @runtime_checkable

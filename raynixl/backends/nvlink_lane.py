@@ -56,6 +56,13 @@ class Lane:
         except IndexError:
             return False
 
+    def take_number(self) -> int:
+        """Return the number of the next end. It is taken before anything is put: no two ends ever have the same."""
+        if self.is_idle:
+            self.load = 0
+        self.sequence += 1
+        return self.sequence
+
     def add(self, job: GpuJob) -> None:
         """Take a job in, in the order of their numbers: threads may come in another."""
         place = len(self.pending)
@@ -72,12 +79,21 @@ class Lane:
             self.pending.popleft()  # not before: who sees none may ask a job's code
         return armed
 
-    def order(self, stream: int) -> None:
-        """Have another stream wait for what is on the lane now."""
+    def fail(self, code: int) -> list[int]:
+        """Finish all jobs with a code: nothing is done for them any more; return whom to tell."""
+        armed: list[int] = []
+        while self.pending:
+            armed += self.pending[0].finish(code)
+            self.pending.popleft()
+        return armed
+
+    def order(self, stream: int, device: int) -> None:
+        """Have another stream, of a GPU, wait for what is on the lane now; the lane's context is current."""
         if not self._event:
             self._event = cuda.event_create()
         cuda.event_record(self._event, self.stream)
-        cuda.stream_wait_event(stream, self._event)
+        with cuda.on(device):  # whose default stream it may be
+            cuda.stream_wait_event(stream, self._event)
 
     def close(self) -> None:
         """Give stream and event back; nothing is on the lane."""

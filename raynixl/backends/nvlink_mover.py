@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import c_uint64
 from typing import Any
 
@@ -33,6 +34,7 @@ _LANES, _FULL_LANES, _WAITING_LANES = 4, 16, 512
 _CLOSE_SECONDS = 5.0
 _CLOSE_PAUSE = 1e-3
 _WARM_SECONDS = 30.0
+_NO_END = BackendUnavailable("CUDA did not take what would have said that they have ended", hint="see the log")
 _NO_ROWS = np.empty((0, 3), np.uint64)
 _CALLS = ("cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuLaunchKernel", "cuMemcpyAsync")
 
@@ -112,30 +114,28 @@ class Mover:
         try:
             with self._lock:
                 lane = self._free_lane() if event is None or event.query() else self._lane_to_wait(event)
-                sequence = lane.sequence + 1
+                sequence = lane.take_number()
                 program.start.put(lane, sequence)
-                lane.sequence = sequence
                 return lane, sequence
         except RaynixlError as exc:
             logger.error("GPU %d does not take a transfer: %s", self.device, exc)
             self._abandon(program, lane)
             return None, -errno.EIO
+        except BaseException:  # Ctrl-C: what is on the lane goes on
+            self._abandon(program, lane)
+            raise
 
     def _abandon(self, program: GpuProgram, lane: Lane | None) -> None:
         """Leave the gates of a program when nothing of it is on the lane any more."""
-        try:
-            if lane is None:
-                program.leave()
-                return
-            with self._lock:
-                sequence = lane.sequence + 1
-                self._signal.put(lane, sequence)
-                lane.sequence = sequence
-        except RaynixlError:  # it takes nothing at all: nothing runs there
+        if lane is None:
             program.leave()
             return
+        with self._lock, suppress(RaynixlError):  # then `check` finds that the stream is through
+            sequence = lane.take_number()
+            self._signal.put(lane, sequence)
         self.watch(GpuJob(program, lane, sequence, 0.0))
         self.collect(lane)
+        self.check(lane)
 
     def capture(self, program: GpuProgram, stream: int) -> tuple[Lane, int]:
         """Put a program on a stream of somebody else; its end counts up the word of the lane, from the number returned.
@@ -183,37 +183,44 @@ class Mover:
         ring(armed)
 
     def check(self, lane: Lane) -> None:
-        """Finish the jobs of a lane whose GPU has failed: it touches nothing any more."""
+        """Finish the jobs of a lane that come to no end by themselves: nothing touches their memory any more."""
         failure = self._failure(lane)
         if failure is None:
             return
-        self.collect(lane)
         with self._lock:
-            armed = [fd for job in lane.pending for fd in job.finish(-errno.EIO)]
-            failed = len(lane.pending)
-            lane.pending.clear()
+            if failure is _NO_END:  # nothing is put on it meanwhile
+                failure = self._failure(lane)
+            armed = lane.finish()
+            failed = len(lane.pending) if failure else 0
+            if failure:
+                armed += lane.fail(-errno.EIO)
+            if failure is _NO_END:
+                lane.sequence = lane.reached
         if failed:
             logger.error("%d transfers on GPU %d failed: %s", failed, self.device, failure)
         ring(armed)
 
     def _failure(self, lane: Lane) -> RaynixlError | None:
-        """What CUDA says of work that failed, whatever it is asked: its context is lost, and nothing runs there."""
+        """Say why what is on a lane comes to no end; None while the GPU works, or has nothing to do there.
+
+        CUDA says that work has failed whatever it is asked: the context is lost then, and nothing runs there.
+        """
         try:
             with cuda.on(self.device):
-                cuda.stream_query(lane.stream)
+                is_through = cuda.stream_query(lane.stream)
         except RaynixlError as exc:
             return exc
-        return None
+        return _NO_END if is_through and not lane.is_idle else None
 
-    def order(self, lane: Lane, sequence: int, stream: int) -> None:
-        """Have a stream wait for what has this number on a lane.
+    def order(self, lane: Lane, sequence: int, stream: int, device: int) -> None:
+        """Have a stream of a GPU wait for what has this number on a lane.
 
         Raises:
             ConfigError: no stream of this process.
         """
         if lane.reached < sequence:
             with self._lock, cuda.on(self.device):
-                lane.order(stream)
+                lane.order(stream, device)
 
     def launcher(
         self, name: str, grid: int, threads: int, values: Sequence[int], *, copies: Rows = _NO_ROWS
@@ -312,8 +319,7 @@ class Mover:
         launchers.append(self.launcher("raynixl_digest", 1, 256, [where, 0, 0, 4096, where, where, 0, 0, 0]))
         launchers.append(self.launcher("raynixl_signal", 1, 32, []))
         for launcher in launchers:
-            Start(launcher).put(lane, lane.sequence + 1)
-            lane.sequence += 1
+            Start(launcher).put(lane, lane.take_number())
         values = [c_uint64(value) for value in (where, where + 1024, where + 2048, 1, 1)]
         with cuda.on(self.device):
             for kind in ("float32", "bfloat16", "float16"):

@@ -50,7 +50,7 @@ class Start:
         """
         if self.arrivals:
             self.arrivals = tuple(one for one in self.arrivals if not one.precede(lane.stream))
-        lane.load = self.entries if lane.is_idle else lane.load + self.entries
+        lane.load += self.entries
         code = self.launcher.run(lane.stream, lane.flag, sequence, lane.counter, lane.load > FULL)
         if code:
             raise cuda.failure(code, "cuLaunchKernel")
@@ -240,9 +240,9 @@ class GpuJob:
         os.close(duplicate)
         return False
 
-    def order(self, stream: int) -> None:
-        """Have what is put on a stream from now on wait for the GPU to be through; this thread does not."""
-        self._program._mover.order(self.lane, self.sequence, stream)
+    def order(self, stream: int, device: int) -> None:
+        """Have what is put on a stream of a GPU from now on wait for ours to be through; this thread does not."""
+        self._program._mover.order(self.lane, self.sequence, stream, device)
 
     def look(self) -> None:
         """End it if its time is over or a gate says so."""

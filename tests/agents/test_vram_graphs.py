@@ -145,6 +145,18 @@ def test_a_stream_that_is_being_captured_orders_no_transfer(near: Agent, far: Fa
     plan.post().wait(PATIENCE)
 
 
+def test_the_default_stream_of_a_thread_can_be_captured_too(gpus: Any, near: Agent, far: FarAgent) -> None:
+    plan = near.prepare("read", near.peer("far")["theirs"], make_region(near, "vram", N))
+    plan.post().wait(PATIENCE)
+    with cuda.on(0):
+        gpus.work.begin_capture(2)
+        for use in (lambda: plan.post(stream=2), lambda: plan.post().wait(stream=2)):
+            with pytest.raises(ConfigError, match="being captured"):
+                use()
+        gpus.work.end_capture(2)
+    plan.post(stream=2).wait(PATIENCE)
+
+
 def test_a_graph_whose_handle_is_dropped_still_moves_its_own_blocks(near: Agent, far: FarAgent, capture: Any) -> None:
     remote, mine, other = near.peer("far")["theirs"], make_region(near, "vram", N), make_region(near, "vram", N)
     order = np.random.default_rng(3).permutation(N // 512)

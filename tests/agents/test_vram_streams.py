@@ -14,8 +14,10 @@ from cuda_fake import Mode
 from vram_process import far_vram
 from vram_tools import content, gpu_agent, made_up_gpus, make_region
 
-from raynixl import Agent, ConfigError, Region, TransferTimeout, cuda
+from raynixl import Agent, ConfigError, Region, TransferCancelled, TransferTimeout, cuda
+from raynixl.agents.prepared import Prepared
 from raynixl.agents.transfer import settle_seconds
+from raynixl.backends.nvlink import NvlinkBackend
 
 N = 64 * KIB
 
@@ -215,6 +217,32 @@ def test_a_stream_that_stays_busy_ends_the_transfer_at_its_deadline_and_the_memo
         assert all(settle_seconds(job) < 0.1 for job in transfer.jobs)  # and who waits hears of it without the GPU
         assert isinstance(error_of(transfer), TransferTimeout)
     eventually(lambda: mine.gate.inflight == 0, "the gate is left when the GPU is through")
+
+
+def test_a_transfer_that_ends_while_it_is_being_started_does_not_overtake_its_stream(
+    gpus: Any, near: Agent, far: FarAgent, new_stream: Callable[[], Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other, stream = make_region(near, "vram", N, seed=5), make_region(near, "vram", N, seed=6), new_stream()
+    near.write(other, near.peer("far")["theirs"]).wait(PATIENCE)
+    run_all, begun = Prepared._run_all, threading.Event()
+
+    def late(plan: Prepared, route: Any, transfer: Any) -> None:
+        threading.Thread(target=transfer.cancel).start()
+        eventually(lambda: transfer.done, "it is cancelled")
+        run_all(plan, route, transfer)
+        begun.set()
+
+    monkeypatch.setattr(Prepared, "_run_all", late)
+    monkeypatch.setattr(NvlinkBackend, "is_ready", lambda *_: False)  # so that another thread starts it
+    with gpus.held():
+        stream.copy(other, mine)
+        transfer = near.prepare("write", mine, near.peer("far")["theirs"]).post(stream=stream)
+        assert begun.wait(PATIENCE)
+        assert isinstance(transfer.error, TransferCancelled)
+        while gpus.step():
+            continue
+    eventually(lambda: mine.gate.inflight == 0, "the GPU is through")
+    assert np.array_equal(seen(far), random_bytes(N, 6)), "it moved what was there before"
 
 
 @pytest.mark.parametrize("wrong", ["stream", 1.5, -1, object(), True])

@@ -36,7 +36,7 @@ def test_a_program_follows_an_event_and_a_stream_follows_the_job(gpu: Mover, fak
         fake.work.put(stream, lambda: pair.data.__setitem__(slice(0, 100), 7))
         fake.work.put(stream, lambda: fake.view(pair.source, 100).__setitem__(slice(None), 7))
         job = as_job(program.run_after(PATIENCE, cuda.record(stream, 0)))
-        job.order(stream)  # type: ignore[attr-defined]
+        job.order(stream, 0)  # type: ignore[attr-defined]
         fake.work.put(stream, lambda: seen.append(pair.has(rows)))
         while fake.step():
             pass
@@ -128,7 +128,7 @@ def test_ordering_after_a_job_that_has_ended_asks_nothing_of_the_driver(gpu: Mov
     job = as_job(gpu.program(pair.table([(0, 0, 64)]), []).run(PATIENCE, out_of_line=True))
     assert job.wait(PATIENCE)
     before = fake.calls["cuStreamWaitEvent"]
-    job.order(fake.work.stream(cuda.primary(0)))  # type: ignore[attr-defined]
+    job.order(fake.work.stream(cuda.primary(0)), 0)  # type: ignore[attr-defined]
     assert fake.calls["cuStreamWaitEvent"] == before
 
 

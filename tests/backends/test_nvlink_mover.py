@@ -23,7 +23,7 @@ from mover_tools import (
 from raynixl import ConfigError
 from raynixl.backends.nvlink_mover import Mover, mover
 from raynixl.backends.nvlink_watch import Watch
-from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, load
+from raynixl.native import CANCELLED, CLOSED, DONE, PENDING, STALE, TIMEOUT, Gate, Launcher, load
 
 pytestmark = pytest.mark.pure
 
@@ -238,6 +238,51 @@ def test_gates_stay_entered_while_a_part_of_what_failed_is_on_the_lane(
     fake.fail("cuLaunchKernel", 719, times=2)
     assert program.run(PATIENCE) == -errno.EIO
     assert gate.inflight == 0
+
+
+def test_gates_stay_entered_also_while_nothing_says_when_what_failed_is_through(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    program, small = gpu.program(pair.table(WAYS["engine"]), [gate]), gpu.program(pair.table([(0, 0, 64)]), [])
+    with fake.held():
+        fake.fail("cuLaunchKernel", 719, times=2)  # its kernel, and the signal instead
+        assert program.run(PATIENCE) == -errno.EIO
+        assert gate.inflight == 1, "its copy is on the lane"
+        assert not gate.drain(0.05)
+    assert gate.drain(PATIENCE)
+    assert small.run(PATIENCE) == DONE
+    assert all(lane.is_idle for lane in gpu._all_lanes())
+
+
+class Interrupted:
+    """A launcher that the user interrupts, before or after CUDA has the kernel."""
+
+    def __init__(self, launcher: Launcher, *, is_launched: bool) -> None:
+        self._launcher, self._is_launched = launcher, is_launched
+
+    def run(self, *arguments: int) -> int:
+        if self._is_launched:
+            assert self._launcher.run(*arguments) == 0  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_launched", [True, False])
+def test_an_interrupted_post_leaves_its_gate_when_the_gpu_is_through_and_its_number_to_nobody(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate, is_launched: bool
+) -> None:
+    program, other = gpu.program(pair.table([(0, 0, 64)]), [gate]), gpu.program(pair.table([(100, 100, 64)]), [])
+    rows = [(0, 0, 64), (100, 100, 64)] if is_launched else [(100, 100, 64)]
+    program.start.launcher = Interrupted(program.start.launcher, is_launched=is_launched)
+    with fake.held():
+        with pytest.raises(KeyboardInterrupt):
+            program.run(PATIENCE)
+        assert gate.inflight == 1
+        job = as_job(other.run(PATIENCE, out_of_line=True))
+        while fake.step():
+            assert not job.settled or (fake.view(pair.target + 100, 64) == pair.data[100:164]).all()
+    assert gate.drain(PATIENCE)
+    assert job.wait(PATIENCE)
+    assert pair.has(rows)
 
 
 @pytest.mark.parametrize("call", ["cuCtxPushCurrent_v2", "cuStreamQuery"])

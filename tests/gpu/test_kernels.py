@@ -183,7 +183,7 @@ def test_a_transfer_follows_a_stream_and_a_stream_follows_the_transfer() -> None
         source += 7
     job = program.run_after(PATIENCE, cuda.record(stream, 0))
     assert not isinstance(job, int)
-    job.order(stream.ptr)
+    job.order(stream.ptr, 0)
     with stream:
         after = target * 3
     assert job.code == PENDING  # nobody has waited yet
