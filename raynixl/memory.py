@@ -126,7 +126,9 @@ def _from_torch(tensor: Any) -> Memory:
     if not is_contiguous:
         raise _refuse_strided()
     kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
-    return Memory(kind, 0 if device.index is None else device.index, address, nbytes, True, tensor)
+    # The storage, not the tensor: `parameter.data = other` lets go of what is registered.
+    owner = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor
+    return Memory(kind, 0 if device.index is None else device.index, address, nbytes, True, owner)
 
 
 def _from_cuda(array: Any) -> Memory:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import gc
 import mmap
 import os
 import resource
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +64,22 @@ def test_addresses_are_those_of_the_bytes() -> None:
     assert resolve(memoryview(data)[4:]).address == data.ctypes.data + 4
     tensor = torch.arange(16)
     assert resolve(tensor[2:]).address == tensor.data_ptr() + 16
+
+
+def test_what_is_registered_of_a_parameter_outlives_its_exchange() -> None:
+    class Array(np.ndarray):
+        """One that can be watched."""
+
+    data = np.arange(16, dtype=np.float32).view(Array)
+    parameter, watched = torch.nn.Parameter(torch.from_numpy(data)), weakref.ref(data)
+    memory = resolve(parameter)
+    parameter.data = torch.zeros(16)
+    del data
+    gc.collect()
+    assert watched() is not None, "peers still write there"
+    del memory
+    gc.collect()
+    assert watched() is None
 
 
 def test_a_closed_mapping_is_refused() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raynixl import cuda
-from raynixl.backends.base import Binding, Capabilities, Link, Local, Op, Request
+from raynixl.backends.base import MAPPED, Binding, Capabilities, Link, Local, Op, Request
 from raynixl.backends.nvlink_export import export
 from raynixl.backends.nvlink_host import PeerArena, Pins
 from raynixl.backends.nvlink_import import IMPORTS
@@ -148,7 +148,9 @@ class NvlinkBackend:
 
     def prepare(self, request: Request) -> list[Program]:
         """Turn a request into one program for what a GPU reaches itself, and one for what is staged."""
-        at = [self._pins.address_of(one) if one.kind is _DRAM else one.memory.address for one in request.local]
+        device = self._device(request)
+        with cuda.on(device):  # so that pinning makes no context on another GPU
+            at = [self._pins.address_of(one) if one.kind is _DRAM else one.memory.address for one in request.local]
         near = np.array([address is not None for address in at])
         far = np.array([_place(binding).is_pinned for binding in request.remote])
         ours, theirs = request.segments.source_region, request.segments.target_region
@@ -161,7 +163,6 @@ class NvlinkBackend:
         table = addresses(request, where)
         if any(binding.path == "memory" for binding in request.remote):
             refuse_overlap(table)
-        device = self._device(request)
         gpu = mover(device)
         self._warm.add(device)
         programs: list[Program] = []
@@ -218,7 +219,9 @@ class NvlinkBackend:
             lines.append(f"GPU {local.device} reaches the memory of GPU {place.device}")
         if local.kind is _DRAM and self._pins.address_of(local) is None:
             lines.append(f"{local.label} is not pinned: staged; use agent.empty() or pinned memory")
-        if not place.is_pinned:
+        if not place.is_pinned and binding.path == MAPPED:
+            lines.append(f"{binding.remote.label} cannot be pinned here: staged; see the log")
+        elif not place.is_pinned:
             lines.append(f"{binding.remote.label} is no arena: staged; its owner should use agent.empty()")
         return "\n".join(lines)
 
@@ -260,8 +263,9 @@ class NvlinkBackend:
                     f"the descriptor of {remote.label} did not arrive", hint="this process has no more: ulimit -n",
                     peer=link.peer,
                 )  # fmt: skip
-            arena = PeerArena(fds[0], remote)
-            return arena.address, True, "pinned", arena
+            with cuda.on(self._home()):  # likewise
+                arena = PeerArena(fds[0], remote)
+            return arena.address, arena.is_pinned, "pinned" if arena.is_pinned else MAPPED, arena
         if link.process != os.getpid():
             raise BackendUnavailable(
                 f"{remote.label} is plain memory of another process, which no GPU here reaches",

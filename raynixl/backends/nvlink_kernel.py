@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +88,16 @@ def joined(sources: Sequence[Path]) -> str:
 def _cached(sources: Sequence[Path], architecture: str, options: Sequence[str]) -> bytes:
     source = joined(sources)
     text = "\n".join([source, architecture, *options, _version()])
-    path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
     try:
-        return path.read_bytes()
-    except OSError:
-        image = _compile(source, sources[0].name, architecture, options)
-        _keep(path, image)
-        return image
+        path = _cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    except RuntimeError:  # a user without a home, as some containers have
+        return _compile(source, sources[0].name, architecture, options)
+    with suppress(OSError):
+        if image := path.read_bytes():  # empty where the host went down before it was on the disk
+            return image
+    image = _compile(source, sources[0].name, architecture, options)
+    _keep(path, image)
+    return image
 
 
 def _cache_folder() -> Path:

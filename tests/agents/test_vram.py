@@ -187,6 +187,19 @@ def test_a_region_of_host_memory_goes_over_shm_and_nvlink_at_once(near: Agent, f
             assert np.array_equal(content(mine), random_bytes(MIB, 8))
 
 
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_a_peers_arena_that_cannot_be_pinned_is_staged(gpus: Any, near: Agent, far: FarAgent, op: str) -> None:
+    far.ask("region", name="theirs", nbytes=20 * MIB, memory="arena", seed=4)
+    mine, remote = make_region(near, "vram", 20 * MIB, seed=5), near.peer("far")["theirs"]
+    gpus.fail("cuMemHostRegister_v2", 2)
+    plan = near.prepare(op, *((remote, mine) if op == "read" else (mine, remote)))
+    plan.post().wait(PATIENCE)
+    wanted = random_bytes(20 * MIB, 4 if op == "read" else 5)
+    assert np.array_equal(content(mine), wanted)
+    assert np.array_equal(seen(far, "theirs"), wanted)
+    assert "cannot be pinned here: staged" in str(near.explain(remote, mine))
+
+
 def test_plain_memory_of_another_process_is_refused_with_the_remedy(near: Agent, far: FarAgent) -> None:
     far.ask("region", name="theirs", nbytes=4096, memory="user")
     error = error_of(near.write(make_region(near, "vram", 4096), near.peer("far")["theirs"]))

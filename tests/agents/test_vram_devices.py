@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from vram_tools import content, gpu_agent, made_up_gpus, make_region
 from raynixl import Agent, BackendUnavailable, ConfigError, MemorySpan, PeerLost, RegionStale, cuda
 from raynixl.cuda import Origin
 from raynixl.record import AgentRecord
+from raynixl.testing.contents import put
 
 N = 64 * KIB
 
@@ -115,6 +118,71 @@ def test_memory_that_has_no_handle_serves_here_and_is_refused_elsewhere_with_the
             refusal = far.ask("try_copy", op="read", mine="into", record=bob.record().decode(), theirs="theirs")
             assert "BackendUnavailable" in refusal
             assert "PYTORCH_CUDA_ALLOC_CONF" in refusal
+            far.ask("drop")
+        fake.drop(address)
+
+
+def default_stream(device: int) -> Any:
+    """The default stream of a GPU, as torch shows it: the handle is the same for all."""
+    return SimpleNamespace(cuda_stream=0, device=SimpleNamespace(index=device))
+
+
+@pytest.mark.parametrize("sort", ["arena", "vram"])
+def test_the_default_stream_of_another_gpu_is_followed(far: FarAgent, sort: str) -> None:
+    with made_up_gpus() as fake, gpu_agent("near") as near:
+        near.peer(far.record)
+        far.ask("region", name="theirs", nbytes=N, memory="vram", device=1)
+        mine = make_region(near, sort, N, seed=5)
+        plan = near.prepare("write", mine, near.peer("far")["theirs"])
+        plan.post().wait(PATIENCE)
+        into, after = mine.array() if sort == "arena" else fake.view(mine.memory.address, N), random_bytes(N, 6)
+        with fake.held():
+            with cuda.on(1):
+                fake.work.put(0, lambda: np.copyto(into, after))
+            transfer = plan.post(stream=default_stream(1))
+            while fake.step():
+                pass
+        transfer.wait(PATIENCE)
+        assert far.ask("content", name="theirs") == after.tobytes().hex()
+        far.ask("drop")
+        del mine, plan, transfer
+
+
+def test_the_default_stream_of_another_gpu_follows(far: FarAgent) -> None:
+    with made_up_gpus() as fake, gpu_agent("near") as near:
+        near.peer(far.record)
+        far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3)
+        mine, found = make_region(near, "vram", N), []
+        plan = near.prepare("read", near.peer("far")["theirs"], mine)
+        plan.post().wait(PATIENCE)
+        put(mine.memory, np.zeros(N, np.uint8))
+        seen = fake.view(mine.memory.address, N)
+        with fake.held():
+            transfer = plan.post()
+            transfer.wait(stream=default_stream(1))
+            with cuda.on(1):
+                fake.work.put(0, lambda: found.append(seen.copy()))
+            while fake.step():
+                pass
+        transfer.wait(PATIENCE)
+        assert np.array_equal(found[0], random_bytes(N, 3))
+        far.ask("drop")
+        del mine, plan, transfer
+
+
+def test_a_process_that_works_with_one_gpu_makes_no_context_on_another(far: FarAgent) -> None:
+    with made_up_gpus() as fake:
+        address = fake.make(N, device=1)
+        with gpu_agent("near") as near:
+            near.peer(far.record)
+            mine = near.register(Foreign(address, N))
+            far.ask("region", name="host", nbytes=N, memory="arena", seed=3)
+            near.read(near.peer("far")["host"], mine, stream=default_stream(1)).wait(PATIENCE)
+            far.ask("region", name="gpu", nbytes=N, memory="vram", device=1)
+            for sort in ("arena", "user"):
+                near.read(near.peer("far")["gpu"], make_region(near, sort, N), stream=0).wait(PATIENCE)
+            assert np.array_equal(fake.view(address, N), random_bytes(N, 3))
+            assert set(fake.devices.retained) == {1}
             far.ask("drop")
         fake.drop(address)
 

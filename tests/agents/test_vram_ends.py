@@ -69,6 +69,17 @@ def test_a_withdrawn_region_is_stale_its_handle_closed_and_its_successor_found(
     assert np.array_equal(content(mine), random_bytes(N, 5))
 
 
+def test_an_arena_that_was_withdrawn_before_its_first_transfer_is_not_pinned(
+    gpus: Any, near: Agent, far: FarAgent
+) -> None:
+    mine = make_region(near, "arena", 3 * N)
+    plan = near.prepare("read", near.peer("far")["theirs"], mine.span(0, N))
+    near.deregister(mine)
+    with pytest.raises(RegionStale):
+        plan.post().wait(PATIENCE)
+    assert 3 * N not in [one.nbytes for one in gpus.host.ranges], "nobody would unpin it"
+
+
 def test_deregister_waits_for_a_transfer_that_a_gpu_carries_out(gpus: Any, near: Agent, far: FarAgent) -> None:
     mine, plan = bound(near)
     with gpus.held():

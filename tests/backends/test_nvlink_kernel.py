@@ -106,6 +106,26 @@ def test_a_home_that_takes_nothing_is_no_hindrance(
     assert image_for("sm_90") == b"cubin 1"
 
 
+def test_what_was_kept_and_is_empty_is_compiled_anew(
+    nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image_for("sm_90")
+    (kept,) = (tmp_path / ".cupy" / "raynixl").iterdir()
+    kept.write_bytes(b"")
+    for _ in range(2):
+        forget(monkeypatch)
+        assert image_for("sm_90") == b"cubin 2"
+    assert kept.read_bytes() == b"cubin 2"
+
+
+def test_a_user_without_a_home_compiles_all_the_same(nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert image_for("sm_90") == b"cubin 1"
+
+
 def test_a_failure_of_the_compiler_is_told_with_its_log(nvrtc: Nvrtc, tmp_path: Path) -> None:
     nvrtc.fails = True
     with pytest.raises(BackendUnavailable, match=r"sm_90.*\n.*no such thing"):
