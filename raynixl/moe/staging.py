@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from raynixl.errors import ConfigError, RaynixlError
+from raynixl.moe.calls import MOST_ALIGNED, number_of
 from raynixl.moe.checks import CombineArguments, DispatchArguments, check_stats, combine_call, options
 from raynixl.moe.cuda_staged import fetched, host_out
 from raynixl.moe.local import expert_places
@@ -81,6 +82,11 @@ class TwoLevelHandle:
     def layout(self) -> str:
         """How rows lie at their holder."""
         return self.inside.layout if self.places is None else "slots"
+
+    @property
+    def alignment(self) -> int:
+        """That of each expert's rows in layout "experts"."""
+        return self.inside.alignment
 
     @property
     def weights_at(self) -> str:
@@ -164,8 +170,7 @@ class Sending:
             raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of an earlier dispatch")
         if self.handle is not None and self.handle.placement != placement.digest:
             raise ConfigError("the handle is of another placement", hint="dispatch with ids: experts have moved since")
-        layout, weights_at = self.way
-        options(DispatchArguments(layout=layout, alignment=self.alignment, weights_at=weights_at))
+        self.options()
         if self.stats is not None:
             check_stats(self.stats, len(placement.experts_of(rank)), of_counts=True)
         check_waits(self.waited, world)
@@ -184,7 +189,9 @@ class Sending:
         if number:
             given = {name: _none_of(value) for name, value in given.items()}
         handle = None if self.handle is None else self.handle.across[number]
-        return {**given, "handle": handle, "layout": "tokens", "weights_at": self.way[1]}
+        layout, alignment, weights_at = self.options()
+        signed = number_of(("inside", layout, alignment)) % MOST_ALIGNED + 1  # all ranks hear where these differ
+        return {**given, "handle": handle, "layout": "tokens", "alignment": signed, "weights_at": weights_at}
 
     def inside(self, came: Sequence[Dispatched], physical: Tensor) -> dict[str, Any]:
         """Return what is sent on: the rows of all columns; `physical` has the expert of each local id of the group."""
@@ -230,6 +237,18 @@ class Sending:
             pairs = (r.topk_idx >= 0).sum(1)
             origin = origin[expert_places(r.topk_idx, r.offsets)[pairs.cumsum(0) - pairs]]
         return origin[:, 0].clone(), origin[:, 1].clone()
+
+    def options(self) -> tuple[str, int, str]:
+        """Return layout, alignment and the place of the weights.
+
+        Raises:
+            ConfigError: there is no such thing.
+        """
+        return options(
+            DispatchArguments(
+                handle=self.handle, layout=self.layout, alignment=self.alignment, weights_at=self.weights_at
+            )
+        )
 
     @property
     def way(self) -> tuple[str | None, str | None]:
@@ -291,7 +310,7 @@ class Returning:
         return replace(self, y=y, weights=weights)
 
     def _check_ends(self, hidden: int) -> None:
-        if not isinstance(self.y, torch.Tensor) or (self.bias is None and self.out is None):
+        if not isinstance(self.y, torch.Tensor):
             return
         y = torch.zeros((1, hidden), dtype=self.y.dtype).expand(self._items()[0], hidden)
         given = CombineArguments(y, self.handle.across[0], None, self.bias, self.out, self.summed)
@@ -307,6 +326,8 @@ class Returning:
     def inside(self, ep: ExpertParallel, seconds: float, waited: Tensor) -> tuple[Tensor, Tensor | None]:
         """Bring back to the forwarders the sums of the group's holders, or all pairs if the source weighs them."""
         summed, handle = self.handle.weights_at == "holder", self.handle.inside
+        if not self.summed:
+            handle = replace(handle, number=~handle.number)  # which all ranks have in what is signed
         if self.weights is None:
             return ep.combine(self.y, handle, summed=summed, deadline=seconds, stats=waited), None
         sums, weights = ep.combine_weights(self.y, self.weights, handle, summed=summed, deadline=seconds)

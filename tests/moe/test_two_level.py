@@ -206,6 +206,31 @@ def test_what_one_rank_does_wrong_all_ranks_raise_and_go_on(crew, grid, culprit)
         assert all(out.shape == (2, 8) for out in layer.run(work))
 
 
+@pytest.mark.parametrize("grid", [EVEN, UNEVEN], ids=["2x2", "5, uneven"])
+def test_what_one_rank_wants_otherwise_of_the_other_stage_all_ranks_raise(crew, grid):
+    culprit, x, ids = 2, torch.ones(2, 8), torch.tensor([[0, 9], [2, 3]])
+
+    def dispatch(rank, ep, **wrong):
+        return ep.dispatch(x, ids, torch.ones(2, 2), weights_at="source", **(wrong if rank == culprit else {}))
+
+    def combine(rank, ep, **wrong):
+        r = dispatch(rank, ep)
+        row, _ = (r.topk_idx >= 0).nonzero(as_tuple=True)
+        return ep.combine(r.x[row], r.handle, **(wrong if rank == culprit else {}))
+
+    with crew.experts(grid.world, kind=TwoLevel, grid=grid, experts=10, hidden=8, topk=2, max_tokens=4) as layer:
+        for wrong in ({"layout": "experts"}, {"alignment": 4}, {"layout": "none"}, {"stats": torch.zeros(99)},
+                      {"waited": torch.zeros(99)}, {"alignment": 0}):  # fmt: skip
+            assert (
+                mistakes(layer, lambda rank, ep, wrong=wrong: dispatch(rank, ep, **wrong)) == [ConfigError] * grid.world
+            ), wrong
+        for wrong in ({"summed": False}, {"stats": torch.zeros(99)}, {"stats": torch.zeros(grid.world).long()}):
+            assert (
+                mistakes(layer, lambda rank, ep, wrong=wrong: combine(rank, ep, **wrong)) == [ConfigError] * grid.world
+            ), wrong
+        assert all(torch.equal(out, torch.full((2, 8), 2.0)) for out in layer.run(combine))
+
+
 def test_handles_of_another_placement_are_refused(crew):
     def work(rank, ep):
         x, ids = torch.ones(2, 8), torch.zeros((2, 1), dtype=torch.int64)
