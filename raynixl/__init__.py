@@ -2,7 +2,7 @@
 
 Layer map (imports go downwards only; tests/test_layers.py holds us to it):
 
-    L0  errors, cgroup
+    L0  errors, cgroup, conditions
     L1  blocks, config, telemetry, cuda, memory, messages, authentication, host, native, reactor, topology
     L2  record, region, backends, directory
     L3  agents

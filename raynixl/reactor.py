@@ -20,6 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 
+from raynixl.conditions import Condition
 from raynixl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Reactor:
         self._order = itertools.count()
         self._lock = threading.Lock()  # protects _timers, _tidy_at, _led, _followers
         self._lead = threading.Lock()  # held by the thread that dispatches
-        self._changed = threading.Condition(self._lock)
+        self._changed = Condition(self._lock)
         self._bells = threading.Lock()  # protects the bells from being rung after they are closed
         self._are_bells_open = True
         self._led: int | None = None  # ident of the caller that leads, if one does

@@ -28,6 +28,7 @@ from raynixl.agents.watcher import Watcher
 from raynixl.agents.window import Window, open_window
 from raynixl.backends import table
 from raynixl.backends.base import Backend, Local, Op
+from raynixl.conditions import Condition
 from raynixl.config import AgentConfig, check_config, check_wait
 from raynixl.errors import AgentClosed, ConfigError, PeerUnknown, RaynixlError
 from raynixl.host import host_identity
@@ -66,7 +67,7 @@ class Agent(Messaging):
         self.incarnation = new_incarnation()
         self.host = host_identity()
         self.transfer_timeout = self.config.transfer_timeout
-        self.settled = threading.Condition()  # protects the stages of transfers that did not end at once
+        self.settled = Condition()  # protects the stages of transfers that did not end at once
         self._labels = check_labels(labels)
         self._started = time.time()
         self._pid = os.getpid()

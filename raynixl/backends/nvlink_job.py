@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 
+from raynixl.conditions import Condition
 from raynixl.native import PENDING, TIMEOUT
 
 
@@ -15,7 +15,7 @@ class StagedJob:
 
     def __init__(self, timeout: float) -> None:
         self._deadline = time.monotonic() + max(0.0, timeout)
-        self._changed = threading.Condition()  # protects all below
+        self._changed = Condition()  # protects all below
         self._code = PENDING
         self._nbytes_done = 0
         self._settled = False

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raynixl.actors import agent as this_agent
+from raynixl.conditions import Condition
 from raynixl.errors import BackendUnavailable, ConfigError, IntegrityError, TransferTimeout
 from raynixl.memory import MemoryKind
 from raynixl.weights import Publication, Subscription, WeightSync, publish, subscribe
@@ -188,7 +188,7 @@ class _Receiver:
         self.tensors: dict[str, torch.Tensor] = {}
         self._timeout = timeout
         self._agent = this_agent()
-        self._changed = threading.Condition()  # protects all below
+        self._changed = Condition()  # protects all below
         self._shapes: Shapes = ()
         self._subscription: Subscription | None = None
         self._taken = 0

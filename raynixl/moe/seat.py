@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from raynixl.conditions import Condition
 from raynixl.errors import ConfigError, Masked
 from raynixl.moe.asking import Asking
 from raynixl.moe.conducting import Conductor
@@ -70,7 +71,7 @@ class Seat:
         """Ranks that are lost, with the token of the session that is."""
         self.applicants: dict[int, Ask] = {}
         self.asking = Asking(agent, self.topic(charter.name), lambda: self.names)
-        self.changed = threading.Condition(threading.RLock())  # protects all of this
+        self.changed = Condition(threading.RLock())  # protects all of this
         self.conductor = Conductor(self)
         self._promise: Promise | None = None
         self._granted = (NOT_YET, NOT_YET)  # number and leader of the last promise, also when that is over

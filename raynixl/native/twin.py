@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raynixl.conditions import Condition
 from raynixl.native import syscalls
-from raynixl.native.codes import CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
+from raynixl.native.codes import CANCELLED, CLOSED, COPY, DONE, TIMEOUT, VM_READ, VM_WRITE
 from raynixl.native.syscalls import copy, look_for, mapped
 from raynixl.native.twin_cuda import Launcher, enter_cuda
 from raynixl.native.twin_delta import delta_apply, delta_encode
 from raynixl.native.twin_digest import digest_copy, digest_rows
-from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation
+from raynixl.native.twin_job import Gate, Job, deadline_after, fork_generation, leave_gates
 from raynixl.native.twin_moe import post_line, put_fields, put_rows, ring, route, take_ids, wait_lines
+from raynixl.native.twin_moe_send import Way, send_rows
 from raynixl.native.twin_moe_sums import REDUCE_VARIANTS, reduce_rows
 from raynixl.native.twin_rma import rma
 from raynixl.native.twin_ucx import Rail
@@ -81,24 +83,23 @@ class Program:
 
     def run(self, timeout: float, out_of_line: bool = False) -> int | Job:
         """Enter all gates, then copy here if it is small, else hand a job to the engine's threads."""
+        if self.nbytes > self._engine.inline_nbytes or out_of_line:
+            return self._post(timeout, None)
         if not self._engine.usable():
             return CLOSED
-        if refused := self._enter():
-            return refused
-        if self.nbytes > self._engine.inline_nbytes or out_of_line:
-            return self._engine.post(self, deadline_after(timeout))
+        entered: list[Gate] = []
         try:
-            return self._copy_here(timeout)
+            return self._enter(entered) or self._copy_here(timeout)
         finally:
-            self.leave()
+            try:
+                leave_gates(entered)
+            except BaseException:  # Ctrl-C here
+                leave_gates(entered)
+                raise
 
     def run_digesting(self, timeout: float, shift: int, seed: int) -> int | Job:
         """Run as a job that digests what it copies, at the position (address it goes to + shift) modulo 2^64."""
-        if not self._engine.usable():
-            return CLOSED
-        if refused := self._enter():
-            return refused
-        return self._engine.post(self, deadline_after(timeout), (shift, seed) if self._mode == COPY else None)
+        return self._post(timeout, (shift, seed) if self._mode == COPY else None)
 
     def digest(self, piece: int, shift: int, seed: int) -> tuple[int, int]:
         """Return the digest of a piece, as it has landed."""
@@ -108,11 +109,6 @@ class Program:
         digest_rows(np.stack([rows[:, 1], rows[:, 2], rows[:, 1] + np.uint64(shift), zeros], axis=1), sums, seed)
         first, second = sums[0].tolist()
         return first, second
-
-    def leave(self) -> None:
-        """Leave all gates."""
-        for gate in self._gates:
-            gate.leave()
 
     def closed(self) -> int:
         """Return the code of the first gate whose closing stops those inside, else 0."""
@@ -129,13 +125,27 @@ class Program:
             return syscalls.copy_rows(rows)
         return syscalls.move_rows(rows, self._pid, write=self._mode == VM_WRITE)
 
-    def _enter(self) -> int:
-        for i, gate in enumerate(self._gates):
-            if refused := gate.enter():
-                for entered in self._gates[:i]:
-                    entered.leave()
+    def _enter(self, entered: list[Gate]) -> int:
+        """Enter all gates; return 0, or the code of the one that refuses."""
+        for gate in self._gates:
+            if refused := gate.enter(entered):
                 return refused
         return 0
+
+    def _post(self, timeout: float, digest: tuple[int, int] | None) -> int | Job:
+        """Enter all gates and have the engine's threads copy; the code if that is refused."""
+        if not self._engine.usable():
+            return CLOSED
+        entered: list[Gate] = []
+        job = Job(self._engine, self, entered, deadline_after(timeout), digest)
+        try:
+            refused = self._enter(entered) or self._engine.post(job, self.nbytes)
+            if refused:
+                job.cancel(refused)  # which leaves what was entered
+        except BaseException:  # Ctrl-C: perhaps nobody has heard of the job
+            job.cancel(CANCELLED)
+            raise
+        return refused or job
 
     def _copy_here(self, timeout: float) -> int:
         if self._single is not None and self.nbytes <= _KEEP_GIL:
@@ -200,11 +210,11 @@ class Engine:
         self.threads = threads
         self.inline_nbytes = inline_nbytes
         self._forks = fork_generation()
-        self._changed = threading.Condition(threading.Lock())  # protects all below; held for list operations only
+        self._changed = Condition(threading.Lock())  # protects all below; held for list operations only
         self._jobs: dict[Job, None] = {}  # pending ones, oldest first
         self._crew: list[threading.Thread] = []
         self._idle = 0
-        self._unsettled = 0
+        self._unsettled: set[Job] = set()
         self._next_deadline = math.inf
         self._closing = False
         # The threads must not touch memory that the interpreter frees when it goes.
@@ -219,20 +229,19 @@ class Engine:
         _check(mode, segments, gates)
         return Program(self, mode, pid, segments.copy(), gates)
 
-    def post(self, program: Program, deadline: float, digest: tuple[int, int] | None = None) -> int | Job:
-        """Queue a program whose gates have been entered, and wake the threads it needs."""
-        wanted = min(self.threads, (program.nbytes - 1) // _BYTES_PER_THREAD + 1)
-        job = Job(self, program, deadline, wanted, digest)
+    def post(self, job: Job, nbytes: int) -> int:
+        """Queue a job whose gates have been entered, and wake the threads it needs; return 0, or CLOSED."""
+        wanted = min(self.threads, (nbytes - 1) // _BYTES_PER_THREAD + 1)
+        job.participants = wanted
         with self._changed:
-            if not self._closing:
-                self._jobs[job] = None
-                self._unsettled += 1
-                self._next_deadline = min(self._next_deadline, deadline)
-                self._start_threads(min(wanted - self._idle, self.threads - len(self._crew)))
-                self._changed.notify(wanted)
-                return job
-        program.leave()
-        return CLOSED
+            if self._closing:
+                return CLOSED
+            self._unsettled.add(job)
+            self._jobs[job] = None
+            self._next_deadline = min(self._next_deadline, job.deadline)
+            self._start_threads(min(wanted - self._idle, self.threads - len(self._crew)))
+            self._changed.notify(wanted)
+            return 0
 
     def close(self, timeout: float) -> bool:
         """End all jobs with CLOSED and join the threads."""
@@ -246,8 +255,8 @@ class Engine:
         for job in jobs:
             job.cancel(CLOSED)
         with self._changed:
-            settled = self._changed.wait_for(lambda: self._unsettled == 0, max(0.0, deadline - time.monotonic()))
-        for thread in self._crew:
+            settled = self._changed.wait_for(lambda: not self._unsettled, max(0.0, deadline - time.monotonic()))
+        for thread in [one for one in self._crew if one.is_alive()]:
             thread.join(max(0.0, deadline - time.monotonic()))
         ended = settled and not any(thread.is_alive() for thread in self._crew)
         if ended:
@@ -264,10 +273,10 @@ class Engine:
         with self._changed:
             self._jobs.pop(job, None)
 
-    def count_settled(self) -> None:
-        """Hear that nobody copies for some job any more."""
+    def settled(self, job: Job) -> None:
+        """Hear that nobody copies for a job any more."""
         with self._changed:
-            self._unsettled -= 1
+            self._unsettled.discard(job)
             if self._closing:
                 self._changed.notify_all()
 

@@ -1,4 +1,8 @@
-"""Gates and jobs of the ctypes twin: who is inside a region's memory, and one run of a program."""
+"""Gates and jobs of the ctypes twin: who is inside a region's memory, and one run of a program.
+
+Ctrl-C may be raised wherever a function begins, a loop goes round or a call of C returns. Wherever that is, no lock
+stays held, and a gate that was entered is left: whoever enters notes it in a list, and may leave by it twice.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ import threading
 import time
 from typing import Protocol
 
+from raynixl.conditions import Condition
 from raynixl.native.codes import CANCELLED, CLOSED, DONE, PENDING, TIMEOUT
 
-__all__ = ["Gate", "Job", "deadline_after", "fork_generation"]
+__all__ = ["Gate", "Job", "deadline_after", "fork_generation", "leave_gates"]
 
 _forks = 0
 _WORDS = 1 << 64
@@ -53,9 +58,6 @@ class Work(Protocol):
     def closed(self) -> int:
         """Return the code of the first gate whose closing stops those inside, else 0."""
 
-    def leave(self) -> None:
-        """Leave all gates."""
-
 
 class Crew(Protocol):
     """Whose threads carry jobs out."""
@@ -66,8 +68,8 @@ class Crew(Protocol):
     def retire(self, job: Job) -> None:
         """Hear that a job has ended."""
 
-    def count_settled(self) -> None:
-        """Hear that nobody copies for some job any more."""
+    def settled(self, job: Job) -> None:
+        """Hear that nobody copies for a job any more."""
 
     def expire(self, now: float) -> None:
         """End the jobs whose deadline has passed."""
@@ -79,7 +81,7 @@ class Gate:
     __slots__ = ("_aborted", "_changed", "_code", "_inside")
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())  # protects all below
+        self._changed = Condition(threading.Lock())  # protects all below
         self._code = 0
         self._aborted = 0
         self._inside = 0
@@ -115,34 +117,45 @@ class Gate:
         """The code if those inside are to stop, else 0."""
         return self._aborted
 
-    def enter(self) -> int:
-        """Count the caller in; return 0, or the code that refuses it."""
+    def enter(self, entered: list[Gate] | None = None) -> int:
+        """Count the caller in, and note that in a list; return 0, or the code that refuses it."""
         with self._changed:
             if self._code == 0:
                 self._inside += 1
+                if entered is not None:
+                    entered.append(self)
             return self._code
 
-    def leave(self) -> None:
-        """Count the caller out."""
+    def leave(self, entered: list[Gate] | None = None) -> None:
+        """Count the caller out, and take the gate from the end of the list."""
         with self._changed:
-            self._inside -= 1
-            if self._inside == 0:
+            if self._inside == 1:
                 self._changed.notify_all()
+            self._inside -= 1
+            if entered is not None:
+                entered.pop()
+
+
+def leave_gates(entered: list[Gate]) -> None:
+    """Leave the gates of a list, which is empty then; after an interrupt it can be called again."""
+    while entered:
+        entered[-1].leave(entered)
 
 
 class Job:
     """One run of a program by several threads; ends exactly once, with one code."""
 
     def __init__(
-        self, engine: Crew, program: Work, deadline: float, participants: int, digest: tuple[int, int] | None
+        self, engine: Crew, program: Work, entered: list[Gate], deadline: float, digest: tuple[int, int] | None
     ) -> None:
+        self.participants = 1
         self._engine = engine
         self._program = program
+        self._entered = entered
         self._deadline = deadline
-        self._limit = participants
         self._forks = _forks
         self._wish = digest
-        self._ended = threading.Condition(threading.Lock())  # protects all below
+        self._ended = Condition(threading.Lock())  # protects all below
         self._code = PENDING
         self._inside = 0
         self._cursor = 0
@@ -227,22 +240,34 @@ class Job:
 
     def has_place(self) -> bool:
         """Whether another thread could help."""
-        return self._code == PENDING and self._inside < self._limit and self._cursor < self._program.pieces
+        return self._code == PENDING and self._inside < self.participants and self._cursor < self._program.pieces
 
     def participate(self, deadline: float) -> bool:
         """Copy pieces until none is left or the deadline passes; False if there is no place."""
-        with self._ended:
-            if self._forks != _forks or not self.has_place():
-                return False
-            self._inside += 1
+        taken: list[int] = []
         try:
+            if not self._take_place(taken):
+                return False
             self._work(deadline)
         except BaseException:  # Ctrl-C in a waiter: its piece is half done, and nobody will do it again
             self._end(CANCELLED)
             raise
         finally:
-            self._leave()
+            if taken:
+                try:
+                    self._leave(taken)
+                except BaseException:  # Ctrl-C here
+                    self._leave(taken)
+                    raise
         return True
+
+    def _take_place(self, taken: list[int]) -> bool:
+        with self._ended:
+            if self._forks != _forks or not self.has_place():
+                return False
+            self._inside += 1
+            taken.append(1)
+            return True
 
     def _work(self, deadline: float) -> None:
         while self._code == PENDING:
@@ -269,44 +294,48 @@ class Job:
                 self._pieces_done += 1
                 self._nbytes_done += self._program.piece_nbytes(piece)
 
-    def _leave(self) -> None:
+    def _leave(self, taken: list[int]) -> None:
+        """Give a place back, and end the job if that was all; after an interrupt it can be called again."""
         with self._ended:
-            self._inside -= 1
+            if taken:
+                self._inside -= 1
+                taken.pop()
             pending = self._code == PENDING
             done = pending and self._inside == 0 and self._pieces_done == self._program.pieces
-            armed = self._finish(DONE) if done else []
-            if not pending:
+            if done:
+                self._finish(DONE)
+            elif not pending:
                 self._settle()
             unfinished = self._cursor < self._program.pieces
-        if done:
-            self._announce(armed)
-        elif pending and unfinished:
+        if self._code != PENDING:
+            self._announce()
+        elif unfinished:
             self._engine.wake()
 
     def _end(self, code: int) -> bool:
         with self._ended:
             if self._code != PENDING:
                 return False
-            armed = self._finish(code)
-        self._announce(armed)
+            self._finish(code)
+        self._announce()
         return True
 
-    def _finish(self, code: int) -> list[int]:
+    def _finish(self, code: int) -> None:
         """Set the code, under the lock; the gates are left before anyone can see it if nobody is inside."""
         self._settle()
-        self._code = code
-        armed, self._armed = self._armed, []
         self._ended.notify_all()
-        return armed
+        self._code = code
 
     def _settle(self) -> None:
         if self._inside == 0 and not self._settled:
-            self._program.leave()
-            self._settled = True
+            leave_gates(self._entered)
+            self._engine.settled(self)
             self._ended.notify_all()
-            self._engine.count_settled()
+            self._settled = True
 
-    def _announce(self, armed: list[int]) -> None:
+    def _announce(self) -> None:
+        with self._ended:
+            armed, self._armed = self._armed, []
         for fd in armed:
             try:
                 os.eventfd_write(fd, 1)

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from raynixl.conditions import Condition
 from raynixl.native import twin_ucp as ucp
 from raynixl.native.codes import CANCELLED, CLOSED, DONE, LOST, PENDING, RESET, TIMEOUT
 from raynixl.native.twin_job import deadline_after, fork_generation
@@ -42,7 +43,7 @@ class RmaJob:
         self._program = program
         self._deadline = deadline
         self._forks = fork_generation()
-        self._ended = threading.Condition(threading.Lock())  # protects the end, and the descriptors armed for it
+        self._ended = Condition(threading.Lock())  # protects the end, and the descriptors armed for it
         self._code = PENDING
         self._armed: list[int] = []
         self.ended = math.inf

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from raynixl.conditions import Condition
 from raynixl.errors import TransferTimeout
 
 _LOOK_SECONDS = 0.2
@@ -44,7 +44,7 @@ class Holds:
     """
 
     def __init__(self, places: int, *, at_once: int = 1) -> None:
-        self._changed = threading.Condition()  # protects the places
+        self._changed = Condition()  # protects the places
         self._places = [_Place() for _ in range(places)]
         self._at_once = at_once
 

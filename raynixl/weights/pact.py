@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from raynixl.conditions import Condition
 
 _FLIP_SECONDS = 1.0  # for which another rank's question waits while a version is being installed here
 
@@ -55,7 +56,7 @@ class Pact:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        self._changed = threading.Condition()  # protects all below
+        self._changed = Condition()  # protects all below
         self._stage = Stage.HELD
         self._is_ours = False
         self._is_over = False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from raynixl.conditions import Condition
 from raynixl.errors import AgentClosed, ConfigError, TransferTimeout
 from raynixl.weights.callback import FlipCallback, OnFlip
 from raynixl.weights.follower import Follower, Options
@@ -49,7 +49,7 @@ class Subscription:
         self._follower = Follower(
             agent, name, self._installer, callback=FlipCallback(on_flip), options=options, served=self._serve
         )
-        self._changed = threading.Condition()  # protects _version, _is_closed
+        self._changed = Condition()  # protects _version, _is_closed
         self._version = 0
         self._is_closed = False
         self._follower.prepare()

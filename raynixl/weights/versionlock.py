@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from raynixl.conditions import Condition
 from raynixl.errors import TransferTimeout
 
 _LOOK_SECONDS = 0.1
@@ -29,7 +30,7 @@ class VersionLock:
 
     def __init__(self, leaving: Callable[[], None] = _do_nothing) -> None:
         self._leaving = leaving
-        self._changed = threading.Condition()  # protects everything below
+        self._changed = Condition()  # protects everything below
         self._pins: dict[threading.Thread, list[FrameType | None]] = {}
         self._writer: threading.Thread | None = None
         self._waiting = 0
