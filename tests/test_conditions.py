@@ -25,7 +25,7 @@ def test_no_interrupt_leaves_the_lock_held(lock):
     places = []
     for place in interrupts(enter_wait_and_tell):
         taken = []
-        thread = threading.Thread(target=lambda taken=taken: taken.append(own.acquire(timeout=5.0)))
+        thread = threading.Thread(target=lambda own=own, taken=taken: taken.append(own.acquire(timeout=5.0)))
         thread.start()
         thread.join()
         assert taken == [True], place
