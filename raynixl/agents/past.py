@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from raynixl import cuda
-from raynixl.agents.ordering import handle_of
+from raynixl.agents.ordering import stream_of
 from raynixl.errors import TransferTimeout
 
 _SHORTEST, _LONGEST = 20e-6, 1e-3  # pauses between two looks
@@ -24,7 +24,7 @@ class Past:
     def __init__(self, gpus: Iterable[int], stream: Any = None) -> None:
         named = stream if isinstance(stream, list) else [stream]
         self._events = [
-            cuda.record(handle_of(one, gpu), gpu)
+            cuda.record(stream_of(one, gpu).handle, gpu)
             for gpu in sorted(gpus)
             for one in (current_streams(gpu) if stream is None else named)
         ]
