@@ -8,7 +8,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from moe_cuda_crews import OPTIONS, step, tokens, wanted
 from moe_programs import Program, check, play
 
 from raynixl import Group
-from raynixl.moe import ExpertParallel, cuda_device
+from raynixl.moe import ExpertParallel, TwoLevel, cuda_device
 
 BACKENDS = ["nvlink", "shm"]
 PATIENCE = 120.0
@@ -34,7 +34,7 @@ class OnGpu:
     ) -> Any:
         """Dispatch on the GPU; the result's tensors are brought back."""
         r = self.ep.dispatch(_put(x), _put(topk_idx), _put(topk_weights), handle=handle, **more)
-        names = ("x", "scales", "topk_idx", "topk_weights", "counts", "offsets", "tokens")
+        names = [one.name for one in fields(r) if one.name not in ("handle", "extra", "lost")]
         return replace(r, **{name: _fetched(getattr(r, name)) for name in names}, lost=tuple(r.lost))
 
     def combine(self, y: Any, handle: Any, *, bias: Any = None, out: Any = None, **more: Any) -> Any:
@@ -85,9 +85,12 @@ class Crew:
         self.all("make", range(len(names)), name=name, names=names, options=_packed(options))
 
     def play(self, program: Program, name: str) -> None:
-        """Play a program, and hold what it returns against the reference."""
-        self.make(name, program.world, deadline=60.0, **program.options())
-        check(program, self.all("do_play", range(program.world), name=name, program=_packed(program)))
+        """Play a program, in two stages if it has a grid, and hold what it returns against the reference."""
+        more = {} if program.grid is None else {"kind": TwoLevel, "grid": program.grid}
+        way = "put rows into the peers' memory" if program.grid is None else "through memory of the host"
+        self.make(name, program.world, deadline=60.0, **program.options(), **more)
+        played = self.all("do_play", range(program.world), name=name, program=_packed(program), way=way)
+        check(program, played)
         self.all("drop", range(program.world), name=name)
 
 
@@ -112,7 +115,8 @@ def _unpacked(text: str) -> Any:
 def make(world: Any, rank: int, name: str, names: list[str], options: str) -> str:
     """Make an `ExpertParallel`."""
     group = Group(world.agent, names, name=name, timeout=PATIENCE)
-    world.kept[name] = (group, ExpertParallel(group, name=name, **_unpacked(options)))
+    settings = _unpacked(options)
+    world.kept[name] = (group, settings.pop("kind", ExpertParallel)(group, name=name, **settings))
     return _packed(None)
 
 
@@ -124,11 +128,11 @@ def drop(world: Any, rank: int, name: str) -> str:
     return _packed(None)
 
 
-def do_play(world: Any, rank: int, name: str, program: str) -> str:
+def do_play(world: Any, rank: int, name: str, program: str, way: str) -> str:
     """Do this rank's part of a program."""
     group, ep = world.kept[name]
     played = play(_unpacked(program), rank, OnGpu(ep), group)
-    assert "put rows into the peers' memory" in ep.explain(), ep.explain()
+    assert way in ep.explain(), ep.explain()
     return _packed(played)
 
 
@@ -139,6 +143,20 @@ def do_step(world: Any, rank: int, name: str, number: int, active: list[int], la
     out = step(rank, OnGpu(ep), number, layout=layout)
     is_right = torch.equal(out, wanted(rank, ep.placement, active, number))
     return _packed((is_right, time.monotonic() - began, ep.active))
+
+
+def do_wait(world: Any, rank: int, name: str, late: int, seconds: float) -> str:
+    """Take a step to which a rank comes late; the seconds that were waited for each rank in both operations."""
+    _, ep = world.kept[name]
+    given = [one.cuda() for one in tokens(rank)]
+    found = [torch.zeros(ep.world, dtype=torch.float64, device="cuda") for _ in range(2)]
+    torch.cuda.synchronize()
+    time.sleep(seconds * (rank == late))
+    r = ep.dispatch(*given, layout="slots", waited=found[0])
+    torch.cuda.synchronize()
+    time.sleep(seconds * (rank == late))
+    ep.combine(r.x, r.handle, stats=found[1])
+    return _packed([one.tolist() for one in found])
 
 
 def do_graph(world: Any, rank: int, name: str, replays: int) -> str:

@@ -13,6 +13,8 @@ import torch
 from gpu_moe import OPTIONS, Crew, crew_of
 from moe_programs import WAYS, Cached, Combine, CombineWeights, Dispatch, Place, Program, even
 
+from raynixl.moe.grid import Grid
+
 pytestmark = [
     pytest.mark.gpu, pytest.mark.timeout(300),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs torch with CUDA"),
@@ -44,6 +46,27 @@ def test_the_bits_are_those_of_the_reference(crew: Crew, way, world: int) -> Non
 def test_rows_of_any_dtype(crew: Crew, dtype) -> None:
     steps = (Dispatch("a", (30, 5), *WAYS[2]), Combine("a", biases=2), Dispatch("b", (8, 8), *WAYS[5]), Combine("b"))
     crew.play(Program(2, even(2, 8), 256, 3, steps, max_tokens=32, dtype=dtype), f"dtype-{dtype}")
+
+
+@every_way
+def test_so_they_are_in_two_stages_by_way_of_the_host(crew: Crew, way) -> None:
+    counts, grid = (30, 0, 64, 17), Grid(((0, 1), (2, 3)))
+    steps = (
+        Dispatch("a", counts, *way, missing=0.2), Combine("a", biases=1), Cached("b", "a", "bits"),
+        Combine("b", out="given"), *((CombineWeights("a"),) if way[0] != "slots" else ()),
+    )  # fmt: skip
+    program = Program(4, even(4, 16), 1032, 6, steps, max_tokens=64, grid=grid)
+    crew.play(program, f"staged-{'-'.join(map(str, way))}")
+
+
+def test_seconds_that_a_rank_was_waited_for_are_added_on_the_gpu(crew: Crew) -> None:
+    crew.make("wait", deadline=60.0, **OPTIONS)
+    crew.all("do_step", name="wait", number=0, active=[0, 1, 2, 3])
+    for rank, found in enumerate(crew.all("do_wait", name="wait", late=1, seconds=1.0)):
+        for waited in found:
+            assert waited[rank] == 0
+            assert rank == 1 or 0.2 < waited[1] < 30
+    crew.all("drop", name="wait")
 
 
 def test_a_step_is_captured_in_a_graph_and_replayed(crew: Crew) -> None:

@@ -9,7 +9,8 @@ import torch
 from moe_cuda_crews import GpuCrew, gpu_crew
 from torch import nn
 
-from raynixl.moe import MoELayer, Router
+from raynixl.moe import MoELayer, Router, TwoLevel
+from raynixl.moe.grid import Grid
 
 EXPERTS, HIDDEN, TOPK, WORLD = 5, 8, 2, 2
 
@@ -74,3 +75,38 @@ def test_values_and_gradients_are_those_of_one_process(crew, weights_at):
             whole[name] += expert.weight.grad
     for name, grad in grads.items():
         torch.testing.assert_close(grad, whole[name])
+
+
+@pytest.mark.parametrize("weights_at", ["source", "holder"])
+def test_so_they_are_in_two_stages_by_way_of_the_host(crew, weights_at):
+    """With the weights at the source values have the bits of one process, and all that comes back was brought."""
+
+    def run(rank, ep):
+        layer, x = made(ep, weights_at), rows_of(rank)
+        out = layer(x)
+        out.square().sum().backward()
+        assert out.data_ptr() in crew.gpus.brought
+        return (
+            out.detach(),
+            x.grad,
+            layer.router.linear.weight.grad,
+            {k: e.weight.grad for k, e in layer.experts.items()},
+        )
+
+    options = {"experts": EXPERTS, "hidden": HIDDEN, "topk": TOPK, "max_tokens": 8, "dtype": torch.float32}
+    with crew.experts(WORLD, **options, kind=TwoLevel, grid=Grid(((0,), (1,)))) as layers:
+        results = layers.run(run)
+        assert all("through memory of the host" in ep.explain() for ep in layers.eps)
+    whole = {str(number): torch.zeros(HIDDEN) for number in range(EXPERTS)}
+    for rank, (out, x_grad, router_grad, _) in enumerate(results):
+        local, x = made(weights_at=weights_at), rows_of(rank)
+        wanted = local(x)
+        wanted.square().sum().backward()
+        assert weights_at != "source" or torch.equal(out, wanted.detach())
+        for found, grad in ((out, wanted.detach()), (x_grad, x.grad), (router_grad, local.router.linear.weight.grad)):
+            torch.testing.assert_close(found, grad)
+        for name, expert in local.experts.items():
+            whole[name] += expert.weight.grad
+    for *_, grads in results:
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, whole[name])
