@@ -12,9 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from raynixl.backends.base import Binding, Local, Op, Request
 from raynixl.backends.link import Links
 from raynixl.backends.shm import addresses as address_table
@@ -25,7 +22,7 @@ from raynixl.backends.ucx_guard import Guard, own_sources, sources
 from raynixl.backends.ucx_key import Keys, unseal_workers
 from raynixl.backends.ucx_lane import Lane, UcxBinding, UcxLink, probe_program
 from raynixl.backends.ucx_options import Lanes
-from raynixl.backends.ucx_rails import RailChoice, cut
+from raynixl.backends.ucx_rails import Paths, RailChoice, Rows, apart, cut, rows_of
 from raynixl.backends.ucx_runtime import Runtime
 from raynixl.backends.ucx_sockets import own_sockets
 from raynixl.backends.ucx_wireup import Answer, Ask, Hello, Questions, Refusal, parse_wireup, unpack
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Rows = npt.NDArray[np.uint64]
 SWEEP_SECONDS = 0.05
 GRACE_SECONDS = 0.1
 """How long UCX has to let go of an operation that was cancelled or is late, before its endpoint is closed by force."""
@@ -121,36 +117,30 @@ class Network:
         return binding
 
     def prepare(self, request: Request) -> list[Program]:
-        """Turn a request into one program over all rails that it uses."""
+        """Turn a request into one program over all rails that it uses, and one for what of ours is staged."""
         bindings = [own(binding) for binding in request.remote]
         link = own_link(request.remote[0])
         table = address_table(request)
         if link.pid == os.getpid():
             refuse_overlap(table)
-        is_write = request.op is Op.WRITE
-        if is_write:
-            ours, theirs = table[:, 0], table[:, 1]
-            mine, far = request.segments.source_region, request.segments.target_region
-        else:
-            ours, theirs = table[:, 1], table[:, 0]
-            mine, far = request.segments.target_region, request.segments.source_region
         runtime = self._run()
-        keys = [binding.keys for binding in bindings]
-        connected = sorted(set(keys[0]).intersection(*keys[1:]))
+        connected = sorted(set(bindings[0].keys).intersection(*(binding.keys for binding in bindings[1:])))
         if not connected:  # released meanwhile
             raise PeerLost(f"the connection with {link.peer!r} was lost meanwhile", peer=link.peer)
         rails = self._choice.rails_for(request.local[0].memory, runtime.devices, runtime.nics, connected=connected)
-        rows, paths = cut(np.column_stack((mine, far, ours, theirs, table[:, 2])).astype(np.uint64), rails)
-        if self._is_staged(request.local[0], bindings):
-            far_keys = [(rail, keys[binding][rail]) for _, binding, rail in paths.tolist()]
-            return [self._stage(request, rows, [(rail, key.write if is_write else key.read) for rail, key in far_keys])]
-        mappings = [self.exports.mappings(region.id) for region in request.local]
-        ways = [
-            (mappings[region][rail], keys[binding][rail].write if is_write else keys[binding][rail].read)
-            for region, binding, rail in paths.tolist()
+        staged = [self._is_staged(region, bindings) for region in request.local]
+        make = {False: self._straight, True: self._stage}
+        return [
+            make[is_staged](request, *cut(rows, rails)) for is_staged, rows in apart(rows_of(request, table), staged)
         ]
+
+    def _straight(self, request: Request, rows: Rows, paths: Paths) -> Program:
+        """Compile rows of (path, our address, the peer's, nbytes) between memory that UCX reaches at both ends."""
+        found = _ways(request, paths)
+        mappings = {number: self.exports.mappings(request.local[number].id) for number in {one[0] for one in found}}
+        ways = [(mappings[number][rail], key) for number, rail, key in found]
         native, limit = self._local.native, self._local.config.inline_nbytes
-        return [native.rma(is_write, ways, rows, request.gates, limit)]
+        return native.rma(request.op is Op.WRITE, ways, rows, request.gates, limit)
 
     def path(self, local: Region, binding: Binding) -> str:
         """Name the transports between two pieces of memory; ours is the host's where it is staged."""
@@ -173,7 +163,7 @@ class Network:
         staged = f"; {local.label} is staged through pinned memory" if is_staged else ""
         return f"{rails}; {lanes.explain()}{staged}"
 
-    def _stage(self, request: Request, rows: Rows, paths: Sequence[tuple[int, RemoteKey]]) -> Program:
+    def _stage(self, request: Request, rows: Rows, paths: Paths) -> Program:
         """Compile rows of (path, our address, the peer's, nbytes) between a GPU of ours and what UCX reaches."""
         from raynixl.backends.ucx_staging import Legs, UcxStaging
 
@@ -183,7 +173,7 @@ class Network:
             if self._staging is None:
                 self._staging = UcxStaging(self._local, self._rails)
             staging = self._staging
-        return staging.program(request, Legs(rows, paths))
+        return staging.program(request, Legs(rows, [(rail, key) for _, rail, key in _ways(request, paths)]))
 
     def _is_staged(self, local: Region, bindings: Sequence[UcxBinding]) -> bool:
         """Whether our memory goes through buffers because a lane does not reach it: only a GPU's does."""
@@ -385,6 +375,13 @@ def own(binding: Binding) -> UcxBinding:
     """Return a binding as what it is here."""
     assert isinstance(binding, UcxBinding)
     return binding
+
+
+def _ways(request: Request, paths: Paths) -> list[tuple[int, int, RemoteKey]]:
+    """Return the number of our region, the rail, and the key of the peer's region on it, of each path."""
+    is_write, keys = request.op is Op.WRITE, [own(binding).keys for binding in request.remote]
+    found = [(region, rail, keys[binding][rail]) for region, binding, rail in paths.tolist()]
+    return [(region, rail, key.write if is_write else key.read) for region, rail, key in found]
 
 
 def own_link(binding: Binding) -> UcxLink:

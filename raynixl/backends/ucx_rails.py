@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raynixl.backends.base import Op, Request
 from raynixl.cuda import bus_id
 from raynixl.memory import Memory, MemoryKind
 from raynixl.topology import Choice, Nic, Place, gpu_place, memory_place, nearest, stripe
@@ -18,6 +19,7 @@ STRIPE_ALIGN = 1 << 16
 _MAX_CHOICES = 4096
 
 Rows = NDArray[np.uint64]
+Paths = NDArray[np.int64]
 
 
 class RailChoice:
@@ -66,7 +68,27 @@ class RailChoice:
         return f"{text}; {', '.join(lacking)} reaches no rail of the peer" if lacking else text
 
 
-def cut(table: Rows, rails: Sequence[int]) -> tuple[Rows, NDArray[np.int64]]:
+def rows_of(request: Request, table: Rows) -> Rows:
+    """Return rows of (our region, the peer's, our address, the peer's, nbytes) of (source, target, nbytes)."""
+    segments = request.segments
+    regions, addresses = (segments.source_region, segments.target_region), (table[:, 0], table[:, 1])
+    if request.op is Op.READ:
+        regions, addresses = regions[::-1], addresses[::-1]
+    return np.column_stack((*regions, *addresses, table[:, 2])).astype(np.uint64)
+
+
+def apart(rows: Rows, staged: Sequence[bool]) -> Iterator[tuple[bool, Rows]]:
+    """Yield the rows whose memory of ours is not staged, and those in which it is: `staged` says so of our regions."""
+    if not any(staged):
+        yield False, rows
+        return
+    flags = np.asarray(staged)[rows[:, 0].astype(np.intp)]
+    for flag in (False, True):
+        if (flags == flag).any():
+            yield flag, rows[flags == flag]
+
+
+def cut(table: Rows, rails: Sequence[int]) -> tuple[Rows, Paths]:
     """Cut rows of (our region, the peer's, our address, the peer's, nbytes) over rails.
 
     Returns rows of (path, our address, the peer's address, nbytes) and the paths as rows of (our region, the peer's,

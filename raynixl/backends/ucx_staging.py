@@ -16,6 +16,7 @@ from raynixl import cuda
 from raynixl.backends.base import Local, Op, Request
 from raynixl.backends.nvlink_staging import PIECE_NBYTES, SETTLE_SECONDS, Bounce, Hung, Piece, StagedProgram, Staging
 from raynixl.errors import BackendUnavailable
+from raynixl.memory import MemoryKind
 from raynixl.native import CANCELLED, Job, Program
 from raynixl.native.ucx import HOST_MEMORY, Mapping, Rail, RemoteKey
 
@@ -59,12 +60,13 @@ class UcxStaging:
         self._staging = Staging(local, lambda: MappedBounce(rails()))
 
     def program(self, request: Request, legs: Legs) -> StagedProgram:
-        """Compile a request whose memory here is a GPU's.
+        """Compile the part of a request whose memory here is a GPU's.
 
         Raises:
             BackendUnavailable: two GPUs of ours do not reach each other.
         """
-        device, *others = dict.fromkeys(region.device for region in request.local)
+        gpus = (region.device for region in request.local if region.kind is MemoryKind.VRAM)
+        device, *others = dict.fromkeys(gpus)
         for other in others:
             cuda.enable_peer(device, other)
         return _RmaProgram(self._staging, device, request, legs)

@@ -16,6 +16,7 @@ from gpu_tools import Far
 from raynixl import Agent, AgentConfig, PeerLost, Region
 from raynixl.backends import ucx_gpu
 from raynixl.backends.nvlink_staging import PIECE_NBYTES
+from raynixl.bench.ends import bytes_of
 from raynixl.bench.gpu import download, upload
 from raynixl.bench.layout import digest, fill
 
@@ -137,3 +138,26 @@ def test_what_nvlink_does_not_reach_goes_over_ucx_and_both_are_explained(fake: F
         assert dict(told.rejected)["shm"] == "does not carry vram-dram"
         assert "does not offer the region over it" in dict(told.rejected)["nvlink"]  # it has no driver
         assert "staged through pinned memory" in told.detail
+
+
+@pytest.mark.parametrize("is_gpu_first", [True, False], ids=["gpu first", "host first"])
+@pytest.mark.parametrize("op", ["write", "read"])
+def test_one_transfer_may_have_memory_of_a_gpu_and_of_the_host(
+    pair: tuple[Agent, Far], op: str, is_gpu_first: bool
+) -> None:
+    near, far = pair
+    ours = [on_gpu(near, 4099, 5), near.register(np.zeros(70_001, np.uint8))]
+    fill(ours[1].array(), 6)
+    regions = ours if is_gpu_first else ours[::-1]
+    total = sum(region.nbytes for region in ours)
+    far.ask("make", name="theirs", kind="host", nbytes=total)
+    theirs = near.peer(far.record)["theirs"]
+    if op == "write":
+        sent = digest(np.concatenate([bytes_of(region) for region in regions]))
+        near.write(regions, theirs).wait(PATIENCE)
+        assert far.ask("digest", name="theirs") == sent
+        assert "staged through pinned memory" in str(near.explain(regions, theirs))
+    else:
+        filled = far.ask("fill", name="theirs", seed=9)
+        near.read(theirs, regions).wait(PATIENCE)
+        assert digest(np.concatenate([bytes_of(region) for region in regions])) == filled
