@@ -15,6 +15,7 @@ from weights_nursery import Nursery
 
 from raynixl import Masked
 from raynixl.host import process_state
+from raynixl.moe import OnLost
 from raynixl.moe.grid import Grid
 
 WORLD = 5
@@ -109,6 +110,16 @@ def test_others_forward_for_a_rank_that_is_killed_already_in_that_step(
         check_harmed(found, victim, where)
         check(ranks.call("moe_faults:steps", "layer", 3, ranks=rest), gone=[victim], first=[victim])
         assert min(ranks.call("moe_faults:held_is_as_it_was", ranks=rest)) > 0
+
+
+@pytest.mark.parametrize(("victim", "where"), [(3, DISPATCH[0]), (0, COMBINE[0])], ids=str)
+def test_the_rest_makes_up_for_a_rank_that_is_killed(crew: Processes, victim: int, where: Where) -> None:
+    """Nobody has returned from that operation, so that its terms are known to be missing."""
+    rest = [rank for rank in EVERYBODY if rank != victim]
+    with layer(crew, on_lost=OnLost.RENORMALISE) as ranks:
+        for report in harm(ranks, victim, where, signal.SIGKILL):
+            assert set(report.missing) == {victim}
+        check(ranks.call("moe_faults:steps", "layer", 3, ranks=rest), gone=[victim], first=[victim])
 
 
 def come_back(crew: Processes, rank: int, how: str = "rejoin") -> None:
