@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
+from agent_tools import eventually
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "tools" / "gpu_check.sh")
@@ -63,6 +65,43 @@ def test_a_step_that_runs_past_its_limit_fails(tmp_path: Path) -> None:
     ended = check("--only", "tests", "--limit", "tests=20 file=1", "--tests", f"{tmp_path}/test_slow.py", out=tmp_path)
     assert ended.returncode == 1
     assert "ran past its limit of 1 s" in ended.stdout
+
+
+def test_a_step_that_runs_past_its_limit_leaves_no_process_behind(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    (tmp_path / "test_slow.py").write_text(
+        f"import os, pathlib, time, pytest\n@pytest.mark.gpu\ndef test_it():\n"
+        f"    pathlib.Path({str(told)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n", encoding="utf-8",
+    )  # fmt: skip
+    ended = check("--only", "tests", "--limit", "tests=20 file=60", "--tests", f"{tmp_path}/test_slow.py", out=tmp_path)
+    assert ended.returncode == 1
+    assert "FAILED: tests (time limit)" in ended.stdout
+    pid = int(told.read_text(encoding="utf-8"))
+    eventually(lambda: pid not in psutil.pids() or psutil.Process(pid).status() == "zombie", "it ends")
+
+
+def test_what_does_not_begin_within_the_budget_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time, pytest\n@pytest.mark.gpu\ndef test_it():\n    time.sleep(60)\n", encoding="utf-8"
+    )
+    ended = check(
+        "--only", "tests,bench", "--budget", "4", "--tests", f"{tmp_path}/test_slow.py", "--bench", "none", out=tmp_path
+    )
+    assert ended.returncode == 1
+    assert "== tests (at most 4 s)" in ended.stdout
+    assert "FAILED: tests (time limit) bench (not begun)" in ended.stdout
+
+
+def test_what_no_gpu_has_run_goes_first_and_what_takes_longest_last(tmp_path: Path) -> None:
+    names = ["cycles", "driver", "arithmetic", "moe"]
+    for name in names:
+        text = "import pytest\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+        (tmp_path / f"test_{name}.py").write_text(text, encoding="utf-8")
+    ended = check("--only", "tests", "--tests", str(tmp_path), out=tmp_path)
+    assert ended.returncode == 0, ended.stdout
+    told = [line for line in ended.stdout.splitlines() if line.startswith("-- ")]
+    found = [Path(line.split(":")[0]).stem for line in told]
+    assert found == ["test_moe", "test_arithmetic", "test_driver", "test_cycles"]
 
 
 @pytest.mark.parametrize("arguments", [("--only", "nothing"), ("--what",), ("--only",)])
@@ -153,4 +192,41 @@ def test_expert_parallelism_is_told_beside_its_floor(
     told = capsys.readouterr().out
     assert "| slots, calls | 0.050 | 0.040 | 0.090 | 0.100 | 0.020 | no |" in told
     assert "| tokens, graph | 0.050 | 0.040 | 0.090 | 0.100 | 0.020 | yes |" in told
+    assert "Not measured with MPS: nvidia-cuda-mps-control is not here" in told
     assert len(asked) == 3
+
+
+def test_expert_parallelism_is_measured_again_by_mps_which_ends_then(
+    tables: ModuleType, measured: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = dict.fromkeys(("dispatch_ms", "combine_ms", "both_ms", "p99_ms", "floor_ms"), 0.5)
+    daemon = "nvidia-cuda-mps-control"
+    monkeypatch.setattr(shutil, "which", lambda _: daemon)
+    asked = measured(lambda _: [{"impl": "raynixl", **times, "mps": [daemon, "-d"] in asked}])
+    assert tables.main(["expert"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("| slots, calls | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | no |") == 1
+    assert told.count("| slots, calls | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | yes |") == 1
+    assert [command[0] == daemon for command in asked] == [False] * 3 + [True] + [False] * 3 + [True]
+
+
+def test_the_weights_of_a_model_are_told_beside_bare_transfers(
+    tables: ModuleType, measured: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"seconds": 0.02, "gbps": 50.0, "flip_ms": 0.4}
+    measured(lambda _: [{"impl": "raynixl", **row}, {"impl": "transfer", **row}])
+    assert tables.main(["weights"]) == 0
+    assert "| transfer | 20.0 | 50.0 | 0.40 |" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_leaves_what_was_measured_before(
+    tables: ModuleType, measured: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = dict.fromkeys(("dispatch_ms", "combine_ms", "both_ms", "p99_ms", "floor_ms"), 0.5)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    asked = measured(lambda _: [] if len(asked) > 5 else [{"impl": "raynixl", **times, "mps": False}])
+    assert tables.main(["expert"]) == 1
+    told = capsys.readouterr().out
+    assert "| slots, calls |" in told
+    assert "FAILED: `raynixl bench moe" in told
+    assert asked[-1] == ["nvidia-cuda-mps-control"]

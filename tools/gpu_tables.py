@@ -1,6 +1,6 @@
 """Measure what docs/performance.md says of GPU memory, and print its tables in Markdown; tools/gpu_check.sh runs this.
 
-python tools/gpu_tables.py                 # all sections, two to three minutes on an idle GPU
+python tools/gpu_tables.py                 # all sections, four to five minutes on an idle GPU
 python tools/gpu_tables.py large small     # only those with one of these words in their titles
 
 A section that fails is said, and the exit code is then 1; so it is with --strict if a goal is not met.
@@ -9,7 +9,9 @@ A section that fails is said, and the exit code is then 1; so it is with --stric
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from performance import Row, by_size, size, table
 
 _ROOT = str(Path(__file__).parents[1])
 _SECONDS = 120.0
+_MPS, _MPS_SECONDS = "nvidia-cuda-mps-control", 20.0
 
 
 @dataclass
@@ -175,8 +178,38 @@ def over_ucx(run: Measured) -> Iterator[str]:
     yield from table(("one block", "raynixl p50 us", "raynixl GB/s", "cudamemcpy GB/s", "path"), cells)
 
 
+@contextlib.contextmanager
+def shared_gpu() -> Iterator[str]:
+    """Have processes that begin meanwhile share GPUs by MPS; yield '', or why they do not.
+
+    A daemon that runs already stays as it is; ours ends.
+    """
+    if shutil.which(_MPS) is None:
+        yield f"{_MPS} is not here"
+        return
+    began = subprocess.run([_MPS, "-d"], capture_output=True, text=True, timeout=_MPS_SECONDS, check=False)
+    if began.returncode:
+        yield f"{_MPS} -d failed: {(began.stderr or began.stdout).strip()}"
+        return
+    try:
+        yield ""
+    finally:
+        subprocess.run([_MPS], input="quit\n", capture_output=True, text=True, timeout=_MPS_SECONDS, check=False)
+
+
 def experts(run: Measured) -> Iterator[str]:
-    """Expert parallelism of four processes on one GPU, beside a copy of the same rows by one kernel."""
+    """Expert parallelism of four processes on one GPU, in turns and by MPS, beside one kernel that copies the rows."""
+    yield from experts_once(run)
+    yield ""
+    with shared_gpu() as reason:
+        if reason:
+            yield f"Not measured with MPS: {reason}"
+        else:
+            yield from experts_once(run)
+
+
+def experts_once(run: Measured) -> Iterator[str]:
+    """All layouts once."""
     cells, commands = [], []
     for layout in ("slots", "tokens", "experts"):
         command, rows = run.bench(
@@ -189,20 +222,31 @@ def experts(run: Measured) -> Iterator[str]:
             ms = [f"{row[what]:.3f}" for what in ("dispatch_ms", "combine_ms", "both_ms", "p99_ms", "floor_ms")]
             cells.append((name, *ms, "yes" if row["mps"] else "no"))
     yield "\n".join(commands) + "\n"
-    yield "Processes on one GPU take turns unless MPS runs: a kernel that waits for another rank holds its turn.\n"
     heads = ("4 ranks, 128 tokens, top-8 of 64", "dispatch ms", "combine ms", "both ms", "p99", "copy of the rows ms")
     yield from table((*heads, "MPS"), cells)
 
 
+def pushes(run: Measured) -> Iterator[str]:
+    """The weights of a whole model from one process to another on the same GPU."""
+    command, rows = run.bench(f"weights --memory vram --rounds {run.rounds} --baseline transfer")
+    yield command
+    cells = [
+        (row["impl"], f"{row['seconds'] * 1e3:,.1f}", f"{row['gbps']:,.1f}", f"{row['flip_ms']:.2f}")
+        for row in rows
+    ]  # fmt: skip
+    yield from table(("qwen2.5-0.5b on one GPU", "ms", "GB/s", "flip ms"), cells)
+
+
 Section = Callable[[Measured], Iterator[str]]
-SECTIONS: dict[str, Section] = {
+SECTIONS: dict[str, Section] = {  # what no GPU has measured yet goes first
+    "Expert parallel on a GPU": experts,
+    "Weights on a GPU": pushes,
     "GPU to GPU, one large block": large,
     "GPU to GPU, small blocks": small,
     "GPU to GPU, scattered blocks": scattered,
     "GPU to GPU, against loops": loops,
     "Host memory and GPU": host,
     "GPU to GPU over UCX": over_ucx,
-    "Expert parallel on a GPU": experts,
 }
 
 
@@ -210,7 +254,9 @@ def show(run: Measured, title: str, section: Section) -> bool:
     """Print a section; whether it could be measured."""
     print(f"### {title}\n")
     try:
-        print(*section(run), "", sep="\n", flush=True)
+        for line in section(run):
+            print(line, flush=True)
+        print(flush=True)
     except (RuntimeError, subprocess.TimeoutExpired, ValueError, KeyError) as exc:
         print(f"FAILED: {exc}\n", flush=True)
         return False

@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from raynixl.collectives import Group
 
 GRAPH = "raynixl-graph"
-_MPS = Path("/tmp/nvidia-mps/control")
+_MPS = Path("/tmp/nvidia-mps")
+"""Where its daemon is found unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
 
 
 def mps_runs() -> bool:
     """Whether processes share the GPU by MPS; otherwise they take turns, and who waits for another holds its turn."""
-    return _MPS.exists()
+    try:
+        pid = int((_MPS / "nvidia-cuda-mps-control.pid").read_text())
+    except OSError:
+        return (_MPS / "control").exists()
+    except ValueError:
+        return False
+    return Path(f"/proc/{pid}").exists()  # its files stay when it ends
 
 
 class GpuWay:

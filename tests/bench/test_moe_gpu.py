@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from moe_cuda_crews import GpuCrew, gpu_crew
 
 from raynixl import Group
 from raynixl.bench.moe import MoeSpec
-from raynixl.bench.moe_gpu import GpuWay, gathers
+from raynixl.bench.moe_gpu import GpuWay, gathers, mps_runs
 from raynixl.bench.moe_load import Load, Tokens, is_received, is_result, make_tokens
 from raynixl.errors import ConfigError
 
@@ -96,3 +99,16 @@ def test_memory_of_a_gpu_is_refused_where_there_is_none_and_beside_baselines(mon
         MoeSpec(memory="vram", baselines=("gloo",)).check()
     with pytest.raises(ConfigError, match="needs torch with CUDA"):
         MoeSpec(memory="vram").check()
+
+
+def test_mps_runs_while_its_daemon_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("raynixl.bench.moe_gpu._MPS", tmp_path)
+    assert not mps_runs()
+    (tmp_path / "control").touch()
+    assert mps_runs(), "its files are all that is known of a daemon that names no process"
+    (tmp_path / "nvidia-cuda-mps-control.pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
+    assert mps_runs()
+    ended = subprocess.Popen(["true"])
+    ended.wait(30)
+    (tmp_path / "nvidia-cuda-mps-control.pid").write_text(f"{ended.pid}", encoding="utf-8")
+    assert not mps_runs(), "its files stay when it has ended"
