@@ -23,11 +23,10 @@ class Past:
 
     def __init__(self, gpus: Iterable[int], stream: Any = None) -> None:
         named = stream if isinstance(stream, list) else [stream]
-        self._events = [
-            cuda.record(stream_of(one, gpu).handle, gpu)
-            for gpu in sorted(gpus)
-            for one in (current_streams(gpu) if stream is None else named)
+        meant = [
+            stream_of(one, gpu) for gpu in sorted(gpus) for one in (current_streams(gpu) if stream is None else named)
         ]
+        self._events = [cuda.record(one.handle, one.device) for one in dict.fromkeys(meant)]
 
     def wait(self, seconds: float) -> None:
         """Wait until it is through, for nothing else, and without the interpreter's lock between two looks.
@@ -36,18 +35,20 @@ class Past:
             TransferTimeout: it is not, within `seconds`.
         """
         end = time.monotonic() + seconds
-        for event in self._events:
-            pause = _SHORTEST
-            while not event.query():
-                if time.monotonic() >= end:
-                    raise TransferTimeout(
-                        f"what was put on GPU {event.device} before is not through after {seconds:g} s",
-                        hint="see what the GPU does (nvidia-smi), or give it longer",
-                    )
-                time.sleep(pause)
-                pause = min(_LONGEST, 2 * pause)
-            event.close()
-        self._events.clear()
+        try:
+            for event in self._events:
+                pause = _SHORTEST
+                while not event.query():
+                    if time.monotonic() >= end:
+                        raise TransferTimeout(
+                            f"what was put on GPU {event.device} before is not through after {seconds:g} s",
+                            hint="see what the GPU does (nvidia-smi), or give it longer",
+                        )
+                    time.sleep(pause)
+                    pause = min(_LONGEST, 2 * pause)
+        finally:
+            while self._events:
+                self._events.pop().close()
 
 
 def streams_of(gpus: Iterable[int]) -> list[int]:
@@ -60,10 +61,10 @@ def current_streams(gpu: int) -> list[int]:
 
     Neither is imported: who has not done so has put nothing on a GPU by it. Tests put something else here.
     """
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    torch, cupy = (getattr(sys.modules.get(name), "cuda", None) for name in ("torch", "cupy"))
     found = []
-    if torch is not None and torch.cuda.is_initialized():
-        found.append(int(torch.cuda.current_stream(gpu).cuda_stream))
+    if torch is not None and torch.is_initialized():
+        found.append(int(torch.current_stream(gpu).cuda_stream))
     if cupy is not None:
-        found.append(int(cupy.cuda.get_current_stream(gpu).ptr))
+        found.append(int(cupy.get_current_stream(gpu).ptr))
     return list(dict.fromkeys(found))
