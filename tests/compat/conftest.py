@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from moe_cuda_crews import gpu_crew
+from moe_cuda_crews import GpuCrew, gpu_crew
 from moe_tools import Threads
 
 
@@ -20,4 +20,11 @@ def crew(request: pytest.FixtureRequest) -> Iterator[Threads]:
 def pair() -> Iterator[Threads]:
     """Two ranks in threads."""
     with Threads(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[GpuCrew]:
+    """Ranks whose kernels reach each other's memory."""
+    with gpu_crew(3, is_everywhere=False) as made:
         yield made

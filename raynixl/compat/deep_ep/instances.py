@@ -38,7 +38,7 @@ class Instances:
         self._may_shrink = may_shrink
         self._made: dict[tuple[Shape, int], ExpertParallel] = {}
         self._current: dict[Shape, ExpertParallel] = {}
-        self._fixed: dict[tuple[Shape, int], ExpertParallel] = {}
+        self._fixed: dict[Shape, tuple[int, ExpertParallel]] = {}
         self._masked: set[int] = set()
         self._out: list[ExpertParallel] = []
         self._end = weakref.finalize(self, _close, self._made, members)
@@ -78,11 +78,14 @@ class Instances:
     def fixed(self, shape: Shape, tokens: int, worst: int) -> ExpertParallel:
         """Return the instance for steps whose sizes no host hears, where so many rows come to a rank at the worst.
 
-        All ranks give the same `worst`. At the first step with it they agree on how many tokens each may have.
+        All ranks give the same `worst`. At the first step, and where it is more than before, they agree on how many
+        tokens each may have.
         """
-        if (shape, worst) not in self._fixed:
-            self._fixed[shape, worst] = self._grow(shape, max(tokens, -(-worst // self.members.world)))
-        return self._fixed[shape, worst]
+        known, parallel = self._fixed.get(shape, (0, None))
+        if parallel is None or worst > known:
+            parallel = self._grow(shape, max(tokens, -(-worst // self.members.world)))
+            self._fixed[shape] = worst, parallel
+        return parallel
 
     def is_direct(self, parallel: ExpertParallel, gpu: int | None) -> bool:
         """Whether kernels put rows of tensors on this GPU into the peers' memory. Collective the first time."""

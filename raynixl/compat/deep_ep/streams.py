@@ -52,14 +52,15 @@ class Streams:
             result = operation()
             return result, EventOverlap(EventHandle(gpu=number)) if is_async else EventOverlap()
         gpu = cuda_device.gpu(number)
-        begin = gpu.mark() if after is None else lambda: wait_for(after)
+        event = after.event if isinstance(after, EventOverlap) else after
+        begin = gpu.mark() if event is None else event.current_stream_wait
         with gpu.on(self.beside(number)):
             begin()
             gpu.use(tensors_of(uses, number))
             result = operation()
-            event = EventOverlap(EventHandle(gpu=number))
+            end = EventOverlap(EventHandle(gpu=number))
         gpu.use(tensors_of(result, number))
-        return result, event
+        return result, end
 
 
 def tensors_of(value: Any, number: int) -> Iterator[Tensor]:
