@@ -14,8 +14,8 @@ __device__ __forceinline__ void finish_line(const Scene& scene, u32 rank, u32 pa
   u32 mine = is_wrong ? kWrong : 0, before = atomicAdd(&layer->counters[rank], mine + 1);
   if (before % kWrong != parts - 1) return;
   if (status == kFine && (before + mine) >= kWrong) status = kConfig, count = 0;
-  layer->counters[rank] = 0;  // for the next kernel, which begins when this one has ended
   __threadfence_system();
+  layer->counters[rank] = 0;  // for the next kernel, which begins when this one has ended
   Line* line = line_of(scene, layer->windows[rank], scene.me);
   line->mask = layer->mask, line->signature = signature, line->count = count, line->status = status;
   store_release(&line->number, scene.number);
