@@ -16,7 +16,8 @@ from raynixl.errors import ConfigError
 from raynixl.moe.checks import check_known
 from raynixl.moe.major import expert_major
 from raynixl.moe.slots import in_slots, places_of
-from raynixl.moe.staging import Returning, Sending, TwoLevelDispatched, TwoLevelHandle, handle_of
+from raynixl.moe.staged_result import TwoLevelDispatched, TwoLevelHandle, handle_of
+from raynixl.moe.staging import Returning, Sending
 
 if TYPE_CHECKING:
     from torch import Tensor

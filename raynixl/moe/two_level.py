@@ -36,8 +36,9 @@ from raynixl.moe.cuda_staged import brought, gpu_of_call, host_handle, put_added
 from raynixl.moe.renewing import as_before, fresh, hollow, renewed
 from raynixl.moe.result import Dispatched
 from raynixl.moe.staged_rank import StagedRank
+from raynixl.moe.staged_result import Made, TwoLevelDispatched, TwoLevelHandle, handle_of
 from raynixl.moe.stages import Stages
-from raynixl.moe.staging import Made, Returning, Sending, TwoLevelDispatched, TwoLevelHandle, handle_of
+from raynixl.moe.staging import Returning, Sending
 
 if TYPE_CHECKING:
     from torch import Tensor
