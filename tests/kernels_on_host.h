@@ -206,13 +206,6 @@ Value __shfl_up_sync(unsigned, Value value, unsigned by) {
   unsigned lane = threadIdx.x % 32, from = lane < by ? lane : lane - by;
   return host::exchange(value, [&](const uint64_t* slots) { return Value(slots[from]); });
 }
-inline unsigned __reduce_max_sync(unsigned, unsigned value) {
-  return host::exchange(value, [&](const uint64_t* slots) {
-    uint64_t most = 0;
-    for (int k = 0; k < 32; ++k) most = slots[k] > most ? slots[k] : most;
-    return unsigned(most);
-  });
-}
 inline unsigned __ballot_sync(unsigned, int value) {
   return host::exchange(unsigned(value != 0), [&](const uint64_t* slots) {
     unsigned all = 0;

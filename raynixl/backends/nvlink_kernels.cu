@@ -20,12 +20,29 @@ namespace {
 
 constexpr u32 kWarp = 32;
 
-#if defined(HINT_STREAM)
-__device__ __forceinline__ uint4 load(const uint4* from) { return __ldcs(from); }
-__device__ __forceinline__ void store(uint4* to, uint4 word) { __stcs(to, word); }
-#else
+// By hand: addresses are numbers, of which the compiler does not know that they are of global memory, and of 16 bytes of
+// which not all are used it would load parts, one by one.
+#if !defined(__CUDA_ARCH__)
 __device__ __forceinline__ uint4 load(const uint4* from) { return *from; }
 __device__ __forceinline__ void store(uint4* to, uint4 word) { *to = word; }
+#else
+#if defined(HINT_STREAM)
+#define HINT ".cs"
+#else
+#define HINT ""
+#endif
+__device__ __forceinline__ uint4 load(const uint4* from) {
+  uint4 word;
+  asm volatile("ld.global" HINT ".v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "l"(from)
+               : "memory");
+  return word;
+}
+__device__ __forceinline__ void store(uint4* to, uint4 word) {
+  asm volatile("st.global" HINT ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
 #endif
 
 // What a kernel does last. `counter` is for one kernel at a time: [0] CTAs that have come, [1] ends so far, which
@@ -53,41 +70,58 @@ __device__ __forceinline__ void finish(const End& end) {
 // Copy `count` words of 16 bytes, both aligned. `width` threads work on it, this one is the `lane`-th.
 template <int kUnroll>
 __device__ __forceinline__ void copy_words(const uint4* from, uint4* to, u32 count, u32 lane, u32 width) {
-  for (u32 i = lane; i < count; i += kUnroll * width) {
+  u32 i = lane;
+#pragma unroll 1
+  for (; i + (kUnroll - 1) * width < count; i += kUnroll * width) {
     uint4 word[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
-      if (i + k * width < count) word[k] = load(from + i + k * width);
+    for (int k = 0; k < kUnroll; ++k) word[k] = load(from + i + k * width);
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k)
-      if (i + k * width < count) store(to + i + k * width, word[k]);
+    for (int k = 0; k < kUnroll; ++k) store(to + i + k * width, word[k]);
   }
+  if (i >= count) return;
+  uint4 word[kUnroll] = {};  // or they would take registers everywhere, for what they were before
+#pragma unroll
+  for (int k = 0; k < kUnroll; ++k)
+    if (i + k * width < count) word[k] = load(from + i + k * width);
+#pragma unroll
+  for (int k = 0; k < kUnroll; ++k)
+    if (i + k * width < count) store(to + i + k * width, word[k]);
+}
+
+// The 16 bytes that begin `4 * kSkip + shift / 8` bytes after `low`, and go on in `high`.
+template <int kSkip>
+__device__ __forceinline__ uint4 shifted(const uint4& low, const uint4& high, u32 shift) {
+  const u32 word[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  uint4 out;
+  out.x = __funnelshift_r(word[kSkip], word[kSkip + 1], shift);
+  out.y = __funnelshift_r(word[kSkip + 1], word[kSkip + 2], shift);
+  out.z = __funnelshift_r(word[kSkip + 2], word[kSkip + 3], shift);
+  out.w = __funnelshift_r(word[kSkip + 3], word[kSkip + 4], shift);
+  return out;
 }
 
 // Likewise, but what is wanted begins `4 * kSkip + shift / 8` bytes after `from`: word i is made of words i and i + 1.
 template <int kUnroll, int kSkip>
 __device__ __forceinline__ void copy_shifted(const uint4* from, uint4* to, u32 count, u32 shift, u32 lane, u32 width) {
-  for (u32 i = lane; i < count; i += kUnroll * width) {
-    u32 word[kUnroll][8];
+  u32 i = lane;
+#pragma unroll 1
+  for (; i + (kUnroll - 1) * width < count; i += kUnroll * width) {
+    uint4 low[kUnroll], high[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      if (i + k * width < count) {
-        uint4 low = from[i + k * width], high = from[i + k * width + 1];
-        word[k][0] = low.x, word[k][1] = low.y, word[k][2] = low.z, word[k][3] = low.w;
-        word[k][4] = high.x, word[k][5] = high.y, word[k][6] = high.z, word[k][7] = high.w;
-      }
-    }
+    for (int k = 0; k < kUnroll; ++k)
+      low[k] = load(from + i + k * width), high[k] = load(from + i + k * width + 1);
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      if (i + k * width < count) {
-        const u32* w = word[k] + kSkip;
-        uint4 out;
-        out.x = __funnelshift_r(w[0], w[1], shift), out.y = __funnelshift_r(w[1], w[2], shift);
-        out.z = __funnelshift_r(w[2], w[3], shift), out.w = __funnelshift_r(w[3], w[4], shift);
-        store(to + i + k * width, out);
-      }
-    }
+    for (int k = 0; k < kUnroll; ++k) store(to + i + k * width, shifted<kSkip>(low[k], high[k], shift));
   }
+  if (i >= count) return;
+  uint4 low[kUnroll] = {}, high[kUnroll] = {};
+#pragma unroll
+  for (int k = 0; k < kUnroll; ++k)
+    if (i + k * width < count) low[k] = load(from + i + k * width), high[k] = load(from + i + k * width + 1);
+#pragma unroll
+  for (int k = 0; k < kUnroll; ++k)
+    if (i + k * width < count) store(to + i + k * width, shifted<kSkip>(low[k], high[k], shift));
 }
 
 __device__ __forceinline__ void copy_bytes(u64 from, u64 to, u64 count, u32 lane, u32 width) {
@@ -365,7 +399,7 @@ __device__ __forceinline__ Block block_of_cta(u64 rows, u64 columns) {
 // The scale of a block from the largest magnitudes, as bits, that its threads have seen.
 __device__ __forceinline__ float scale_of_cta(u32 most, float* scales) {
   __shared__ u32 largest[kWarp];
-  most = __reduce_max_sync(0xFFFFFFFFu, most);
+  for (u32 k = kWarp / 2; k > 0; k /= 2) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, k));
   if (threadIdx.x % kWarp == 0) largest[threadIdx.x / kWarp] = most;
   __syncthreads();
   for (u32 k = 0; k < blockDim.x / kWarp; ++k) most = max(most, largest[k]);
