@@ -31,15 +31,20 @@ def alike(one: Any, other: Any, what: str = "result") -> None:
         assert one == other, what
 
 
+def spread_out(rows: Tensor) -> Tensor:
+    """The same rows, with others' items between theirs."""
+    return torch.stack([rows, rows], 2)[:, :, 0]
+
+
 def normal(case: Case, rank: int, buffer: Buffer, form: str, worst: int, *, is_async: bool = False) -> list[Any]:
     """All that the normal mode returns: rows, handle, sums, weights, rows by the handle."""
     x: Any = case.x(rank)
     if form == "fp8":
         x = per_token_cast_to_fp8(x)
-    elif form == "strided":
-        x = torch.cat([x, x], 1)[:, : case.hidden]
     layout = case.layout(buffer, rank)
     ids, weights = case.topk_idx(rank), case.topk_weights(rank)
+    if form == "strided":
+        x, ids, weights = spread_out(x), spread_out(ids), spread_out(weights)
     more = {"async_finish": is_async, "previous_event": buffer.capture() if is_async else None}
     rows, recv_ids, recv_weights, counts, handle, event = buffer.dispatch(
         x, topk_idx=ids, topk_weights=weights, num_worst_tokens=worst, expert_alignment=4, **layout, **more
@@ -49,6 +54,7 @@ def normal(case: Case, rank: int, buffer: Buffer, form: str, worst: int, *, is_a
     ids.fill_(-1)
     y = case.x(rank).new_zeros((len(recv_ids), case.hidden))
     y[:] = (rows[0].float() if form == "fp8" else rows) * (rank + 1)
+    y = spread_out(y) if form == "strided" else y
     biases = (y.new_full((case.count(rank), case.hidden), 0.375), case.x(rank) * 3)
     total, none, event = buffer.combine(y, handle, bias=biases, **more)
     if is_async:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from deep_ep_calls import MOST, WORLD, case_of, steps
@@ -174,3 +176,17 @@ def test_a_layout_elsewhere_is_refused(kernels):
 
         work_on_one = [lambda: work(0, group.buffers[0])]
         kernels.run(work_on_one)
+
+
+def test_ranks_of_which_one_gives_tensors_elsewhere_later_on_give_each_other_up(kernels):
+    case = case_of()
+
+    def work(rank, buffer):
+        with kernels.gpus.on_host() if rank == 1 else contextlib.nullcontext():
+            for _ in range(2):
+                steps(case, rank, buffer)
+
+    with ranks(kernels, deadline=1.0) as group:
+        group.run(lambda rank, buffer: steps(case, rank, buffer))
+        found = errors_of(group, work)
+        assert all(isinstance(error, PeerLost | Masked) for error in found)

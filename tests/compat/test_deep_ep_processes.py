@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 from deep_ep_tools import Case, counts_without, same
-from moe_tools import Processes
+from moe_kernels_host import library
+from moe_tools import CHILD, Processes
+from weights_nursery import Nursery
 
 from raynixl import PeerLost
 
@@ -18,8 +20,15 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def processes():
-    with Processes(4) as made:
+def nursery():
+    made = Nursery(CHILD)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def processes(nursery):
+    with Processes(4, lent=nursery) as made:
         yield made
 
 
@@ -94,3 +103,24 @@ def test_buffers_over_torch_distributed_and_threads_that_read_alike(crew, tmp_pa
     assert crew.call("deep_ep_far:over_gloo", store, CASE) == [
         [counts_without(CASE, rank, [])] * 2 for rank in range(4)
     ]
+
+
+def test_survivors_on_gpus_are_told_who_is_lost(nursery):
+    """In processes of their own memory of a GPU that is made up is opened by CUDA IPC."""
+    library()
+    case = Case(3, tokens=20, hidden=128, topk=3, experts=9)
+    with Processes(3, backends=("shm", "nvlink"), lent=nursery) as crew:
+        crew.call("moe_cuda_far:begin")
+        crew.call("deep_ep_far:make", crew.names, {"name": "killed"})
+        for rank, out in enumerate(crew.call("deep_ep_far:normal", case)):
+            times = sum(case.is_in_rank(rank, other).float() for other in range(3)).unsqueeze(1)
+            assert torch.equal(out, (case.x(rank).float() * times).bfloat16())
+        crew.kill(2)
+        for _ in range(2):
+            for rank in (0, 1):
+                crew.tell(rank, "deep_ep_far:normal", case)
+            for rank in (0, 1):
+                with pytest.raises(PeerLost, match=r"ranks \[2\] \(rank2\).*enable_shrink"):
+                    crew.hear(rank)
+        crew.call("deep_ep_far:drop", ranks=[0, 1])
+        crew.call("moe_cuda_far:end", ranks=[0, 1])

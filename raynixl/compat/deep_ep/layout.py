@@ -217,5 +217,6 @@ def pad(rows: Tensor, count: int, value: float = 0) -> Tensor:
         return rows
     out = torch.empty((count, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     out[: len(rows)] = rows
-    out[len(rows) :].zero_() if value == 0 else out[len(rows) :].fill_(value)
+    rest = out[len(rows) :]
+    rest.view(torch.uint8).zero_() if value == 0 else rest.fill_(value)  # eight-bit floats are not filled everywhere
     return out
