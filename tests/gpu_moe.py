@@ -136,11 +136,13 @@ def do_play(world: Any, rank: int, name: str, program: str, way: str) -> str:
     return _packed(played)
 
 
-def do_step(world: Any, rank: int, name: str, number: int, active: list[int], layout: str = "slots") -> str:
+def do_step(
+    world: Any, rank: int, name: str, number: int, active: list[int], layout: str = "slots", deadline: float = 60.0
+) -> str:
     """Take one step with these ranks; how long it took, and who takes part afterwards."""
     _, ep = world.kept[name]
     began = time.monotonic()
-    out = step(rank, OnGpu(ep), number, layout=layout)
+    out = step(rank, OnGpu(ep), number, layout=layout, deadline=deadline)
     is_right = torch.equal(out, wanted(rank, ep.placement, active, number))
     return _packed((is_right, time.monotonic() - began, ep.active))
 
