@@ -89,6 +89,36 @@ struct Line {
 // Returns 0, or the code of a gate that refused.
 int post_line(const Line& line, const Gates& gates);
 
+// How rows and the line behind them reach one peer: made once for each slot of its, and used again and again.
+struct Way {
+  uint64_t cells[2], bell;  // where the lines of phases go, by parity
+  Gates board;
+  uint64_t base, capacity;  // of a slot, and how many rows it holds; 0 where there is none
+  std::vector<uint64_t> starts;
+  Gates memory;
+  uint32_t slot;
+};
+
+// What one peer gets: `count` rows from `first` on, at `offset`, and the row at which what comes back begins.
+struct Send {
+  const Way* way;
+  uint64_t first, count, offset, back;
+};
+
+// What all peers get of. The line is changed for each: at `told_at` it says what that one gets.
+struct Parcel {
+  const Field* fields;
+  size_t field_count;
+  uint64_t total;
+  uint8_t* line;
+  size_t line_nbytes, told_at;
+};
+constexpr size_t kToldNbytes = 20;
+
+// Put rows, if any, then post the line.
+enum class Sent : int { all = 0, no_rows = 1, no_line = 2 };
+Sent send_rows(const Send& send, const Parcel& parcel);
+
 // The words that somebody waits for. Both arrays are read anew at each look.
 struct Lines {
   const uint64_t* addresses;

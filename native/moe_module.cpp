@@ -2,6 +2,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <stdexcept>
@@ -148,6 +150,41 @@ size_t wait_lines_of(const Array<const uint64_t, 1>& addresses, const Array<cons
   }
 }
 
+Way way_of(std::pair<uint64_t, uint64_t> cells, uint64_t bell, const nb::sequence& board, uint32_t slot, uint64_t base,
+           uint64_t capacity, std::vector<uint64_t> starts, const nb::sequence& memory) {
+  need(cells.first % 8 == 0 && cells.second % 8 == 0, "a line is aligned to 8 bytes");
+  check_bell(bell);
+  return {{cells.first, cells.second}, bell, gates_of(board), base, capacity, std::move(starts), gates_of(memory), slot};
+}
+
+std::vector<int> send_rows_of(const nb::sequence& sends, uint64_t total, const Array<const uint64_t, 2>& fields,
+                              const Array<uint8_t, 1>& line, size_t told_at) {
+  need(fields.shape(1) == 4, "a field has a source, a stride, a length, and the address of an index");
+  need(told_at >= 8 && told_at + kToldNbytes <= line.size(), "a line has room for what it tells of rows");
+  auto* table = reinterpret_cast<const Field*>(fields.data());
+  Parcel parcel = {table, fields.shape(0), total, line.data(), line.size(), told_at};
+  std::vector<Send> all;
+  uint64_t rows = 0, row_nbytes = 0;
+  for (nb::handle one : sends) {
+    nb::tuple send = nb::cast<nb::tuple>(one);
+    all.push_back({&nb::cast<Way&>(send[0], false), nb::cast<uint64_t>(send[1]), nb::cast<uint64_t>(send[2]),
+                   nb::cast<uint64_t>(send[3]), nb::cast<uint64_t>(send[4])});
+    rows += all.back().count;
+  }
+  for (size_t f = 0; f < parcel.field_count; ++f) row_nbytes += table[f].row_nbytes;
+  std::vector<int> sent;
+  auto send_all = [&] {
+    for (const Send& send : all) sent.push_back(int(send_rows(send, parcel)));
+  };
+  if (rows * row_nbytes <= kKeepGil) {
+    send_all();
+  } else {
+    nb::gil_scoped_release release;
+    send_all();
+  }
+  return sent;
+}
+
 Type type_of(int code) {
   need(code >= 0 && code <= 3, "unknown type of elements");
   return Type(code);
@@ -195,6 +232,16 @@ void bind_moe(nb::module_& m) {
         nb::arg("counts").noconvert());
   m.def("post_line", post_line_of, "address"_a, "payload"_a, "number"_a, "bell"_a,
         "gates"_a = nb::make_tuple());
+  nb::class_<Way>(m, "Way")
+      .def("__init__",
+           [](Way* self, std::pair<uint64_t, uint64_t> cells, uint64_t bell, const nb::sequence& board, uint32_t slot,
+              uint64_t base, uint64_t capacity, std::vector<uint64_t> starts, const nb::sequence& memory) {
+             new (self) Way(way_of(cells, bell, board, slot, base, capacity, std::move(starts), memory));
+           },
+           "cells"_a, "bell"_a, "board"_a, "slot"_a, "base"_a, "capacity"_a, "starts"_a, "memory"_a)
+      .def_ro("capacity", &Way::capacity);
+  m.def("send_rows", send_rows_of, "sends"_a, "total"_a, nb::arg("fields").noconvert(), nb::arg("line").noconvert(),
+        "told_at"_a);
   m.def("ring", ring_of, "bell"_a);
   m.def("wait_lines", wait_lines_of, nb::arg("addresses").noconvert(), nb::arg("numbers").noconvert(), "bell"_a,
         "timeout"_a, "spin"_a);

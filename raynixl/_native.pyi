@@ -91,6 +91,29 @@ def post_line(
     bell: int,
     gates: Sequence[Any] = ...,
 ) -> int: ...
+
+class Way:
+    def __init__(
+        self,
+        cells: tuple[int, int],
+        bell: int,
+        board: Sequence[Any],
+        slot: int,
+        base: int,
+        capacity: int,
+        starts: Sequence[int],
+        memory: Sequence[Any],
+    ) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+
+def send_rows(
+    sends: Sequence[tuple[Any, int, int, int, int]],
+    total: int,
+    fields: npt.NDArray[np.uint64],
+    line: npt.NDArray[np.uint8],
+    told_at: int,
+) -> list[int]: ...
 def put_fields(
     fields: npt.NDArray[np.uint64],
     first: int,

@@ -171,7 +171,7 @@ class _Arranging:
 
     def _columns(self, slot: Slot | None, shift: int, total: int) -> list[Tensor]:
         """Return x, its scales and what came beside as tensors: views of the slot, which they lease."""
-        shapes = [(column.tensor.dtype, tuple(column.tensor.shape[1:])) for column in self.call.columns]
+        shapes = [(column.dtype, column.shape) for column in self.call.columns]
         if slot is None:
             return [torch.zeros((total, *shape), dtype=dtype) for dtype, shape in shapes]
         form = self.landing.form

@@ -45,6 +45,9 @@ class Columns:
     nbytes: int
     address: int
     stride: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of what is sent of one token."""
 
     def source(self, index: Index | None) -> Source:
         """Return where rows are taken from."""
@@ -84,7 +87,7 @@ class DispatchCall:
 
     def signature(self, placement: int) -> int:
         """Return what must be alike on all ranks, as a number."""
-        kinds = tuple((column.tensor.dtype, column.tensor.shape[1:]) for column in self.columns)
+        kinds = tuple((column.dtype, column.shape) for column in self.columns)
         same = number_of((
             "dispatch", kinds, self.ids_dtype, self.sends_weights, self.handle is None, self.layout, self.alignment,
             self.weights_at, placement,
@@ -113,8 +116,14 @@ def with_handle(call: int, handle: Numbered) -> int:
 
 def plain(tensor: Tensor) -> Tensor:
     """Return what a tensor shows as it lies in memory, without its gradients: not negated or conjugated when read."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor in memory of the host: itself where that is so."""
+    return tensor if tensor.is_cpu else tensor.cpu()
 
 
 def check_place(tensor: Tensor, what: str, gpu: int | None) -> None:
@@ -124,7 +133,7 @@ def check_place(tensor: Tensor, what: str, gpu: int | None) -> None:
         ConfigError: as said.
     """
     if gpu is None:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise ConfigError(f"{what} is on {tensor.device}", hint="give all tensors of a call on one device")
     elif cuda_device.gpu_of(tensor) != gpu:
         raise ConfigError(f"{what} is on {tensor.device}", hint=f"give all tensors of a call on one device: cuda:{gpu}")
@@ -141,11 +150,11 @@ def columns_of(
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.dim() < 1:
         raise ConfigError(f"{what} is no tensor with a row for each token", hint=f"give {what} as [tokens, ...]")
     check_place(tensor, what, gpu)
-    if tokens is not None and tensor.shape[0] != tokens:
-        raise ConfigError(f"{what} has {tensor.shape[0]} rows for {tokens} tokens", hint="give a row for each token")
-    if width is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
-        raise ConfigError(f"{what} has the shape {list(tensor.shape)}", hint=f"give [tokens, {width}]")
     shape, tensor = tensor.shape, plain(tensor)
+    if tokens is not None and shape[0] != tokens:
+        raise ConfigError(f"{what} has {shape[0]} rows for {tokens} tokens", hint="give a row for each token")
+    if width is not None and (len(shape) != 2 or shape[1] != width):
+        raise ConfigError(f"{what} has the shape {list(shape)}", hint=f"give [tokens, {width}]")
     if len(shape) == 2:
         is_plain, items = shape[1] < 2 or tensor.stride(1) == 1, shape[1]
     else:
@@ -154,7 +163,7 @@ def columns_of(
         tensor = tensor.contiguous()
     itemsize = tensor.element_size()
     stride = tensor.stride(0) * itemsize if shape[0] else items * itemsize
-    return Columns(tensor, items * itemsize, tensor.data_ptr(), stride)
+    return Columns(tensor, items * itemsize, tensor.data_ptr(), stride, tensor.dtype, tuple(shape[1:]))
 
 
 def check_ids(topk_idx: Any, tokens: int, topk: int) -> None:
@@ -178,7 +187,7 @@ def ids_of(topk_idx: Any, tokens: int, topk: int) -> npt.NDArray[np.int64]:
         ConfigError: see `check_ids`.
     """
     check_ids(topk_idx, tokens, topk)
-    return np.ascontiguousarray(topk_idx.cpu().numpy(), np.int64)
+    return np.ascontiguousarray(on_host(topk_idx).numpy(), np.int64)
 
 
 def check_weights(topk_weights: Any, tokens: int, topk: int) -> None:
@@ -202,7 +211,8 @@ def weights_of(topk_weights: Any, tokens: int, topk: int) -> npt.NDArray[np.floa
     if topk_weights is None:
         return None
     check_weights(topk_weights, tokens, topk)
-    return np.array(plain(topk_weights).cpu().float().numpy(), order="C")
+    weights = on_host(plain(topk_weights))
+    return np.array((weights if weights.dtype is torch.float32 else weights.float()).numpy(), order="C")
 
 
 def check_choice(value: Any, known: Sequence[str], what: str) -> str:

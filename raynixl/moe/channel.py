@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from raynixl.agents import Agent
     from raynixl.agents.window import Window
     from raynixl.moe.hello import Hello
+    from raynixl.native import Gate
+    from raynixl.native.moe import Way
 
 
 MOMENT: Final = 0.05
@@ -111,6 +114,15 @@ class Channel(Protocol):
     def is_direct(self) -> bool:
         """Whether the peer's memory is mapped here, so that rows are there when `put` returns."""
 
+    def way(self, form: RowFormat | None, slot: int) -> Way | None:
+        """Return how the core sends rows of a form into a slot, or lines alone, together with all other peers'.
+
+        None where that must be found out first, or rows go otherwise: by `put` and `post`.
+        """
+
+    def note(self, cell: Cell, count: int) -> None:
+        """Count a line that the core has posted, behind so many rows."""
+
     def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board, behind all rows that were put before."""
 
@@ -143,7 +155,7 @@ class Reach:
         self._directions = directions
         self._slots: dict[int, Window | None] = {}
         self._asked: dict[int, RemoteRegion | Reply] = {}  # by slot that is not known yet
-        self._known: dict[tuple[int, RowFormat], tuple[Window, SlotLayout]] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[Window, SlotLayout]] = {}  # by slot, and fields of rows
         self._sent = [0] * CELLS
 
     @property
@@ -195,7 +207,7 @@ class Reach:
 
     def capacity(self, form: RowFormat, slot: int, deadline: float) -> int:
         """Return how many rows of this form a slot holds."""
-        found = self._known.get((slot, form))
+        found = self._known.get((slot, form.fields))
         if found is None:
             found = self._slot(form, slot, min(deadline, time.monotonic() + 2 * MOMENT))
         return 0 if found is None else found[1].capacity
@@ -207,12 +219,22 @@ class Reach:
 
     def _slot(self, form: RowFormat, slot: int, deadline: float) -> tuple[Window, SlotLayout] | None:
         """Return a slot and how it is laid out for rows of a form, worked out once."""
-        found = self._known.get((slot, form))
+        found = self._known.get((slot, form.fields))
         if found is None and (window := self.window(slot, deadline)) is not None:
             if len(self._known) > MOST_KNOWN:
                 self._known.clear()
-            found = self._known[slot, form] = (window, form.layout(window.remote.nbytes))
+            found = self._known[slot, form.fields] = (window, form.layout(window.remote.nbytes))
         return found
+
+    def way(self, form: RowFormat | None, slot: int) -> Way | None:
+        """Return nothing: rows go by `put`."""
+        return None
+
+    def note(self, cell: Cell, count: int) -> None:
+        """Count a line, and the rows before it."""
+        self._sent[cell] += 1
+        if count:
+            self.puts += 1
 
 
 class MappedChannel(Reach):
@@ -229,6 +251,8 @@ class MappedChannel(Reach):
         self._bell = board.address
         self._gates = board.gates
         self._cells = {cell: board.address + cell_offset(LineForm.of(ranks), hello.lane, cell) for cell in Cell}
+        self._ways: dict[tuple[int, tuple[int, ...]], Way] = {}
+        self._of_lines = self._make_way(0, 0, 0, (), ())
 
     def post(self, cell: Cell, line: Line) -> bool:
         """Write a line onto the peer's board."""
@@ -248,6 +272,24 @@ class MappedChannel(Reach):
             rows.table, first, layout.table, window.address, place.offset, window.gates, count
         )  # fmt: skip
         return not code
+
+    def way(self, form: RowFormat | None, slot: int) -> Way | None:
+        """Return how the core sends rows into a slot that is known."""
+        if form is None:
+            return self._of_lines
+        key = slot, form.fields
+        found = self._ways.get(key)
+        if found is None and (known := self._known.get(key)) is not None:
+            window, layout = known
+            if len(self._ways) > MOST_KNOWN:
+                self._ways.clear()
+            found = self._make_way(slot, window.address, layout.capacity, layout.starts, window.gates)
+            self._ways[key] = found
+        return found
+
+    def _make_way(self, slot: int, base: int, capacity: int, starts: Sequence[int], gates: Sequence[Gate]) -> Way:
+        cells = self._cells[Cell.EVEN], self._cells[Cell.ODD]
+        return self._native.Way(cells, self._bell, self._gates, slot, base, capacity, starts, gates)
 
     def finish(self, deadline: float) -> bool:
         """Nothing is under way."""

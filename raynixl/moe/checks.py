@@ -127,7 +127,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
     x = given.x
     rows, scales = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     columns = [columns_of(rows, "x", width=sizes.hidden)]
-    tokens = len(columns[0].tensor)
+    tokens = columns[0].tensor.shape[0]
     check_tokens(tokens, sizes.max_tokens)
     if scales is not None:
         columns.append(columns_of(scales, "scales", tokens))
@@ -234,7 +234,7 @@ def _combine_call(given: CombineArguments, hidden: int, renormalises: bool) -> C
     else:
         check_out(out, (tokens, hidden), y.dtype)
         check_apart(out, y, biases, weights)
-    return CombineCall(y, handle, weights, biases, out.detach(), given.summed, renormalises)
+    return CombineCall(y, handle, weights, biases, plain(out), given.summed, renormalises)
 
 
 def check_out(out: Any, shape: tuple[int, int], dtype: torch.dtype, *, gpu: int | None = None) -> None:

@@ -11,12 +11,12 @@ import torch
 
 from raynixl.errors import IntegrityError, RaynixlError
 from raynixl.moe.calls import number_of, with_handle
-from raynixl.moe.channel import Place
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.landing import Landing, Piece
 from raynixl.moe.lines import Heard
 from raynixl.moe.outgoing import Outgoing, outgoing, spaced
 from raynixl.moe.result import Combined, Handle
+from raynixl.moe.sending import Sending
 from raynixl.moe.session import ANY, Session
 from raynixl.moe.summing import Terms, lost_scale, pair_table, sum_terms, terms_of
 
@@ -94,25 +94,12 @@ class Combine:
         if expected > landing.capacity() and self.error is None:
             landing.shared_for(expected, self._starts_here())
         line = session.line(signature, self.error)
-        rows, counts, begins, asked = sent.rows(), sent.counts.tolist(), sent.begins.tolist(), []
-
-        def put(rank: int, place: Place) -> None:
-            """Send a source its rows, and the line behind them."""
-            if landing.put(rank, place, rows, begins[rank], counts[rank], self.deadline):
-                session.post_rows(rank, line, place, counts[rank])
-
-        for rank in session.members.in_turn:
-            if not counts[rank]:
-                session.post_rows(rank, line, None, 0)
-                continue
-            slot = int(session.slots[rank])
-            if session.channels[rank].capacity(landing.form, slot, self.deadline) < handle.totals[rank]:
-                landing.ask(rank, counts[rank])
-                asked.append(rank)
-            else:
-                put(rank, Place(slot, int(handle.backs[rank])))
+        counts, begins = sent.counts.tolist(), sent.begins.tolist()
+        nothing = [0] * len(begins)  # comes back of what goes back
+        sending = Sending(landing, line, sent.rows(), begins, counts, self.deadline, nothing)
+        asked = sending.to_all(handle.backs.tolist(), handle.totals.tolist())
         for rank, place in landing.places(asked, self.deadline):
-            put(rank, place)
+            sending.to_one(rank, place)
         # who waits here for longer than others do comes later to their dispatch, which they have begun
         kept = 2 * session.kept(self.deadline)
         heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error, kept=kept)

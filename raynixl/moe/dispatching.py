@@ -11,10 +11,11 @@ import numpy.typing as npt
 from raynixl.errors import IntegrityError, RaynixlError
 from raynixl.moe.arrival import Arrival, arrange
 from raynixl.moe.calls import DispatchCall
-from raynixl.moe.channel import Place, Rows, Source, address_of
+from raynixl.moe.channel import Rows, Source, address_of
 from raynixl.moe.landing import Landing, Piece
 from raynixl.moe.result import Dispatched
 from raynixl.moe.routing import Routing
+from raynixl.moe.sending import Sending, post_to_all
 from raynixl.moe.session import ANY, Session
 
 I64 = npt.NDArray[np.int64]
@@ -89,8 +90,7 @@ class Dispatch:
         session, me = self.session, self.session.members.me
         line = session.line(signature, self.error)
         line.counts(self.routing.counts)
-        for rank in session.members.in_turn:
-            session.post(rank, line)
+        post_to_all(session, line)
         heard, is_whole = session.gather(signature, self._counts_by(), error=self.error)
         counts = np.zeros((session.members.limit, session.members.limit), np.int64)
         for rank in heard:
@@ -125,31 +125,18 @@ class Dispatch:
         session, me = self.session, self.session.members.me
         is_fine = self.error is None
         counts = self.routing.counts.tolist() if is_fine else [0] * session.members.limit
+        offsets = places.offsets if places.is_exact else np.full(session.members.limit, -1)
         if places.is_exact and int(places.extent[me]) > landing.capacity():
             landing.shared_for(int(places.extent[me]), places.arriving)
         rows, begins = self._rows() if is_fine else Rows([]), self.routing.begins.tolist()
         backs = self._backs()
         line = session.line(signature, self.error)
-        asked = []
-
-        def put(rank: int, place: Place) -> None:
-            """Send a rank its rows, and the line behind them."""
-            if landing.put(rank, place, rows, begins[rank], counts[rank], self.deadline):
-                session.post_rows(rank, line, place, counts[rank], back=backs[rank], total=backs[-1])
-
-        for rank in session.members.in_turn:
-            if not counts[rank]:
-                session.post_rows(rank, line, None, 0, back=backs[rank], total=backs[-1])
-            elif (place := self._place(landing, rank, places)) is None:
-                landing.ask(rank, counts[rank])
-                asked.append(rank)
-            else:
-                put(rank, place)
+        sending = Sending(landing, line, rows, begins, counts, self.deadline, backs)
+        asked = sending.to_all(offsets.tolist(), places.extent.tolist())
         own = self._put_own(landing, places, rows) if counts[me] else None
         for rank, place in landing.places(asked, self.deadline):
-            put(rank, place)
+            sending.to_one(rank, place)
         heard, _ = session.gather(signature, self.deadline, landing=landing, error=self.error)
-        offsets = places.offsets if places.is_exact else np.full(session.members.limit, -1)
         return Arrival(
             landing, landing.pieces(heard, own), heard, offsets, places.extent, places.arriving, backs[-1]
         )  # fmt: skip
@@ -165,14 +152,6 @@ class Dispatch:
         begin, count = int(self.routing.begins[me]), int(self.routing.counts[me])
         landing.put_here(slot, offset, rows, begin, count)
         return Piece(me, slot, offset, count)
-
-    def _place(self, landing: Landing, rank: int, places: Places) -> Place | None:
-        """Return where our rows go at a rank, if we can tell."""
-        slot, offset = int(self.session.slots[rank]), int(places.offsets[rank])
-        if not places.is_exact or offset < 0:
-            return None
-        capacity = self.session.channels[rank].capacity(landing.form, slot, self.deadline)
-        return Place(slot, offset) if capacity >= places.extent[rank] else None
 
     def _rows(self) -> Rows:
         """Return what goes out, by row: the columns, and ids, weights and tokens as far as they are not known."""

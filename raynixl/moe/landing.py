@@ -13,6 +13,7 @@ from raynixl.errors import IntegrityError
 from raynixl.moe.channel import Place, Rows, Source
 from raynixl.moe.fields import RowFormat
 from raynixl.moe.lines import NOWHERE, Cell, Heard
+from raynixl.moe.session import OUT_OF_REACH
 
 if TYPE_CHECKING:
     from raynixl.moe.session import Session
@@ -91,6 +92,8 @@ class Landing:
 
     def places(self, ranks: list[int], deadline: float) -> Iterator[tuple[int, Place]]:
         """Wait for the answers of ranks that were asked, and yield them as they come: one that is lost has none."""
+        if not ranks:
+            return
         for rank, line in self.session.wait_places(ranks, self.number, deadline, self.serve):
             if line.place != NOWHERE:
                 yield rank, Place(line.place, line.offset)
@@ -99,7 +102,7 @@ class Landing:
         """Put rows from one on at another rank; masks it if that fails."""
         if self.session.channels[rank].put(self.form, place, rows, first, count, deadline):
             return True
-        self.session.lose(rank, "rows could not be put into its memory")
+        self.session.lose(rank, OUT_OF_REACH)
         return False
 
     def put_here(self, slot: Slot, offset: int, rows: Rows, first: int, count: int) -> None:

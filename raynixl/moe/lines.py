@@ -60,6 +60,8 @@ PHASES: Final = (Cell.EVEN, Cell.ODD)
 _HEAD = struct.Struct("<QdQdII")  # number, posted, phase, remaining, signature, status
 _ROWS = struct.Struct("<IIIIII")  # slot, place, offset, count, back, total
 _ROWS_AT = _HEAD.size
+TOLD_AT: Final = _ROWS_AT + 4
+"""Where a line says what one rank is told of its rows: all that the core fills in for each (`send_rows`)."""
 _MASK_AT = _HEAD.size + _ROWS.size
 _NUMBER = struct.Struct("<Q")
 
@@ -90,13 +92,14 @@ class LineForm:
 class Line:
     """A line to be written, again and again: what all ranks are told alike, then what one is told of its rows."""
 
-    __slots__ = ("_form", "data", "number", "payload")
+    __slots__ = ("_form", "array", "data", "number", "payload")
 
     def __init__(self, form: LineForm) -> None:
         self._form = form
         self.number = 0
         self.data = bytearray(form.nbytes)
-        self.payload = np.frombuffer(self.data, np.uint8)[8:]
+        self.array = np.frombuffer(self.data, np.uint8)
+        self.payload = self.array[8:]
         """All but the number, which is written behind it."""
 
     def fill(
@@ -155,13 +158,17 @@ class Heard(NamedTuple):
     ready: int
 
 
+_as_heard: Final[Any] = tuple.__new__  # what `_make` does, but for a call of Python's: each phase has a line a peer
+
+
 def read_line(form: LineForm, memory: memoryview, at: int) -> Heard:
     """Read the line that begins at a byte of a board."""
-    heard = Heard._make(form.record.unpack_from(memory, at))
-    if form.mask_nbytes == 8:
-        return heard
-    *rest, mask, ready = tuple[Any, ...](heard)
-    return Heard._make([*rest, int.from_bytes(mask, "little"), int.from_bytes(ready, "little")])
+    parts = form.record.unpack_from(memory, at)
+    if form.mask_nbytes != 8:
+        *rest, mask, ready = parts
+        parts = (*rest, int.from_bytes(mask, "little"), int.from_bytes(ready, "little"))
+    heard: Heard = _as_heard(Heard, parts)
+    return heard
 
 
 def read_number(memory: memoryview, at: int) -> int:

@@ -72,9 +72,12 @@ class Pool:
         with self._lock:
             self._check_open()
             self._drain()
-            free = [slot for slot in self._slots.values() if slot.is_free]
-            fitting = [slot for slot in free if slot.nbytes >= wanted]
-            slot = min(fitting, key=lambda one: (one.nbytes, -one.turn), default=None)
+            free = [slot for slot in self._slots.values() if not (slot.is_kept or slot.writers or slot.lease)]
+            slot = None
+            for one in free:
+                is_better = slot is None or (one.nbytes, -one.turn) < (slot.nbytes, -slot.turn)
+                if is_better and one.nbytes >= wanted:
+                    slot = one
             if slot is not None:
                 self._keep(slot)
             stale = self._forget_stale(free)

@@ -252,7 +252,7 @@ class Rank(LayerRank):
         let_in(session, self._meeting)
         if is_start:
             admit(session, self.placement.digest)
-        if session.members.mask and session.pool.quarantined:
+        if session.members.lost_at and session.pool.quarantined:  # nobody else has left slots that he may write into
             session.sweep()
 
     def _check_active(self) -> None:

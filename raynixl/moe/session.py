@@ -12,7 +12,7 @@ import numpy as np
 
 from raynixl.errors import ConfigError, Masked, RaynixlError
 from raynixl.moe.board import Board
-from raynixl.moe.channel import Channel, Place
+from raynixl.moe.channel import Channel
 from raynixl.moe.lines import NOWHERE, PHASES, Cell, Heard, Line, Status, ranks_of
 from raynixl.moe.members import Members
 from raynixl.moe.patience import Patience, Waiting, masked_number, notice_number, reserve, says_masked
@@ -33,6 +33,7 @@ SPIN: Final = 1e-4
 STOOD_STILL: Final = 0.5
 """Seconds between two looks after which we were frozen ourselves, and that time does not count against the others."""
 
+OUT_OF_REACH: Final = "rows could not be put into its memory"
 REFUSED: Final = "its memory is out of reach: it has ended, or begun anew, or closed its layer"
 NOTICE_AFTER: Final = 0.02
 HEED_AFTER: Final = 0.1
@@ -107,14 +108,6 @@ class Session:
         """Write this phase's line to a rank, which is masked if it is gone."""
         if not self.channels[rank].post(PHASES[line.number & 1], line):
             self.lose(rank, REFUSED)
-
-    def post_rows(
-        self, rank: int, line: Line, place: Place | None, count: int, *, back: int = 0, total: int = 0
-    ) -> None:
-        """Write this phase's line behind the rows that a rank has got at a place, or has not got."""
-        at, offset = (NOWHERE, 0) if place is None else (place.slot, place.offset)
-        line.rows(self.landing.number, place=at, offset=offset, count=count, back=back, total=total)
-        self.post(rank, line)
 
     def tell(
         self, rank: int, cell: Cell, number: int, *, place: int = NOWHERE, offset: int = 0, count: int = 0
@@ -195,7 +188,7 @@ class Session:
         """
         for rank in self.members.ranks:
             if not self.channels[rank].is_direct and not self.channels[rank].finish(deadline - self.kept(deadline)):
-                self.lose(rank, "rows could not be put into its memory")
+                self.lose(rank, OUT_OF_REACH)
         self.phase += 1
         number, cell = self.phase, self.phase & 1
         expected, ranks = self.members.others, self.members.ranks
@@ -360,6 +353,11 @@ class Session:
 
     def _refuse(self, heard: dict[int, Heard], cell: int, signature: int) -> None:
         """Raise what a rank says that is wrong with its call, or that it called something else."""
+        for line in heard.values():
+            if line.status or signature not in (ANY, line.signature):
+                break
+        else:
+            return
         for rank, line in heard.items():
             if line.status:
                 text = f"rank {rank} ({self.members.names.get(rank)!r}): {self.board.text(rank, cell)}"

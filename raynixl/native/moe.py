@@ -7,7 +7,7 @@ types named, or it is a TypeError. What takes long releases the GIL.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from raynixl.native import Gate
 
-__all__ = ["BF16", "BELL_NBYTES", "F16", "F32", "F64", "MoeCore"]
+__all__ = ["BF16", "BELL_NBYTES", "F16", "F32", "F64", "SENT", "MoeCore", "Way"]
 
 F32: Final = 0
 BF16: Final = 1
@@ -26,8 +26,52 @@ BELL_NBYTES: Final = 8
 """A bell, zero at first and aligned to as much: how often it has rung, and when to wake who sleeps."""
 
 
+SENT: Final = 0
+NO_ROWS: Final = 1
+NO_LINE: Final = 2
+"""What became of one peer's rows and line: rows that cannot be put have no line behind them."""
+
+
+class Way(Protocol):
+    """How rows and the line behind them reach one peer: made once for each slot of its, and used again and again."""
+
+    @property
+    def capacity(self) -> int:
+        """How many rows the slot holds; 0 where there is none."""
+
+
+class WayMaker(Protocol):
+    """The class `Way` of an implementation."""
+
+    def __call__(
+        self,
+        cells: tuple[int, int],
+        bell: int,
+        board: Sequence[Gate],
+        slot: int,
+        base: int,
+        capacity: int,
+        starts: Sequence[int],
+        memory: Sequence[Gate],
+    ) -> Way:
+        """Know where lines of even and odd numbers go, and rows: field by field from `base + starts` on.
+
+        What is stored for a line is inside the gates of the board, what is stored for rows inside those of the memory.
+
+        Raises:
+            ValueError: an address that is not a multiple of 8.
+        """
+
+
+_Send: TypeAlias = tuple[Way, int, int, int, int]  # inside MoeCore, `Way` would name its own member
+
+
 class MoeCore(Protocol):
     """What both cores offer to expert parallelism."""
+
+    @property
+    def Way(self) -> WayMaker:  # noqa: N802 - a class
+        """Make a way to a peer."""
 
     @property
     def REDUCE_VARIANTS(self) -> int:  # noqa: N802 - a module's constant
@@ -94,6 +138,25 @@ class MoeCore(Protocol):
 
         Raises:
             ValueError: not as many starts as fields.
+        """
+
+    def send_rows(
+        self,
+        sends: Sequence[_Send],
+        total: int,
+        fields: npt.NDArray[np.uint64],
+        line: npt.NDArray[np.uint8],
+        told_at: int,
+    ) -> list[int]:
+        """Put each peer's rows as `put_fields` does, and post the line behind them, one peer after another.
+
+        sends: for each (way, first row, how many, the row at which they begin there, `back`). The line begins with its
+        number; from `told_at` on five uint32 are stored for each peer: slot and offset of its rows (all bits set, and
+        0, without rows), how many, `back` and `total`. Returns for each SENT, NO_ROWS (they have no room, or a gate
+        refused or stopped them: no line was posted) or NO_LINE (a gate refused).
+
+        Raises:
+            ValueError: fields of another form than those of `put_fields`, or a line without room for what it tells.
         """
 
     def take_ids(

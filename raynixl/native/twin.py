@@ -35,6 +35,7 @@ __all__ = [
     "Program",
     "REDUCE_VARIANTS",
     "Rail",
+    "Way",
     "copy",
     "delta_apply",
     "delta_encode",
@@ -50,6 +51,7 @@ __all__ = [
     "ring",
     "rma",
     "route",
+    "send_rows",
     "take_ids",
     "wait_lines",
 ]
