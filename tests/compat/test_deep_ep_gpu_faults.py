@@ -30,7 +30,7 @@ def errors_of(group, work):
 @pytest.mark.parametrize("worst", [0, 99])
 def test_a_rank_that_does_not_come_is_named_and_hears_of_it(kernels, worst):
     case = case_of()
-    with ranks(kernels, deadline=1.0) as group:
+    with ranks(kernels, deadline=2.0) as group:
         group.run(lambda rank, buffer: steps(case, rank, buffer, worst=worst))
 
         def without(rank, buffer):
@@ -50,25 +50,43 @@ def test_a_rank_that_does_not_come_is_named_and_hears_of_it(kernels, worst):
         assert [type(error) for error in errors_of(group, late)] == [type(None), type(None), Masked]
 
 
+def status_of(buffer):
+    """Which ranks are masked or lost."""
+    status = torch.zeros(WORLD, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    return status.tolist()
+
+
 @pytest.mark.parametrize("worst", [0, 99])
-def test_with_enable_shrink_the_others_go_on(kernels, worst):
+def test_with_enable_shrink_the_others_go_on_and_let_it_in_again(kernels, worst):
     case = case_of()
-    with ranks(kernels, deadline=1.0, low_latency_mode=True, enable_shrink=True) as group:
-        group.run(lambda rank, buffer: steps(case, rank, buffer, worst=worst))
 
-        def without(rank, buffer):
-            if rank == 2:
-                return None
-            steps(case, rank, buffer, worst=worst)
-            out = steps(case, rank, buffer, worst=worst)
-            status = torch.zeros(WORLD, dtype=torch.int32)
-            buffer.low_latency_query_mask_buffer(status)
-            return out, status.tolist()
+    def summed(rank, others):
+        times = sum(case.is_in_rank(rank, other).float() for other in others).unsqueeze(1)
+        return (case.x(rank).float() * times).bfloat16()
 
-        for rank, (out, status) in enumerate(group.run(without)[:2]):
-            times = sum(case.is_in_rank(rank, other).float() for other in (0, 1)).unsqueeze(1)
-            assert torch.equal(out, (case.x(rank).float() * times).bfloat16())
-            assert status == [0, 0, 1]
+    def two_steps(rank, buffer):
+        steps(case, rank, buffer, worst=worst)
+        return steps(case, rank, buffer, worst=worst)
+
+    def without(rank, buffer):
+        if rank != 2:
+            assert torch.equal(two_steps(rank, buffer), summed(rank, (0, 1)))
+            assert status_of(buffer) == [0, 0, 1]
+
+    def back(rank, buffer):
+        if rank == 2:
+            with pytest.raises(Masked):
+                two_steps(rank, buffer)
+            buffer.low_latency_update_mask_buffer(2, False)
+        while status_of(buffer) != [0, 0, 0]:
+            buffer.low_latency_clean_mask_buffer()
+        assert torch.equal(two_steps(rank, buffer), summed(rank, range(WORLD)))
+
+    with ranks(kernels, deadline=2.0, enable_shrink=True) as group:
+        group.run(two_steps)
+        group.run(without)
+        group.run(back)
 
 
 def test_wrong_ids_are_refused_on_all_ranks(kernels):
@@ -186,7 +204,7 @@ def test_ranks_of_which_one_gives_tensors_elsewhere_later_on_give_each_other_up(
             for _ in range(2):
                 steps(case, rank, buffer)
 
-    with ranks(kernels, deadline=1.0) as group:
+    with ranks(kernels, deadline=2.0) as group:
         group.run(lambda rank, buffer: steps(case, rank, buffer))
         found = errors_of(group, work)
         assert all(isinstance(error, PeerLost | Masked) for error in found)
