@@ -9,11 +9,15 @@ from importlib import metadata
 
 from raynixl import cuda
 from raynixl.cli.doctor import Finding, Verdict
-from raynixl.config import GPU_CONTROL
+from raynixl.config import GPU_CONTROL, variables
 from raynixl.errors import RaynixlError
 
 _AREA = "gpu"
 _PROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_*
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_UNMAPPABLE = {
+    "expandable_segments:True": "expandable_segments:False", "backend:cudaMallocAsync": "backend:native",
+}  # fmt: skip
 _CUPY = "kernels for block lists need cupy: pip install 'raynixl[cu13]' (or cu12)"
 
 
@@ -26,7 +30,7 @@ def has_gpus() -> bool:
 
 
 def check_gpus() -> Iterator[Finding]:
-    """The driver, every GPU, peer access of the first to the others, and cupy."""
+    """The driver, every GPU, peer access of the first to the others, cupy, and torch."""
     if not cuda.has_driver():
         if os.path.exists(GPU_CONTROL):
             hint = "in containers: --gpus all, or NVIDIA_DRIVER_CAPABILITIES=compute,utility"
@@ -45,6 +49,7 @@ def check_gpus() -> Iterator[Finding]:
         return
     if found:
         yield _check_cupy()
+        yield from _check_torch()
 
 
 def _describe(device: cuda.Device) -> Finding:
@@ -68,6 +73,26 @@ def _check_cupy() -> Finding:
         return Finding(_AREA, "cupy", Verdict.MISSING, "not installed", _CUPY)
     names = [name for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if _version(name)]
     return Finding(_AREA, "cupy", Verdict.WORKS, " ".join(f"{name} {_version(name)}" for name in names) or "here")
+
+
+def _check_torch() -> Iterator[Finding]:
+    """Whether torch has CUDA, and allocates what other processes can map."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    if torch.version.cuda is None:
+        detail = f"torch {torch.__version__} is built without CUDA: tensors are in host memory only"
+        yield Finding(_AREA, "torch", Verdict.SLOW, detail, "install a torch with CUDA: see pytorch.org")
+        return
+    yield Finding(_AREA, "torch", Verdict.WORKS, f"torch {torch.__version__} with CUDA {torch.version.cuda}")
+    for name, text in sorted(variables("PYTORCH_").items()):
+        for part, remedy in _UNMAPPABLE.items():
+            if name in _ALLOCATOR_VARIABLES and part in text.replace(" ", ""):
+                detail = (
+                    f"{name}={text}: other processes do not map such tensors, and most are not moved from GPU to GPU"
+                )
+                yield Finding(_AREA, "torch's allocator", Verdict.SLOW, detail, f"set {name} to {remedy}")
 
 
 def _version(package: str) -> str:

@@ -153,7 +153,10 @@ class _Sender:
                 known.copy_(tensor.detach())
             fresh[name] = known
         shapes = tuple((name, str(one.dtype).removeprefix("torch."), tuple(one.shape)) for name, one in fresh.items())
-        if shapes != self._shapes:
+        if shapes == self._shapes and self._publication is not None:
+            with self._publication.updating():
+                pass  # the copies may still be on this thread's stream of a GPU, which need not be that of before
+        else:
             self.close()
             self._tensors, self._shapes = fresh, shapes
             self._publication = publish(this_agent(), NAME, fresh, memory=self._memory)

@@ -32,7 +32,7 @@ class Cluster:
             with contextlib.ExitStack() as opened:
                 patch = opened.enter_context(pytest.MonkeyPatch.context())
                 patch.setenv("PYTHONPATH", driver_environment()["PYTHONPATH"])  # workers inherit it
-                ray.init(address="local", **INIT)
+                ray.init(address="local", num_gpus=2, **INIT)  # made-up ones: Ray only counts them
                 opened.callback(ray.shutdown)
                 self._opened = opened.pop_all()
         return str(ray.get_runtime_context().gcs_address)

@@ -57,3 +57,34 @@ def test_a_driver_without_gpus_is_none() -> None:
     with made_up_gpus(gpus=0):
         assert not gpu_checks.has_gpus()
         assert found()["driver"].verdict is Verdict.MISSING
+
+
+def test_a_torch_without_cuda_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.cuda", None)
+    with made_up_gpus():
+        finding = found()["torch"]
+    assert finding.verdict is Verdict.SLOW
+    assert "torch with CUDA" in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True", "expandable_segments:False"),
+        ("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync", "backend:native"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", ""),
+        ("PYTORCH_OTHER", "expandable_segments:True", ""),
+    ],
+)
+def test_what_torch_allocates_so_that_nobody_maps_it_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, remedy: str
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setenv(name, text)
+    with made_up_gpus():
+        seen = found()
+    assert seen["torch"].verdict is Verdict.WORKS
+    assert ("torch's allocator" in seen) == bool(remedy)
+    if remedy:
+        assert seen["torch's allocator"].verdict is Verdict.SLOW
+        assert seen["torch's allocator"].hint == f"set {name} to {remedy}"
