@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/moe_ep/main.py
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "(slow or hypothesis) and not gpu" --hypothesis-profile soak $(PYTEST_ARGS)
 
 # verl without what it would bring (wandb, datasets, peft, ...): only what its checkpoint engines import. torch, ray and
 # raynixl are those of the environment above. Its imports warn, so warnings are no errors here.

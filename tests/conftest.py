@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cuda_fake import FakeCuda
 
 SETTLE_SECONDS = 5.0
+BRIEF, SOAK = 50, 1000
+"""Examples of a property in a run of the tests, and in `make soak`, which names that profile."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,17 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     if not pluginmanager.has_plugin("asyncio"):
         parser.addini("asyncio_mode", "unused: pytest-asyncio is not installed")
         parser.addini("asyncio_default_fixture_loop_scope", "unused: pytest-asyncio is not installed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Say how many examples of a property are tried, before hypothesis hears which profile is asked for."""
+    if config.pluginmanager.has_plugin("hypothesispytest"):
+        from hypothesis import settings
+
+        settings.register_profile("brief", max_examples=BRIEF, deadline=None)
+        settings.register_profile("soak", max_examples=SOAK, deadline=None)
+        settings.load_profile("brief")
 
 
 @pytest.hookimpl(tryfirst=True)

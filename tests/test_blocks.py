@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl import RangeError
@@ -73,7 +73,6 @@ def recut(blocks: Cut, total: int) -> Cut:
     return found
 
 
-@settings(max_examples=400, deadline=None)
 @given(cuts, cuts)
 def test_matched_pieces_move_what_the_model_moves(source: Cut, target: Cut) -> None:
     total = min(len(stream(source)), len(stream(target)))
@@ -99,7 +98,6 @@ def test_matched_pieces_move_what_the_model_moves(source: Cut, target: Cut) -> N
         assert not ends, (a, i)
 
 
-@settings(max_examples=200, deadline=None)
 @given(cuts, cuts)
 def test_unequal_totals_are_refused(source: Cut, target: Cut) -> None:
     if len(stream(source)) != len(stream(target)):
@@ -115,7 +113,6 @@ def test_totals_beyond_64_bits_are_added_exactly() -> None:
         match([(0, make_table([0, 0], 1 << 62))], [(0, make_table([0, 1 << 62], 1 << 62))])
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200), st.integers(1, 20)), min_size=1, max_size=8))
 def test_copies_onto_themselves_are_found_as_the_model_finds_them(rows: list[tuple[int, int, int]]) -> None:
     sources = {address for source, _, n in rows for address in range(source, source + n)}
@@ -128,7 +125,6 @@ def test_copies_onto_themselves_are_found_as_the_model_finds_them(rows: list[tup
         refuse_overlap(table)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(1, 10)), min_size=1, max_size=8))
 def test_disjoint_is_what_the_model_calls_disjoint(rows: list[tuple[int, int, int]]) -> None:
     bytes_ = stream(rows)
@@ -146,7 +142,6 @@ _numbers = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.lists(_numbers, max_size=4))
 def test_numbers_are_taken_exactly_or_refused(values: list[object]) -> None:
     is_fine = all(type(value) is int and 0 <= value < 2**64 for value in values)
@@ -159,7 +154,6 @@ def test_numbers_are_taken_exactly_or_refused(values: list[object]) -> None:
         assert found.dtype == np.uint64
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=1, max_size=5), st.data())
 def test_a_table_is_inside_or_refused(rows: list[tuple[int, int]], data: st.DataObject) -> None:
     limit = data.draw(st.sampled_from([0, 1, 4096, 2**62, 2**63 - 1, max(a + n for a, n in rows) % 2**63]))

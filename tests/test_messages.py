@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl import ConfigError, IntegrityError, RangeError
@@ -25,13 +25,11 @@ messages = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
 @given(messages)
 def test_messages_survive_their_bytes(message: Message) -> None:
     assert Message.from_bytes(message.to_bytes()) == message
 
 
-@settings(max_examples=500, deadline=None)
 @given(messages, st.data())
 def test_damaged_messages_are_refused_or_still_messages(message: Message, data: st.DataObject) -> None:
     whole = message.to_bytes()
@@ -45,7 +43,6 @@ def test_damaged_messages_are_refused_or_still_messages(message: Message, data: 
         return
 
 
-@settings(max_examples=500, deadline=None)
 @given(st.binary(max_size=64))
 def test_random_bytes_are_messages_or_refused(data: bytes) -> None:
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from record_strategies import fields, regions, texts
 
@@ -23,13 +23,11 @@ records = st.builds(
 ONE = AgentRecord(name="alice", incarnation="0" * 32, host="here", pid=1, started=1.0)
 
 
-@settings(max_examples=150, deadline=None)
 @given(records)
 def test_records_survive_their_bytes(record: AgentRecord) -> None:
     assert AgentRecord.from_bytes(record.to_bytes()) == record
 
 
-@settings(max_examples=300, deadline=None)
 @given(records, st.data())
 def test_damaged_records_are_refused_or_still_records(record: AgentRecord, data: st.DataObject) -> None:
     whole = record.to_bytes()
@@ -43,7 +41,6 @@ def test_damaged_records_are_refused_or_still_records(record: AgentRecord, data:
         return
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.one_of(st.binary(max_size=300), st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))))
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(IntegrityError):
@@ -57,7 +54,6 @@ _json = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(AgentRecord.model_fields)), _json)
 def test_fields_of_other_types_are_refused_or_still_records(field: str, value: object) -> None:
     text = json.loads(ONE.model_dump_json()) | {field: value}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from record_strategies import regions
 
@@ -16,13 +16,11 @@ names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_si
 remotes = st.builds(RemoteRegion, names, st.binary(min_size=16, max_size=16).map(bytes.hex), regions)
 
 
-@settings(max_examples=150, deadline=None)
 @given(remotes)
 def test_descriptors_survive_their_bytes(remote: RemoteRegion) -> None:
     assert RemoteRegion.from_bytes(remote.to_bytes()) == remote
 
 
-@settings(max_examples=300, deadline=None)
 @given(remotes, st.data())
 def test_damaged_descriptors_are_refused_or_noticed_by_the_owner(remote: RemoteRegion, data: st.DataObject) -> None:
     whole = remote.to_bytes()
@@ -38,7 +36,6 @@ def test_damaged_descriptors_are_refused_or_noticed_by_the_owner(remote: RemoteR
             check_descriptor(found, remote.record)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(IntegrityError):

@@ -157,9 +157,7 @@ GARBAGE = st.one_of(
 )
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(garbage=st.lists(GARBAGE, min_size=1, max_size=3), is_greeted=st.booleans())
 def test_garbage_is_turned_away_and_counted(end: End, garbage: list[bytes], is_greeted: bool) -> None:
     before = sum(end.dropped.values())

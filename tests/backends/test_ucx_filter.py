@@ -65,7 +65,6 @@ def is_taken(program: bytes) -> bool:
 
 
 @given(admitted=st.sets(any_address, max_size=60), others=st.sets(any_address, max_size=60))
-@settings(max_examples=150, deadline=None)
 def test_exactly_the_addresses_that_are_named_are_let_in(admitted: set[IpAddress], others: set[IpAddress]) -> None:
     program = compile_filter(admitted)
     assert is_taken(program)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl.collectives.schedules import (
@@ -97,7 +97,6 @@ def test_broadcast_gives_every_rank_every_byte_once(world, kind):
 sizes_of_worlds = st.lists(st.integers(0, 9), min_size=1, max_size=33)
 
 
-@settings(max_examples=150, deadline=None)
 @given(sizes=sizes_of_worlds, data=st.data())
 def test_scatter_gather_and_allgather_move_each_byte_once(sizes, data):
     world = len(sizes)
@@ -126,7 +125,6 @@ def test_scatter_gather_and_allgather_move_each_byte_once(sizes, data):
     assert all(set(seen) <= {1} for seen in machine.written)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     world=st.integers(1, 33),
     nbytes=st.integers(0, 60),

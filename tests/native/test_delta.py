@@ -229,7 +229,7 @@ def test_malformed_gaps_are_refused(core: Native, gaps: str, count: int) -> None
     assert not core.delta_apply(raw(bytes.fromhex(gaps)), values, 8, arenas_of(image), write=False)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gaps=st.binary(max_size=40), count=st.integers(0, 40), itemsize=itemsizes)
 def test_random_gaps_never_write_outside(both: tuple[Native, Native], gaps: bytes, count: int, itemsize: int) -> None:
     memory = np.zeros(3 * 4096, np.uint8)

@@ -13,7 +13,7 @@ from raynixl.native import Native
 
 pytestmark = pytest.mark.pure
 
-quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl.errors import IntegrityError
@@ -45,7 +45,6 @@ def versions(draw):
     return old, new, np.array(rows, np.int64).reshape(-1, 4), itemsize
 
 
-@settings(deadline=None, max_examples=150)
 @given(versions(), st.integers(0, 3000))
 def test_blobs_are_those_of_the_host(case, limit):
     old, new, rows, itemsize = case
@@ -68,7 +67,6 @@ def test_many_changes_are_no_delta():
     assert on_device([old], [new], np.array([(0, 0, 1000, 0)], np.int64), 1, 10_000) is None
 
 
-@settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, NBYTES // 16 - 1)), unique=True), st.sampled_from([1, 2, 16])
 )
@@ -83,7 +81,6 @@ def test_blobs_of_the_host_are_applied_as_there(places, itemsize):
     assert all(np.array_equal(one, other) for one, other in zip(old, new, strict=True))
 
 
-@settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_a_damaged_blob_is_refused_as_on_the_host_or_does_the_same(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl.native import load
@@ -29,7 +29,6 @@ digests = st.lists(
 ).map(lambda rows: [(at, min(size, SPACE - at), position, index) for at, size, position, index in rows])
 
 
-@settings(max_examples=300, deadline=None)
 @given(copies(), digests, st.integers(0, 2**32))
 def test_all_is_copied_and_every_row_digested_once(copying, digesting, seed):
     core = load(native=True)

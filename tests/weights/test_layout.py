@@ -63,7 +63,6 @@ def test_noise_is_no_layout(data):
         Layout.from_bytes(data)
 
 
-@settings(deadline=None, max_examples=300)
 @given(models.filter(len), st.data())
 def test_a_damaged_layout_is_refused_or_valid(model, data):
     raw = bytearray(build_layout([spec(*one) for one in model]).to_bytes())

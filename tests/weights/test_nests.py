@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from raynixl.errors import ConfigError
@@ -53,7 +53,6 @@ def size_of(grid):
     return grid.sizes[0] * grid.strides[0]
 
 
-@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_boxes_of_a_fitted_nest_are_its_elements(data):
     grid = data.draw(grids())
@@ -62,7 +61,6 @@ def test_boxes_of_a_fitted_nest_are_its_elements(data):
     assert sorted(found) == pairs(nest)
 
 
-@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_a_clipped_nest_is_what_of_it_lies_in_the_box(data):
     grid = data.draw(grids())
@@ -76,7 +74,6 @@ def test_a_clipped_nest_is_what_of_it_lies_in_the_box(data):
     assert sorted(found) == expected
 
 
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_box_without_another_keeps_the_rest_in_place(data):
     def box(far):

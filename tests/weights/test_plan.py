@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reshard_models import random_model, random_side
 from reshard_tools import carry_out
@@ -205,7 +205,6 @@ def test_targets_that_need_the_same_have_one_image_however_they_are_declared():
     assert made.image_of == (0, 1, 0, 1)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 5), st.data())
 def test_a_damaged_plan_is_refused_or_one_that_stays_inside(seed, data):
     rng = np.random.default_rng(seed)

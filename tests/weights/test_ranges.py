@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raynixl.errors import IntegrityError, RangeError
@@ -43,7 +43,6 @@ def bytes_of(some):
     }
 
 
-@settings(deadline=None, max_examples=200)
 @given(ranges(), st.integers(1, 500))
 def test_cut_at_chunks_they_carry_the_same_bytes(some, chunk_nbytes):
     cuts = some.cut(ARENAS, chunk_nbytes)
@@ -57,7 +56,6 @@ def test_cut_at_chunks_they_carry_the_same_bytes(some, chunk_nbytes):
     assert cuts.ranges.nbytes == some.nbytes
 
 
-@settings(deadline=None, max_examples=100)
 @given(ranges())
 def test_joined_they_carry_the_same_bytes(some):
     joined = join(some.rows)
@@ -82,13 +80,11 @@ def test_a_chunk_costs_no_row_of_its_own_where_runs_are_strided():
     assert len(cuts.ranges) == 32
 
 
-@settings(deadline=None, max_examples=100)
 @given(ranges())
 def test_they_travel_unharmed(some):
     assert Ranges.from_bytes(some.to_bytes()) == some
 
 
-@settings(deadline=None, max_examples=200)
 @given(ranges(), st.data())
 def test_damaged_ranges_are_refused_or_checked(some, data):
     raw = bytearray(some.to_bytes())
@@ -128,7 +124,6 @@ def test_rows_that_reach_outside_are_refused(case):
 boxes = st.lists(st.tuples(*[st.integers(0, 4), st.integers(1, 4)] * 2), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=200)
 @given(boxes)
 def test_cells_cover_what_boxes_do_and_every_element_is_served_in_every_turn(some):
     table = np.array(some, np.int64)
@@ -146,7 +141,6 @@ def test_cells_cover_what_boxes_do_and_every_element_is_served_in_every_turn(som
         assert {turns for _, _, turns in own} == {len(own)}
 
 
-@settings(deadline=None, max_examples=200)
 @given(boxes, boxes)
 def test_overlaps_are_the_elements_in_common(ours, theirs):
     one, other = np.array(ours, np.int64), np.array(theirs, np.int64)
@@ -165,7 +159,6 @@ def test_overlaps_are_the_elements_in_common(ours, theirs):
     }
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
 def test_runs_carry_every_element_of_a_box_once(size, data):
     strides = []

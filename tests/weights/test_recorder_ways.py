@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorder_tools import one
 
@@ -99,7 +99,6 @@ def test_a_way_of_copying_is_understood(way):
     assert recording.unsupported == ()
 
 
-@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_chain_of_views_and_copies_is_understood(data):
     shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))

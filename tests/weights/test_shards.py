@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reshard_models import random_model, random_side
 
@@ -72,7 +72,6 @@ def test_a_replicated_rank_has_the_layout_of_its_tensors():
     assert shards.table.alias.tolist() == [0, 1, 2, 0]
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 200), st.booleans()), max_size=20), st.sampled_from([64, 256, 4096]))
 def test_local_tensors_are_packed_as_layouts_are(sizes, arena_nbytes):
     first = {}
@@ -89,14 +88,12 @@ def test_local_tensors_are_packed_as_layouts_are(sizes, arena_nbytes):
         assert place == (entry.arena << ARENA_SHIFT | entry.offset if entry.nbytes else -1)
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=300))
 def test_noise_is_no_shards(data):
     with pytest.raises(IntegrityError):
         Shards.from_bytes(data)
 
 
-@settings(deadline=None, max_examples=400)
 @given(st.integers(0, 20), st.data())
 def test_damaged_shards_are_refused_or_valid(seed, data):
     rng = np.random.default_rng(seed)
@@ -113,7 +110,6 @@ def test_damaged_shards_are_refused_or_valid(seed, data):
         assert 0 <= last[number] < np.prod(entries[entry].shape, dtype=int)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_truncated_shards_are_refused(data):
     rng = np.random.default_rng(3)
