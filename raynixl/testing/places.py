@@ -111,7 +111,8 @@ class FarProcess:
                 raise RaynixlError(f"the far process did not finish {method!r} within {2 * PATIENCE:g} s")
             is_well, answer = self._pipe.recv()
         except (EOFError, ConnectionError) as exc:
-            raise RaynixlError(f"the far process died during {method!r}", hint="look at its standard error") from exc
+            how = self._ended()
+            raise RaynixlError(f"the far process {how} during {method!r}", hint="look at its standard error") from exc
         if not is_well:
             raise answer
         return answer
@@ -145,6 +146,15 @@ class FarProcess:
             self._process = self._launch([sys.executable, "-c", code], pass_fds=[theirs.fileno()])
         self._pipe.send((sys.path, self._is_busy))
         self._pipe.send_bytes(self._task)
+
+    def _ended(self) -> str:
+        """Say how a process that has closed its pipe ended."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _end(self) -> None:
         assert self._process is not None
