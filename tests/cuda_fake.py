@@ -152,6 +152,10 @@ class FakeCuda:
         """Have the next calls of a function return a code."""
         self._failures.setdefault(name, []).extend([code] * times)
 
+    def forgive(self, name: str) -> None:
+        """Have a function work again."""
+        self._failures.pop(name, None)
+
     def watch(self, name: str, look: Callable[..., None]) -> None:
         """Have somebody look at the arguments of each call of a function."""
         self._watchers[name] = look

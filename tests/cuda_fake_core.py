@@ -7,6 +7,8 @@ from typing import Any
 
 MISUSE = 999  # CUDA_ERROR_UNKNOWN
 INVALID_VALUE = 1
+POISONED = 256 << 10
+"""Bytes at the beginning of fresh memory that are not zero, and of a GPU's at its end."""
 
 
 class Misuse(Exception):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cuda_fake_core import INVALID_VALUE, Misuse, Refused, put
+from cuda_fake_core import INVALID_VALUE, POISONED, Misuse, Refused, put
 
 if TYPE_CHECKING:
     from cuda_fake import FakeCuda
@@ -67,6 +67,12 @@ class Host:
         """Return the range that an address, of the host or of a GPU, lies in."""
         return next((one for one in self.ranges if one.offset(address) is not None), None)
 
+    def refuse_address_of_host(self, address: int) -> None:
+        """Refuse an address by which the host knows pinned memory: kernels reach it at another one."""
+        found = self.find(address)
+        if found is not None and not found.device_address <= address < found.device_address + found.nbytes:
+            raise Misuse(f"a kernel uses the host's address {address:#x} of pinned memory")
+
     def view(self, address: int, nbytes: int) -> Any:
         """Return pinned bytes, or None if these are none."""
         found = self.find(address)
@@ -108,7 +114,8 @@ class Host:
         _ = self._fake.devices.current
         if flags != _PORTABLE_AND_MAPPED:
             raise Misuse("pinned memory that other contexts do not reach")
-        mapping = mmap.mmap(-1, nbytes)
+        mapping, edge = mmap.mmap(-1, nbytes), min(nbytes, POISONED)
+        mapping[:edge] = b"\xcd" * edge  # what CUDA gives is not zero
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         put(out, c_void_p, self.pin(address, nbytes, mapping).address)
 

@@ -30,6 +30,7 @@ class Gpu:
 
     def view(self, address: int, nbytes: int) -> Any:
         """Return bytes of GPUs or pinned ones that this kernel may use."""
+        self.fake.host.refuse_address_of_host(address)
         return self.fake.memory.view(address, nbytes, self.context)
 
 

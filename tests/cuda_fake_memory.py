@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cuda_fake_core import INVALID_VALUE, Misuse, Refused, put
+from cuda_fake_core import INVALID_VALUE, POISONED, Misuse, Refused, put
 
 from raynixl.cuda import Origin
 from raynixl.memory import address_of
@@ -132,7 +132,7 @@ class Memory:
                 block.address = address_of(block.mapping) if self._fake.is_host else self.reserve(block.nbytes)
             block.base = block.address
             if fd < 0:  # what CUDA gives is not zero
-                edge = min(block.nbytes, 4096)
+                edge = min(block.nbytes, POISONED)
                 block.mapping[:edge] = block.mapping[-edge:] = b"\xcd" * edge
         self.blocks[block.address] = block
         self._starts = sorted(self.blocks)
@@ -262,10 +262,12 @@ class Memory:
         pid, fd, serial, nbytes, uuid = unpack(raw)
         if pid == os.getpid():
             raise Misuse("a handle is opened in the process that made it")
-        if any(one.opened == raw for one in list(self.blocks.values())):
-            raise Misuse("a handle is opened twice in one process")
         context = self._fake.devices.current
         device = self._fake.devices.find(uuid)
+        contexts = self._fake.devices.contexts
+        opened = [one for one in list(self.blocks.values()) if one.opened == raw]
+        if any(contexts[one.context] == contexts[context] for one in opened):
+            raise Misuse("a handle is opened twice for one GPU")
         theirs = open_bytes(pid, fd, serial)
         where = device if device >= 0 else self._fake.devices.contexts[context]
         block = Block(where, context, nbytes, opened=raw, is_hidden=device < 0)

@@ -96,11 +96,11 @@ def test_a_forked_child_closes_nothing_of_its_parents(fake_cuda: FakeCuda, far: 
     one = ImportCache().open(far.ask("key", name="a"), MIB, 0)
     with mmap.mmap(-1, mmap.PAGESIZE) as mapping:
         pin = cuda.pin(address_of(mapping), mmap.PAGESIZE)
-        pid = os.fork()
+        before, pid = fake_cuda.calls.total(), os.fork()
         if pid == 0:
             one.close()
             pin.close()
-            os._exit(0)
+            os._exit(int(fake_cuda.calls.total() > before))
         assert os.waitpid(pid, 0)[1] == 0
         assert cuda.pinned_address(address_of(mapping), mmap.PAGESIZE) == pin.device_address
         pin.close()
@@ -137,13 +137,15 @@ def test_a_handle_that_another_process_has_had_is_refused_while_that_is_open(fak
 
 
 def test_a_restarted_peer_is_another_owner(fake_cuda: FakeCuda, far: FarCuda):
-    cache = ImportCache()
-    first = cache.open(far.ask("key", name="a"), MIB, 0)
+    cache, before = ImportCache(), far.ask("key", name="a")
+    first = cache.open(before, MIB, 0)
     far.kill()
     with FarCuda() as restarted:
         restarted.ask("arena", name="a", nbytes=MIB)
         restarted.ask("fill", name="a", offset=0, text="new")
-        second = cache.open(restarted.ask("key", name="a"), MIB, 0)
+        key = restarted.ask("key", name="a")
+        assert key["process"] != before["process"]
+        second = cache.open(key, MIB, 0)
         assert bytes(fake_cuda.view(second.address, 3)) == b"new"
         assert not fake_cuda.view(first.address, MIB).any(), "the dead one's memory is still there"
         first.close()
@@ -177,6 +179,18 @@ def test_memory_of_a_gpu_that_is_hidden_here_is_opened_in_the_home_context():
         assert one.device == 0
         assert bytes(fake.memory.view(one.address, 3, PRIMARY)) == b"far"
         one.close()
+
+
+def test_memory_of_a_hidden_gpu_is_opened_once_for_each_gpu_that_works_with_it():
+    with FarCuda(visible=(5,)) as far, fake_driver() as fake:
+        far.ask("arena", name="a", nbytes=MIB)
+        cache, key = ImportCache(), far.ask("key", name="a")
+        opened = [cache.open(key, MIB, home) for home in (0, 1, 1)]
+        assert [one.device for one in opened] == [0, 1, 1]
+        assert [fake.memory.at(one.address).context for one in opened] == [PRIMARY, PRIMARY + 1, PRIMARY + 1]
+        for one in opened:
+            one.close()
+        assert (len(cache), fake.leaks()) == (0, [])
 
 
 def test_chunks_on_a_fabric_are_mapped_side_by_side(fake_cuda: FakeCuda, nothing_left):

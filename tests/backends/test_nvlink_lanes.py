@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from cuda_fake import FakeCuda
@@ -18,8 +20,10 @@ from mover_tools import (
     wait_until,
 )
 
-from raynixl import BackendUnavailable, TransferTimeout, cuda
+from raynixl import BackendUnavailable, ConfigError, TransferTimeout, cuda
 from raynixl.backends import nvlink_mover
+from raynixl.backends.nvlink_kernel import NAMES
+from raynixl.backends.nvlink_lane import Lane
 from raynixl.backends.nvlink_mover import Mover
 from raynixl.backends.nvlink_tiles import Tuning
 from raynixl.native import DONE, PENDING, STALE, Gate
@@ -42,6 +46,88 @@ def test_a_program_follows_an_event_and_a_stream_follows_the_job(gpu: Mover, fak
             pass
     assert job.wait(PATIENCE)
     assert seen == [True]
+
+
+def test_streams_follow_one_lane_again_and_again(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    program, stream = gpu.program(pair.table([(0, 0, 64)]), []), fake.work.stream(cuda.primary(0))
+    before = fake.calls["cuEventCreate"]
+    for _ in range(3):
+        with fake.held():
+            job = as_job(program.run(PATIENCE))
+            job.order(stream, 0)  # type: ignore[attr-defined]
+        assert job.wait(PATIENCE)
+    assert fake.calls["cuEventCreate"] == before + 1
+
+
+def test_a_lane_ends_its_jobs_by_their_numbers_in_whatever_order_threads_bring_them() -> None:
+    word, ended = ctypes.c_uint64(0), []
+    lane = Lane(1, ctypes.addressof(word), 0, 0)
+    jobs = [
+        SimpleNamespace(sequence=number, finish=lambda code, n=number: ended.append((n, code)) or [])
+        for number in (2, 3, 1)
+    ]
+    for job in jobs:
+        lane.add(job)  # type: ignore[arg-type]
+    for reached, wanted in ((0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3])):
+        word.value = reached
+        assert lane.has_ended == (reached > 0)
+        lane.finish()
+        assert ended == [(number, 0) for number in wanted]
+
+
+def test_each_lane_and_captured_program_has_a_word_and_a_counter_of_its_own(
+    gpu: Mover, fake: FakeCuda, pair: Pair
+) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    captured = [program.capture(fake.work.stream(cuda.primary(0))) for _ in range(3)]
+    with fake.held():
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(4)]
+    lanes = [job.lane for job in jobs] + [one._lane for one in captured]  # type: ignore[attr-defined]
+    for places in ([lane.address for lane in lanes], [lane.flag for lane in lanes], [lane.counter for lane in lanes]):
+        assert len(set(places)) == 7
+        assert min(abs(one - other) for one in places for other in places if one != other) >= 16
+    assert all(job.wait(PATIENCE) for job in jobs)
+    for one in captured:
+        one.close()
+
+
+def test_a_lane_that_takes_over_the_word_of_a_captured_program_begins_where_that_has_ended(
+    gpu: Mover, fake: FakeCuda, pair: Pair
+) -> None:
+    program, stream = gpu.program(pair.table([(0, 0, 64)]), []), fake.work.stream(cuda.primary(0))
+    captured = program.capture(stream)
+    wait_until(lambda: captured.runs == 1)
+    captured.close()
+    with fake.held():
+        fake.work.put(stream, lambda: None)
+        job = as_job(program.run_after(PATIENCE, cuda.record(stream, 0)))
+        assert job.code == PENDING, "it is taken for a replay"
+    assert job.wait(PATIENCE)
+
+
+def test_a_lists_table_stays_for_as_long_as_its_program(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    program = gpu.program(pair.table(WAYS["narrow"]), [])
+    for _ in range(2):  # by the second one its table is known to be there
+        program.run(PATIENCE)
+    other = gpu.program(pair.table(WAYS["tiles"]), [])
+    gc.collect()
+    program.run(PATIENCE)
+    assert pair.has(WAYS["narrow"])
+    assert other.run(PATIENCE) == DONE
+
+
+def test_captures_that_fail_use_no_words_up(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
+    program, stream = gpu.program(pair.table([(0, 0, 64)]), [gate]), fake.work.stream(cuda.primary(0))
+    before = len(gpu._marks)
+    for _ in range(3):
+        fake.fail("cuLaunchKernel", 1)
+        with pytest.raises(ConfigError, match="cuLaunchKernel"):
+            program.capture(stream)
+    assert (len(gpu._marks), gate.inflight) == (before, 0)
+
+
+def test_every_kernel_has_run_before_it_is_needed(gpu: Mover, fake: FakeCuda) -> None:
+    assert set(fake.kernels.launches) == set(NAMES)
 
 
 def test_what_waits_for_an_event_holds_up_nothing_else(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:

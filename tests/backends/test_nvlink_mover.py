@@ -225,6 +225,37 @@ def test_a_gpu_that_fails_ends_its_jobs(
     assert "failed" in caplog.text
 
 
+def test_what_has_ended_before_the_gpu_fails_has_ended_well(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    program = gpu.program(pair.table([(0, 0, 64)]), [])
+    with fake.held():
+        jobs = [as_job(program.run(PATIENCE)) for _ in range(5)]
+        lane = jobs[0].lane  # type: ignore[attr-defined]
+        assert jobs[4].lane is lane  # type: ignore[attr-defined]
+        assert [fake.step() for _ in range(4)] == [True] * 4
+        fake.fail("cuStreamQuery", 700, times=1000)
+        gpu.check(lane)
+        fake.forgive("cuStreamQuery")
+    assert [job.code for job in jobs] == [DONE, DONE, DONE, DONE, -errno.EIO]
+
+
+def test_a_job_that_ends_while_it_is_armed_is_not_armed(
+    gpu: Mover, fake: FakeCuda, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, bell, dup = gpu.program(pair.table([(0, 0, 64)]), []), os.eventfd(0, os.EFD_NONBLOCK), os.dup
+    with fake.held():
+        job = as_job(program.run(PATIENCE))
+
+        def ends(fd: int) -> int:
+            assert job.cancel(CANCELLED)
+            return dup(fd)
+
+        monkeypatch.setattr(os, "dup", ends)
+        assert not job.arm(bell)
+        monkeypatch.undo()
+    assert job.wait_settled(PATIENCE)
+    os.close(bell)
+
+
 def test_gates_stay_entered_while_a_part_of_what_failed_is_on_the_lane(
     gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
 ) -> None:

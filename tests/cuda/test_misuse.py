@@ -135,6 +135,13 @@ def test_a_copy_of_host_memory_that_is_not_pinned():
         cuda.memcpy_h2d_async(cuda.alloc(PAGE), address_of(mapping), PAGE, cuda.stream_create())
 
 
+def test_a_kernel_that_has_the_hosts_address_of_pinned_memory():
+    with caught("uses the host's address") as fake:
+        fake.kernel("reads", c_uint64)(lambda gpu, _grid, at: gpu.view(at, 8))
+        function = cuda.module_function(cuda.module_load(b"code"), "reads")
+        cuda.launch(function, (1, 1, 1), (32, 1, 1), [c_uint64(cuda.host_alloc(8))], cuda.stream_create())
+
+
 def test_an_event_that_is_waited_for_and_was_never_recorded():
     with caught("never recorded"):
         cuda.stream_wait_event(cuda.stream_create(), cuda.event_create())
