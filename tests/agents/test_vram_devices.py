@@ -14,7 +14,7 @@ from agent_tools import KIB, PATIENCE, error_of, introduce, random_bytes
 from vram_process import far_vram
 from vram_tools import content, gpu_agent, made_up_gpus, make_region
 
-from raynixl import Agent, BackendUnavailable, ConfigError, MemorySpan, PeerLost, RegionStale, cuda
+from raynixl import Agent, BackendUnavailable, ConfigError, MemorySpan, PeerLost, RangeError, RegionStale, cuda
 from raynixl.cuda import Origin
 from raynixl.record import AgentRecord
 from raynixl.testing.contents import put
@@ -148,19 +148,20 @@ def test_the_default_stream_of_another_gpu_is_followed(far: FarAgent, sort: str)
         del mine, plan, transfer
 
 
-def test_the_default_stream_of_another_gpu_follows(far: FarAgent) -> None:
+@pytest.mark.parametrize(("ours", "followers"), [(0, 1), (1, 0)])
+def test_the_default_stream_of_another_gpu_follows(far: FarAgent, ours: int, followers: int) -> None:
     with made_up_gpus() as fake, gpu_agent("near") as near:
         near.peer(far.record)
         far.ask("region", name="theirs", nbytes=N, memory="vram", seed=3)
-        mine, found = make_region(near, "vram", N), []
+        mine, found = make_region(near, "vram", N, device=ours), []
         plan = near.prepare("read", near.peer("far")["theirs"], mine)
         plan.post().wait(PATIENCE)
         put(mine.memory, np.zeros(N, np.uint8))
         seen = fake.view(mine.memory.address, N)
         with fake.held():
             transfer = plan.post()
-            transfer.wait(stream=default_stream(1))
-            with cuda.on(1):
+            transfer.wait(stream=default_stream(followers))
+            with cuda.on(followers):
                 fake.work.put(0, lambda: found.append(seen.copy()))
             while fake.step():
                 pass
@@ -185,6 +186,41 @@ def test_a_process_that_works_with_one_gpu_makes_no_context_on_another(far: FarA
             assert set(fake.devices.retained) == {1}
             far.ask("drop")
         fake.drop(address)
+
+
+@pytest.mark.parametrize("origin", [Origin.VIRTUAL, Origin.POOL], ids=lambda origin: origin.name.lower())
+def test_memory_of_another_gpu_that_peer_access_does_not_extend_to_is_refused(origin: Origin) -> None:
+    with made_up_gpus() as fake:
+        address = fake.make(N, device=1, origin=origin)
+        with gpu_agent("alice") as alice, gpu_agent("bob") as bob:
+            introduce(alice, bob)
+            bob.register(Foreign(address, N), name="theirs")
+            said = str(error_of(alice.read(alice.peer("bob")["theirs"], make_region(alice, "vram", N))))
+            assert f"no access to another GPU's memory by {origin.value}" in said
+        fake.drop(address)
+
+
+def test_memory_is_not_copied_onto_itself_under_the_name_of_a_peer() -> None:
+    with made_up_gpus() as fake:
+        address = fake.make(2 * N)
+        with gpu_agent("alice") as alice, gpu_agent("bob") as bob:
+            introduce(alice, bob)
+            bob.register(Foreign(address, 2 * N), name="theirs")
+            theirs, mine = alice.peer("bob")["theirs"], alice.register(Foreign(address, 2 * N))
+            assert isinstance(error_of(alice.read(theirs.span(0, N), mine.span(N - 1, N))), RangeError)
+            alice.read(theirs.span(0, N), mine.span(N, N)).wait(PATIENCE)
+        fake.drop(address)
+
+
+def test_kernels_of_another_gpu_do_not_reach_a_hidden_one(far: FarAgent) -> None:
+    with made_up_gpus(visible=(5, 6)), gpu_agent("near") as near:
+        near.peer(far.record)
+        far.ask("region", name="theirs", nbytes=N, memory="vram")
+        remote = near.peer("far")["theirs"]
+        assert near.window(remote, device=0).address
+        with pytest.raises(BackendUnavailable, match=r"does not see, opened for GPU 0.*CUDA_VISIBLE_DEVICES"):
+            near.window(remote, device=1)
+        far.ask("drop")
 
 
 def test_host_memory_that_its_owner_pinned_is_not_staged(far: FarAgent) -> None:

@@ -69,6 +69,14 @@ def test_a_withdrawn_region_is_stale_its_handle_closed_and_its_successor_found(
     assert np.array_equal(content(mine), random_bytes(N, 5))
 
 
+def test_an_arena_that_is_withdrawn_is_pinned_no_more(gpus: Any, near: Agent, far: FarAgent) -> None:
+    mine = make_region(near, "arena", 3 * N)
+    near.read(near.peer("far")["theirs"], mine.span(0, N)).wait(PATIENCE)
+    assert 3 * N in [one.nbytes for one in gpus.host.ranges]
+    near.deregister(mine)
+    assert 3 * N not in [one.nbytes for one in gpus.host.ranges]
+
+
 def test_an_arena_that_was_withdrawn_before_its_first_transfer_is_not_pinned(
     gpus: Any, near: Agent, far: FarAgent
 ) -> None:
