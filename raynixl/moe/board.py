@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -66,6 +67,12 @@ class Board:
     def read(self, rank: int, cell: int) -> Heard:
         """Read the line in a cell."""
         return read_line(self.form, self._memory, self._at[rank][cell])
+
+    def heard(self, ranks: Sequence[int], cell: int, number: int) -> dict[int, Heard]:
+        """Return by rank the lines in a cell that have this number or a later one."""
+        form, memory, at = self.form, self._memory, self._at
+        lines = {rank: read_line(form, memory, at[rank][cell]) for rank in ranks}
+        return {rank: line for rank, line in lines.items() if line.number >= number}
 
     def text(self, rank: int, cell: int) -> str:
         """Read what a line says is wrong."""

@@ -67,7 +67,7 @@ class Rows:
 
     def __init__(self, sources: list[Source]) -> None:
         self.sources = sources
-        self.table = np.array([source.entry() for source in sources], np.uint64)
+        self.table = np.array([source.entry() for source in sources], np.uint64).reshape(-1, 4)
 
     def cut(self, first: int) -> list[Source]:
         """Return where the rows from one on come from."""

@@ -98,7 +98,7 @@ class Dispatch:
         counts[me] = self.routing.counts
         if counts.max() > self.scene.max_tokens:
             raise self._too_many(counts)
-        ends = np.cumsum(counts, axis=0)
+        ends = counts.cumsum(axis=0)
         own = counts[:, me]
         return Places(ends[me] - counts[me], ends[-1], ends[:, me] - own, is_whole)
 

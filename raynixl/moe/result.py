@@ -64,7 +64,7 @@ class Handle:
     def begins(self) -> npt.NDArray[np.int64]:
         """By source: the first of its rows here, and one more at the end."""
         begins = np.zeros(len(self.counts) + 1, np.int64)
-        np.cumsum(self.counts, out=begins[1:])
+        self.counts.cumsum(out=begins[1:])
         return begins
 
     @property

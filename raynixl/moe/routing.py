@@ -72,7 +72,7 @@ def route(native: Native, ids: I64, weights: F32 | None, *, holders: I32, local:
             f"topk_idx names an expert that does not exist: {exc}", hint=f"ids are -1 (none) or 0 to {len(holders) - 1}"
         ) from exc
     begins = np.zeros(ranks + 1, np.int64)
-    np.cumsum(counts, out=begins[1:])
+    counts.cumsum(out=begins[1:])
     return Routing(
         tokens, order[:total], counts, begins, starts, positions[:total], row_ids[:total],
         None if row_weights is None else row_weights[:total],

@@ -77,7 +77,7 @@ class Sending:
             way = channel.way(landing.form if count else None, slot)
             if count:
                 offset = offsets[rank]
-                if offset < 0 or self._capacity(rank, way, slot) < extent[rank]:
+                if offset < 0 or (way.capacity if way else self._capacity(rank, slot)) < extent[rank]:
                     landing.ask(rank, count)
                     asked.append(rank)
                     continue
@@ -107,7 +107,6 @@ class Sending:
         """The session in which it is sent."""
         return self.landing.session
 
-    def _capacity(self, rank: int, way: Way | None, slot: int) -> int:
-        if way is not None:
-            return way.capacity
+    def _capacity(self, rank: int, slot: int) -> int:
+        """Return how many rows a slot of a peer's holds that is perhaps not known yet."""
         return self.session.channels[rank].capacity(self.landing.form, slot, self.deadline)

@@ -196,7 +196,7 @@ class Session:
         if ranks and not self.board.wait(cell, expected, number, timeout=SLICE, spin=SPIN):
             waiting = self._wait_in(number, deadline, kept)
             self._wait_on(cell, waiting, None if landing is None else landing.serve)
-        heard = {rank: line for rank in ranks if (line := self.board.read(rank, cell)).number >= number}
+        heard = self.board.heard(ranks, cell, number)
         agreed = self._learn(heard, number, began, len(heard) == len(ranks))
         if landing is not None:
             landing.answered(heard)
@@ -297,8 +297,8 @@ class Session:
         But for a moment, in which the line of one comes that has masked the other in turn.
         """
         if is_late:
-            lines = {rank: self.board.read(rank, cell) for rank in self.members.ranks}
-            self._settle({rank: line.mask for rank, line in lines.items() if line.number >= number})
+            lines = self.board.heard(self.members.ranks, cell, number)
+            self._settle({rank: line.mask for rank, line in lines.items()})
         self._check_notices()
 
     def _check_notices(self) -> None:
