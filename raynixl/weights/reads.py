@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raynixl.agents import Prepared
+    from raynixl.agents import Prepared, Transfer
 
 _MOST_BLOCKS = 1 << 20  # some 100 bytes each
 _MOST_READS = 1 << 14
@@ -27,7 +27,8 @@ class Reads:
     There is room for so many. Those that some pulls have not used make way for others; where all are used, what comes
     beyond is not kept: pulls go through all of them in turn, so that no read would be found again if the oldest went.
 
-    They hold on to the memory that they read into: `clear` lets go of it.
+    They hold on to the memory that they read into: `clear` lets go of it. Those that have failed and may still write
+    are remembered, as what they bring would come after what was checked.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Reads:
         self._blocks = 0
         self._pull = 0
         self._has_swept = False
+        self._late: list[Transfer] = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -60,10 +62,28 @@ class Reads:
                 self._blocks += made.count
         return made
 
+    def failed(self, read: Transfer) -> None:
+        """Hear of a read that did not end well. It may still write: a GPU cannot be stopped."""
+        if not _is_settled(read, 0.0):
+            with self._lock:
+                self._late.append(read)
+
+    def wait_quiet(self, seconds: float) -> bool:
+        """Wait until no read that has failed writes any more; False if one still may after so many seconds."""
+        while self._late:
+            with self._lock:
+                late = self._late[0] if self._late else None
+            if late is not None and not _is_settled(late, seconds):
+                return False
+            with self._lock:
+                self._late = [one for one in self._late if one is not late]
+        return True
+
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
             self._kept.clear()
+            self._late = []
             self._blocks = 0
 
     def _has_room(self, blocks: int) -> bool:
@@ -78,3 +98,7 @@ class Reads:
 
     def _is_full(self, blocks: int) -> bool:
         return len(self._kept) >= _MOST_READS or self._blocks + blocks > _MOST_BLOCKS
+
+
+def _is_settled(read: Transfer, seconds: float) -> bool:
+    return all(job.wait_settled(seconds) for job in read.jobs)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from raynixl.region import Region
     from raynixl.weights.bank import Bank
 
+_LOOK_SECONDS = 0.1
 GONE = (PeerLost, PeerRestarted, RegionStale, RegionUnknown)
 
 
@@ -141,9 +142,10 @@ class Receiver:
     def _bring(self, read: _Read, shares: Sequence[Share]) -> None:
         """Have shares of a chunk come, from one source of each part or another."""
         while shares:
+            self._wait_quiet()
             began = time.monotonic()
             started = self._start_all(read, shares)
-            ends = [(share, giver.name, transfer, _end(transfer)) for share, giver, transfer in started]
+            ends = [(share, giver.name, transfer, self._end(transfer)) for share, giver, transfer in started]
             for share, name, transfer, error in ends:
                 read.tried[name] += 1
                 if error is None:
@@ -196,7 +198,7 @@ class Receiver:
         except BaseException:
             for _, _, transfer in started:
                 transfer.cancel()
-                _end(transfer)
+                self._end(transfer)
             raise
         return started
 
@@ -215,18 +217,20 @@ class Receiver:
             (self.cargo.key, chunk, giver.key),
             lambda: self.agent.prepare("read", source.span(offset, nbytes), target.span(offset, nbytes)),
         )
+        self._wait_quiet()
         timeout = min(self.left(), self.pace.patience(nbytes))
-        try:
-            transfer = read.post(timeout=timeout, digest=self._wish(arena))
-            transfer.wait()
-        except TransferTimeout:
+        transfer = read.post(timeout=timeout, digest=self._wish(arena))
+        error = self._end(transfer)
+        if isinstance(error, TransferTimeout):
             self.pace.stalled(began, time.monotonic())
-            raise
+        if error is not None:
+            raise error
         self.pace.landed(time.monotonic() - began)
         self._verify(chunk, _Read(chunk, gave={0: giver.name}, landed={0: transfer}), (), began=began, is_origin=False)
 
     def is_whole(self, chunk: int) -> bool:
         """Whether a chunk in the slot matches its digest."""
+        self._wait_quiet()
         out = np.zeros((1, 2), np.uint64)
         self.slot.bank.digest(digest_table(self.cargo, chunk, self.slot.bank.addresses), out, seed=self.version)
         return bool(np.array_equal(out[0], self.digests[chunk]))
@@ -275,6 +279,24 @@ class Receiver:
         )
         return giver, prepared.post(timeout=timeout, digest=self._wish(int(self.cargo.chunks[read.chunk, 0])))
 
+    def _end(self, transfer: Transfer) -> RaynixlError | None:
+        """Wait for a read; return how it failed, if it did. All of a chunk are waited for, whatever becomes of one."""
+        try:
+            transfer.wait()
+        except RaynixlError as exc:
+            self.slot.reads.failed(transfer)
+            return exc
+        return None
+
+    def _wait_quiet(self) -> None:
+        """Wait until no read that was given up, now or by an earlier pull, writes into the slot any more.
+
+        Raises:
+            RaynixlError: as `left`.
+        """
+        while not self.slot.reads.wait_quiet(_LOOK_SECONDS):
+            self.left()
+
     def _wish(self, arena: int) -> tuple[int, int]:
         """Return how transfers into an arena digest what they bring, in the same pass where they can."""
         return arena << ARENA_BIT, self.version
@@ -316,15 +338,6 @@ class _Read:
     gone: set[str] = field(default_factory=set)
     gave: dict[int, str] = field(default_factory=dict)
     landed: dict[int, Transfer] = field(default_factory=dict)
-
-
-def _end(transfer: Transfer) -> RaynixlError | None:
-    """Wait for a transfer; return how it failed, if it did. All of a chunk are waited for, whatever becomes of one."""
-    try:
-        transfer.wait()
-    except RaynixlError as exc:
-        return exc
-    return None
 
 
 def reason(error: RaynixlError) -> Why:
