@@ -33,6 +33,7 @@ NAME = "raynixl"
 DEVICES = ["cpu", "cuda"]
 _SHARED_NBYTES = 1 << 20
 """A smaller object is read from its source without asking who else has it."""
+_SETTLE_SECONDS = 60.0
 _GONE = (PeerLost, PeerUnknown, PeerRestarted, RegionStale, RegionUnknown)
 
 
@@ -295,6 +296,8 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
             flights.discard(flight)
             if not flights:
                 self._flights.pop(obj_id, None)
+        for job in () if flight.transfer is None else flight.transfer.jobs:
+            job.wait_settled(_SETTLE_SECONDS)  # a GPU that was given up may still write, and the target be pinned
         flight.transfer = None
         flight.held.release()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,3 +181,20 @@ def test_metadata_of_tensors_on_no_device_that_can_be_read_is_refused(ends: Any)
         source.extract_tensor_transport_metadata("a", [torch.zeros(3, device="meta")])
     assert len(source.desk().shelf) == 0
     assert rdt_transport.NAME == "raynixl"
+
+
+def test_a_fetch_that_has_failed_is_over_when_nothing_of_it_writes_any_more(
+    gpus: Any, ends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, taker = ends
+    meta = source.extract_tensor_transport_metadata("a", [torch.full((N,), 4.0)])
+    fetch = taker.fetch_multiple_tensors("a", meta, None)
+    taker.wait_fetch_complete(fetch)
+    waited: list[float] = []
+    late = SimpleNamespace(wait_settled=waited.append)
+    fetch.flight.transfer = SimpleNamespace(jobs=[late], done=True, wait=lambda _timeout: pytest.fail("it has ended"))
+    fetch.flight.held = taker.desk().shelf.pin([torch.zeros(N)])
+    taker._end("a", fetch.flight)
+    assert waited == [rdt_transport._SETTLE_SECONDS]
+    assert len(taker.desk().shelf) == 0
+    source.garbage_collect("a", meta, [])
