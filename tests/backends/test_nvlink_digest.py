@@ -121,6 +121,7 @@ def test_a_gpu_that_fails_or_is_late_is_an_error_and_nothing_is_added(fake: Fake
     fake.work.put(stream, spin)
     with pytest.raises(TransferTimeout, match="digests"):
         digest_rows(0, rows, out, seed=0, stream=stream, timeout=0.05)
+    assert not any(cuda.kept(("digests", 0), dict)._idle.values()), "the GPU may still write there"
     is_over.append(True)
     assert not out.any()
     limit = time.monotonic() + 10.0

@@ -116,6 +116,31 @@ def test_a_lists_table_stays_for_as_long_as_its_program(gpu: Mover, fake: FakeCu
     assert other.run(PATIENCE) == DONE
 
 
+def test_tables_that_are_on_their_way_at_once_are_kept_apart(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    with fake.held():
+        program = gpu.program(pair.table(WAYS["narrow"]), [])
+        others = [gpu.program(pair.table(WAYS["tiles"]), []) for _ in range(3)]
+        job = as_job(program.run(PATIENCE))
+    assert job.wait(PATIENCE)
+    assert pair.has(WAYS["narrow"])
+    assert [other.run(PATIENCE) for other in others] == [DONE] * 3
+
+
+def test_events_of_tables_that_have_come_are_used_again(gpu: Mover, fake: FakeCuda, pair: Pair) -> None:
+    def prepare() -> None:
+        program = gpu.program(pair.table(WAYS["narrow"]), [])
+        kept.append(program)
+        assert program.run(PATIENCE) == DONE
+        program.run(PATIENCE)
+
+    kept: list[object] = []
+    prepare()
+    before = fake.calls["cuEventCreate"]
+    for _ in range(20):
+        prepare()
+    assert fake.calls["cuEventCreate"] <= before + 1, "programs that live hold no events"
+
+
 def test_captures_that_fail_use_no_words_up(gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate) -> None:
     program, stream = gpu.program(pair.table([(0, 0, 64)]), [gate]), fake.work.stream(cuda.primary(0))
     before = len(gpu._marks)
