@@ -122,6 +122,14 @@ def test_ends_of_replays_are_counted(library: ctypes.CDLL) -> None:
         assert flag[0] == replay
 
 
+def test_the_end_is_that_of_the_last_cta_and_of_no_other(library: ctypes.CDLL) -> None:
+    flag, counter = np.zeros(1, np.uint64), np.zeros(2, np.uint32)
+    packed = np.array([0, 0, flag.ctypes.data, 0, counter.ctypes.data], np.uint64)
+    for replay in range(1, 4):
+        assert library.run_kernel(b"raynixl_copy_tiles", 3, 64, ctypes.c_void_p(packed.ctypes.data))
+        assert (flag[0], counter[0], counter[1]) == (replay, 0, replay)
+
+
 @pytest.mark.parametrize("seed", [0, (1 << 64) - 1])
 @pytest.mark.parametrize("count", [7, 64, 65, 200])
 @pytest.mark.parametrize("tile", [4096, 16384, 131072])
