@@ -121,13 +121,13 @@ def test_more_rows_than_the_worst_case_are_refused_and_write_nowhere_else(kernel
 
 
 def test_more_tokens_than_were_agreed_on_are_refused(kernels):
-    few, many = case_of(tokens=30), case_of(tokens=400)
+    few, many = case_of(tokens=30, hidden=64), case_of(tokens=140, hidden=64)
     with ranks(kernels) as group:
         for worst in (99, 80, 99):
             group.run(lambda rank, buffer, worst=worst: steps(few, rank, buffer, worst=worst))
         found = errors_of(group, lambda rank, buffer: steps(many, rank, buffer, worst=99))
         assert [type(error) for error in found] == [RangeError] * WORLD
-        group.run(lambda rank, buffer: steps(many, rank, buffer, worst=1200))
+        group.run(lambda rank, buffer: steps(many, rank, buffer, worst=420))
         group.run(lambda rank, buffer: steps(many, rank, buffer))
 
 
