@@ -17,6 +17,8 @@
 #include <thread>
 #include <vector>
 
+#include "kernels_watched.h"
+
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -89,6 +91,7 @@ struct Fiber {
   Context context;
   bool is_done = false;
   std::unique_ptr<char[]> stack{new char[kStackNbytes]};
+  Watched watched;
 };
 struct Barrier {
   unsigned size, waiting = 0, turn = 0;
@@ -101,7 +104,12 @@ thread_local std::function<void()> body;
 thread_local uint64_t exchanged[1024];
 thread_local int gathered;
 
-inline void let_others_run() { switch_to(fibers[threadIdx.x]->context, scheduler); }
+inline void let_others_run() {
+  Fiber& mine = *fibers[threadIdx.x];
+  note_going_back(mine.is_done);
+  switch_to(mine.context, scheduler);
+  note_coming();
+}
 
 inline void meet(Barrier& barrier) {
   unsigned turn = barrier.turn;
@@ -114,6 +122,7 @@ inline void meet(Barrier& barrier) {
 }
 
 inline void run_fiber() {
+  note_coming();
   body();
   fibers[threadIdx.x]->is_done = true;
   let_others_run();
@@ -126,6 +135,7 @@ inline void run_cta(unsigned threads) {
   for (unsigned k = 0; k < threads; ++k) {
     Fiber& fiber = *fibers[k];
     fiber.is_done = false;
+    fiber.watched.begin(fiber.stack.get(), kStackNbytes);
     make_context(fiber.context, fiber.stack.get(), kStackNbytes, run_fiber);
   }
   for (bool goes_on = true; goes_on;) {
@@ -134,7 +144,9 @@ inline void run_cta(unsigned threads) {
       if (fibers[k]->is_done) continue;
       goes_on = true;
       threadIdx.x = k;
+      note_going_to(fibers[k]->watched);
       switch_to(scheduler, fibers[k]->context);
+      note_back();
     }
   }
 }
@@ -189,8 +201,8 @@ inline int __syncthreads_or(int value) {
   return found;
 }
 inline void __syncwarp() { host::meet(host::barriers[1 + threadIdx.x / 32]); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { host::fence(); }
+inline void __threadfence_system() { host::fence(); }
 inline void __nanosleep(unsigned) { sched_yield(); }
 template <class Value>
 Value __shfl_sync(unsigned, Value value, unsigned from) {
@@ -216,19 +228,20 @@ inline unsigned __ballot_sync(unsigned, int value) {
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 template <class Value>
 Value atomicAdd(Value* to, Value value) {
-  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+  return host::is_release(to) ? __atomic_fetch_add(to, value, __ATOMIC_RELEASE) : __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 template <class Value>
 Value atomicOr(Value* to, Value value) {
-  return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+  return host::is_release(to) ? __atomic_fetch_or(to, value, __ATOMIC_RELEASE) : __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
 }
 template <class Value>
 Value atomicExch(Value* to, Value value) {
-  return __atomic_exchange_n(to, value, __ATOMIC_RELAXED);
+  return host::is_release(to) ? __atomic_exchange_n(to, value, __ATOMIC_RELEASE) : __atomic_exchange_n(to, value, __ATOMIC_RELAXED);
 }
 template <class Value>
 Value atomicCAS(Value* to, Value expected, Value value) {
-  __atomic_compare_exchange_n(to, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  if (host::is_release(to)) __atomic_compare_exchange_n(to, &expected, value, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+  else __atomic_compare_exchange_n(to, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return expected;
 }
 template <class Value>

@@ -22,8 +22,15 @@ from raynixl.moe.cuda_kernel import SOURCES
 _HERE = Path(__file__).parent
 _HOST = _HERE / "moe_kernels_on_host.cpp"
 _KEPT_SECONDS = 86400
-_FLAGS = ("-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-w", "-ffp-contract=off")
-
+_FLAGS = ["-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-w", "-ffp-contract=off"]
+WATCHERS = {
+    "thread": [
+        "-g", "-fsanitize=thread", "--param=tsan-distinguish-volatile=1",
+        "--param=tsan-instrument-func-entry-exit=0",  # threads change stacks between the two
+    ],
+    "address": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}  # fmt: skip
+"""What compiles the kernels for a sanitizer; who loads them begins with its library: `LD_PRELOAD`."""
 
 _lock = threading.Lock()  # one thread compiles
 
@@ -42,8 +49,9 @@ def _made() -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    source = joined(SOURCES)
-    texts = [source, _HOST.read_text(), (_HERE / "kernels_on_host.h").read_text(), *_FLAGS]
+    source, flags = joined(SOURCES), _FLAGS + WATCHERS.get(os.environ.get("KERNELS_WATCHED_FOR", ""), [])
+    headers = [(_HERE / f"kernels_{name}.h").read_text() for name in ("on_host", "watched")]
+    texts = [source, _HOST.read_text(), *headers, *flags]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"raynixl-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -52,7 +60,7 @@ def _made() -> ctypes.CDLL:
         fresh = folder / f"{made.stem}-{os.getpid()}.so"
         kernels = fresh.with_suffix(".cu")
         kernels.write_text(source)
-        command = [compiler, *_FLAGS, f'-DKERNELS="{kernels}"', str(_HOST), "-o", str(fresh)]
+        command = [compiler, *flags, f'-DKERNELS="{kernels}"', str(_HOST), "-o", str(fresh)]
         subprocess.run(command, check=True, timeout=200)
         fresh.replace(made)
         kernels.unlink()
