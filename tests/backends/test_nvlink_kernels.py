@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import mmap
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mover_tools import holds_in_child
 
 from raynixl.backends import nvlink_kernel
 from raynixl.backends.nvlink_digest import number_tiles
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.pure
 SOURCE = Path(nvlink_kernel.__file__).with_name("nvlink_kernels.cu")
 HOST = Path(__file__).parents[1] / "kernels_on_host.cpp"
 POISON = 0xA5
+PAGE = mmap.PAGESIZE
 Run = Callable[..., None]
 
 
@@ -97,6 +101,33 @@ def test_one_span_is_copied_whole_and_in_tiles(run: Run, grid: int, nbytes: int,
     else:
         run("copy_range", grid, 64, [*values, 4096])
     assert (found == expected(data, row, len(found))).all()
+
+
+def guarded() -> tuple[mmap.mmap, int]:
+    """Memory of two pages with pages on both sides that nobody may touch, and where it begins."""
+    mapping = mmap.mmap(-1, 4 * PAGE)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    for page in (first, first + 3 * PAGE):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
+    return mapping, first + PAGE
+
+
+def test_nothing_outside_of_source_and_target_is_touched(library: ctypes.CDLL) -> None:
+    held, at = zip(*(guarded() for _ in range(2)), strict=True)
+    lengths = [1, 5, 16, 63, 64, 65, 80, 100, 127, 300, 1000]
+
+    def touches_nothing_else() -> bool:
+        flag, counter = np.zeros(1, np.uint64), np.zeros(2, np.uint32)
+        for skew, nbytes, is_end in itertools.product(range(17), lengths, (True, False)):
+            for source, target in ((0, skew), (skew, 0)):  # one of them at the edge
+                places = [2 * PAGE - nbytes - gap if is_end else gap for gap in (source, target)]
+                values = [at[0] + places[0], at[1] + places[1], nbytes, flag.ctypes.data, 7, counter.ctypes.data]
+                packed = np.array(values, np.uint64)
+                library.run_kernel(b"raynixl_copy_small", 1, 64, ctypes.c_void_p(packed.ctypes.data))
+        return bool(flag[0] == 7)
+
+    assert holds_in_child(touches_nothing_else), "it read or wrote beside them"
+    assert all(not one.closed for one in held)
 
 
 def test_tiles_of_long_rows_come_together(run: Run) -> None:
