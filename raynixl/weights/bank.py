@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from raynixl.weights.delta import apply, encode_rows
 from raynixl.weights.digest import digest_rows
 from raynixl.weights.space import HOST, Space, space_of
+from raynixl.weights.streams import on_ours
 
 if TYPE_CHECKING:
     import torch
@@ -144,11 +145,12 @@ class HostBank:
 
     def take(self, other: Bank) -> None:
         """See `Bank`."""
-        for number, array in enumerate(self.arrays):
-            if isinstance(other, HostBank):
-                np.copyto(array, other.arrays[number])
-            else:
-                self.flat(number).copy_(other.flat(number))
+        with on_ours((other.space,)):  # of a GPU, if it is one's
+            for number, array in enumerate(self.arrays):
+                if isinstance(other, HostBank):
+                    np.copyto(array, other.arrays[number])
+                else:
+                    self.flat(number).copy_(other.flat(number))
 
 
 def _addresses(rows: I64, bases: Sequence[U64]) -> U64:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raynixl import TransferTimeout, cuda
+from raynixl import ConfigError, TransferTimeout, cuda
 from raynixl.agents.past import Past, current_streams, streams_of
 
 
@@ -77,6 +77,15 @@ def test_a_default_stream_is_that_of_the_gpu_that_is_meant(fake_cuda: Any, busy:
     for gpus in ({1}, {0, 1}):
         with pytest.raises(TransferTimeout, match="GPU 1"):
             Past(gpus, 0).wait(0.05)
+
+
+def test_a_stream_that_is_captured_is_refused_and_the_graph_goes_on(fake_cuda: Any) -> None:
+    stream = fake_cuda.work.stream(fake_cuda.devices.retain(0))
+    fake_cuda.work.begin_capture(stream)
+    with pytest.raises(ConfigError, match="captured into a CUDA graph"):
+        Past({0}, stream)
+    fake_cuda.work.end_capture(stream)
+    Past({0}, stream).wait(5.0)
 
 
 def test_no_gpu_is_nothing_to_wait_for(fake_cuda: Any) -> None:

@@ -1,7 +1,9 @@
 """Weights on a GPU, which memory of a stand-in takes the place of: they stay there, and every byte arrives."""
 
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from device_stand_in import GPU, StandIn
@@ -9,6 +11,7 @@ from weights_tools import Cluster, Policy, fill, same
 
 from raynixl.errors import ConfigError, IntegrityError, RangeError
 from raynixl.weights import WeightSync, publish, subscribe
+from raynixl.weights.bank import HostBank
 from raynixl.weights.space import HOST, spaces_for
 
 
@@ -244,3 +247,12 @@ def test_a_tensor_that_does_not_hold_what_was_installed_is_noticed(fleet, device
     target["w"][3, 5] += 1.0
     error = cluster.sync.push(2).excluded["rollout-0"]
     assert isinstance(error, IntegrityError)
+
+
+def test_a_slot_on_the_host_takes_over_one_on_the_gpu_on_our_own_stream(device):
+    there = SimpleNamespace(space=GPU, flat=lambda _number: device.to(torch.arange(100, dtype=torch.uint8)))
+    here = HostBank([np.zeros(100, np.uint8)])
+    before = device.gpu.entered
+    here.take(there)
+    assert here.arrays[0].tolist() == list(range(100))
+    assert device.gpu.entered == before + 1  # on another one it could break a graph that is captured meanwhile
