@@ -12,7 +12,7 @@ WORKERS ?= 2
 .PHONY: test test-verl test-vllm demo lint soak bench-hosts gpu-check clean install
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "$(FAST)" -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(FAST)" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python examples/rl_weight_sync/train.py

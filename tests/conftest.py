@@ -118,7 +118,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say what must not run side by side, where several workers run tests: Ray clusters, hosts, tests of one module."""
+    """Say what must not run side by side, where several workers run tests: Ray clusters, hosts, tests of one module.
+
+    The longest of these groups begins first, so that no worker is left with it at the end.
+    """
+    items.sort(key=lambda item: _group_of(item) != "ray")
     if config.pluginmanager.has_plugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(_group_of(item)))
