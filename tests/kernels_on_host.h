@@ -190,7 +190,10 @@ Value exchange(Value value, Pick pick) {
 
 }  // namespace host
 
-inline void __syncthreads() { host::meet(host::barriers[0]); }
+inline void __syncthreads() {
+  host::end_fence();
+  host::meet(host::barriers[0]);
+}
 inline int __syncthreads_or(int value) {
   if (threadIdx.x == 0) host::gathered = 0;
   __syncthreads();
@@ -228,15 +231,18 @@ inline unsigned __ballot_sync(unsigned, int value) {
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 template <class Value>
 Value atomicAdd(Value* to, Value value) {
-  return host::is_release(to) ? __atomic_fetch_add(to, value, __ATOMIC_RELEASE) : __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+  if (host::is_release(to)) return __atomic_fetch_add(to, value, __ATOMIC_RELEASE);
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 template <class Value>
 Value atomicOr(Value* to, Value value) {
-  return host::is_release(to) ? __atomic_fetch_or(to, value, __ATOMIC_RELEASE) : __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+  if (host::is_release(to)) return __atomic_fetch_or(to, value, __ATOMIC_RELEASE);
+  return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
 }
 template <class Value>
 Value atomicExch(Value* to, Value value) {
-  return host::is_release(to) ? __atomic_exchange_n(to, value, __ATOMIC_RELEASE) : __atomic_exchange_n(to, value, __ATOMIC_RELAXED);
+  if (host::is_release(to)) return __atomic_exchange_n(to, value, __ATOMIC_RELEASE);
+  return __atomic_exchange_n(to, value, __ATOMIC_RELAXED);
 }
 template <class Value>
 Value atomicCAS(Value* to, Value expected, Value value) {

@@ -2,8 +2,8 @@
 // what fences of a GPU mean to the former. Nothing is left of it where neither watches.
 //
 // To ThreadSanitizer all threads of a CTA are one, since they take turns: it sees races between CTAs and between ranks,
-// not those within a CTA. What is volatile is no race. A fence counts up to the next atomic operation: what a thread has
-// written before is known to who sees that operation, and has a fence behind it.
+// not those within a CTA. What is volatile is no race. A fence counts up to the next atomic operation or barrier: what a
+// thread has written before is known to who sees that operation, and has a fence behind it.
 #include <cstddef>
 #include <utility>
 #include <vector>
@@ -44,6 +44,7 @@ inline void fence() {
   looked_at.clear();
   is_fenced = true;
 }
+inline void end_fence() { is_fenced = false; }
 inline bool is_release(void* word) {
   looked_at.push_back(word);
   return std::exchange(is_fenced, false);
@@ -85,6 +86,7 @@ inline void note_back() {}
 #endif
 #if !defined(__SANITIZE_THREAD__)
 inline void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void end_fence() {}
 inline bool is_release(void*) { return false; }
 #endif
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import moe_cuda
 import pytest
+import torch
 from agent_tools import eventually
-from moe_cuda_crews import OPTIONS, GpuCrew, gpu_crew, tokens
+from moe_cuda_crews import OPTIONS, TOKENS, GpuCrew, gpu_crew, tokens
 
 from raynixl import cuda
 from raynixl.moe.cuda_layer import GpuLayer
@@ -23,6 +24,7 @@ class Kernels:
 
     def __init__(self) -> None:
         self.running: Counter[int] = Counter()
+        self.freed: set[int] = set()
         self.lock = threading.Lock()  # protects the numbers
         self.may_end = threading.Event()
         self.may_end.set()
@@ -32,6 +34,9 @@ class Kernels:
     def run(self, name: str, grid: int, threads: int, arguments: Any) -> None:
         with self.lock:
             self.running[arguments.layer] += 1
+        if arguments.layer in self.freed:
+            self.wrong.append(f"{name} runs in a layer that was freed")
+            return
         try:
             if name.endswith(("take", "sum")):
                 assert self.may_end.wait(30)
@@ -53,7 +58,11 @@ class Kernels:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    made, renew, close = Kernels(), GpuLayer.renew, cuda.Arena.close
+    made, renew, close, start = Kernels(), GpuLayer.renew, cuda.Arena.close, GpuLayer._warm_up
+
+    def watched_start(layer: GpuLayer) -> None:
+        made.freed.discard(layer.address)  # given again
+        start(layer)
 
     def watched_renew(layer: GpuLayer, *arguments: Any) -> None:
         made.note(layer.address, "a layer was written anew")
@@ -61,9 +70,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 
     def watched_close(arena: cuda.Arena) -> None:
         made.note(arena.address, "a layer was freed")
+        made.freed.add(arena.address)
         close(arena)
 
     monkeypatch.setattr(moe_cuda, "run_kernel", made.run)
+    monkeypatch.setattr(GpuLayer, "_warm_up", watched_start)
     monkeypatch.setattr(GpuLayer, "renew", watched_renew)
     monkeypatch.setattr(cuda.Arena, "close", watched_close)
     return made
@@ -150,3 +161,20 @@ def test_gates_stay_entered_while_work_is_being_put_and_until_it_is_through(crew
         kept = layer.run(put)
         eventually(lambda: gate.inflight == 0, "the gate is left")
         assert len(kept) == WORLD
+
+
+def test_what_a_graph_has_captured_stays_when_windows_grow(crew: GpuCrew, kernels: Kernels) -> None:
+    with crew.experts(WORLD, **OPTIONS) as layer:
+
+        def work(rank: int, ep: Any) -> Any:
+            graph, kept = captured_step(crew, ep, rank)
+            given, beside = tokens(rank), torch.ones(TOKENS, 900)
+            crew.gpus.kept.extend((*given, beside))
+            longer = ep.dispatch(*given, layout="tokens", extra=(beside,))
+            crew.gpus.settle()
+            graph.launch()
+            crew.gpus.settle()
+            return kept, longer
+
+        assert len(layer.run(work)) == WORLD
+    assert kernels.wrong == []

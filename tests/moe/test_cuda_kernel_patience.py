@@ -1,4 +1,4 @@
-"""How long kernels wait for whom: what one CTA decides counts for all, who waits for another rank is waited for."""
+"""How long kernels wait for whom: what one CTA decides counts for all; masks and lines that do not fit what is told."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from moe_kernel_crew import Crew, Gpu, add_up, give, send, take
 from moe_kernel_steps import draw, expert, frame_for
 from moe_programs import even
 
 from raynixl.moe import reference
-from raynixl.moe.cuda_structs import Kind
+from raynixl.moe.cuda_structs import Kind, Line, Refusal
 from raynixl.moe.reference import Setting
 
 pytestmark = pytest.mark.pure
@@ -77,3 +78,23 @@ def test_who_waits_in_the_operation_before_for_somebody_else_is_waited_for(waits
     crew.each(work, [0, 1])
     assert [crew.gpus[rank].layer.mask for rank in (0, 1)] == [0b100] * 2
     assert [crew.gpus[rank].page.masked for rank in (0, 1)] == [0, 0]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_rows_that_come_back_are_refused_unless_they_are_as_many_as_went(waits):
+    setting, tokens, crew = crew_of(2, 20.0, "tokens")
+    held = crew.each(lambda gpu: take(gpu, setting, tokens[gpu.me], send(gpu, setting, tokens[gpu.me])))[0]
+    gpu = crew.gpus[0]
+    give(gpu, torch.zeros_like(held.x), held)
+    line = Line.from_address(gpu.window.ctypes.data + gpu.frame.lines_at[1] + 64 * 2)
+    line.count, line.number = int(held.sent[1]) + 1, gpu.layer.operation + 1
+    add_up(gpu, held.x, held, waits=waits)
+    assert gpu.page.refused == 0b10
+    assert gpu.page.reasons[1] == Refusal.DAMAGED
+
+
+def test_masks_add_up():
+    _, _, crew = crew_of(3, 20.0)
+    crew.gpus[0].mask(0b010)
+    crew.gpus[0].mask(0b100)
+    assert crew.gpus[0].layer.mask == 0b110
