@@ -16,7 +16,7 @@ namespace raynixl {
 namespace {
 
 constexpr uint64_t kPiece = 8 << 20;           // what one operation moves at most, so that a cancel waits for little
-constexpr uint64_t kSmallPiece = 8 << 10;      // and at least, where an endpoint bounds a read
+constexpr uint64_t kSmallPiece = 1 << 10;      // and at least, where an endpoint bounds a read
 constexpr uint64_t kWindowNbytes = 64 << 20;   // bytes, and
 constexpr int64_t kWindowRows = 2048;          // operations that UCX has at a time: each costs it some 500 bytes
 constexpr int64_t kLookUp = 100'000'000;       // how long a waiter stays away from Python's signals, in ns

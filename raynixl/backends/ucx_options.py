@@ -14,19 +14,24 @@ FORCED = {"RNDV_THRESH": "inf"}
 TUNED = {
     "USE_MT_MUTEX": "y",
     "CMA_TX_QUOTA": "16",
-    "TCP_TX_SEG_SIZE": "64K",
+    "TCP_TX_SEG_SIZE": "512K",
+    "TCP_RX_SEG_SIZE": "512K",
     "TCP_CONN_NB": "y",
     "LOG_LEVEL": "fatal",
 }
 """Ours where the user says nothing: a waiter sleeps instead of spinning while another thread is in UCX; of many small
-blocks 16 are copied between two looks at the sockets (10,000 of 4 KiB: half the time); reads over TCP come in pieces
-of 64 KiB (twice the speed of the 8 KiB of UCX); a host that does not answer to a connection stops nothing else, where
-UCX would wait for it with its worker locked, for minutes; what UCX says of a dead peer comes as a typed error, not in
-print.
+blocks 16 are copied between two looks at the sockets (10,000 of 4 KiB: half the time); reads over TCP come in messages
+of 512 KiB instead of 8, and each asks for no more than one (see `read_window`); a host that does not answer to a
+connection stops nothing else, where UCX would wait for it with its worker locked, for minutes; what UCX says of a dead
+peer comes as a typed error, not in print.
 """
 
 PREFIX = "UCX_"
 _SNDBUF = "TCP_SNDBUF"
+_SEGMENT = "TCP_TX_SEG_SIZE"
+_UCX_SEGMENT = 8 << 10
+_HEADERS = 64
+"""More than UCX puts in front of the bytes of a message."""
 MAX_SEND_BUFFER = 4 << 20
 MIN_READ_WINDOW = 16 << 10
 _RDMA = ("rc_mlx5", "rc_verbs", "dc_mlx5", "srd", "gga_mlx5", "ugni_rdma")
@@ -67,12 +72,17 @@ def with_send_buffer(options: Mapping[str, str], environment: Mapping[str, str],
 
 
 def read_window(options: Mapping[str, str], environment: Mapping[str, str], most: int) -> int:
-    """Return how many bytes peers may ask for at a time where UCX emulates reads: half a send buffer.
+    """Return how many bytes peers may ask for at a time where UCX emulates reads: half a send buffer, one message.
 
-    Answers that find no room there wait in a queue of UCX's, in which it crashes when the peer dies.
+    Answers that find no room in the buffer wait in a queue of UCX's, in which it crashes when the peer dies. Of an
+    answer of several messages the kernel refuses those that come after the reader's death, upon which UCX aborts.
     """
-    text = options.get(_SNDBUF, environment.get(PREFIX + _SNDBUF, ""))
-    return max(MIN_READ_WINDOW, min(_nbytes(text), most) // 2)
+
+    def size(name: str) -> int:
+        return _nbytes(options.get(name, environment.get(PREFIX + name, "")))
+
+    buffered = max(MIN_READ_WINDOW, min(size(_SNDBUF), most) // 2)
+    return max(1, min(buffered, (size(_SEGMENT) or _UCX_SEGMENT) - _HEADERS))
 
 
 def _nbytes(text: str) -> int:

@@ -98,7 +98,7 @@ class FarAgent:
         """Read or write the whole of a region of a peer, and wait for it."""
         ours, remote = self._regions[mine], self.agent.peer(peer)[theirs]
         source, target = (remote, ours) if op == "read" else (ours, remote)
-        self.agent.prepare(op, source, target).post().wait(PATIENCE)
+        self.agent.prepare(op, source, target).post(timeout=PATIENCE).wait(PATIENCE)
 
     def flood(self, op: str, mine: str, peer: str, theirs: str, count: int) -> None:
         """Start to read or write the whole of a region of a peer, so many times, and wait for none of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raynixl import MemoryKind
-from raynixl.backends.ucx_options import FORCED, TUNED, Lanes, blame, merge
+from raynixl.backends.ucx_options import FORCED, TUNED, Lanes, blame, merge, read_window
 
 pytestmark = pytest.mark.pure
 
@@ -147,3 +147,19 @@ def test_lanes_are_sorted_and_each_is_told_once() -> None:
     assert lanes.transports == ("cma/memory", "tcp/eth0", "tcp/lo")
     assert Lanes.of(["tcp/lo"]).reaching(DRAM) == Lanes.of(["tcp/lo", "tcp/lo"])
     assert str(Lanes.of([])) == "no transport (software emulation)"
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "most", "window"),
+    [
+        ({"TCP_SNDBUF": "4M", "TCP_TX_SEG_SIZE": "512K"}, {}, 4 << 20, (512 << 10) - 64),
+        ({"TCP_SNDBUF": "208K", "TCP_TX_SEG_SIZE": "512K"}, {}, 208 << 10, 104 << 10),
+        ({"TCP_SNDBUF": "4M"}, {"UCX_TCP_TX_SEG_SIZE": "64kb"}, 4 << 20, (64 << 10) - 64),
+        ({"TCP_SNDBUF": "4M"}, {"UCX_TCP_TX_SEG_SIZE": "auto"}, 4 << 20, (8 << 10) - 64),
+        ({"TCP_SNDBUF": "1K", "TCP_TX_SEG_SIZE": "512K"}, {}, 4 << 20, 16 << 10),
+    ],
+)
+def test_a_read_that_is_emulated_asks_for_no_more_than_one_message_and_half_a_buffer(
+    options, environment, most, window
+):
+    assert read_window(options, environment, most) == window
