@@ -1,4 +1,4 @@
-# make test | make test-verl | make test-vllm | make demo | make lint | make soak | make bench-hosts | make gpu-check | make clean
+# `make help` says what there is to make.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -9,7 +9,22 @@ FAST := not gpu and not slow and not heavy
 # Processes that run tests side by side; what must not (tests/conftest.py) stays in one of them.
 WORKERS ?= 2
 
-.PHONY: test test-verl test-vllm demo lint soak bench-hosts gpu-check clean install
+.PHONY: help test test-verl test-vllm demo lint soak bench-hosts gpu-check clean install
+
+define HELP
+make demo         the examples: an RL loop, sharded and with a real model, and experts in parallel (3 minutes)
+make test         the tests (a quarter of an hour on two cores); PYTEST_ARGS="-k words" for some of them
+make soak         the slow tests, and many more examples of each property (an hour or more)
+make test-verl    those of the integration of verl, in an environment of their own
+make test-vllm    those of the integration of vLLM, in an environment of their own
+make lint         format, style and types
+make gpu-check    tests, sanitizer and figures on a machine with an NVIDIA GPU
+make bench-hosts  figures between two hosts made of network namespaces; needs root
+make install      the environment in .venv alone
+make clean        removes the environments, and what was built and drawn
+The first of these makes .venv, which takes some minutes. PYTHON=python3.12 names the interpreter.
+endef
+export HELP
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "$(FAST)" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
@@ -72,6 +87,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 install: $(STAMP)
+
+help:
+	@echo "$$HELP"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
