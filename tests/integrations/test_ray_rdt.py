@@ -253,6 +253,7 @@ def test_a_fetch_that_nobody_waits_for_is_ended_by_the_next(pair):
 
 def test_a_fetch_of_which_the_time_runs_out_is_a_timeout(pair):
     class Slow:
+        jobs = ()
         done = False
 
         def wait(self, timeout):
