@@ -176,6 +176,23 @@ def test_host_memory_follows_streams_too(
     assert np.array_equal(content(mine), random_bytes(N, 9))
 
 
+def test_where_the_host_takes_part_a_wait_with_a_stream_waits_here(
+    gpus: Any, near: Agent, far: FarAgent, new_stream: Callable[[], Stream]
+) -> None:
+    mine, stream = make_region(near, "user", N), new_stream()
+    plan = near.prepare("read", near.peer("far")["theirs"], mine)
+    plan.post().wait(PATIENCE)
+    with gpus.held():
+        transfer = plan.post()
+        waiting = threading.Thread(target=transfer.wait, kwargs={"stream": stream})
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive(), "the stream cannot wait for the host"
+    waiting.join(PATIENCE)
+    assert transfer.done
+    assert np.array_equal(content(mine), random_bytes(N, 2))
+
+
 def test_what_needs_no_gpu_follows_a_stream_by_a_thread(gpus: Any, new_stream: Callable[[], Stream]) -> None:
     with gpu_agent("alice", backends=("shm",)) as alice, gpu_agent("bob", backends=("shm",)) as bob:
         introduce(alice, bob)

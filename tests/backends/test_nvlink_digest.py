@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +56,22 @@ def test_digests_are_those_of_the_core_and_are_added(data: tuple[int, Any], seed
     out = before.copy()
     digest_rows(0, rows + np.array([at, 0, 0, 0], np.uint64), out, seed=seed)
     assert (out == on_cpu(same, rows, before, seed)).all()
+
+
+def test_sums_are_zeros_before_anything_is_added(fake: FakeCuda, data: tuple[int, Any]) -> None:
+    at, same = data
+    mover(0)
+    rows, out, before = np.array([[at, 5000, 0, 0]], np.uint64), np.zeros((1, 2), np.uint64), len(fake.kernels.launches)
+    with fake.held():
+        thread = threading.Thread(target=digest_rows, args=(0, rows, out), kwargs={"seed": 1})
+        thread.start()
+        limit = time.monotonic() + 10.0
+        while len(fake.kernels.launches) == before and time.monotonic() < limit:
+            time.sleep(0.001)
+        while fake.step():  # the latest first, where nothing is waited for
+            continue
+    thread.join(10.0)
+    assert (out == on_cpu(same, rows - np.array([at, 0, 0, 0], np.uint64), np.zeros((1, 2), np.uint64), 1)).all()
 
 
 def test_no_bytes_need_no_gpu(fake: FakeCuda) -> None:
@@ -113,6 +131,12 @@ def test_a_gpu_that_fails_or_is_late_is_an_error_and_nothing_is_added(fake: Fake
         digest_rows(0, rows, out, seed=0)
     stream = fake.work.stream(cuda.primary(0))
     is_over = []
+    gc.collect()
+
+    def pieces() -> int:
+        return sum(map(len, mover(0).tables._idle.values()))
+
+    before = pieces()
 
     def spin() -> Iterator[None]:
         while not is_over:
@@ -122,6 +146,8 @@ def test_a_gpu_that_fails_or_is_late_is_an_error_and_nothing_is_added(fake: Fake
     with pytest.raises(TransferTimeout, match="digests"):
         digest_rows(0, rows, out, seed=0, stream=stream, timeout=0.05)
     assert not any(cuda.kept(("digests", 0), dict)._idle.values()), "the GPU may still write there"
+    gc.collect()
+    assert pieces() == max(0, before - 1), "nor is that memory given to others"
     is_over.append(True)
     assert not out.any()
     limit = time.monotonic() + 10.0
