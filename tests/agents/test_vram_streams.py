@@ -275,15 +275,22 @@ def test_what_is_no_stream_is_refused(near: Agent, far: FarAgent, wrong: Any) ->
     transfer.wait(PATIENCE)
 
 
-def test_the_default_stream_is_followed_by_its_number(gpus: Any, near: Agent, far: FarAgent) -> None:
-    mine = make_region(near, "vram", N, seed=5)
+@pytest.mark.parametrize("device", [0, 1])
+def test_the_default_stream_is_followed_by_its_number(gpus: Any, near: Agent, far: FarAgent, device: int) -> None:
+    mine = make_region(near, "vram", N, seed=5, device=device)
 
     def overwrite() -> None:
         gpus.view(mine.memory.address, N)[:] = random_bytes(N, 6)
 
-    with cuda.on(0):
-        gpus.work.put(0, overwrite)
-    near.write(mine, near.peer("far")["theirs"], stream=0).wait(PATIENCE)
+    plan = near.prepare("write", mine, near.peer("far")["theirs"])
+    plan.post().wait(PATIENCE)
+    with gpus.held():
+        with cuda.on(device):
+            gpus.work.put(0, overwrite)
+        transfer = plan.post(stream=0)
+        while gpus.step():  # the latest first, where nothing is waited for
+            continue
+    transfer.wait(PATIENCE)
     assert np.array_equal(seen(far), random_bytes(N, 6))
 
 

@@ -33,6 +33,19 @@ def test_memory_of_the_host_and_other_backends_is_refused(nothing_left):
             a.window(a.peer(b.record())["arena"], device=0)
 
 
+def test_kernels_are_inside_of_a_gate_for_which_the_owner_waits():
+    with made_up_gpus(), gpu_agent("a") as a, gpu_agent("b", deregister_timeout=0.2) as b:
+        region = b.empty(4096, kind="vram", name="memory")
+        (gate,) = a.window(a.peer(b.record())["memory"], device=0).gates
+        assert gate.enter() == 0
+        b.deregister(region)
+        assert gate.aborted
+        assert gate.inflight == 1
+        gate.leave()
+        assert gate.enter() != 0
+        del region
+
+
 def test_without_a_backend_for_gpus_there_is_none(nothing_left):
     with make_agent("a", backends=("loopback", "shm")) as a, make_agent("b", backends=("loopback", "shm")) as b:
         b.empty(4096, name="arena")

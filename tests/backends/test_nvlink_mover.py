@@ -271,6 +271,16 @@ def test_gates_stay_entered_while_a_part_of_what_failed_is_on_the_lane(
     assert gate.inflight == 0
 
 
+def test_a_copy_that_cuda_does_not_take_is_an_error_and_no_end(
+    gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
+) -> None:
+    program = gpu.program(pair.table(WAYS["engine"]), [gate])
+    fake.fail("cuMemcpyAsync", 1)
+    assert program.run(PATIENCE) == -errno.EIO
+    assert gate.drain(PATIENCE)
+    assert pair.is_untouched
+
+
 def test_gates_stay_entered_also_while_nothing_says_when_what_failed_is_through(
     gpu: Mover, fake: FakeCuda, pair: Pair, gate: Gate
 ) -> None:
