@@ -14,14 +14,14 @@ FORCED = {"RNDV_THRESH": "inf"}
 TUNED = {
     "USE_MT_MUTEX": "y",
     "CMA_TX_QUOTA": "16",
-    "TCP_TX_SEG_SIZE": "512K",
-    "TCP_RX_SEG_SIZE": "512K",
+    "TCP_TX_SEG_SIZE": "256K",
+    "TCP_RX_SEG_SIZE": "256K",
     "TCP_CONN_NB": "y",
     "LOG_LEVEL": "fatal",
 }
 """Ours where the user says nothing: a waiter sleeps instead of spinning while another thread is in UCX; of many small
 blocks 16 are copied between two looks at the sockets (10,000 of 4 KiB: half the time); reads over TCP come in messages
-of 512 KiB instead of 8, and each asks for no more than one (see `read_window`); a host that does not answer to a
+of 256 KiB instead of 8, and each asks for no more than one (see `read_window`); a host that does not answer to a
 connection stops nothing else, where UCX would wait for it with its worker locked, for minutes; what UCX says of a dead
 peer comes as a typed error, not in print.
 """
