@@ -39,14 +39,14 @@ def introduce(*agents: Agent) -> None:
                 one.peer(other.record())
 
 
-def eventually(is_so: Callable[[], Any], what: str, timeout: float = PATIENCE) -> None:
-    """Wait until something is so, a bounded time."""
+def eventually(is_so: Callable[[], Any], what: str, timeout: float = PATIENCE, *, pause: float = 0.02) -> None:
+    """Wait until something is so, a bounded time; `pause` is the longest between two looks."""
     deadline = time.monotonic() + timeout
-    pause = 0.0005
+    seconds = 0.0005
     while not is_so():
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(pause)
-        pause = min(0.02, pause * 1.5)
+        time.sleep(seconds)
+        seconds = min(pause, seconds * 1.5)
 
 
 def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:

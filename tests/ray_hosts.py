@@ -78,12 +78,12 @@ class RayHosts:
 
     def _start_node(self, host: Host, cpus: int) -> subprocess.Popen[Any]:
         is_head = host is self.head
-        role = ["--head", f"--port={_PORT}", "--include-dashboard=false"] if is_head else []
+        role = ["--head", f"--port={_PORT}", "--include-dashboard=false", "--no-monitor"] if is_head else []
         role += [] if is_head else [f"--address={self.head.address}:{_PORT}"]
         return host.run(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={host.address}",
              f"--num-cpus={cpus}", f"--object-store-memory={80 << 20}", f"--temp-dir={_TEMP}", "--disable-usage-stats",
-             "--block"],
+             "--include-log-monitor=false", "--block"],
             env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raynixl as rx
 
-TIMEOUT = 40.0
+TIMEOUT = 80.0
 
 
 def join() -> list[str]:

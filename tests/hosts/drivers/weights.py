@@ -11,7 +11,10 @@ import ray
 from nodes import get, join, on
 
 import raynixl as rx
+from raynixl.config import from_env
 
+os.environ["RAYNIXL_HEARTBEAT_TIMEOUT"] = "2"  # of this driver's agent
+CONFIG = from_env()  # and of the workers'
 WIDTH = 512
 LOSSES = (rx.PeerLost, rx.PeerUnknown, rx.TransferTimeout)  # a host that is gone answers nothing, not even that
 
@@ -36,7 +39,7 @@ class Worker:
 
 
 @ray.remote
-@rx.worker
+@rx.worker(config=CONFIG)
 class Trainer(Worker):
     """Publishes."""
 
@@ -55,7 +58,7 @@ class Trainer(Worker):
 
 
 @ray.remote
-@rx.worker
+@rx.worker(config=CONFIG)
 class Rollout(Worker):
     """Subscribes."""
 
