@@ -96,7 +96,7 @@ core() { # built in place from what the environment has: no network
 in_order() { # of files of tests: what no GPU has run yet first, what takes longest last
   local one place
   for one in "$@"; do
-    case $one in */test_moe.py) place=1 ;; */test_arithmetic.py | */test_weights.py) place=2 ;; */test_cycles.py) place=4 ;; *) place=3 ;; esac
+    case $one in */test_moe.py) place=1 ;; */test_deep_ep.py | */test_arithmetic.py | */test_weights.py | */test_collectives.py) place=2 ;; */test_cycles.py) place=4 ;; *) place=3 ;; esac
     echo "$place $one"
   done | sort | cut -d ' ' -f 2-
 }
