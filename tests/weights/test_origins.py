@@ -238,5 +238,5 @@ def test_a_source_that_was_there_and_is_gone_is_not_waited_for(trainers, origins
     origins.describe(soon())
     trainers.agent("trainer-2").close()
     began = time.monotonic()
-    assert set(origins.describe(soon(30), until=soon(20))) == {"trainer-2"}
-    assert time.monotonic() - began < 10
+    assert set(origins.describe(soon(90), until=soon(60))) == {"trainer-2"}
+    assert time.monotonic() - began < 30  # a moment, but for what else runs on the machine
