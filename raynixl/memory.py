@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -47,13 +47,6 @@ class MemorySpan:
     address: int
     nbytes: int
     writable: bool = True
-
-
-class _Torch(Protocol):
-    def data_ptr(self) -> int: ...
-    def is_contiguous(self) -> bool: ...
-    def numel(self) -> int: ...
-    def element_size(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
