@@ -17,6 +17,7 @@ from raynixl.moe.calls import CODES
 from raynixl.moe.cuda_frame import Frame, fields_at
 from raynixl.moe.cuda_structs import (
     NOWHERE,
+    STATUSES,
     Arrive,
     Column,
     Give,
@@ -26,6 +27,7 @@ from raynixl.moe.cuda_structs import (
     Mask,
     Order,
     Page,
+    Refusal,
     Send,
     Sum,
     Summing,
@@ -111,6 +113,11 @@ class Gpu:
         """What the host uploads."""
         made = self.frame.layer(self.me, windows, page=ctypes.addressof(self.page), operation=operation, mask=mask)
         ctypes.memmove(ctypes.addressof(self.layer), ctypes.addressof(made), ctypes.sizeof(Layer))
+
+    @property
+    def refusals(self) -> dict[int, Refusal]:
+        """Whose lines were refused, and why, the last time."""
+        return {rank: Refusal(told % STATUSES) for rank, told in enumerate(self.page.refusals) if told}
 
     @property
     def at(self) -> int:

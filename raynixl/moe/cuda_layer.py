@@ -15,7 +15,7 @@ from raynixl.errors import TransferTimeout
 from raynixl.moe.cuda_kernel import Kernels, load_kernels
 from raynixl.moe.cuda_nothing import nothings
 from raynixl.moe.cuda_presence import Presence
-from raynixl.moe.cuda_structs import RANKS, Layer, Mask, Page
+from raynixl.moe.cuda_structs import RANKS, STATUSES, Layer, Mask, Page
 
 if TYPE_CHECKING:
     from raynixl.moe.cuda_agreement import Agreed
@@ -73,7 +73,8 @@ class GpuLayer:
         windows = _addresses(agreed, self._me)
         self._known = sum(1 << rank for rank in windows)
         self._masked = (mask | ~self._known) & ((1 << 64) - 1)
-        self.known_refusals = self._gone = 0
+        self.known_refusals = self._gone = self._refused = 0
+        self._refusals = [0] * RANKS
         self._upload(
             self.frame.layer(self._me, windows, page=self._page_there, operation=agreed.number << 32, mask=self._masked)
         )
@@ -144,16 +145,22 @@ class GpuLayer:
         return by - 1 if by else None
 
     def take_refusal(self) -> tuple[int, int] | None:
-        """Return a rank whose line was refused, and why, once; not for what the caller has heard of at once."""
+        """Return a rank whose line was refused, and why, once; not for what the caller has heard of at once.
+
+        What kernels write there the host only reads: they do not wait for it to have done so.
+        """
         page = self.told
-        seen = int(page.refused)
+        refused = int(page.refused)
+        if refused == self._refused:
+            return None
+        before, now = self._refusals, list(page.refusals)
+        self._refused, self._refusals = refused, now
+        seen = sum(1 << rank for rank, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1])
         ranks, self.known_refusals = seen & ~self.known_refusals, self.known_refusals & ~seen
-        if seen:
-            page.refused = 0
         if not ranks:
             return None
         rank = (ranks & -ranks).bit_length() - 1
-        return rank, int(page.reasons[rank])
+        return rank, now[rank] % STATUSES
 
     def note_gone(self, ranks: int) -> None:
         """Hear which ranks have ended, or let go of their memory."""

@@ -23,6 +23,9 @@ LOCAL_EXPERTS: Final = 2048
 TOPK: Final = 64
 """Experts of one token at most."""
 
+STATUSES: Final = 8
+"""More than there are of `Refusal`: `refusals` of a page are an operation's number times this, and why."""
+
 LINE_NBYTES: Final = 64
 NOWHERE: Final = 0xFFFFFFFF
 
@@ -115,11 +118,14 @@ class Page(ctypes.Structure):
         ("lost", c_uint64),  # ranks that were masked here so far
         ("masked", c_uint64),  # 1 + the rank that has masked us
         ("excused", c_uint64),  # the host's: ranks that need not be waited for
-        ("refused", c_uint64),  # ranks whose line was refused, in whatever operation; `reasons` says why, the last time
+        ("refused", c_uint64),  # grows behind what is written to `refusals`
         ("status", c_uint32 * RANKS),  # `arrive`: what is wrong with each rank's line
         ("counts", c_uint32 * RANKS),  # `arrive` of a dispatch: rows by source
         ("experts", c_uint32 * LOCAL_EXPERTS),  # likewise: pairs by local expert
-        ("reasons", c_uint32 * RANKS),
+        (
+            "refusals",
+            c_uint64 * RANKS,
+        ),  # by rank: the last operation in which its line was refused, and why; `STATUSES`
     )
 
 

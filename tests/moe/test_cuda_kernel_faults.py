@@ -217,8 +217,7 @@ def test_what_is_wrong_with_a_call_is_told_to_all(layout, waits, wrong):
 
     crew = crew_of(setting, deadline=20.0)
     for gpu, held in zip(crew.gpus, crew.each(work), strict=True):
-        assert gpu.page.refused == 1 << 2
-        assert gpu.page.reasons[2] == Refusal.RANGE
+        assert gpu.refusals == {2: Refusal.RANGE}
         assert gpu.page.status[2] == (0 if waits and layout == "slots" else Refusal.RANGE)
         assert held.rows_by_source[2] == 0
         assert gpu.layer.mask == 0
@@ -234,15 +233,14 @@ def test_an_erring_rank_takes_part_with_nothing():
     def work(gpu: Gpu):
         held = send(gpu, setting, tokens[gpu.me], status=Refusal.CONFIG if gpu.me == 1 else 0)
         take(gpu, setting, tokens[gpu.me], held)
-        status = gpu.page.reasons[1]
+        refusals = gpu.refusals
         y = torch.zeros((len(held.row_ids), 16), dtype=torch.bfloat16)
         give(gpu, y, held, status=Refusal.CONFIG if gpu.me == 2 else 0)
         add_up(gpu, y, held)
-        return status, gpu.page.reasons[2], gpu.page.refused
+        return refusals, gpu.refusals
 
-    assert crew.each(work) == [(Refusal.CONFIG, Refusal.CONFIG, 0b110)] * 3
-    for gpu in crew.gpus:
-        gpu.page.refused = 0
+    both = ({1: Refusal.CONFIG}, {1: Refusal.CONFIG, 2: Refusal.CONFIG})
+    assert crew.each(work) == [both] * 3
     play(setting, tokens, crew=crew)
 
 
@@ -265,9 +263,9 @@ def test_more_than_a_window_holds_is_written_nowhere(is_combine):
         if is_combine:
             give(gpu, y, held)
             add_up(gpu, y, held)
-        return gpu.page.refused, list(gpu.page.reasons[:2])
+        return gpu.refusals
 
-    assert small.each(work) == [(0b11, [Refusal.RANGE] * 2)] * 2
+    assert small.each(work) == [{0: Refusal.RANGE, 1: Refusal.RANGE}] * 2
     for gpu, was in zip(small.gpus, before, strict=True):
         at = gpu.frame.back_at - gpu.frame.head_nbytes if is_combine else 0
         assert (gpu.window[gpu.frame.head_nbytes :][at:] == was[at:]).all()
@@ -285,16 +283,14 @@ def test_rows_that_y_has_not_are_not_read(layout, weights_at):
         take(gpu, setting, tokens[gpu.me], held)
         y = reference.run_experts(setting, gpu.me, held, expert, torch.bfloat16)
         give(gpu, y if gpu.me == 0 else y[:1], held)
-        give_told = gpu.page.refused, gpu.page.reasons[gpu.me]
+        refusals = gpu.refusals
         out, _ = add_up(gpu, y, held)
-        return *give_told, gpu.page.refused, gpu.page.reasons[1], bool(torch.isfinite(out.float()).all())
+        return refusals, gpu.refusals, bool(torch.isfinite(out.float()).all())
 
     first, second = crew.each(work)
-    assert first == (0, 0, 0b10, Refusal.CONFIG, True)
-    assert second == (0b10, Refusal.CONFIG, 0b10, Refusal.CONFIG, True)
+    assert first == ({}, {1: Refusal.CONFIG}, True)
+    assert second == ({1: Refusal.CONFIG}, {1: Refusal.CONFIG}, True)
     assert [list(gpu.layer.counters) for gpu in crew.gpus] == [[0] * 64] * 2
-    for gpu in crew.gpus:
-        gpu.page.refused = 0
     play(setting, tokens, crew=crew)
 
 
@@ -307,9 +303,9 @@ def test_why_a_line_was_refused_is_known_until_the_host_has_heard_of_it():
         for waits, status in ((True, Refusal.RANGE if gpu.me == 1 else 0), (False, 0)):
             held = send(gpu, setting, tokens[gpu.me], status=status)
             take(gpu, setting, tokens[gpu.me], held, waits=waits)
-        return gpu.page.refused, gpu.page.reasons[1]
+        return gpu.refusals
 
-    assert crew.each(work) == [(0b10, Refusal.RANGE)] * 2
+    assert crew.each(work) == [{1: Refusal.RANGE}] * 2
 
 
 def test_calls_that_differ_are_seen_by_all():
@@ -321,10 +317,10 @@ def test_calls_that_differ_are_seen_by_all():
         signature = 7 if gpu.me == 2 else 6
         held = send(gpu, setting, tokens[gpu.me], signature=signature)
         take(gpu, setting, tokens[gpu.me], held, signature=signature)
-        return gpu.page.refused
+        return gpu.refusals
 
-    assert crew.each(work) == [0b100, 0b100, 0b011]
-    assert [crew.gpus[0].page.reasons[rank] for rank in range(3)] == [0, 0, Refusal.DIFFERS]
+    differs = Refusal.DIFFERS
+    assert crew.each(work) == [{2: differs}, {2: differs}, {0: differs, 1: differs}]
 
 
 def test_a_line_of_more_rows_than_can_be_is_refused():
@@ -336,7 +332,7 @@ def test_a_line_of_more_rows_than_can_be_is_refused():
     gpu_line = Line.from_address(gpu.window.ctypes.data + gpu.frame.lines_at[0] + 64 * 2)
     gpu_line.count, gpu_line.number = 1 << 30, gpu.layer.operation + 1
     take(gpu, setting, tokens[0], held)
-    assert gpu.page.reasons[1] == Refusal.DAMAGED
+    assert gpu.refusals == {1: Refusal.DAMAGED}
     assert held.rows_by_source[1] == 0
 
 

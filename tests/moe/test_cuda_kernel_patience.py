@@ -89,8 +89,7 @@ def test_rows_that_come_back_are_refused_unless_they_are_as_many_as_went(waits):
     line = Line.from_address(gpu.window.ctypes.data + gpu.frame.lines_at[1] + 64 * 2)
     line.count, line.number = int(held.sent[1]) + 1, gpu.layer.operation + 1
     add_up(gpu, held.x, held, waits=waits)
-    assert gpu.page.refused == 0b10
-    assert gpu.page.reasons[1] == Refusal.DAMAGED
+    assert gpu.refusals == {1: Refusal.DAMAGED}
 
 
 def test_masks_add_up():

@@ -58,7 +58,9 @@ __device__ __forceinline__ bool give_item(const Give& a, u64 row, u32 number, u6
 // Have our own host hear that this call of ours was refused, whichever ranks have heard of it.
 __device__ __forceinline__ void tell_wrong(const Scene& scene) {
   auto* page = reinterpret_cast<volatile Page*>(scene.layer->page);
-  page->reasons[scene.me] = kConfig, page->refused |= bit(scene.me);
+  page->refusals[scene.me] = scene.number * kStatuses + kConfig;
+  __threadfence_system();
+  page->refused = 2 * scene.number;
 }
 
 __device__ __forceinline__ void give_part(const Give& a, const Scene& scene, u32 rank, u32 part, u32 parts) {

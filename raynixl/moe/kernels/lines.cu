@@ -198,7 +198,9 @@ __device__ __forceinline__ void lose(const Scene& scene, u64 ranks) {
 __device__ __forceinline__ void tell_refusals(const Scene& scene, const Seen& seen) {
   auto* page = reinterpret_cast<volatile Page*>(scene.layer->page);
   for (u32 rank = 0; rank < scene.ranks; ++rank)
-    if (seen.status[rank] != kFine) page->reasons[rank] = seen.status[rank], page->refused |= bit(rank);
+    if (seen.status[rank] != kFine) page->refusals[rank] = scene.number * kStatuses + seen.status[rank];
+  __threadfence_system();
+  page->refused = 2 * scene.number + 1;
 }
 
 // Whether this CTA is the last of its launch to come here. All its threads do.

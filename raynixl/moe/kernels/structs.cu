@@ -56,7 +56,7 @@ constexpr u32 kThreads = 512, kWarps = kThreads / kWarp;
 constexpr u64 kMillisecond = 1000000;
 
 constexpr u32 kDispatch = 0, kCombine = 1;
-constexpr u32 kFine = 0, kRange = 1, kConfig = 2, kDiffers = 3, kDamaged = 4;  // of Refusal
+constexpr u32 kFine = 0, kRange = 1, kConfig = 2, kDiffers = 3, kDamaged = 4, kStatuses = 8;  // of Refusal
 constexpr u32 kSums = 1, kGivePairs = 2;                          // of Giving
 constexpr u32 kRows = 0, kApart = 2;                              // of Summing
 constexpr i32 kNotChosen = -1, kNobody = -2;
@@ -84,7 +84,8 @@ struct Layer {
 };
 struct Page {
   u64 ticket, operation, turns[2], lost, masked, excused, refused;
-  u32 status[kRanks], counts[kRanks], experts[kLocalExperts], reasons[kRanks];
+  u32 status[kRanks], counts[kRanks], experts[kLocalExperts];
+  u64 refusals[kRanks];  // operation * kStatuses + status
 };
 struct Send {
   u64 layer;
@@ -123,7 +124,7 @@ struct Sum {
 struct Mask {
   u64 layer, mask, told;
 };
-static_assert(sizeof(Column) == 24 && sizeof(Line) == kLineNbytes && sizeof(Layer) == 1984 && sizeof(Page) == 9024, "");
+static_assert(sizeof(Column) == 24 && sizeof(Line) == kLineNbytes && sizeof(Layer) == 1984 && sizeof(Page) == 9280, "");
 static_assert(sizeof(Send) == 312 && sizeof(Arrive) == 56 && sizeof(Order) == 272 && sizeof(Take) == 352, "");
 static_assert(sizeof(Give) == 112 && sizeof(Sum) == 176 && sizeof(Mask) == 24, "");
 
