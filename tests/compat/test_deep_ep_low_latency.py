@@ -214,19 +214,19 @@ def test_rows_that_were_sent_may_be_overwritten_before_the_hook(pair):
         group.run(work)
 
 
-def test_a_pair_that_is_taken_out_before_combine_is_left_out(pair):
-    case, most = case_of(pair, hidden=128, missing=0.0), 24
+@pytest.mark.parametrize("is_his", [False, True], ids=["in a copy", "in what was given"])
+def test_a_pair_that_is_taken_out_before_combine_is_left_out(crew, is_his):
+    case, most = case_of(crew, hidden=128, missing=0.0), 24
 
     def work(rank, buffer):
-        packed, _, handle, _, _ = buffer.low_latency_dispatch(
-            case.x(rank), case.topk_idx(rank), most, case.experts, use_fp8=False
-        )
         ids = case.topk_idx(rank)
+        packed, _, handle, _, _ = buffer.low_latency_dispatch(case.x(rank), ids, most, case.experts, use_fp8=False)
+        ids = ids if is_his else ids.clone()
         ids[:, 1] = -1
         combined, _, _ = buffer.low_latency_combine(packed, ids, torch.ones(ids.shape), handle)
         assert same(combined, case.x(rank) * 2)
 
-    with ranks(pair, low_latency_mode=True) as group:
+    with ranks(crew, low_latency_mode=True) as group:
         group.run(work)
 
 
@@ -297,6 +297,54 @@ def test_mistakes_say_what_to_do(pair):
         assert all("low_latency_mode=True" in str(error) for error in errors)
 
 
+def test_handles_of_other_buffers_and_rows_of_other_shapes_are_refused_by_combine(crew):
+    case, most = case_of(crew, hidden=128), 24
+
+    def sent(rank, buffer):
+        packed, _, handle, _, _ = buffer.low_latency_dispatch(
+            case.x(rank), case.topk_idx(rank), most, case.experts, use_fp8=False
+        )
+        return packed, handle
+
+    with ranks(crew, low_latency_mode=True) as one, ranks(crew, low_latency_mode=True) as two:
+
+        def work(rank, buffer):
+            packed, handle = sent(rank, buffer)
+            given = (case.topk_idx(rank), case.topk_weights(rank))
+            with pytest.raises(ConfigError, match="another buffer"):
+                two.buffers[rank].low_latency_combine(packed, *given, handle)
+            with pytest.raises(ConfigError, match="no handle"):
+                buffer.low_latency_combine(packed, *given, tuple(handle))
+            for wrong in (packed[:, 1:], packed.flatten(0, 1), packed[..., :64]):
+                with pytest.raises(ConfigError, match="as dispatch returned"):
+                    buffer.low_latency_combine(wrong, *given, handle)
+            combined, _, _ = buffer.low_latency_combine(packed, *given, handle)
+            assert same(combined, weighted(case, rank, lambda expert: case.x(rank)))
+
+        one.run(work)
+
+
+def test_what_lies_elsewhere_is_refused_by_combine(kernels):
+    case = case_of(kernels, hidden=128)
+
+    def work(rank, buffer):
+        packed, _, handle, _, _ = buffer.low_latency_dispatch(
+            case.x(rank), case.topk_idx(rank), case.tokens, case.experts, use_fp8=False
+        )
+        ids, weights = case.topk_idx(rank), case.topk_weights(rank)
+        with kernels.gpus.on_host(), pytest.raises(ConfigError, match="rows in GPU 0, these are in memory of the host"):
+            buffer.low_latency_combine(packed, ids, weights, handle)
+        elsewhere = [ids.clone(), weights.clone()]
+        kernels.gpus.at_host.extend(elsewhere)
+        for given in ((elsewhere[0], weights), (ids, elsewhere[1])):
+            with pytest.raises(ConfigError, match="one device: cuda:0"):
+                buffer.low_latency_combine(packed, *given, handle)
+
+    with ranks(kernels, low_latency_mode=True) as group:
+        group.run(work)
+    kernels.gpus.at_host.clear()
+
+
 def test_what_was_waited_for_each_rank_is_counted(pair):
     case, most = case_of(pair, hidden=128), 24
     is_there = threading.Event()
@@ -319,6 +367,35 @@ def test_what_was_waited_for_each_rank_is_counted(pair):
         assert bool((back >= 5).all())
         if rank == 0:
             assert int(sent[1]) > 10_000_000
+
+    with ranks(pair, low_latency_mode=True) as group:
+        group.run(work)
+
+
+def test_what_the_step_before_was_waited_for_is_not_counted(pair):
+    """A step that is sent before the hook of the former one was called."""
+    case, most = case_of(pair, hidden=128), 24
+    is_sent = threading.Event()
+
+    def work(rank, buffer):
+        buffer.low_latency_dispatch(case.x(rank), case.topk_idx(rank), most, case.experts, use_fp8=False)
+        waited = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+        if rank == 1:
+            assert is_sent.wait(20)
+            threading.Event().wait(0.05)  # what rank 0 waits for
+        hooks = [
+            buffer.low_latency_dispatch(
+                case.x(rank), case.topk_idx(rank), most, case.experts, use_fp8=False, return_recv_hook=True,
+                dispatch_wait_recv_cost_stats=one,
+            )[-1]
+            for one in waited
+        ]  # fmt: skip
+        if rank == 0:
+            is_sent.set()
+        for hook in hooks:
+            hook()
+        counted = {one.rank: one.waited for one in next(iter(buffer._instances._made.values())).statistics().peers}
+        assert int(waited[0][1 - rank] + waited[1][1 - rank]) <= counted[1 - rank] * 1e9
 
     with ranks(pair, low_latency_mode=True) as group:
         group.run(work)

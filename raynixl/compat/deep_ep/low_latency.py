@@ -12,12 +12,13 @@ from torch import Tensor
 from raynixl.compat.deep_ep import gpu
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, Work
 from raynixl.compat.deep_ep.instances import Instances, Shape
-from raynixl.compat.deep_ep.layout import local_experts
+from raynixl.compat.deep_ep.layout import check_own, local_experts
 from raynixl.compat.deep_ep.packing import Form, Packed, pack
 from raynixl.compat.deep_ep.reuse import Reuse
 from raynixl.compat.deep_ep.utils import quantise
 from raynixl.errors import ConfigError, RangeError
 from raynixl.moe import cuda_device
+from raynixl.moe.calls import check_place
 from raynixl.weights.conversion import BLOCK
 
 Hook = Callable[[], None]
@@ -29,13 +30,24 @@ class LowLatencyHandle(tuple[Any, ...]):
 
     step: _Step
 
+    @property
+    def parallel(self) -> Any:
+        """What the dispatch was carried out by."""
+        return self.step.parallel
+
+    @property
+    def gpu(self) -> int | None:
+        """The GPU that it is of."""
+        return self.step.gpu
+
 
 class _Step:
     """One dispatch on its way to its combine."""
 
-    def __init__(self, parallel: Any, topk_idx: Tensor) -> None:
+    def __init__(self, parallel: Any, topk_idx: Tensor, gpu: int | None) -> None:
         self.parallel = parallel
-        self.topk_idx = topk_idx
+        self.topk_idx = topk_idx.detach().clone()  # the caller may change his
+        self.gpu = gpu
         self.work: Work
         self.inner: Any = None
 
@@ -86,8 +98,9 @@ class LowLatency:
         form = _form(x, use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0)
         parallel = self._parallel(num_experts, x.shape[1], topk_idx.shape[1], most)
         number = cuda_device.gpu_of(x)
+        step = _Step(parallel, topk_idx, number)
         if number is not None:
-            step, made = _Step(parallel, topk_idx), gpu.Given(x, topk_idx, form, num_experts // world, round_scale)
+            made = gpu.Given(x, step.topk_idx, form, num_experts // world, round_scale)
             spent = gpu.Waited.of(dispatch_wait_recv_cost_stats, world)
             found = step.inner = made.dispatch(self._instances, parallel, number, spent)
             if cumulative_local_expert_recv_stats is not None:
@@ -99,18 +112,19 @@ class LowLatency:
         packed = Packed.empty(
             form, self._memory, experts=num_experts // world, places=most * world, hidden=x.shape[1], world=world
         )
-        step = _Step(parallel, topk_idx.detach().clone())
-        begun = _waited(parallel, world) if dispatch_wait_recv_cost_stats is not None else None
+        waited = torch.zeros(world, dtype=torch.float64)
         rows = quantise(x, round_scale=round_scale) if use_fp8 else _kept(x, async_finish or return_recv_hook)
-        pending = parallel.dispatch(rows, step.topk_idx, layout="slots", weights_at="source", async_=True)
+        pending = parallel.dispatch(
+            rows, step.topk_idx, layout="slots", weights_at="source", async_=True, waited=waited
+        )  # fmt: skip
 
         def receive() -> None:
             arrived = self._instances.done(parallel, pending.wait)
             step.inner = pack(arrived, packed, parallel.agent.native)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(packed.counts)
-            if dispatch_wait_recv_cost_stats is not None and begun is not None:
-                dispatch_wait_recv_cost_stats.add_(_waited(parallel, world) - begun)
+            if dispatch_wait_recv_cost_stats is not None:
+                dispatch_wait_recv_cost_stats.add_((waited * NANOSECONDS).long())
 
         step.work = Work(receive)
         event, hook = _leave(step.work, async_finish, return_recv_hook)
@@ -134,13 +148,22 @@ class LowLatency:
         """Bring the experts' rows back and sum them with their weights, in the order of k in float32, rounded once.
 
         A pair whose id is -1 in `topk_idx` is left out, as are those of ranks that are masked or lost.
+
+        Raises:
+            ConfigError: the handle, or a tensor, is of another buffer, of another dispatch, or elsewhere.
         """
         self._check_mode(async_finish, return_recv_hook)
-        step = handle.step
         number = cuda_device.gpu_of(x)
+        check_own(handle, LowLatencyHandle, self._instances, number)
+        step, shape = handle.step, (*handle[0].shape, handle[3])
+        if zero_copy:
+            x = self.get_next_low_latency_combine_buffer(handle)
+        if x.shape != shape:
+            raise ConfigError(f"x is {list(x.shape)}", hint=f"give {list(shape)}, as dispatch returned it")
+        check_place(topk_idx, "topk_idx", number)
+        check_place(topk_weights, "topk_weights", number)
         if number is not None:
-            if zero_copy:
-                x = self.get_next_low_latency_combine_buffer(handle)
+            cuda_device.gpu(number).use([step.topk_idx])  # the dispatch may have been on another stream
             given = gpu.weights_of(topk_idx, topk_weights, step.topk_idx)
             spent = gpu.Waited.of(combine_wait_recv_cost_stats, self.group_size)
             rows, inner = step.inner.given_back(x.detach().reshape(-1, handle[3]), given)
@@ -151,14 +174,7 @@ class LowLatency:
             event, hook = gpu.left(number, async_finish, return_recv_hook)
             return made if out is None else out, event, hook
         weights = _weights(topk_idx, topk_weights, step.topk_idx)
-        if zero_copy:
-            x = self.get_next_low_latency_combine_buffer(handle)
         inner = dataclasses.replace(step.received(), weights=weights)
-        experts, room = handle[0].shape
-        if x.shape != (experts, room, handle[3]):
-            raise ConfigError(
-                f"x is {list(x.shape)}", hint=f"give [{experts}, {room}, {handle[3]}], as dispatch returned it"
-            )
         rows = x.detach().reshape(-1, handle[3])
         total = torch.empty((len(topk_idx), handle[3]), dtype=x.dtype) if out is None else out
         waited = torch.zeros(self.group_size, dtype=torch.float64)
@@ -228,14 +244,6 @@ class LowLatency:
     def _check_shrink(self) -> None:
         if not self.enable_shrink:
             raise ConfigError("this buffer masks no ranks", hint="make it with enable_shrink=True")
-
-
-def _waited(parallel: Any, world: int) -> Tensor:
-    """Return the nanoseconds that we have waited for each rank so far."""
-    waited = torch.zeros(world, dtype=torch.float64)
-    for peer in parallel.statistics().peers:
-        waited[peer.rank] = peer.waited
-    return (waited * NANOSECONDS).long()
 
 
 def _form(x: Tensor, *, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Form:
