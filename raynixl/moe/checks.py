@@ -135,7 +135,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes) -> DispatchCall:
     if given.stats is not None:
         check_stats(given.stats, sizes.local_experts, of_counts=True)
     if given.waited is not None:
-        check_stats(given.waited, sizes.ranks, of_counts=False)
+        check_stats(given.waited, sizes.ranks, of_counts=False, what="waited")
     weights = weights_of(given.topk_weights, tokens, sizes.topk)
     ids, ids_dtype = None, torch.int64
     if handle is None:
@@ -162,15 +162,17 @@ def options(given: DispatchArguments) -> tuple[str, int, str]:
     return check_choice(layout, LAYOUTS, "layout"), int(alignment), check_choice(weights_at, WEIGHTS_AT, "weights_at")
 
 
-def check_stats(stats: Any, length: int, *, of_counts: bool, gpu: int | None = None) -> None:
+def check_stats(
+    stats: Any, length: int, *, of_counts: bool, gpu: int | None = None, what: str = "stats"
+) -> None:  # fmt: skip
     """Refuse what results cannot be added to, before there are any: counts by expert, or seconds by rank."""
     dtypes = (torch.int64, torch.int32, torch.float64, torch.float32) if of_counts else (torch.float64, torch.float32)
     fits = isinstance(stats, torch.Tensor) and stats.dtype in dtypes and stats.dim() == 1
     if not fits or stats.layout is not torch.strided or stats.requires_grad:
-        raise ConfigError("stats is no plain tensor", hint=f"give one of {dtypes[0]} with one dimension")
-    check_place(stats, "stats", gpu)
+        raise ConfigError(f"{what} is no plain tensor", hint=f"give one of {dtypes[0]} with one dimension")
+    check_place(stats, what, gpu)
     if len(stats) != length if of_counts else len(stats) > length:
-        raise ConfigError(f"stats has {len(stats)} items", hint=f"give one for each of {length}")
+        raise ConfigError(f"{what} has {len(stats)} items", hint=f"give one for each of {length}")
 
 
 def check_session(handle: Handle | CudaHandle, session: int) -> None:

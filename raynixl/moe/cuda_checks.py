@@ -57,7 +57,7 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
     if given.stats is not None:
         check_stats(given.stats, sizes.local_experts, of_counts=True, gpu=gpu)
     if given.waited is not None:
-        _check_waited(given.waited, sizes.ranks, gpu)
+        _check_waited(given.waited, "waited", sizes.ranks, gpu)
     weights = _weights(given.topk_weights, (tokens, sizes.topk), gpu)
     if weights is not None and weights.data_ptr() == given.topk_weights.data_ptr():
         weights = weights.clone()  # the handle keeps them, and the caller may change his
@@ -77,10 +77,13 @@ def _dispatch_call(given: DispatchArguments, sizes: Sizes, gpu: int) -> CudaDisp
     )  # fmt: skip
 
 
-def _check_waited(waited: Any, ranks: int, gpu: int) -> None:
-    check_stats(waited, ranks, of_counts=False, gpu=gpu)
+def _check_waited(waited: Any, what: str, ranks: int, gpu: int) -> None:
+    check_stats(waited, ranks, of_counts=False, gpu=gpu, what=what)
     if waited.dtype != torch.float64 or not waited.is_contiguous():
-        raise ConfigError(f"seconds are added to {waited.dtype}", hint="on a GPU give a contiguous float64 tensor")
+        raise ConfigError(
+            f"{what} is {waited.dtype}{'' if waited.is_contiguous() else ', not contiguous'}",
+            hint="seconds are added on a GPU: give a contiguous float64 tensor",
+        )  # fmt: skip
 
 
 def _ids(topk_idx: Any, shape: tuple[int, int], gpu: int) -> Tensor:
@@ -118,7 +121,7 @@ def _combine_call(given: CombineArguments, sizes: Sizes, gpu: int) -> CudaCombin
             "pairs come back only with the weights at the source", hint="dispatch with weights_at='source'"
         )
     if given.stats is not None:
-        _check_waited(given.stats, sizes.ranks, gpu)
+        _check_waited(given.stats, "stats", sizes.ranks, gpu)
     y = rows_of(given.y, "y", expected_shape(handle), hidden, gpu=gpu)
     shape = (handle.call.tokens, hidden)
     if weights is not None:

@@ -87,7 +87,7 @@ class Sending:
         self.options()
         if self.stats is not None:
             check_stats(self.stats, len(placement.experts_of(rank)), of_counts=True)
-        check_waits(self.waited, world)
+        check_waits(self.waited, "waited", world)
 
     def across(self, number: int, rank: int) -> dict[str, Any]:
         """Return what is dispatched in one column: all tokens in our own, none where we stand in for another."""
@@ -205,7 +205,7 @@ class Returning:
         if not isinstance(self.handle, TwoLevelHandle):
             raise ConfigError(f"{type(self.handle).__name__} is no handle", hint="give r.handle of the dispatch")
         self._check_ends(hidden)
-        check_waits(self.stats, world)
+        check_waits(self.stats, "stats", world)
         return self if self.handle.places is None else self._from_slots(hidden)
 
     def _from_slots(self, hidden: int) -> Returning:
@@ -266,7 +266,7 @@ class Returning:
         return both
 
 
-def check_waits(waits: Any, world: int) -> None:
+def check_waits(waits: Any, what: str, world: int) -> None:
     """Refuse what seconds cannot be added to, one number for each rank.
 
     Raises:
@@ -274,9 +274,9 @@ def check_waits(waits: Any, world: int) -> None:
     """
     if waits is None:
         return
-    check_stats(waits, world, of_counts=False)
+    check_stats(waits, world, of_counts=False, what=what)
     if len(waits) != world:
-        raise ConfigError("stats has no place for each rank", hint=f"give float64 [{world}]")
+        raise ConfigError(f"{what} has {len(waits)} items", hint=f"give float64 [{world}]")
 
 
 def _none_of(value: Any) -> Any:

@@ -124,6 +124,8 @@ def test_what_one_rank_gives_wrong_all_ranks_raise_and_go_on(crew):
         ):  # fmt: skip
             errors = layer.errors(lambda rank, ep, wrong=wrong: dispatch(rank, ep, **wrong))
             assert [type(error) for error in errors] == [kind] * 4, (wrong, errors)
+            (name,) = wrong
+            assert name not in ("stats", "waited") or all(f"{name} has" in str(error) for error in errors[2:3]), errors
         for wrong in (
             {"y": x[:, :3]}, {"bias": elsewhere}, {"out": elsewhere}, {"out": torch.zeros(1, 16).expand(TOKENS, 16)},
             {"out": x.to_sparse()}, {"stats": torch.zeros(4, dtype=torch.int64)}, {"handle": None},

@@ -142,6 +142,9 @@ def test_seconds_go_into_float64_alone(crew):
             torch.zeros(WORLD), torch.zeros(WORLD, 2, dtype=torch.float64)[:, 0], torch.zeros(99, dtype=torch.float64),
             [0.0] * WORLD,
         ):  # fmt: skip
-            errors = layer.errors(lambda rank, ep, wrong=wrong: ep.dispatch(*tokens(rank), waited=wrong))
+            errors = layer.errors(
+                lambda rank, ep, wrong=wrong: ep.dispatch(*tokens(rank), waited=None if rank else wrong)
+            )
             assert [type(error) for error in errors] == [ConfigError] * WORLD
+            assert str(errors[0]).startswith("waited "), errors
         agree(layer, 1)
