@@ -176,8 +176,9 @@ class NvlinkBackend:
     def copy(self, source: Region, target: Region, rows: NDArray[np.uint64]) -> list[Program]:
         """Compile copies between two regions of ours; see `CopiesHere`."""
         ends = (source, target)
-        at = [self._pins.address_of(one) if one.kind is _DRAM else one.memory.address for one in ends]
         device = next(one.device for one in (target, source) if one.kind is _VRAM)
+        with cuda.on(device):  # as in `prepare`
+            at = [self._pins.address_of(one) if one.kind is _DRAM else one.memory.address for one in ends]
         for one in ends:
             if one.kind is _VRAM and one.device != device:
                 _check_origin(device, one.memory.address, one.nbytes)

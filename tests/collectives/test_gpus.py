@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,23 @@ def test_a_members_own_part_may_lie_in_place(fake_cuda: Any) -> None:
         return bool((content(out)[group.rank * N : (group.rank + 1) * N] == own).all())
 
     assert in_threads(2, work, config=CONFIG) == [True, True]
+
+
+def test_a_member_that_works_with_one_gpu_makes_no_context_on_another(fake_cuda: Any) -> None:
+    address = fake_cuda.make(N, device=1)
+    face = {"version": 3, "typestr": "|u1", "shape": (N,), "data": (address, False), "stream": None}
+
+    def work(group: Any) -> None:
+        source, out = (
+            make_region(group.agent, "arena", N, seed=3),
+            group.agent.register(SimpleNamespace(__cuda_array_interface__=face)),
+        )
+        group.allgather(source, out)
+
+    in_threads(1, work, config=CONFIG)
+    assert np.array_equal(fake_cuda.view(address, N), random_bytes(N, 3))
+    assert set(fake_cuda.devices.retained) == {1}
+    fake_cuda.drop(address)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "chain"])
