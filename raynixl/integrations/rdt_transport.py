@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -273,9 +273,7 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
 
     def _go_on(self, fetch: RaynixlFetch, error: RaynixlError) -> None:
         """Read from the next holder: the source if it was not tried, else whoever answers."""
-        source = Holding.from_bytes(fetch.metadata.holding)
-        others = [source] if source.agent not in fetch.tried else []
-        for holding in others or self.desk().holders.search(fetch.obj_id, fetch.tried):
+        for holding in self._others(fetch) if _has_settled(fetch.flight) else ():
             fetch.holding = holding
             try:
                 self._post(fetch)
@@ -284,6 +282,12 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
                 continue
         self._finish(fetch)
         raise error
+
+    def _others(self, fetch: RaynixlFetch) -> Iterable[Holding]:
+        source = Holding.from_bytes(fetch.metadata.holding)
+        if source.agent not in fetch.tried:
+            return [source]
+        return self.desk().holders.search(fetch.obj_id, fetch.tried)
 
     def _finish(self, fetch: RaynixlFetch) -> None:
         fetch.dropped.detach()
@@ -296,8 +300,7 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
             flights.discard(flight)
             if not flights:
                 self._flights.pop(obj_id, None)
-        for job in () if flight.transfer is None else flight.transfer.jobs:
-            job.wait_settled(_SETTLE_SECONDS)  # a GPU that was given up may still write, and the target be pinned
+        _has_settled(flight)  # the target may be pinned
         flight.transfer = None
         flight.held.release()
 
@@ -317,6 +320,12 @@ class RaynixlTransport(TensorTransportManager):  # type: ignore[misc]
         kept = forget_borrowed(seen)
         with self._lock:
             self._borrowed |= kept
+
+
+def _has_settled(flight: _Flight) -> bool:
+    """Wait until nothing of a fetch writes any more, as a GPU that was given up may; False if something still does."""
+    jobs = () if flight.transfer is None else flight.transfer.jobs
+    return all(job.wait_settled(_SETTLE_SECONDS) for job in jobs)
 
 
 def _register_there(_: Any) -> bool:

@@ -18,7 +18,7 @@ from cuda_fixtures import fake_driver
 from device_stand_in import GPU
 
 from raynixl.agents import past
-from raynixl.errors import ConfigError, TransferTimeout
+from raynixl.errors import ConfigError, PeerLost, TransferTimeout
 from raynixl.integrations import rdt_memory, rdt_transport
 from raynixl.integrations.rdt_transport import Desk, RaynixlTransport
 
@@ -196,5 +196,37 @@ def test_a_fetch_that_has_failed_is_over_when_nothing_of_it_writes_any_more(
     fetch.flight.held = taker.desk().shelf.pin([torch.zeros(N)])
     taker._end("a", fetch.flight)
     assert waited == [rdt_transport._SETTLE_SECONDS]
+    assert len(taker.desk().shelf) == 0
+    source.garbage_collect("a", meta, [])
+
+
+@pytest.mark.parametrize("is_through", [True, False])
+def test_the_next_holder_is_read_from_when_nothing_writes_what_a_lost_one_gave(
+    ends: Any, monkeypatch: pytest.MonkeyPatch, is_through: bool
+) -> None:
+    source, taker = ends
+    meta = source.extract_tensor_transport_metadata("a", [torch.full((N,), 4.0)])
+    fetch = taker.fetch_multiple_tensors("a", meta, None)
+    taker.wait_fetch_complete(fetch)
+    happened: list[str] = []
+
+    def wait_settled(_seconds: float) -> bool:
+        happened.append("waited")
+        return is_through
+
+    def lose(_timeout: float | None) -> None:
+        raise PeerLost("gone")
+
+    fetch.tried.clear()
+    fetch.flight.transfer = SimpleNamespace(jobs=[SimpleNamespace(wait_settled=wait_settled)], wait=lose)
+    fetch.flight.held = taker.desk().shelf.pin(fetch.tensors)
+    post = taker._post
+    monkeypatch.setattr(taker, "_post", lambda one: (happened.append("posted"), post(one)))
+    if is_through:
+        taker.wait_fetch_complete(fetch)
+    else:
+        with pytest.raises(PeerLost):
+            taker.wait_fetch_complete(fetch)
+    assert happened == (["waited", "posted"] if is_through else ["waited", "waited"])
     assert len(taker.desk().shelf) == 0
     source.garbage_collect("a", meta, [])
