@@ -49,16 +49,16 @@ class GpuRank(Rank):
             Masked: the others have gone on without this rank. ConfigError: another rank calls something else.
         """
         number = device if isinstance(device, int) else None if device is None else device.index
+        used = cuda_device.used_gpu()  # of this thread, whichever carries it out
 
         def synchronise() -> None:
             until, error = self._until(deadline)
             if error is not None:
                 raise error
-            self._agree(
-                Need(), cuda_device.used_gpu() if number is None and self._known_gpu() is None else number, until
-            )
+            self._agree(Need(), used if number is None and self._known_gpu() is None else number, until)
 
-        self._submit(synchronise)
+        known = self._known_gpu()
+        self._submit(self._as_here(used if known is None else known, synchronise))
 
     @property
     def is_direct(self) -> bool | None:

@@ -94,7 +94,10 @@ class LayerRank(ABC):
     def _within(self, tensor: Any, operation: Callable[[], T], async_: bool) -> Callable[[], T]:
         """Return an operation as it is done by another thread: on the stream that is this one's now."""
         first = tensor[0] if isinstance(tensor, tuple) and tensor else tensor
-        gpu = cuda_device.gpu_of(first)
+        return self._as_here(cuda_device.gpu_of(first), operation, async_)
+
+    def _as_here(self, gpu: int | None, operation: Callable[[], T], async_: bool = False) -> Callable[[], T]:
+        """Return the same of what is on a GPU, or on none."""
         if gpu is None or not (async_ or self._worker is not None):
             return operation
         here = cuda_device.gpu(gpu).here()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from moe_cuda_crews import OPTIONS, TOKENS, GpuCrew, agree, gpu_crew, tokens
 
 from raynixl.errors import ConfigError
+from raynixl.moe import cuda_device
+from raynixl.moe.cuda_layer import GpuLayer
 
 WORLD = 3
 
@@ -66,6 +69,27 @@ def captured(crew, ep, x, ids, weights):
     r = ep.dispatch(x, ids, weights, layout="slots")
     out = ep.combine(r.x, r.handle)
     return work.end_capture(stream), r, out
+
+
+def test_an_agreement_is_on_the_stream_and_the_gpu_of_who_asks_for_it(crew, monkeypatch):
+    """Also where another thread carries operations out, since one of them was asynchronous."""
+    noted, used = [], []
+    note = GpuLayer.note_replays
+    monkeypatch.setattr(GpuLayer, "note_replays", lambda layer: noted.append(layer.gpu.stream()) or note(layer))
+    monkeypatch.setattr(cuda_device, "used_gpu", lambda: used.append(threading.get_ident()) or 0)
+    with crew.experts(WORLD, **OPTIONS) as layer:
+
+        def run(rank, ep):
+            ep.synchronise()
+            x, ids, weights = tokens(rank)
+            r = ep.dispatch(x, ids, weights, async_=True).wait()
+            ep.combine(r.x, r.handle)
+            ep.synchronise()
+            return crew.gpus.stream(), threading.get_ident()
+
+        streams, threads = zip(*layer.run(run), strict=True)
+        assert set(noted) == set(streams)
+        assert set(used) == set(threads)
 
 
 def test_a_graph_lives_through_agreements_that_leave_windows_as_they_are(crew):
