@@ -19,7 +19,8 @@ from raynixl.native.twin_ucx import Mapping
 __all__ = ["Rma", "rma"]
 
 _PIECE = 8 << 20  # what one operation moves at most, so that a cancel waits for little
-_SMALL_PIECE = 8 << 10  # and at least, where an endpoint bounds what may be read at a time
+_SMALL_PIECE = 8 << 10  # and at least, where an endpoint bounds what may be read at a time, unless to less than this,
+_LEAST_PIECE = 1 << 10  # and at least then
 _SHARES = 8  # so many programs may read over such an endpoint at once
 _WINDOW_NBYTES = 64 << 20
 _WINDOW_ROWS = 2048  # operations that UCX has at a time: each costs it some 500 bytes
@@ -40,7 +41,8 @@ class Rma:
         self.endpoints: Final = tuple(dict.fromkeys(key.endpoint for _, key in paths))
         self.rails: Final = tuple(dict.fromkeys(endpoint.rail for endpoint in self.endpoints))
         limit = min((one.read_limit for one in self.endpoints if one.read_limit and not is_write), default=0)
-        piece = max(_SMALL_PIECE, limit // _SHARES // 2) if limit else _PIECE
+        small = max(min(_SMALL_PIECE, limit), _LEAST_PIECE)  # what is read at a time comes in one message
+        piece = max(small, limit // _SHARES // 2) if limit else _PIECE
         cut = _cut(rows, piece)
         self.rows: Final = _in_turn(cut) if limit and len(paths) > 1 else cut
         self.done_nbytes: Final = np.cumsum(self.rows[:, 3])

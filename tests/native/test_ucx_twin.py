@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from native_tools import MIB, finish, random_bytes
+from native_tools import KIB, MIB, finish, random_bytes
 from rail_tools import Side, until
 
 from raynixl.backends.ucx_presence import is_installed
@@ -77,3 +78,15 @@ def test_endpoints_that_are_gone_are_forgotten_though_nobody_asks(alone: tuple[S
         return sum(isinstance(one, Endpoint) for one in gc.get_objects())
 
     assert until(lambda: living() == 0)
+
+
+@pytest.mark.parametrize("limit", [2 * KIB, 8 * KIB - 64, 256 * KIB - 64])
+def test_no_read_asks_for_more_than_its_endpoint_lets_pass(alone: tuple[Side, Callable[[], int]], limit: int) -> None:
+    side, _threads = alone
+    source, target = random_bytes(MIB), np.zeros(MIB, dtype=np.uint8)
+    way = side.reach(side.export(source))
+    way.endpoint.limit_reads(limit)
+    program: Any = side.reader(target, way)
+    assert program.rows[:, 3].max() <= limit
+    assert finish(program.run(30.0)) == DONE
+    assert np.array_equal(source, target)
