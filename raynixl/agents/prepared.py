@@ -260,7 +260,7 @@ class Prepared:
                     job.wait_settled(settle_seconds(job))
                 if code == LOST:
                     self._unbind(route)
-                transfer.failed(self.translate(code, route.link))
+                transfer.failed(self.translate(code, route.link), jobs)
                 return
         self._start(transfer, route, jobs)
 

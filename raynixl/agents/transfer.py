@@ -341,11 +341,12 @@ class Transfer:
                     job.cancel(CANCELLED)
             settled.notify_all()
 
-    def failed(self, error: RaynixlError) -> None:
-        """End it with an error unless it has ended."""
+    def failed(self, error: RaynixlError, jobs: Sequence[Job] = ()) -> None:
+        """End it with an error unless it has ended. `jobs` have begun, and may still touch the memory."""
         settled = self._prepared.agent.settled
         with settled:
             self._is_starting = False
+            self._jobs = jobs
             self._forget_event()
             if self._stage not in (Stage.DONE, Stage.FAILED):
                 self._end_locked(error)

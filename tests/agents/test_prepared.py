@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from agent_process import far_agent
 from agent_tools import PATIENCE, error_of, eventually, introduce, random_bytes
 
-from raynixl import Agent, PeerLost, PeerRestarted
+from raynixl import Agent, PeerLost, PeerRestarted, RegionStale
+from raynixl.native import CANCELLED, PENDING, STALE
 
 N = 4096
 
@@ -131,3 +133,29 @@ def test_a_plan_of_a_restarted_peer_says_so_and_the_new_one_is_used_by_name(new_
         assert isinstance(error_of(plan.post()), PeerRestarted)
         alice.write(mine, alice.peer("bob")["far"]).wait(PATIENCE)
         assert far.ask("values", name="far") == sorted({int(value) for value in mine.array()})
+
+
+def test_what_has_begun_is_known_of_a_post_that_is_refused_for_another_part_of_it(pair: tuple[Agent, Agent]) -> None:
+    class Late:
+        """A job that cannot be stopped, as that of a GPU."""
+
+        code = PENDING
+
+        def cancel(self, code: int) -> bool:
+            self.code = code
+            return True
+
+        def wait_settled(self, timeout: float) -> bool:
+            return False
+
+    near, far = pair
+    theirs, mine, late = far.register(random_bytes(64, 1), name="theirs"), near.empty(64), Late()
+    plan = near.prepare("read", near.peer(far.name)[theirs.name], mine)
+    plan.post().wait(PATIENCE)
+    assert plan._route is not None
+    plan._route.programs[:] = [SimpleNamespace(run=lambda _seconds: late), SimpleNamespace(run=lambda _seconds: STALE)]
+    plan._fast = None
+    transfer = plan.post()
+    assert isinstance(error_of(transfer), RegionStale)
+    assert list(transfer.jobs) == [late]
+    assert late.code == CANCELLED
