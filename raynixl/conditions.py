@@ -21,6 +21,13 @@ class Condition(threading.Condition):
     __exit__: Any = property(attrgetter("_own.__exit__"))
 
     def __init__(self, lock: Any = None) -> None:
-        """Use a lock, or a new RLock."""
+        """Use an RLock, or a new one.
+
+        Raises:
+            TypeError: it is another lock: `with` would let go of it though, after an interrupt in `wait`, it is another
+                thread that holds it. An RLock refuses that.
+        """
         self._own = threading.RLock() if lock is None else lock
+        if not hasattr(self._own, "_is_owned"):
+            raise TypeError("a condition needs an RLock")
         super().__init__(self._own)

@@ -65,7 +65,7 @@ class Reactor:
         self._timers: list[tuple[float, int, Timer]] = []
         self._tidy_at = _MIN_TIDY  # how many timers make it worth while to sweep out the cancelled
         self._order = itertools.count()
-        self._lock = threading.Lock()  # protects _timers, _tidy_at, _led, _followers
+        self._lock = threading.RLock()  # protects _timers, _tidy_at, _led, _followers
         self._lead = threading.Lock()  # held by the thread that dispatches
         self._changed = Condition(self._lock)
         self._bells = threading.Lock()  # protects the bells from being rung after they are closed

@@ -212,7 +212,7 @@ class Engine:
         self.threads = threads
         self.inline_nbytes = inline_nbytes
         self._forks = fork_generation()
-        self._changed = Condition(threading.Lock())  # protects all below; held for list operations only
+        self._changed = Condition()  # protects all below; held for list operations only
         self._jobs: dict[Job, None] = {}  # pending ones, oldest first
         self._crew: list[threading.Thread] = []
         self._idle = 0

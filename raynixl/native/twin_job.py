@@ -81,7 +81,7 @@ class Gate:
     __slots__ = ("_aborted", "_changed", "_code", "_inside")
 
     def __init__(self) -> None:
-        self._changed = Condition(threading.Lock())  # protects all below
+        self._changed = Condition()  # protects all below
         self._code = 0
         self._aborted = 0
         self._inside = 0
@@ -155,7 +155,7 @@ class Job:
         self._deadline = deadline
         self._forks = _forks
         self._wish = digest
-        self._ended = Condition(threading.Lock())  # protects all below
+        self._ended = Condition()  # protects all below
         self._code = PENDING
         self._inside = 0
         self._cursor = 0

@@ -43,7 +43,7 @@ class RmaJob:
         self._program = program
         self._deadline = deadline
         self._forks = fork_generation()
-        self._ended = Condition(threading.Lock())  # protects the end, and the descriptors armed for it
+        self._ended = Condition()  # protects the end, and the descriptors armed for it
         self._code = PENDING
         self._armed: list[int] = []
         self.ended = math.inf
