@@ -50,7 +50,8 @@ def _quantise_strip(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) ->
     largest = blocks.abs().amax(dim=2).clamp_(min=SMALLEST)
     blocks.mul_((FP8_MAX / largest).unsqueeze(2))  # rounding may pass 448 by an ulp, which is stored as 448
     out.copy_(values[:, : x.shape[1]])
-    torch.div(largest, FP8_MAX, out=scales)
+    most = largest.new_full((), FP8_MAX)  # where it is divided by a number a GPU multiplies with its reciprocal
+    torch.div(largest, most, out=scales)
 
 
 def dequantise(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

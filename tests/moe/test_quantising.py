@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from raynixl.errors import ConfigError
 from raynixl.moe import quantising as module
@@ -48,6 +49,24 @@ def test_the_bytes_are_those_of_the_reference(hidden, dtype):
     assert same((values, scales), reference(x))
     assert scales.shape == (9, scale_columns(hidden))
     assert values.is_contiguous()
+
+
+class NoDivisionByNumbers(TorchFunctionMode):
+    """Fails what has other bits on a GPU, where torch multiplies with the reciprocal of a number that it divides by."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        divides = func.__name__ in ("div", "div_", "true_divide", "__truediv__", "__itruediv__")
+        assert not (divides and isinstance(args[1], int | float)), "divided by a number"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_divided_by_a_number_which_gpus_do_otherwise():
+    x = rows(9, 256)
+    with NoDivisionByNumbers():
+        with pytest.raises(AssertionError):
+            _ = x / 3
+        found = quantise(x)
+    assert same(found, reference(x))
 
 
 def test_every_finite_value_of_sixteen_bits_has_the_reference_s_bytes():
