@@ -31,6 +31,8 @@ class NoHost(TorchFunctionMode):
         indices = args[1] if name in ("__getitem__", "__setitem__") else ()
         indices = indices if isinstance(indices, tuple) else (indices,)
         assert not any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices), "a mask as index"
+        moves = name == "to" and any(isinstance(one, torch.device) for one in (*args, *(kwargs or {}).values()))
+        assert not moves, "a copy from memory of the host waits for the GPU"
         is_open = name == "repeat_interleave" and "output_size" not in (kwargs or {})
         assert not is_open, "repeat_interleave waits for the GPU"
         return func(*args, **(kwargs or {}))
@@ -82,6 +84,35 @@ def test_where_the_worst_case_is_known_no_host_waits(kernels, kind, monkeypatch)
         for rank, (rows, again, _, back) in enumerate(found):
             assert torch.equal(bits(rows), bits(again))
             assert same(back, case.topk_weights(rank).masked_fill(case.topk_idx(rank) < 0, 0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_fp8": False}, {"use_fp8": True}, {"use_fp8": True, "round_scale": True, "use_ue8m0": True}],
+    ids=["bf16", "fp8", "ue8m0"],
+)
+def test_no_host_waits_in_the_low_latency_mode(kernels, options, monkeypatch):
+    case = case_of(hidden=512)
+
+    def step(rank, buffer, ids, weights, x):
+        stats = [ids.new_zeros(WORLD) for _ in range(2)]
+        packed, counts, handle, _, _ = buffer.low_latency_dispatch(
+            x, ids, MOST, case.experts, dispatch_wait_recv_cost_stats=stats[0], **options
+        )
+        y = packed[0].float().bfloat16() if options["use_fp8"] else packed
+        total, _, _ = buffer.low_latency_combine(y, ids, weights, handle, combine_wait_recv_cost_stats=stats[1])
+        return counts, handle[1], total
+
+    def work(rank, buffer, guarded):
+        given = (case.topk_idx(rank), case.topk_weights(rank), case.x(rank))
+        with NoHost() if guarded else contextlib.nullcontext():
+            return step(rank, buffer, *given)
+
+    with ranks(kernels, low_latency_mode=True) as group:
+        first = group.run(lambda rank, buffer: work(rank, buffer, False))
+        with no_host(monkeypatch):
+            found = group.run(lambda rank, buffer: work(rank, buffer, True))
+        alike(found, first)
 
 
 @pytest.mark.parametrize("kind", ["normal", "plain", "expanded", "cached"])

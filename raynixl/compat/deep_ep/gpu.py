@@ -208,4 +208,4 @@ def _ranges(by_source: Tensor) -> Tensor:
 
 def _sources(arrived: Dispatched, ids: Tensor) -> Tensor:
     world, most, topk = arrived.topk_idx.shape
-    return torch.arange(world, device=ids.device).repeat_interleave(most * topk)
+    return torch.arange(world, device=ids.device)[:, None].expand(world, most * topk).flatten()

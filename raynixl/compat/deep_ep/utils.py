@@ -19,7 +19,6 @@ __all__ = [
 
 _MANTISSA_BITS = 23
 _BYTE = 0xFF
-_SHIFTS = torch.arange(0, 32, 8, dtype=torch.int32)
 
 
 def quantise(x: Tensor, *, round_scale: bool = False) -> tuple[Tensor, Tensor]:
@@ -58,12 +57,12 @@ def pack_scales(scales: Tensor) -> Tensor:
             hint=f"give rows of a multiple of {4 * BLOCK} columns",
         )
     exponents = (scales.view(torch.int32) >> _MANTISSA_BITS & _BYTE).reshape(*scales.shape[:-1], -1, 4)
-    return torch.sum(exponents << _SHIFTS.to(scales.device), -1, dtype=torch.int32)
+    return torch.sum(exponents << _shifts(scales), -1, dtype=torch.int32)
 
 
 def unpack_scales(packed: Tensor) -> Tensor:
     """Return what `pack_scales` packed."""
-    exponents = (packed.unsqueeze(-1) >> _SHIFTS.to(packed.device) & _BYTE).flatten(-2)
+    exponents = (packed.unsqueeze(-1) >> _shifts(packed) & _BYTE).flatten(-2)
     return (exponents << _MANTISSA_BITS).view(torch.float32)
 
 
@@ -80,6 +79,11 @@ def ceil_div(value: int, step: int) -> int:
 
 def check_nvlink_connections(group: object) -> None:
     """Do nothing: there are no GPUs whose connections would matter."""
+
+
+def _shifts(like: Tensor) -> Tensor:
+    """Return by how much each byte of a word is shifted; made where the word is, since a copy would wait for a GPU."""
+    return torch.arange(0, 32, 8, dtype=torch.int32, device=like.device)
 
 
 def _ceil_log2(values: Tensor) -> Tensor:
