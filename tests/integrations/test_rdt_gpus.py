@@ -18,7 +18,7 @@ from cuda_fixtures import fake_driver
 from device_stand_in import GPU
 
 from raynixl.agents import past
-from raynixl.errors import ConfigError, PeerLost, TransferTimeout
+from raynixl.errors import ConfigError, PeerLost, TransferCancelled, TransferTimeout
 from raynixl.integrations import rdt_memory, rdt_transport
 from raynixl.integrations.rdt_transport import Desk, RaynixlTransport
 
@@ -62,6 +62,19 @@ def later(gpus: Any, what: Callable[[], object], seconds: float = 0.2) -> None:
         what()
 
     gpus.work.put(gpus.current, run)
+
+
+def when_free(gpus: Any, what: Callable[[], object]) -> threading.Event:
+    """Put something on this thread's stream that happens when the event is set."""
+    is_free = threading.Event()
+
+    def run() -> Iterator[None]:
+        while not is_free.is_set():
+            yield
+        what()
+
+    gpus.work.put(gpus.current, run)
+    return is_free
 
 
 def test_an_object_is_given_once_the_streams_of_its_thread_have_made_it(gpus: Any, ends: Any) -> None:
@@ -112,9 +125,10 @@ def test_a_stream_that_hangs_is_told_of_and_nothing_stays_registered(
 ) -> None:
     source, _ = ends
     monkeypatch.setattr(rdt_memory, "MADE_SECONDS", 0.1)
-    later(gpus, lambda: None, 0.5)
+    is_free = when_free(gpus, lambda: None)
     with pytest.raises(TransferTimeout, match="GPU 0"):
         source.extract_tensor_transport_metadata("a", [torch.zeros(N)])
+    is_free.set()
     assert len(source.desk().shelf) == 0
 
 
@@ -123,9 +137,11 @@ def test_a_fetch_begins_after_what_still_uses_its_memory_and_returns_before_that
     meta = source.extract_tensor_transport_metadata("a", [torch.full((N,), 4.0)])
     target = torch.zeros(N)
     seen: list[float] = []
-    later(gpus, lambda: (seen.extend(target.unique().tolist()), target.fill_(9.0)))  # a step that was enqueued before
+    step = lambda: (seen.extend(target.unique().tolist()), target.fill_(9.0))  # noqa: E731 - enqueued before
+    is_free = when_free(gpus, step)
     fetch = taker.fetch_multiple_tensors("a", meta, None, [target])
     assert seen == []
+    is_free.set()
     (found,) = taker.wait_fetch_complete(fetch)
     assert found is target
     assert seen == [0.0]
@@ -137,11 +153,12 @@ def test_a_fetch_that_is_aborted_before_its_stream_comes_to_it_writes_nothing(gp
     source, taker = ends
     meta = source.extract_tensor_transport_metadata("a", [torch.full((N,), 4.0)])
     target = torch.zeros(N)
-    later(gpus, lambda: None)
+    is_free = when_free(gpus, lambda: None)
     fetch = taker.fetch_multiple_tensors("a", meta, None, [target])
     taker.abort_transport("a", None)
-    with pytest.raises(Exception, match="cancelled"):
+    with pytest.raises(TransferCancelled):
         taker.wait_fetch_complete(fetch, PATIENCE)
+    is_free.set()
     eventually(lambda: not gpus.work.streams[gpus.current].pieces, "the stream goes on")
     assert target.unique().tolist() == [0.0]
     source.garbage_collect("a", meta, [])
