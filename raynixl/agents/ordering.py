@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raynixl.agents.transfer import Transfer
     from raynixl.native import Job
 
-_LEGACY = (0, 1)  # the default streams that are never captured; asking breaks what is captured on others
+_LEGACY = (0, 1)  # the default streams that are never captured; asking fails while others are, which they wait for
 _SHORTEST, _LONGEST = 20e-6, 1e-3  # pauses between two looks at an event
 
 
