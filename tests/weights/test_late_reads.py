@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from agent_tools import eventually
 
 from raynixl import Agent
 from raynixl.errors import IntegrityError, PeerLost, RaynixlError, TransferCancelled, TransferTimeout
@@ -119,6 +120,7 @@ def in_background(call):
 def test_the_next_source_is_asked_when_what_the_first_one_gave_too_late_is_through(slot, error):
     pull = receiver(slot, [(WRONG, error), (RIGHT, None)])
     thread, found = in_background(lambda: pull.from_origin(0))
+    eventually(lambda: STARTED, "the first source is asked")
     thread.join(0.4)
     assert thread.is_alive()
     assert len(STARTED) == 1
