@@ -346,7 +346,7 @@ class Transfer:
         settled = self._prepared.agent.settled
         with settled:
             self._is_starting = False
-            self._jobs = jobs
+            self._jobs = jobs or self._jobs
             self._forget_event()
             if self._stage not in (Stage.DONE, Stage.FAILED):
                 self._end_locked(error)
