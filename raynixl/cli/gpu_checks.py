@@ -79,8 +79,13 @@ def _check_torch() -> Iterator[Finding]:
     """Whether torch has CUDA, and allocates what other processes can map."""
     if importlib.util.find_spec("torch") is None:
         return
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as exc:  # a library of CUDA's that it needs is not there, or of another version
+        yield Finding(
+            _AREA, "torch", Verdict.FAILS, f"torch cannot be imported: {exc}", "install it anew: see pytorch.org"
+        )
+        return
     if torch.version.cuda is None:
         detail = f"torch {torch.__version__} is built without CUDA: tensors are in host memory only"
         yield Finding(_AREA, "torch", Verdict.SLOW, detail, "install a torch with CUDA: see pytorch.org")

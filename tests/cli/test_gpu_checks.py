@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from vram_tools import made_up_gpus
 
@@ -65,6 +68,16 @@ def test_a_torch_without_cuda_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
         finding = found()["torch"]
     assert finding.verdict is Verdict.SLOW
     assert "torch with CUDA" in finding.hint
+
+
+def test_a_torch_that_cannot_be_imported_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: no such file')\n", encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with made_up_gpus():
+        finding = found()["torch"]
+    assert finding.verdict is Verdict.FAILS
+    assert "libcudart.so.13" in finding.detail
 
 
 @pytest.mark.parametrize(
