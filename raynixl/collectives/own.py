@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raynixl.backends.base import CopiesHere
-from raynixl.errors import BackendUnavailable, RaynixlError, RegionReadOnly, RegionStale, TransferTimeout
+from raynixl.errors import AgentClosed, BackendUnavailable, RaynixlError, RegionReadOnly, RegionStale, TransferTimeout
 from raynixl.memory import MemoryKind
-from raynixl.native import DONE, STALE, TIMEOUT, Program
+from raynixl.native import CLOSED, DONE, STALE, TIMEOUT, Program
 from raynixl.region import Region
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def copy_own(agent: Agent, source: Region, out: Region, piece: tuple[int, int, i
         RegionReadOnly: `out` cannot be written.
         BackendUnavailable: one of them is on a GPU, and no backend of the agent copies there.
         TransferTimeout: a GPU is not through in time.
+        RegionStale, AgentClosed: one of them was deregistered meanwhile, or the agent closed.
     """
     if not out.memory.writable:
         raise RegionReadOnly("the buffer of a group's operation cannot be written", hint="give writable memory")
@@ -56,6 +57,8 @@ def _run(program: Program, timeout: float) -> None:
 def _error(code: int, timeout: float) -> RaynixlError:
     if code == TIMEOUT:
         return TransferTimeout(f"a GPU did not copy a member's own part within {timeout:g} s", hint="see nvidia-smi")
+    if code == CLOSED:
+        return AgentClosed("the agent was closed while a member's own part was copied", hint="make a new one")
     if code == STALE:
         return RegionStale("a buffer of a group's operation was deregistered meanwhile")
     why = os.strerror(-code) if code < 0 else f"code {code}"
