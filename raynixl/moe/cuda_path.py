@@ -176,6 +176,18 @@ class CudaPath:
         if region.is_registered and not agent.is_closed:
             agent.deregister(region)
 
+    def settle(self, until: float) -> None:
+        """Wait until nothing is left of what was put on streams, or it is late; learn from the GPU who is lost.
+
+        Raises:
+            Masked: the others have gone on without us.
+        """
+        layer = self._layer
+        if layer is not None:
+            layer.note_replays()
+            layer.presence.wait_idle(until)
+        self.look()
+
     # Operations
 
     def dispatch(self, call: CudaDispatchCall, error: RaynixlError | None, seconds: float) -> Dispatched | RaynixlError:

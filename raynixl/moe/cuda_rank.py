@@ -60,6 +60,23 @@ class GpuRank(Rank):
         known = self._known_gpu()
         self._submit(self._as_here(used if known is None else known, synchronise))
 
+    def settle(self) -> None:
+        """Wait until what this rank has put on a GPU is through, and hear who was lost in it: `active` says so then.
+
+        No other rank need call it. In memory of the host an operation has said so when it returns.
+
+        Raises:
+            Masked: the others have gone on without this rank.
+        """
+
+        def settle() -> None:
+            self._check_active()
+            path = self._path
+            if path is not None:
+                self._on_gpu(lambda: path.settle(time.monotonic() + 2 * self.deadline))
+
+        self._submit(self._as_here(self._known_gpu(), settle))
+
     @property
     def is_direct(self) -> bool | None:
         """Whether kernels put rows on a GPU into the peers' memory, alike on all ranks; None before an agreement."""

@@ -57,6 +57,29 @@ def status_of(buffer):
     return status.tolist()
 
 
+def test_who_was_lost_in_the_step_before_is_told_and_agreed_on(kernels):
+    case = case_of()
+
+    def step(rank, buffer, comes_back=True):
+        ids = case.topk_idx(rank)
+        packed, _, handle, _, _ = buffer.low_latency_dispatch(case.x(rank), ids, MOST, case.experts, use_fp8=False)
+        if comes_back:
+            buffer.low_latency_combine(packed, ids, case.topk_weights(rank), handle)
+
+    def without(rank, buffer):
+        step(rank, buffer, rank != 2)
+        if rank != 2:
+            if rank == 0:
+                assert status_of(buffer) == [0, 0, 1]
+            buffer.low_latency_clean_mask_buffer()
+            step(rank, buffer)
+            assert status_of(buffer) == [0, 0, 1]
+
+    with ranks(kernels, low_latency_mode=True, deadline=2.0, enable_shrink=True) as group:
+        group.run(step)
+        group.run(without)
+
+
 @pytest.mark.parametrize("worst", [0, 99])
 def test_with_enable_shrink_the_others_go_on_and_let_it_in_again(kernels, worst):
     case = case_of()

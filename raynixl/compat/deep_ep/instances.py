@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -146,10 +147,17 @@ class Instances:
                 self._come_back(self._out[-1])
                 self._out.pop()
             return
+        self.settle()  # all ranks must find alike that a rank is out
         for made in self._made.values():
             made.unmask(rank)
             if made.is_direct is not None and rank not in made.active:
                 made.synchronise()
+
+    def settle(self) -> None:
+        """Wait for what is on GPUs, and hear which ranks were lost in it."""
+        for made in self._made.values():
+            with contextlib.suppress(Masked):  # the next step says so
+                made.settle()
 
     @property
     def masked(self) -> tuple[int, ...]:

@@ -214,18 +214,23 @@ class LowLatency:
             self._instances.unmask(rank_to_mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        """Write into an int32 tensor [ranks]: 1 for ranks that were masked or lost, else 0."""
+        """Write into an int32 tensor [ranks]: 1 for ranks that were masked or lost, else 0.
+
+        The host waits for the steps that are on a GPU.
+        """
         self._check_shrink()
         if mask_status.shape != (self.group_size,) or mask_status.dtype != torch.int32:
             raise ConfigError(
                 f"mask_status is {mask_status.dtype} {list(mask_status.shape)}", hint=f"give int32 [{self.group_size}]"
             )
+        self._instances.settle()
         mask_status.zero_()
         mask_status[list(self._instances.masked)] = 1
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Let every rank take part again."""
         self._check_shrink()
+        self._instances.settle()
         for rank in self._instances.masked:
             self._instances.unmask(rank)
 
