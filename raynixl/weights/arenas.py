@@ -86,7 +86,8 @@ class Arenas:
         if not cuda.has_driver():
             return pins
         try:
-            pins.extend(cuda.pin(region.memory.address, region.nbytes) for region in self.regions)
+            with cuda.on(self.space.near):
+                pins.extend(cuda.pin(region.memory.address, region.nbytes) for region in self.regions)
         except (RangeError, BackendUnavailable, ConfigError) as exc:
             logger.info("weights of %r are not pinned: %s", self._agent.name, str(exc))
         return pins

@@ -27,6 +27,8 @@ class Space:
     name: str = "cpu"
     is_pinned: bool = field(default=False, compare=False)
     """Whether arenas in host memory are to be pinned, as what lies in them comes from a GPU or goes to one."""
+    near: int = field(default=0, compare=False)
+    """The number of such a GPU: pinning makes a context on no other."""
 
     @property
     def is_host(self) -> bool:
@@ -104,7 +106,7 @@ def spaces_for(tensors: Iterable[torch.Tensor], memory: str) -> tuple[Space, ...
         if not has_one:
             raise ConfigError(f"memory='vram' for tensors on {len(gpus)} GPUs", hint="use memory='dram' or 'auto'")
         return (gpus[0],)
-    host = Space(is_pinned=bool(gpus))
+    host = Space(is_pinned=bool(gpus), near=min((space.number for space in gpus), default=0))
     if memory == MemoryKind.DRAM.value or not has_one or 2 * nbytes[gpus[0]] < nbytes.total():
         return (host,)
     return gpus[0], host

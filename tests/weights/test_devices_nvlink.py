@@ -7,9 +7,11 @@ import torch
 from device_stand_in import GPU, StandIn
 from weights_tools import Cluster, Policy, fill, same
 
-from raynixl import cuda
+from raynixl import Agent, AgentConfig, cuda
 from raynixl.weights import WeightSync, publish, subscribe
-from raynixl.weights.space import HOST
+from raynixl.weights.arenas import Arenas
+from raynixl.weights.layout import Layout
+from raynixl.weights.space import HOST, spaces_for
 
 BACKENDS = ("nvlink", "shm")
 
@@ -102,6 +104,15 @@ def test_a_gpu_without_room_leaves_versions_in_host_memory(link, device, fake_cu
     slots = list(cluster.subscriptions[0]._follower._slots)
     assert [slot.arenas.space for slot in slots] == [HOST]
     assert cuda.pinned_address(slots[0].arenas.regions[0].memory.address, 1) is not None
+
+
+def test_host_memory_for_a_model_on_one_gpu_is_pinned_without_a_context_on_another(fake_cuda, monkeypatch):
+    monkeypatch.setattr("raynixl.weights.space.device_of", lambda _tensor: "cuda:1")
+    with Agent("trainer", config=AgentConfig(backends=("shm",))) as agent:
+        arenas = Arenas(agent, Layout((), (4096,)), spaces=spaces_for([torch.zeros(100)], "dram"))
+        assert cuda.pinned_address(arenas.regions[0].memory.address, 1) is not None
+        assert set(fake_cuda.devices.retained) == {1}
+        arenas.release()
 
 
 def test_host_memory_that_cannot_be_pinned_carries_them_as_well(link, device, fake_cuda):
