@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raynixl.errors import ConfigError, IntegrityError
-from raynixl.moe import functional
+from raynixl.moe import dispatching, functional
 from raynixl.moe.grid import make_grid
 from raynixl.moe.two_level import TwoLevel
 
@@ -140,16 +140,17 @@ def test_other_counts_come_back_than_were_sent_out(pair):
     assert works(pair)
 
 
-def test_counts_above_max_tokens_name_the_rank_that_tells_them(crew):
+def test_counts_above_max_tokens_name_the_rank_that_tells_them(crew, monkeypatch):
     with crew.experts(2, deadline=1.0, **OPTIONS) as layer:
         session = layer.eps[1]._session
-        post = session.post
+        routed = dispatching.Dispatch._exchange_counts
 
-        def much(rank, line):
-            line.counts(np.full(session.members.limit, 17))
-            post(rank, line)
+        def much(dispatch, signature):
+            if dispatch.session is session:
+                dispatch.routing.counts[:] = 17
+            return routed(dispatch, signature)
 
-        session.post = much
+        monkeypatch.setattr(dispatching.Dispatch, "_exchange_counts", much)
         errors = layer.errors(lambda rank, ep: ep.dispatch(rows_of(rank), FIRST))
         assert isinstance(errors[0], IntegrityError), errors
         assert errors[0].peer == "rank1"
