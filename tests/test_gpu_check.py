@@ -73,7 +73,7 @@ def test_a_step_that_runs_past_its_limit_leaves_no_process_behind(tmp_path: Path
         f"import os, pathlib, time, pytest\n@pytest.mark.gpu\ndef test_it():\n"
         f"    pathlib.Path({str(told)!r}).write_text(str(os.getpid()))\n    time.sleep(60)\n", encoding="utf-8",
     )  # fmt: skip
-    ended = check("--only", "tests", "--limit", "tests=20 file=60", "--tests", f"{tmp_path}/test_slow.py", out=tmp_path)
+    ended = check("--only", "tests", "--limit", "tests=10 file=60", "--tests", f"{tmp_path}/test_slow.py", out=tmp_path)
     assert ended.returncode == 1
     assert "FAILED: tests (time limit)" in ended.stdout
     pid = int(told.read_text(encoding="utf-8"))
