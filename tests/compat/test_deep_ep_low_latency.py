@@ -165,6 +165,16 @@ def test_zero_copy_takes_the_rows_from_the_next_buffer(crew):
         group.run(work)
 
 
+def test_the_next_buffer_lies_where_the_rows_do():
+    buffer = Buffer.__new__(Buffer)
+    buffer._next_buffers = {}
+    for device in ("cpu", "meta"):
+        found = torch.empty((2, 4), dtype=torch.int32, device=device)
+        rows = buffer.get_next_low_latency_combine_buffer((found, found, 4, 8, 2))
+        assert (rows.device.type, rows.shape) == (device, (2, 4, 8))
+        assert buffer.get_next_low_latency_combine_buffer((found, found, 4, 8, 2)) is rows
+
+
 def test_two_steps_overlap_by_their_hooks(pair):
     """Two micro-batches: each sends before the other one's hook is called."""
     cases, most = [case_of(pair, seed=seed, hidden=128) for seed in (1, 2)], 24

@@ -76,7 +76,7 @@ class Buffer(LowLatency):
         self._instances = Instances(members, deadline=deadline, may_shrink=enable_shrink)
         self._memory = Reuse()
         self._streams = Streams()
-        self._next_buffers: dict[tuple[int, ...], Tensor] = {}
+        self._next_buffers: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Buffer(rank {self.rank} of {self.group_size}, low_latency_mode={self.low_latency_mode})"

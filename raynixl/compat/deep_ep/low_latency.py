@@ -65,7 +65,7 @@ class LowLatency:
     enable_shrink: bool
     _instances: Instances
     _memory: Reuse
-    _next_buffers: dict[tuple[int, ...], Tensor]
+    _next_buffers: dict[tuple[torch.device, tuple[int, ...]], Tensor]
 
     def low_latency_dispatch(
         self,
@@ -190,10 +190,10 @@ class LowLatency:
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
         """Return the tensor to fill for a combine with zero_copy=True; the next one of its shape uses it again."""
-        shape = (*handle[0].shape, handle[3])
-        if shape not in self._next_buffers:
-            self._next_buffers[shape] = torch.empty(shape, dtype=torch.bfloat16, device=handle[0].device)
-        return self._next_buffers[shape]
+        key = handle[0].device, (*handle[0].shape, handle[3])
+        if key not in self._next_buffers:
+            self._next_buffers[key] = torch.empty(key[1], dtype=torch.bfloat16, device=key[0])
+        return self._next_buffers[key]
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Do nothing: there is nothing to clean, since rows are found by what their lines say."""
