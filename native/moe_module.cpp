@@ -160,7 +160,7 @@ Way way_of(std::pair<uint64_t, uint64_t> cells, uint64_t bell, const nb::sequenc
 std::vector<int> send_rows_of(const nb::sequence& sends, uint64_t total, const Array<const uint64_t, 2>& fields,
                               const Array<uint8_t, 1>& line, size_t told_at) {
   need(fields.shape(1) == 4, "a field has a source, a stride, a length, and the address of an index");
-  need(told_at >= 8 && told_at + kToldNbytes <= line.size(), "a line has room for what it tells of rows");
+  need(told_at >= 8 && told_at <= line.size() && line.size() - told_at >= kToldNbytes, "a line has room for what it tells of rows");
   auto* table = reinterpret_cast<const Field*>(fields.data());
   Parcel parcel = {table, fields.shape(0), total, line.data(), line.size(), told_at};
   std::vector<Send> all;
