@@ -13,7 +13,7 @@ WORKERS ?= 2
 
 define HELP
 make demo         the examples: an RL loop, sharded and with a real model, and experts in parallel (3 minutes)
-make test         the tests (a quarter of an hour on two cores); PYTEST_ARGS="-k words" for some of them
+make test         the tests (some 20 minutes on two cores); PYTEST_ARGS="-k words" for some of them
 make soak         the slow tests, and many more examples of each property (an hour or more)
 make test-verl    those of the integration of verl, in an environment of their own
 make test-vllm    those of the integration of vLLM, in an environment of their own
