@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from agent_scenes import N, Scene
 from agent_tools import PATIENCE, introduce, make_agent, random_bytes
+from vram_tools import made_up_gpus
 
 from raynixl import Agent
 
@@ -23,6 +24,13 @@ def _leaves_nothing(nothing_left: Callable[[], list[str]]) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of the backend under test."""
     return str(request.param)
+
+
+@pytest.fixture
+def gpus() -> Iterator[Any]:
+    """A made-up driver with two GPUs, which finds what is left in the end."""
+    with made_up_gpus() as fake:
+        yield fake
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from agent_tools import KIB, error_of, introduce
-from vram_tools import gpu_agent, made_up_gpus, make_region
+from vram_tools import gpu_agent, make_region
 
 from raynixl import Agent, BackendUnavailable, ConfigError, RaynixlError
 from raynixl.cuda import Origin
@@ -25,13 +25,6 @@ class Foreign:
         self.__cuda_array_interface__ = {
             "version": 3, "typestr": "|u1", "shape": (N,), "data": (address, False), **face,
         }  # fmt: skip
-
-
-@pytest.fixture
-def gpus() -> Iterator[Any]:
-    """Two made-up GPUs."""
-    with made_up_gpus() as fake:
-        yield fake
 
 
 @pytest.fixture

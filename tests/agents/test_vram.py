@@ -10,7 +10,7 @@ import pytest
 from agent_process import FarAgent
 from agent_tools import KIB, MIB, PATIENCE, error_of, introduce, random_bytes
 from vram_process import far_vram
-from vram_tools import Piece, content, gpu_agent, made_up_gpus, make_region, move, some_blocks
+from vram_tools import Piece, content, gpu_agent, make_region, move, some_blocks
 
 from raynixl import (
     Agent,
@@ -22,13 +22,6 @@ from raynixl import (
 )
 
 SORTS = [("vram", "vram"), ("arena", "vram"), ("user", "vram"), ("vram", "arena")]
-
-
-@pytest.fixture
-def gpus() -> Iterator[Any]:
-    """A made-up driver."""
-    with made_up_gpus() as fake:
-        yield fake
 
 
 @pytest.fixture

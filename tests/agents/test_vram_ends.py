@@ -12,18 +12,11 @@ import pytest
 from agent_process import FarAgent
 from agent_tools import KIB, MIB, PATIENCE, error_of, eventually, random_bytes
 from vram_process import far_vram
-from vram_tools import content, gpu_agent, made_up_gpus, make_region
+from vram_tools import content, gpu_agent, make_region
 
 from raynixl import Agent, PeerLost, PeerUnknown, RegionStale, Transfer, TransferCancelled, TransferTimeout
 
 N = 64 * KIB
-
-
-@pytest.fixture
-def gpus() -> Iterator[Any]:
-    """A made-up driver, which finds what is left in the end."""
-    with made_up_gpus() as fake:
-        yield fake
 
 
 @pytest.fixture

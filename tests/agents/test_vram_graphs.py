@@ -12,20 +12,13 @@ import pytest
 from agent_process import FarAgent
 from agent_tools import KIB, PATIENCE, eventually, introduce, random_bytes
 from vram_process import far_vram
-from vram_tools import content, gpu_agent, made_up_gpus, make_region
+from vram_tools import content, gpu_agent, make_region
 
 from raynixl import Agent, ConfigError, RegionStale, cuda
 from raynixl.agents.captured import _OPEN
 from raynixl.testing.contents import put
 
 N = 64 * KIB
-
-
-@pytest.fixture
-def gpus() -> Iterator[Any]:
-    """A made-up driver."""
-    with made_up_gpus() as fake:
-        yield fake
 
 
 @pytest.fixture
