@@ -73,11 +73,11 @@ def leaves_nothing_behind(scene: Scene) -> None:
     before = _held()
     for number in range(1, 4):
         _visit(scene, theirs, memory, f"visitor-{number}")
-    deadline = time.monotonic() + PATIENCE / 4
-    while (held := _held()) > before and time.monotonic() < deadline:
+    deadline, held = time.monotonic() + PATIENCE / 4, _held()
+    while any(now > was for now, was in zip(held, before, strict=True)) and time.monotonic() < deadline:
         gc.collect()
         threading.Event().wait(0.01)
-    held = _held()
+        held = _held()
     expect(held[0] <= before[0], f"{held[0] - before[0]} threads are left of 3 agents")
     expect(held[1] <= before[1], f"{held[1] - before[1]} descriptors are left of 3 agents")
 
