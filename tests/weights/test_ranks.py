@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from agent_tools import eventually
 from weights_tools import INSTALLS, Cluster, Policy, fill, same
 
 from raynixl.errors import (
@@ -185,7 +186,7 @@ def test_repeated_pushes_leak_nothing(fleet, install):
     before, objects = count(), len(gc.get_objects())
     for version in range(6, 40):
         cluster.sync.push(version)
-    assert count() == before
+    eventually(lambda: count() == before, f"{before} are left")  # what the last push let go of goes behind it
     assert len(gc.get_objects()) - objects < 500
     cluster.publication.close()
     cluster.subscriptions[0].close()
