@@ -15,6 +15,7 @@ from raynixl.compat.deep_ep.layout import (
     Handle,
     check_own,
     counts_of,
+    gpu_of_rows,
     lay_out,
     local_experts,
     make_handle,
@@ -194,7 +195,7 @@ class Buffer(LowLatency):
             PeerLost: a rank is lost, and the buffer was made without enable_shrink.
         """
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
-        number = _gpu_of(rows)
+        number = gpu_of_rows(rows)
 
         def send() -> tuple[Rows, Tensor | None, Tensor | None, list[int] | None, Handle | None]:
             if handle is not None:
@@ -276,7 +277,7 @@ class Buffer(LowLatency):
         alignment: int,
         worst: int,
     ) -> tuple[Rows, Tensor, Tensor, list[int], Handle]:
-        experts, number = layout.experts, _gpu_of(rows)
+        experts, number = layout.experts, gpu_of_rows(rows)
         local_experts(experts, self.group_size)
         if number is None:
             self._check_layout(topk_idx, experts, layout.in_rank)
@@ -295,7 +296,7 @@ class Buffer(LowLatency):
         self, rows: Rows, shape: Shape, ids: Tensor, weights: Tensor | None, worst: int
     ) -> tuple[Any, Any, SideBySide | None]:
         """Dispatch; on a GPU without a word of the host's if it is known how many rows come at the worst."""
-        tokens, number = _shape(rows)[0], _gpu_of(rows)
+        tokens, number = _shape(rows)[0], gpu_of_rows(rows)
         if worst and number is not None:
             parallel = self._instances.fixed(shape, tokens, worst)
             if self._instances.is_direct(parallel, number):
@@ -307,7 +308,7 @@ class Buffer(LowLatency):
     def _by_rank(self, rows: Rows, layout: GivenLayout, alignment: int) -> tuple[Rows, None, None, list[int], Handle]:
         """Dispatch by ranks alone: as if each had one expert."""
         tokens, hidden = _shape(rows)
-        each, number = local_experts(layout.experts, self.group_size), _gpu_of(rows)
+        each, number = local_experts(layout.experts, self.group_size), gpu_of_rows(rows)
         if number is not None:
             layout.check_on(number)
         shape = Shape(self.group_size, hidden, self.group_size)
@@ -352,10 +353,6 @@ class Buffer(LowLatency):
             raise ConfigError(
                 "is_token_in_rank is not what topk_idx says", hint="call get_dispatch_layout with the same topk_idx"
             )
-
-
-def _gpu_of(rows: Rows) -> int | None:
-    return cuda_device.gpu_of(rows[0] if isinstance(rows, tuple) else rows)
 
 
 def _shape(rows: Rows) -> tuple[int, int]:

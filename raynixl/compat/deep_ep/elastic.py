@@ -13,7 +13,7 @@ from raynixl.compat.deep_ep.ephandle import EPHandle, Request, make_ephandle
 from raynixl.compat.deep_ep.events import EventHandle, EventOverlap, wait_for
 from raynixl.compat.deep_ep.experimental import Experimental
 from raynixl.compat.deep_ep.instances import Instances, Shape
-from raynixl.compat.deep_ep.layout import check_own, local_experts, pad
+from raynixl.compat.deep_ep.layout import check_own, gpu_of_rows, local_experts, pad
 from raynixl.compat.deep_ep.members import join
 from raynixl.compat.deep_ep.streams import Streams
 from raynixl.compat.deep_ep.worst import at_places
@@ -172,7 +172,7 @@ class ElasticBuffer(Experimental):
             raise ConfigError("do_zero_padding pads expanded rows", hint="set do_expand too")
         rows = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
         if handle is not None:
-            check_own(handle, EPHandle, self._instances, _gpu_of(rows))
+            check_own(handle, EPHandle, self._instances, gpu_of_rows(rows))
             _check_cached(handle, topk_idx, num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync)
             if do_expand != handle.do_expand:
                 raise ConfigError("the handle has the other layout", hint=f"set do_expand={handle.do_expand}")
@@ -196,7 +196,7 @@ class ElasticBuffer(Experimental):
 
         uses = (rows, topk_idx, topk_weights, cumulative_local_expert_recv_stats, handle)
         sent, event = self._streams.put(
-            _gpu_of(rows), send, uses=uses, after=previous_event, is_async=async_with_compute_stream
+            gpu_of_rows(rows), send, uses=uses, after=previous_event, is_async=async_with_compute_stream
         )
         return (*sent, event)
 
@@ -251,7 +251,7 @@ class ElasticBuffer(Experimental):
                 hint="give them, or a handle",
             )
         local_experts(request.experts, self.num_ranks)
-        hidden, number = (rows[0] if isinstance(rows, tuple) else rows).shape[1], _gpu_of(rows)
+        hidden, number = (rows[0] if isinstance(rows, tuple) else rows).shape[1], gpu_of_rows(rows)
         parallel = self._instances.get(Shape(request.experts, hidden, topk_idx.shape[1]), request.tokens)
         is_fixed = not request.is_synchronous and self._instances.is_direct(parallel, number)
         options: dict[str, Any] = {"topk_weights": topk_weights}
@@ -274,10 +274,6 @@ class ElasticBuffer(Experimental):
             options |= {"topk_weights": None, "extra": () if topk_weights is None else (topk_weights.detach(),)}
         arrived = self._instances.done(parallel, lambda: parallel.dispatch(rows, **options))
         return arrived if handle.fixed is None else handle.fixed.taken(arrived)
-
-
-def _gpu_of(rows: Rows) -> int | None:
-    return cuda_device.gpu_of(rows[0] if isinstance(rows, tuple) else rows)
 
 
 def _weights(arrived: Any, handle: EPHandle) -> Tensor:

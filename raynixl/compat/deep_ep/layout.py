@@ -203,6 +203,11 @@ def check_own(handle: Any, kind: type, instances: Instances, gpu: int | None) ->
         raise ConfigError(f"the handle is of rows in {there}, these are in {here}", hint=f"bring the rows to {there}")
 
 
+def gpu_of_rows(rows: Tensor | tuple[Tensor, Tensor]) -> int | None:
+    """Return the GPU that rows, or rows and their scales, are on; None in memory of the host."""
+    return cuda_device.gpu_of(rows[0] if isinstance(rows, tuple) else rows)
+
+
 def pad(rows: Tensor, count: int, value: float = 0) -> Tensor:
     """Return rows followed by others of one value, `count` in all.
 
