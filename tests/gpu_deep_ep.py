@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deep_ep_calls import MOST, WORLD, alike, elastic, normal, steps, train
 from deep_ep_tools import Case
-from gpu_moe import PATIENCE, Crew, _packed, _unpacked
+from gpu_moe import PATIENCE, Crew, _packed, _unpacked, captured_step
 from torch import Tensor
 
 from raynixl import Group
@@ -156,15 +156,7 @@ def do_graph(world: Any, rank: int, case: str, kind: str, replays: str) -> str:
             )
         return rows, buffer.combine(rows, handle)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = captured_step(step)
     found = []
     for number in range(1, _unpacked(replays) + 1):
         x.copy_(given.x(rank) * number)

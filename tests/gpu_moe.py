@@ -6,10 +6,10 @@ import base64
 import contextlib
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gpu_tools import Far
@@ -21,6 +21,7 @@ from raynixl.moe import ExpertParallel, TwoLevel, cuda_device
 
 BACKENDS = ["nvlink", "shm"]
 PATIENCE = 120.0
+T = TypeVar("T")
 
 
 class OnGpu:
@@ -161,6 +162,20 @@ def do_wait(world: Any, rank: int, name: str, late: int, seconds: float) -> str:
     return _packed([one.tolist() for one in found])
 
 
+def captured_step(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Capture a step into a graph, after three outside on a stream beside the current one; what it returned there."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = step()
+    return graph, returned
+
+
 def do_graph(world: Any, rank: int, name: str, replays: int) -> str:
     """Capture a step, and replay it with other rows each time; whether every result was right."""
     _, ep = world.kept[name]
@@ -172,15 +187,7 @@ def do_graph(world: Any, rank: int, name: str, replays: int) -> str:
         out: torch.Tensor = ep.combine(torch.where(factors > 0, r.x, 0) * factors, r.handle)
         return out
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+    graph, out = captured_step(run)
     found = []
     for number in range(1, replays + 1):
         x.copy_(tokens(rank, number)[0])

@@ -134,3 +134,15 @@ def harm(
     else:
         eventually(lambda: process_state(crew.children[VICTIM].pid) == "T", "the victim stands")
     return found
+
+
+def come_back_beside(crew: Processes, victim: int, rest: Sequence[int], function: str, *args: object) -> None:
+    """Have a rank of two stages come in by a function beside the others, which go on until all ranks are active."""
+    everybody = tuple(range(len(crew.names)))
+    crew.tell(victim, function, *args)
+    for rank in rest:
+        crew.tell(rank, "moe_staged_faults:steps_until", "layer", everybody)
+    for rank in everybody:
+        crew.hear(rank)
+    for reports in crew.call("moe_faults:steps", "layer", 2):
+        assert all(report.missing == report.unheard == report.lost == () for report in reports)

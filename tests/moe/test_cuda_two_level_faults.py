@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from agent_tools import eventually
-from moe_fault_crews import LONG, SOON
+from moe_fault_crews import LONG, SOON, come_back_beside
 from moe_faults import COMBINE, DISPATCH, OPTIONS, Where
 from moe_kernels_host import library
 from moe_tools import Processes
@@ -52,17 +52,6 @@ def harmed(crew: Processes, victim: int, where: Where, number: int, **options: o
     return rest
 
 
-def come_back(crew: Processes, victim: int, rest: list[int], function: str, *args: object) -> None:
-    """Have it come in beside the others, which go on."""
-    crew.tell(victim, function, *args)
-    for rank in rest:
-        crew.tell(rank, "moe_staged_faults:steps_until", "layer", EVERYBODY)
-    for rank in EVERYBODY:
-        crew.hear(rank)
-    for reports in crew.call("moe_faults:steps", "layer", 2):
-        assert all(report.missing == report.unheard == report.lost == () for report in reports)
-
-
 @pytest.mark.parametrize(
     ("victim", "where"), [(3, DISPATCH[3]), (0, COMBINE[1]), (0, DISPATCH[0])], ids=str
 )  # fmt: skip
@@ -71,7 +60,7 @@ def test_a_rank_that_is_killed_is_forwarded_for_and_replaced(crew: Processes, vi
     crew.children[victim].wait_ended()
     crew.restart(victim)
     crew.call("moe_cuda_far:begin", ranks=[victim])
-    come_back(crew, victim, rest, "moe_staged_faults:join", crew.names, OF_ALL, EVERYBODY, False)
+    come_back_beside(crew, victim, rest, "moe_staged_faults:join", crew.names, OF_ALL, EVERYBODY, False)
 
 
 def test_a_rank_that_is_frozen_is_forwarded_for_and_comes_back(crew: Processes) -> None:
@@ -82,4 +71,4 @@ def test_a_rank_that_is_frozen_is_forwarded_for_and_comes_back(crew: Processes) 
         crew.hear(3)
     with pytest.raises(Masked, match="rejoin"):
         crew.call("moe_faults:step", "layer", ranks=[3])
-    come_back(crew, 3, rest, "moe_staged_faults:rejoin", "layer")
+    come_back_beside(crew, 3, rest, "moe_staged_faults:rejoin", "layer")

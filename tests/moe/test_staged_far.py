@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
-from moe_fault_crews import LONG, SOON
+from moe_fault_crews import LONG, SOON, come_back_beside
 from moe_faults import DISPATCH, OPTIONS
 from moe_tools import Processes
 from weights_nursery import Nursery
@@ -40,24 +40,13 @@ def go_on_without(crew: Processes, victim: int, **options: object) -> list[int]:
     return rest
 
 
-def come_back(crew: Processes, victim: int, rest: Sequence[int], function: str, *args: object) -> None:
-    """Have it come in beside the others, which go on."""
-    crew.tell(victim, function, *args)
-    for rank in rest:
-        crew.tell(rank, "moe_staged_faults:steps_until", "layer", EVERYBODY)
-    for rank in EVERYBODY:
-        crew.hear(rank)
-    for reports in crew.call("moe_faults:steps", "layer", 2):
-        assert all(report.missing == report.unheard == report.lost == () for report in reports)
-
-
 def test_ranks_of_other_hosts_are_killed_and_frozen_and_come_back(crew: Processes) -> None:
     crew.call("moe_staged_faults:make", crew.names, OF_ALL)
     crew.call("moe_staged_faults:harm", DISPATCH[3], signal.SIGKILL, ranks=[3])
     rest = go_on_without(crew, 3)
     crew.children[3].wait_ended()
     crew.restart(3)
-    come_back(crew, 3, rest, "moe_staged_faults:join", crew.names, OF_ALL, EVERYBODY, False)
+    come_back_beside(crew, 3, rest, "moe_staged_faults:join", crew.names, OF_ALL, EVERYBODY, False)
     crew.call("moe_staged_faults:harm", DISPATCH[3], signal.SIGSTOP, ranks=[0])
     rest = go_on_without(crew, 0, deadline=1.5)
     crew.resume(0)
@@ -65,5 +54,5 @@ def test_ranks_of_other_hosts_are_killed_and_frozen_and_come_back(crew: Processe
         crew.hear(0)
     with pytest.raises(Masked):
         crew.call("moe_faults:step", "layer", ranks=[0])
-    come_back(crew, 0, rest, "moe_staged_faults:rejoin", "layer")
+    come_back_beside(crew, 0, rest, "moe_staged_faults:rejoin", "layer")
     crew.call("moe_faults:drop", "layer")
